@@ -1,0 +1,102 @@
+"""The checkpoint file: plain Python and tensors only, complete, written so that it is never half there.
+
+Stock keys as nnU-Net reads them, ``nnssl_adaptation_plan`` as nnU-Net's master and nnssl read it, and our own under
+``nnssl_ext``. Every file opens with ``torch.load(file, weights_only=True)``: no pickle is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnssl_ext.errors import UserError
+from nnssl_ext.files import replaced_on_success
+
+#: Raised when the meaning of what stands under ``nnssl_ext`` changes.
+FORMAT = 1
+
+
+def plain(value: Any, memory: dict[Any, Tensor] | None = None) -> Any:
+    """``value`` with numpy's scalars and arrays turned into Python's, tensors on the CPU, mappings into dicts.
+
+    Tensors that share memory still do afterwards: a U-Net's state dict names most tensors up to four times.
+    """
+    memory = {} if memory is None else memory
+    if isinstance(value, Tensor):
+        key = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), value.device)
+        if value.numel() == 0 or key not in memory:
+            memory[key] = value.detach().cpu()
+        return memory[key]
+    if isinstance(value, Mapping):
+        return {plain(k, memory): plain(v, memory) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(v, memory) for v in value) if type(value) in (list, tuple) else list(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return value
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes, types and bytes of a state dict, in the order of the names."""
+    result = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        result.update(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return result.hexdigest()
+
+
+def save(content: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint; the file that was there is replaced only after the new one has been read back.
+
+    Args:
+        content: With ``network_weights`` and ``nnssl_ext``; the weights' sha256 is added to the latter.
+        path: Where to.
+
+    Raises:
+        UserError: If it cannot be written; ``path`` is then what it was.
+    """
+    content = plain(content)
+    content["nnssl_ext"]["weights_sha256"] = digest(content["network_weights"])
+    try:
+        with replaced_on_success(path) as temporary:
+            torch.save(content, temporary)
+            load(temporary)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(
+            f"checkpoint {path} could not be written ({error}); what was there before is untouched. "
+            f"Free some space or give write permission, then go on with --c"
+        ) from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of ours onto the CPU, without executing pickles, and check its weights' sha256.
+
+    Raises:
+        UserError: If it is missing, damaged, from elsewhere or from a later version.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from error
+    except Exception as error:  # damaged archives raise RuntimeError, ValueError, EOFError, UnpicklingError, ...
+        raise UserError(
+            f"checkpoint {path} is damaged or no pretraining checkpoint ({type(error).__name__}); "
+            f"delete it to go on from an earlier one"
+        ) from error
+    own = content.get("nnssl_ext") if isinstance(content, dict) else None
+    if not isinstance(own, dict) or not isinstance(content.get("network_weights"), dict):
+        raise UserError(f"{path} is no pretraining checkpoint of nnssl_ext")
+    if own.get("format") != FORMAT:
+        raise UserError(f"{path} has format {own.get('format')!r}, this nnssl_ext reads {FORMAT}; use its own version")
+    if digest(content["network_weights"]) != own.get("weights_sha256"):
+        raise UserError(f"checkpoint {path} is damaged: its weights do not match their sha256")
+    return content

@@ -1,0 +1,100 @@
+"""Derive pretraining plans from a data set's own plans.
+
+    nnssl_ext plan -d 4 -c 3d_fullres -o nnUNetPlans_vf volume_fusion epochs=200 volume_fusion.levels=4
+
+Recipes (names in plans/ or JSON files) and settings are laid over the plans in their order. The result shares the
+preprocessed data and is used by nnUNetv2_train ... -p nnUNetPlans_vf.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from nnssl_ext.errors import UserError
+from nnssl_ext.settings import PLANS_KEY
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset name or ID")
+    parser.add_argument("-c", nargs="+", default=None, metavar="CONFIGURATION",
+                        help="configurations whose batch, patch and network a recipe changes; default: all 3-D ones")  # fmt: skip
+    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans to start from (nnUNetPlans)")
+    parser.add_argument("-o", required=True, metavar="NAME", help="name of the new plans")
+    parser.add_argument("overlays", nargs="*", metavar="RECIPE|SETTING=VALUE", help="what to lay over, in order")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from nnssl_ext.methods import METHODS, SCHEMAS
+    from nnssl_ext.recipe import Recipe, assignments_recipe, derive_plans, load_recipe, read_json, write_json
+    from nnssl_ext.settings import split_sections
+    from nnssl_ext.training.preflight import check_plans
+
+    folder = dataset_folder(arguments.d)
+    plans = read_json(folder / f"{arguments.p}.json")
+    target = folder / f"{arguments.o}.json"
+    _check_name(arguments.o, arguments.p, target)
+    configurations = _configurations(plans, arguments.c, arguments.p)
+
+    recipes: list[Recipe] = [
+        assignments_recipe([word]) if "=" in word else load_recipe(word) for word in arguments.overlays
+    ]
+    for recipe in recipes:  # names the recipe that is wrong, which the merged plans cannot
+        split_sections(recipe.settings, SCHEMAS, recipe.name)
+    derived = derive_plans(plans, arguments.o, recipes, configurations)
+    dataset_json = read_json(folder / "dataset.json")
+    for configuration in configurations:
+        for method in METHODS.values():
+            check_plans(method, derived, configuration, dataset_json)
+    write_json(derived, target)
+    print(f"wrote {target}\nuse it with: nnUNetv2_train {arguments.d} {configurations[0]} FOLD -p {arguments.o} -tr ...")
+
+
+def dataset_folder(name_or_id: str) -> Path:
+    """The data set's folder in nnUNet_preprocessed.
+
+    Raises:
+        UserError: If the variable is not set or no or several folders match.
+    """
+    root = os.environ.get("nnUNet_preprocessed")
+    if not root:
+        raise UserError("nnUNet_preprocessed is not set; export it as nnU-Net's documentation says")
+    pattern = name_or_id if name_or_id.startswith("Dataset") else f"Dataset{_identifier(name_or_id):03d}_*"
+    found = [path for path in Path(root).glob(pattern) if path.is_dir()]
+    if len(found) != 1:
+        names = ", ".join(sorted(path.name for path in found)) or "none"
+        raise UserError(
+            f"expected one data set {pattern} in {root}, found {names}; run nnUNetv2_plan_and_preprocess -d {name_or_id}"
+        )
+    return found[0]
+
+
+def _identifier(text: str) -> int:
+    if not text.isdigit():
+        raise UserError(f"a data set is given as DatasetXXX_NAME or by its number, got '{text}'")
+    return int(text)
+
+
+def _check_name(name: str, source: str, target: Path) -> None:
+    from nnssl_ext.recipe import read_json
+
+    if "__" in name or Path(name).name != name or name.startswith("."):
+        raise UserError(f"plans name '{name}' cannot be used: no '__' (nnU-Net splits folder names there), no path")
+    if name == source:
+        raise UserError(f"-o {name} would overwrite the plans it starts from; give another name")
+    if target.exists() and PLANS_KEY not in read_json(target):
+        raise UserError(f"{target} exists and was not made by nnssl_ext plan; give another name with -o")
+
+
+def _configurations(plans: dict, wanted: list[str] | None, name: str) -> list[str]:
+    own = [
+        key for key, value in plans["configurations"].items()
+        if "architecture" in value and len(value.get("patch_size", ())) == 3
+    ]  # fmt: skip
+    if not own:
+        raise UserError(f"plans {name} have no 3-D configuration; pretraining is 3-D")
+    for configuration in wanted or ():
+        if configuration not in own:
+            raise UserError(f"plans {name} have no 3-D configuration '{configuration}'; they have {', '.join(own)}")
+    return wanted or own

@@ -1,0 +1,25 @@
+"""Print the folder that nnU-Net's nnUNet_extTrainer must name.
+
+    export nnUNet_extTrainer="$(nnssl_ext trainers)"
+
+A value that is already set is kept in front of it with --append.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from nnssl_ext.resources import resource_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--append", action="store_true", help="keep the folders that nnUNet_extTrainer names now")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    folders = [str(resource_folder("trainers"))]
+    if arguments.append:
+        now = [folder for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if folder]
+        folders = [*now, *(folder for folder in folders if folder not in now)]
+    print(os.pathsep.join(folders))

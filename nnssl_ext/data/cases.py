@@ -1,0 +1,55 @@
+"""Preprocessed cases as nnU-Net stores them: <case>.b2nd, or <case>.npz with its unpacked <case>.npy. Labels are never
+opened, so a case without any is a case too."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+
+#: Suffixes of image data, the preferred one first.
+SUFFIXES = (".b2nd", ".npy", ".npz")
+
+
+def list_cases(folder: Path) -> dict[str, os.stat_result]:
+    """Identifiers of the cases in a configuration's preprocessed folder, sorted, with their file's stat."""
+    found: dict[str, dict[str, os.stat_result]] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            stem, suffix = os.path.splitext(entry.name)
+            if suffix in SUFFIXES and not stem.endswith("_seg"):
+                found.setdefault(stem, {})[suffix] = entry.stat()
+    return {case: _preferred(found[case]) for case in sorted(found)}
+
+
+def open_case(folder: Path, case: str) -> Any:
+    """The case's data (C, D, H, W), an array that reads only the part it is sliced by (.b2nd and .npy)."""
+    for suffix in SUFFIXES:
+        path = folder / f"{case}{suffix}"
+        if path.is_file():
+            break
+    else:
+        raise FileNotFoundError(f"no {' or '.join(SUFFIXES)} file of case '{case}' in {folder}")
+    if suffix == ".b2nd":
+        # nnU-Net too reads without mmap on Windows
+        mmap = {} if os.name == "nt" else {"mmap_mode": "r"}
+        return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1}, **mmap)
+    if suffix == ".npy":
+        return np.load(path, mmap_mode="r")
+    with np.load(path) as archive:
+        return archive["data"]
+
+
+def _preferred(files: dict[str, os.stat_result]) -> os.stat_result:
+    return next(files[suffix] for suffix in SUFFIXES if suffix in files)
+
+
+def shorten(names: Iterable[str], most: int = 5) -> str:
+    """A list of names in one line, cut after ``most``."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,169 @@
+"""Crops: what a method asks for, and the workers that read it, deterministic by counter.
+
+A sample is named by its global index; which case, where, and how it will be turned are pure functions of (seed, index).
+A worker reads the box that the crop reaches and nothing else, and augments nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from nnssl_ext.data.cases import open_case
+from nnssl_ext.data.index import CaseIndex
+from nnssl_ext.views.random import CASES, CROPS, sample_generator
+from nnssl_ext.views.spatial import SourceBox, SpatialRange, reach
+
+#: How often a crop is drawn again for more body, or because it is constant.
+BODY_TRIES, CONSTANT_TRIES = 8, 32
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One crop of a sample: its edges in voxels, what may be done to it, and whether it is from another case."""
+
+    size: tuple[int, int, int]
+    spatial: SpatialRange
+    other_case: bool = False
+
+
+@dataclass(frozen=True)
+class CropRequest:
+    """The crops that make one sample of a method, in order; the first is always from the sample's own case."""
+
+    crops: tuple[Crop, ...]
+
+    @property
+    def fewest_cases(self) -> int:
+        return 2 if any(crop.other_case for crop in self.crops) else 1
+
+
+@dataclass
+class CropBatch:
+    """B samples: their global indices, and for each crop of the request the B boxes that were read."""
+
+    indices: list[int]
+    boxes: list[list[SourceBox]]
+    failure: str = ""
+
+    def pin_memory(self) -> CropBatch:
+        return CropBatch(self.indices, [[box.pin_memory() for box in row] for row in self.boxes], self.failure)
+
+    @property
+    def cases(self) -> list[str]:
+        """The case of each crop of each sample, for messages."""
+        return sorted({box.case for row in self.boxes for box in row})
+
+
+@dataclass
+class CropDataset(Dataset):
+    """Samples by global index, for ``torch.utils.data.DataLoader``.
+
+    Args:
+        index: Where the cases are and what they are like.
+        cases: The cases to draw from.
+        request: The crops of a sample.
+        seed: The run's seed.
+        stream: 0, or ``VALIDATION``: samples of different streams never share draws.
+    """
+
+    index: CaseIndex
+    cases: list[str]
+    request: CropRequest
+    seed: int
+    stream: int = 0
+    folder: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder = self.index.folder
+        self.cases = sorted(self.cases)
+
+    def __repr__(self) -> str:
+        return f"CropDataset({len(self.cases)} cases, {len(self.request.crops)} crops a sample)"
+
+    def __getitem__(self, sample: int) -> tuple[int, list[SourceBox], str]:
+        """(index, boxes, failure): a case that cannot be read is reported, not raised, so that it can be named."""
+        own, other = self.draw_cases(sample)
+        generator = sample_generator(self.seed, self.stream + CROPS, sample)
+        boxes: list[SourceBox] = []
+        case = own
+        try:
+            for crop in self.request.crops:
+                case = other if crop.other_case else own
+                boxes.append(self._read(case, crop, generator))
+        except Exception as error:  # damaged files raise anything
+            return sample, [], f"case '{case}' in {self.folder}: {type(error).__name__}: {error}"
+        return sample, boxes, ""
+
+    def draw_cases(self, sample: int) -> tuple[str, str]:
+        """A sample's own case, each case once before any comes again, and a partner that is another case."""
+        number = len(self.cases)
+        turn, place = divmod(sample, number)
+        own = _shuffled(self.seed, self.stream, turn, number)[place]
+        step = sample_generator(self.seed, self.stream + CASES, sample).integers(1, max(2, number))
+        return self.cases[own], self.cases[(own + step) % number]
+
+    def _read(self, case: str, crop: Crop, generator: np.random.Generator) -> SourceBox:
+        record, data = self.index[case], open_case(self.folder, case)
+        volume = np.asarray(data.shape[1:])
+        for _ in range(CONSTANT_TRIES):
+            matrix = crop.spatial.draw(generator, crop.size)
+            centre = draw_centre(generator, volume, crop.size, record.body)
+            half = reach(matrix, crop.size)
+            low = np.clip(np.floor(centre - half + 1e-6), 0, volume - 1).astype(int)
+            high = np.clip(np.ceil(centre + half - 1e-6) + 1, low + 1, volume).astype(int)
+            box = np.asarray(data[(slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))])
+            if not (box == box[:, :1, :1, :1]).all():
+                break
+        if not np.isfinite(box).all():
+            raise ValueError("NaN or infinite values")
+        return SourceBox(torch.from_numpy(np.ascontiguousarray(box)), matrix, centre - low, case)
+
+
+def draw_centre(
+    generator: np.random.Generator, volume: np.ndarray, size: Sequence[int], body: np.ndarray
+) -> np.ndarray:
+    """The centre (3,) of a crop in voxels, where nnU-Net could have put it, preferring places with body.
+
+    A crop lies within the volume; along an axis where the volume is smaller it is centred and will be padded on both
+    sides. Of several places the first is taken that shows at least half as much body as the case does on average.
+    """
+    edges = np.asarray(size)
+    room = volume - edges
+    # the lowest and highest corner; negative room is shared by both sides, an odd voxel by chance
+    lowest, highest = np.where(room > 0, 0, room // 2), np.where(room > 0, room, -(-room // 2))
+    wanted = body.mean() / 2
+    best, best_share = lowest, -1.0
+    for _ in range(BODY_TRIES):
+        low = generator.integers(lowest, highest + 1)
+        share = _body_share(body, volume, low, edges)
+        if share > best_share:
+            best, best_share = low, share
+        if share >= wanted:
+            break
+    return best + (edges - 1) / 2
+
+
+def collate(samples: list[tuple[int, list[SourceBox], str]]) -> CropBatch:
+    """Samples to a batch; boxes keep their own sizes. One failure makes the batch a failure."""
+    failure = next((text for _, _, text in samples if text), "")
+    boxes = [] if failure else [list(row) for row in zip(*(row for _, row, _ in samples), strict=True)]
+    return CropBatch([index for index, _, _ in samples], boxes, failure)
+
+
+def _body_share(body: np.ndarray, volume: np.ndarray, low: np.ndarray, edges: np.ndarray) -> float:
+    cells = np.asarray(body.shape)
+    first = np.clip(np.floor(low / volume * cells), 0, cells - 1).astype(int)
+    last = np.clip(np.ceil((low + edges) / volume * cells), first + 1, cells).astype(int)
+    return float(body[tuple(slice(a, b) for a, b in zip(first, last, strict=True))].mean())
+
+
+@lru_cache(maxsize=4)
+def _shuffled(seed: int, stream: int, turn: int, number: int) -> np.ndarray:
+    return np.random.default_rng((seed, stream, 1 << 8, turn)).permutation(number)

@@ -1,0 +1,179 @@
+"""The case index: what is known of every preprocessed case without opening it.
+
+Per case its shape, a coarse map of where the body is, and what is wrong with it. A case is read once, when the index
+first meets it or its file has changed; afterwards a start costs one file, however large the data set. The index lies
+beside the configuration's folder, never in it (nnU-Net refuses unknown files there).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from skimage.filters import threshold_li
+from tqdm import tqdm
+
+from nnssl_ext.data.cases import list_cases, open_case
+from nnssl_ext.files import replaced_on_success
+
+#: The body map has this many cells per axis at most.
+CELLS = 16
+#: Part of a cell's voxels that must be body for the cell to be.
+BODY_SHARE = 0.25
+#: Raised when what the index stores changes its meaning.
+VERSION = 1
+
+
+@dataclass
+class CaseRecord:
+    """One case: ``shape`` (C, D, H, W), ``body`` (cells, cells, cells) bool, ``problem`` '' if it is usable."""
+
+    shape: tuple[int, ...]
+    body: np.ndarray
+    problem: str = ""
+
+
+class CaseIndex:
+    """The records of all cases in a folder; see ``build``."""
+
+    def __init__(self, folder: Path, cases: list[str], keys: np.ndarray, table: dict[str, np.ndarray]) -> None:
+        self.folder = folder
+        self.cases = cases
+        self._keys = keys
+        self._table = table
+        self._row = {case: row for row, case in enumerate(cases)}
+
+    def __repr__(self) -> str:
+        return f"CaseIndex({len(self.cases)} cases in {self.folder})"
+
+    def __getitem__(self, case: str) -> CaseRecord:
+        row = self._row[case]
+        shape = tuple(int(n) for n in self._table["shape"][row])
+        bits = np.unpackbits(self._table["body"][row], count=CELLS**3).astype(bool).reshape((CELLS,) * 3)
+        used = tuple(min(CELLS, edge) for edge in shape[1:])
+        return CaseRecord(shape, bits[: used[0], : used[1], : used[2]], str(self._table["problem"][row]))
+
+    def problems(self) -> dict[str, str]:
+        """The cases that cannot be used, and why."""
+        rows = np.flatnonzero(self._table["problem"] != "")
+        return {self.cases[row]: str(self._table["problem"][row]) for row in rows}
+
+    def channels(self) -> np.ndarray:
+        """(cases,) number of channels; 0 where the case cannot be read."""
+        return self._table["shape"][:, 0]
+
+    @classmethod
+    def build(cls, folder: Path, *, workers: int = 1, show_progress: bool = False) -> CaseIndex:
+        """The index of a configuration's preprocessed folder, reading only the cases it does not know yet.
+
+        Args:
+            folder: ``nnUNet_preprocessed/DatasetXXX_NAME/PLANS_CONFIGURATION``.
+            workers: Threads that read.
+            show_progress: Draw a progress bar when there is something to read.
+        """
+        stats = list_cases(folder)
+        cases = list(stats)
+        keys = np.array([(s.st_size, s.st_mtime_ns) for s in stats.values()], dtype=np.int64).reshape(-1, 2)
+        path = folder.parent / f"nnssl_ext_index_{folder.name}.npz"
+        table = {
+            "shape": np.zeros((len(cases), 4), dtype=np.int64),
+            "body": np.zeros((len(cases), CELLS**3 // 8), dtype=np.uint8),
+            "problem": np.full(len(cases), "", dtype=object),
+        }
+        unknown = _take_over(path, cases, keys, table)
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            records = pool.map(lambda row: examine(folder, cases[row]), unknown)
+            progress = tqdm(
+                records, "Looking at new cases", len(unknown), disable=not show_progress or not unknown
+            )
+            for row, record in zip(unknown, progress, strict=True):
+                body = np.zeros((CELLS,) * 3, dtype=bool)
+                body[tuple(slice(0, n) for n in record.body.shape)] = record.body
+                table["shape"][row] = record.shape
+                table["body"][row] = np.packbits(body)
+                table["problem"][row] = record.problem
+        index = cls(folder, cases, keys, table)
+        if unknown:
+            index._write(path)
+        return index
+
+    def _write(self, path: Path) -> None:
+        try:
+            with replaced_on_success(path) as temporary, temporary.open("wb") as file:
+                np.savez(
+                    file, version=VERSION, cases=np.array(self.cases, dtype=str), keys=self._keys,
+                    **{**self._table, "problem": self._table["problem"].astype(str)},
+                )  # fmt: skip
+        except OSError as error:
+            # a data folder may be read-only; the index is then made anew at every start
+            warnings.warn(f"the case index {path} could not be kept: {error.strerror}", stacklevel=3)
+
+
+def _take_over(path: Path, cases: list[str], keys: np.ndarray, table: dict[str, np.ndarray]) -> list[int]:
+    """Copy the rows of unchanged cases from an earlier index; returns the rows that are not known yet."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            if int(stored["version"]) != VERSION:
+                return list(range(len(cases)))
+            earlier = {name: stored[name] for name in ("cases", "keys", *table)}
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return list(range(len(cases)))
+    row_of = {case: row for row, case in enumerate(earlier["cases"].tolist())}
+    unknown = []
+    for row, case in enumerate(cases):
+        old = row_of.get(case)
+        # a case with a problem is looked at again: it may have been repaired in place
+        if old is None or earlier["problem"][old] or not np.array_equal(earlier["keys"][old], keys[row]):
+            unknown.append(row)
+            continue
+        for name in table:
+            table[name][row] = earlier[name][old]
+    return unknown
+
+
+def examine(folder: Path, case: str) -> CaseRecord:
+    """Read one case whole: its shape, its body map, and what is wrong with it, if anything is."""
+    nothing = CaseRecord((0, 0, 0, 0), np.zeros((0, 0, 0), dtype=bool))
+    try:
+        data = np.asarray(open_case(folder, case)[:])
+    except Exception as error:  # blosc2 raises RuntimeError, ValueError or KeyError on damaged files
+        nothing.problem = f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        return nothing
+    if data.ndim != 4 or 0 in data.shape:
+        nothing.problem = f"has shape {data.shape}, expected (channels, depth, height, width)"
+        return nothing
+    record = CaseRecord(data.shape, np.zeros(tuple(min(CELLS, n) for n in data.shape[1:]), dtype=bool))
+    if not np.isfinite(data).all():
+        record.problem = "holds NaN or infinite values"
+    elif (data == data[:, :1, :1, :1]).all():
+        record.problem = "is constant"
+    else:
+        record.body = body_map(data)
+    return record
+
+
+def body_map(data: np.ndarray) -> np.ndarray:
+    """Where the body is, on a grid of at most ``CELLS`` cells per axis: bool, from the image alone.
+
+    A voxel is body when its mean over channels exceeds Li's minimum cross-entropy threshold (Li and Tam 1998).
+    """
+    image = data.mean(0, dtype=np.float32)
+    sample = image.ravel()[:: max(1, image.size // 100_000)]
+    body = (image > threshold_li(sample)).astype(np.float32)
+    for axis, edge in enumerate(image.shape):
+        starts = np.linspace(0, edge, min(CELLS, edge), endpoint=False).astype(int)
+        widths = np.diff([*starts, edge]).reshape([-1 if a == axis else 1 for a in range(3)])
+        body = np.add.reduceat(body, starts, axis=axis) / widths
+    return body >= BODY_SHARE
+
+
+def worker_count() -> int:
+    """Processes or threads that may read: nnUNet_n_proc_DA, else up to four; box reads need no more."""
+    if "nnUNet_n_proc_DA" in os.environ:
+        return int(os.environ["nnUNet_n_proc_DA"])
+    return min(4, os.cpu_count() or 1)

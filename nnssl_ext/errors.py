@@ -1,0 +1,12 @@
+"""The one exception for bad input."""
+
+
+class UserError(SystemExit):
+    """Something the user gave cannot be used.
+
+    The message is one line: what was got, what was expected, what to do. It derives from SystemExit because stock
+    ``nnUNetv2_train`` lets nothing else end the program with a line on stderr and status 1 instead of a traceback.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"nnssl_ext: error: {' '.join(message.split())}")

@@ -1,0 +1,120 @@
+"""The one interface of a self-supervised objective.
+
+B batch, C channel, D H W voxels. A method names no trainer, and the trainer names no method.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from nnssl_ext.data.crops import CropBatch, CropRequest
+from nnssl_ext.networks.backbone import UNetBackbone
+from nnssl_ext.views.random import BatchRandom
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a method is told of the data.
+
+    Attributes:
+        crop_size: Edges of the crop the network is fed with, in voxels.
+        spacing: Voxel edges in mm, in the same order.
+        channels: Channels of a case.
+    """
+
+    crop_size: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    channels: int
+
+
+@dataclass(frozen=True)
+class OptimiserRecipe:
+    """How a method wants to be optimised.
+
+    Attributes:
+        name: ``adam``, ``adamw`` or ``sgd`` (Nesterov momentum 0.99, as nnU-Net).
+        learning_rate: Peak, after the warm-up.
+        weight_decay: Of weight matrices and kernels alike.
+        schedule: ``constant``, ``poly`` (exponent 0.9, as nnU-Net) or ``cosine``, to zero at the end.
+        warm_up: Share of all steps over which the rate rises linearly.
+        clip: Largest norm of the gradient.
+    """
+
+    name: str
+    learning_rate: float
+    weight_decay: float
+    schedule: str
+    warm_up: float = 0.0
+    clip: float = 12.0
+
+
+@dataclass(frozen=True)
+class Readable:
+    """The number beside the loss that a person can read; ``key`` is its name in ``forward``'s result."""
+
+    key: str
+    title: str
+    higher_is_better: bool = True
+
+
+class Method(nn.Module, ABC):
+    """A self-supervised objective around a segmentation network whose architecture it does not own.
+
+    The module under training (compiled, wrapped for several GPUs) is the method; ``network`` is a part of it. Heads
+    of its own live beside the network.
+
+    Class attributes:
+        name: Its section in the plans, and its file's name.
+        trainer: The name behind ``-tr``.
+        title, citation: For people.
+        Settings: The dataclass of its settings.
+        readable: The number a person can read.
+    """
+
+    name: ClassVar[str]
+    trainer: ClassVar[str]
+    title: ClassVar[str]
+    citation: ClassVar[str]
+    Settings: ClassVar[type]
+    readable: ClassVar[Readable]
+
+    def __init__(self, backbone: UNetBackbone, settings: Any, geometry: Geometry) -> None:
+        super().__init__()
+        self.network = backbone.network
+        self.backbone = backbone
+        self.settings = settings
+        self.geometry = geometry
+
+    @classmethod
+    def output_channels(cls, settings: Any, geometry: Geometry) -> int | None:
+        """Width of the network's heads while pretraining; None leaves the data set's."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def crops(cls, settings: Any, geometry: Geometry) -> CropRequest:
+        """What one sample is made of."""
+
+    @abstractmethod
+    def optimiser(self) -> OptimiserRecipe:
+        """How to optimise the trainable parameters."""
+
+    @abstractmethod
+    def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
+        """Augmented views and the pretext target, without gradient, on ``random.device``; every draw from it."""
+
+    @abstractmethod
+    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``loss`` and its named terms, each (B,), on the device; in evaluation also the readable number."""
+
+    def after_step(self, progress: float) -> None:
+        """Called after each optimiser step with the share of the training that is done, in [0, 1]."""
+
+    @property
+    def exported(self) -> nn.Module:
+        """The network whose weights are written: the student, or its teacher."""
+        return self.network

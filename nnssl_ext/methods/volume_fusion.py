@@ -1,0 +1,162 @@
+"""VolumeFusion: tell per voxel how much of a foreground crop was fused into a background crop.
+
+X = a F + (1 - a) B with a in {0, 1/K, ..., 1}; the network segments X into the K + 1 levels of a. Encoder and decoder
+are pretrained. Wang et al., "MIS-FM", arXiv 2306.16925; "Volume Fusion-based Self-Supervised Pretraining for 3D
+Medical Image Segmentation", IEEE Transactions on Image Processing 34:6041, 2025.
+
+B batch, C channel, D H W voxels, K levels above the background.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
+from nnssl_ext.losses.segmentation import (
+    IGNORE,
+    deep_supervision_weights,
+    dice_cross_entropy,
+    downsample_labels,
+    hard_dice,
+)
+from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, Readable
+from nnssl_ext.settings import setting
+from nnssl_ext.views.fusion import MOST_BOXES, BoxLayout, GridLayout, fuse
+from nnssl_ext.views.intensity import IntensityDraw, IntensitySettings, remap_percentiles
+from nnssl_ext.views.random import BatchRandom
+from nnssl_ext.views.spatial import SpatialRange, cut_batch
+
+ARXIV, TIP = "arXiv 2306.16925", "IEEE TIP 34:6041"
+
+
+@dataclass(frozen=True)
+class VolumeFusionSettings:
+    """Settings of VolumeFusion."""
+
+    levels: int = setting(4, "K: the foreground's share is 0, 1/K, ..., 1.", source=ARXIV, low=1, high=254)
+    source: str = setting(
+        "other", "Foreground from another case, or from the same case.", source=ARXIV, choices=("other", "same")
+    )
+    layout: str = setting(
+        "boxes", "Overlapping boxes, or a grid of blocks.", source=ARXIV, choices=("boxes", "grid")
+    )
+    boxes: list[int] = setting([10, 40], "Least and most boxes.", source=ARXIV, low=1, high=MOST_BOXES, length=2)
+    box_edge: list[float] = setting(
+        [0.0625, 0.625], "Least and largest box edge, as a share of the crop's.", source=ARXIV, low=0, high=1, length=2
+    )
+    smallest_box: int = setting(4, "Least box edge in voxels of the finest axis.", source=f"8 in {ARXIV}", low=1)
+    block_edge: list[int] = setting(
+        [8, 32], "Least and largest edge of a grid's blocks in voxels of the finest axis.", source=TIP, low=1,
+        length=2,
+    )  # fmt: skip
+    foreground_share: float = setting(0.7, "Share of a grid's blocks that are foreground.", source=TIP, low=0, high=1)
+    ignore_below: float = setting(
+        0.05,
+        "Voxels whose two sources differ by less, in normalised intensities, are no target; 0 keeps all.",
+        source="where both crops are alike, on air say, the level cannot be known",
+        low=0,
+    )
+    dice_weight: float = setting(0.5, "Weight of the Dice loss; the cross-entropy has the rest.", source=ARXIV, low=0,
+                                 high=1)  # fmt: skip
+    flip: float = setting(0.5, "Chance of a mirror, per axis and crop.", source=TIP, low=0, high=1)
+    rot90: float = setting(0.3, "Chance of quarter turns in a plane of equal edges and spacing.", low=0, high=1)
+    affine: float = setting(0.3, "Chance of a rotation and zoom, per crop.", source="nnU-Net", low=0, high=1)
+    rotation: float = setting(15.0, "Largest angle about each axis in degrees.", low=0, high=180)
+    zoom: list[float] = setting([0.8, 1.25], "Range of the magnification.", low=0.1, high=10, length=2)
+    remap: str = setting(
+        "none", "Intensities as the plans normalise them, or percentiles to [0, 1].", choices=("none", "percentile")
+    )
+    intensity: IntensitySettings = field(default_factory=IntensitySettings)
+    optimiser: str = setting("adamw", "Optimiser.", choices=("adam", "adamw", "sgd"))
+    weight_decay: float = setting(1e-5, "Weight decay.", source=ARXIV, low=0)
+    schedule: str = setting(
+        "cosine", "How the learning rate falls.", choices=("constant", "poly", "cosine")
+    )
+    warm_up: float = setting(0.02, "Share of the steps with a rising learning rate.", low=0, high=0.9)
+
+
+class VolumeFusion(Method):
+    """See the module's docstring."""
+
+    name = "volume_fusion"
+    trainer = "nnsslTrainer_VolumeFusion"
+    title = "VolumeFusion"
+    citation = "Wang et al., IEEE Transactions on Image Processing 34:6041, 2025, doi:10.1109/TIP.2025.3610249"
+    Settings = VolumeFusionSettings
+    readable = Readable("fusion_dice", "Dice of the fusion levels")
+
+    settings: VolumeFusionSettings
+
+    @classmethod
+    def output_channels(cls, settings: VolumeFusionSettings, geometry: Geometry) -> int:
+        return settings.levels + 1
+
+    @classmethod
+    def crops(cls, settings: VolumeFusionSettings, geometry: Geometry) -> CropRequest:
+        spatial = SpatialRange(
+            geometry.spacing, settings.flip, settings.rot90, settings.affine, settings.rotation,
+            (settings.zoom[0], settings.zoom[1]),
+        )  # fmt: skip
+        return CropRequest((
+            Crop(geometry.crop_size, spatial),
+            Crop(geometry.crop_size, spatial, other_case=settings.source == "other"),
+        ))  # fmt: skip
+
+    def optimiser(self) -> OptimiserRecipe:
+        s = self.settings
+        return OptimiserRecipe(s.optimiser, 1e-3, s.weight_decay, s.schedule, s.warm_up)
+
+    def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
+        """``image`` (B, C, D, H, W) and ``level`` (B, D, H, W) uint8 with ``IGNORE``."""
+        size, device = self.geometry.crop_size, random.device
+        background, background_inside = cut_batch(batch.boxes[0], size, device)
+        foreground, foreground_inside = cut_batch(batch.boxes[1], size, device)
+        for crop, inside in ((background, background_inside), (foreground, foreground_inside)):
+            if self.settings.remap == "percentile":
+                remap_percentiles(crop)
+            IntensityDraw.draw(self.settings.intensity, random, crop.shape[1]).apply(crop, random)
+            crop.mul_(inside)
+
+        level = self._draw_levels(random)
+        image = fuse(foreground, background, level, self.settings.levels)
+        decidable = background_inside[:, 0] & foreground_inside[:, 0]
+        if self.settings.ignore_below:
+            decidable &= (foreground - background).abs().amax(1) >= self.settings.ignore_below
+        return {"image": image, "level": level.masked_fill_(~decidable, IGNORE)}
+
+    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``loss``, ``dice_loss`` and ``cross_entropy``, and in evaluation ``fusion_dice``; each (B,)."""
+        outputs = self.network(views["image"])
+        outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+        loss = dice_total = entropy_total = views["image"].new_zeros(len(views["image"]), dtype=torch.float32)
+        for output, weight in zip(outputs, deep_supervision_weights(len(outputs)), strict=True):
+            if not weight:
+                # keeps the coarsest head in the graph: several GPUs wait for every parameter's gradient
+                loss = loss + 0.0 * output.float().mean((1, 2, 3, 4))
+                continue
+            dice, entropy = dice_cross_entropy(output, downsample_labels(views["level"], output.shape[2:]))
+            dice_total, entropy_total = dice_total + weight * dice, entropy_total + weight * entropy
+        mix = self.settings.dice_weight
+        loss = loss + mix * dice_total + (1 - mix) * entropy_total
+        result = {"loss": loss, "dice_loss": dice_total.detach(), "cross_entropy": entropy_total.detach()}
+        if not self.training:
+            result["fusion_dice"] = hard_dice(outputs[0], views["level"])
+        return result
+
+    def _draw_levels(self, random: BatchRandom) -> Tensor:
+        s, size = self.settings, self.geometry.crop_size
+        # voxels along a thick axis count for more: limits in voxels are those of the finest axis
+        anisotropy = [spacing / min(self.geometry.spacing) for spacing in self.geometry.spacing]
+        layout: BoxLayout | GridLayout
+        if s.layout == "boxes":
+            thinnest = [max(1, round(s.smallest_box / ratio)) for ratio in anisotropy]
+            layout = BoxLayout.draw(random, size, s.levels, sorted(s.boxes), sorted(s.box_edge), thinnest)
+        else:
+            edges = [[max(1, round(edge / ratio)) for edge in sorted(s.block_edge)] for ratio in anisotropy]
+            layout = GridLayout.draw(random, size, s.levels, edges, s.foreground_share)
+        # doubles, which the paint brush of boxes needs, do not exist on mps
+        canvas = torch.device("cpu") if random.device.type == "mps" else random.device
+        return layout.paint(size, canvas).to(random.device)

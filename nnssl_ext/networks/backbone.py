@@ -1,0 +1,82 @@
+"""How a method sees a segmentation network that plans can build: its encoder's features and the crops it can take.
+
+B batch, C channel, D H W voxels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet, ResidualUNet
+from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
+from torch import Tensor, nn
+
+#: The last part of the name of the layers that stock nnU-Net does not transfer.
+HEADS = ".seg_layers."
+
+
+class UNetBackbone:
+    """A plain or residual U-Net of dynamic-network-architectures.
+
+    Args:
+        network: The network; it is looked at, not owned.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.encoder: nn.Module = network.encoder  # type: ignore[assignment]
+        self.residual = isinstance(self.encoder, ResidualEncoder)
+
+    @property
+    def strides(self) -> list[tuple[int, ...]]:
+        """Cumulative stride of each encoder stage, per axis."""
+        return [tuple(row) for row in np.cumprod(np.asarray(self.encoder.strides), axis=0).tolist()]
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of each encoder stage."""
+        return list(self.encoder.output_channels)  # type: ignore[arg-type]
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """Feature maps of the encoder, finest first: (B, C, D, H, W) -> [(B, channels[i], *edges / strides[i])]."""
+        return self.encoder(image)
+
+    def set_deep_supervision(self, enabled: bool) -> None:
+        """Whether the network returns all its outputs, full resolution first, or only the first."""
+        self.network.decoder.deep_supervision = enabled  # type: ignore[union-attr, assignment]
+
+    def crop_problem(self, size: Sequence[int]) -> str:
+        """Why the whole network cannot take a crop with these edges; '' if it can.
+
+        Up-sampled maps meet the skips only where edges are multiples of the total stride. A residual encoder needs
+        twice that: at once it, its average-pooled skip is broadcast onto a larger map without any error. And an
+        instance norm needs more than one voxel at the bottleneck.
+        """
+        total = self.strides[-1]
+        for axis, (edge, stride) in enumerate(zip(size, total, strict=True)):
+            least = 2 * stride if self.residual and stride > 1 else stride
+            if edge % stride or edge < least:
+                lower, upper = max(edge // stride * stride, least), max(-(-edge // stride) * stride, least)
+                near = f"{lower}" if lower == upper else f"{lower} or {upper}"
+                return (
+                    f"crop edge {edge} (axis {axis} of {tuple(size)}) does not fit the network: it must be a multiple "
+                    f"of {stride}, at least {least}; use {near}"
+                )
+        if np.prod([edge // stride for edge, stride in zip(size, total, strict=True)]) < 2:
+            return f"crop {tuple(size)} leaves one voxel at the bottleneck (stride {total}); use a larger crop"
+        return ""
+
+
+def backbone_of(network: nn.Module) -> UNetBackbone:
+    """The view of a network.
+
+    Raises:
+        ValueError: For a network of a kind that is not known.
+    """
+    if isinstance(network, (PlainConvUNet, ResidualEncoderUNet, ResidualUNet)):
+        return UNetBackbone(network)
+    raise ValueError(
+        f"cannot pretrain a network of type {type(network).__module__}.{type(network).__name__}; "
+        f"known are PlainConvUNet, ResidualEncoderUNet and ResidualUNet"
+    )

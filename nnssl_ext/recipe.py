@@ -1,0 +1,171 @@
+"""Recipes: the JSON files of plans/, merged into a data set's own nnU-Net plans.
+
+A recipe has up to four parts::
+
+    {"description": "one line",
+     "nnssl_ext":     settings of the pretraining, common ones and one section per method,
+     "configuration": batch_size and patch_size of the plan's 3-D configurations (fine-tuning sees them too),
+     "architecture":  features_base and features_max: the width of the network}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nnssl_ext.errors import UserError
+from nnssl_ext.files import replaced_on_success
+from nnssl_ext.resources import resource_folder
+from nnssl_ext.settings import PLANS_KEY, check_settings, setting, unknown_name
+
+
+@dataclass(frozen=True)
+class ConfigurationOverlay:
+    """What a recipe may change of a plan's 3-D configurations."""
+
+    batch_size: int | None = setting(None, "Batch size of the configuration.", low=1)
+    patch_size: list[int] | None = setting(None, "Patch edges in voxels.", low=1, length=3)
+
+
+@dataclass(frozen=True)
+class ArchitectureOverlay:
+    """What a recipe may change of a plan's network."""
+
+    features_base: int | None = setting(None, "Channels of the first stage; they double with each stage.", low=1)
+    features_max: int | None = setting(None, "Upper limit of the channels of a stage.", low=1)
+
+
+@dataclass
+class Recipe:
+    """One recipe, as plain JSON values."""
+
+    name: str
+    settings: dict = field(default_factory=dict)
+    configuration: dict = field(default_factory=dict)
+    architecture: dict = field(default_factory=dict)
+
+    def parts(self) -> dict[str, dict]:
+        return {PLANS_KEY: self.settings, "configuration": self.configuration, "architecture": self.architecture}
+
+
+def available_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in resource_folder("plans").glob("*.json"))
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Read a recipe by its name in plans/ or by the path of a JSON file.
+
+    Raises:
+        UserError: If it does not exist, is not JSON, or has an unknown part.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".json":
+        if name_or_path not in available_recipes():
+            raise UserError(unknown_name("recipe", name_or_path, available_recipes(), "nnssl_ext plan"))
+        path = resource_folder("plans") / f"{name_or_path}.json"
+    content = read_json(path)
+    parts = {"description", PLANS_KEY, "configuration", "architecture"}
+    for key in content:
+        if key not in parts:
+            raise UserError(unknown_name("part", key, sorted(parts), str(path)))
+    return Recipe(
+        str(path), content.get(PLANS_KEY, {}), content.get("configuration", {}), content.get("architecture", {})
+    )
+
+
+def assignments_recipe(assignments: Iterable[str]) -> Recipe:
+    """The recipe that command-line words like ``epochs=200`` or ``volume_fusion.levels=4`` spell out.
+
+    Values are JSON; what is not JSON is taken as a string. ``configuration.`` and ``architecture.`` reach the other
+    two parts.
+    """
+    recipe = Recipe("command line")
+    for word in assignments:
+        name, _, text = word.partition("=")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        keys = name.split(".")
+        target = recipe.settings
+        if keys[0] in ("configuration", "architecture"):
+            target = recipe.parts()[keys.pop(0)]
+        for key in keys[:-1]:
+            target = target.setdefault(key, {})
+            if not isinstance(target, dict):
+                raise UserError(f"command line: '{name}' is a setting and a section at once")
+        target[keys[-1]] = value
+    return recipe
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``below`` with the values of ``above`` laid over it, objects merged key by key; neither is changed."""
+    result = deepcopy(dict(below))
+    for key, value in above.items():
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = merged(result[key], value)
+        else:
+            result[key] = deepcopy(value)
+    return result
+
+
+def derive_plans(plans: Mapping[str, Any], name: str, recipes: list[Recipe], configurations: list[str]) -> dict:
+    """A data set's plans with recipes laid over them, in their order.
+
+    The preprocessed data is shared: ``data_identifier`` stays as it is.
+
+    Args:
+        plans: The data set's own plans.
+        name: ``plans_name`` of the result; equal to its file's stem.
+        recipes: What to lay over.
+        configurations: The configurations that the overlays change.
+    """
+    result = deepcopy(dict(plans))
+    result["plans_name"] = name
+    for recipe in recipes:
+        result[PLANS_KEY] = merged(result.get(PLANS_KEY, {}), recipe.settings)
+        configuration = check_settings(ConfigurationOverlay, recipe.configuration, recipe.name, "configuration.")
+        architecture = check_settings(ArchitectureOverlay, recipe.architecture, recipe.name, "architecture.")
+        for configuration_name in configurations:
+            _apply(result["configurations"][configuration_name], configuration, architecture)
+    return result
+
+
+def _apply(target: dict, configuration: ConfigurationOverlay, architecture: ArchitectureOverlay) -> None:
+    if configuration.batch_size is not None:
+        target["batch_size"] = configuration.batch_size
+    if configuration.patch_size is not None:
+        target["patch_size"] = list(configuration.patch_size)
+    if architecture.features_base is None and architecture.features_max is None:
+        return
+    kwargs = target["architecture"]["arch_kwargs"]
+    base = architecture.features_base or kwargs["features_per_stage"][0]
+    limit = architecture.features_max or max(kwargs["features_per_stage"])
+    kwargs["features_per_stage"] = [min(base * 2**stage, limit) for stage in range(kwargs["n_stages"])]
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The JSON content of a file, an object or a list as ``kind`` says, or one line about why not."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, kind):
+        raise UserError(f"{path} must hold a JSON {kind.__name__}, got {type(content).__name__}")
+    return content
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Write JSON so that the file is never seen half-written."""
+    try:
+        with replaced_on_success(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=4))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

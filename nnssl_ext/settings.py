@@ -1,0 +1,148 @@
+"""Settings: declared as dataclasses, checked by name and by type, read from the plans.
+
+A schema is a frozen dataclass whose fields are made with ``setting(...)``; a field may itself be such a dataclass.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
+
+from nnssl_ext.errors import UserError
+
+PLANS_KEY = "nnssl_ext"
+
+Schema = TypeVar("Schema")
+
+
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    source: str = "",
+    choices: tuple | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    length: int | None = None,
+) -> Any:
+    """Declare one setting.
+
+    Args:
+        default: Its value when the plans do not name it; lists are copied.
+        doc: One sentence with units, shown in docs/plans.md.
+        source: The paper or the reason the default comes from.
+        choices: The only values allowed.
+        low, high: Inclusive limits of a number, or of every number of a list.
+        length: Number of entries of a list.
+    """
+    metadata = {"doc": doc, "source": source, "choices": choices, "low": low, "high": high, "length": length}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class CommonSettings:
+    """Settings that every method shares."""
+
+    epochs: int = setting(400, "Epochs of pretraining.", source="100,000 steps: VolumeFusion's 1k-volume run", low=1)
+    iterations_per_epoch: int = setting(250, "Optimiser steps an epoch.", source="nnU-Net", low=1)
+    validation_iterations: int = setting(25, "Validation batches after each epoch; always the same crops.", low=1)
+    batch_size: int | None = setting(None, "Samples a step over all GPUs; null takes the plan's.", low=1)
+    crop_size: list[int] | None = setting(None, "Crop edges in voxels; null takes the plan's patch.", low=1, length=3)
+    learning_rate: float | None = setting(None, "Peak learning rate; null takes the method's.", low=0)
+    seed: int = setting(0, "Seed of every random draw, the network's initial values included.", low=0)
+    save_every: int = setting(5, "Epochs between two checkpoint_latest.pth.", low=1)
+    target_trainer: str = setting("nnUNetTrainer", "The trainer whose network is pretrained: it builds it.")
+
+
+def check_settings(schema: type[Schema], given: Any, where: str, prefix: str = "") -> Schema:
+    """Build ``schema`` from plain JSON values.
+
+    Args:
+        schema: A dataclass of settings.
+        given: Mapping of setting names to values; names left out keep their defaults.
+        where: The file the values come from, for error messages.
+        prefix: Dotted name of the section, with its trailing dot.
+
+    Raises:
+        UserError: For an unknown name (with the nearest known one), a wrong type or a value out of its limits.
+    """
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where}: section '{prefix.rstrip('.')}' must be an object of settings, got {given!r}")
+    hints = typing.get_type_hints(schema)
+    known = {f.name: f for f in fields(schema)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in known:
+            raise UserError(unknown_name("setting", prefix + str(name), [prefix + k for k in known], where))
+        values[name] = _check_value(hints[name], value, known[name].metadata, prefix + name, where)
+    return schema(**values)
+
+
+def split_sections(
+    given: Any, schemas: Mapping[str, type], where: str
+) -> tuple[CommonSettings, dict[str, Any]]:
+    """Check the whole ``nnssl_ext`` section of a plans file: the common settings and every method's section.
+
+    Returns:
+        The common settings, and for each name in ``schemas`` its checked settings.
+    """
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where}: '{PLANS_KEY}' must be an object of settings, got {given!r}")
+    common_names = [f.name for f in fields(CommonSettings)]
+    for name in given:
+        if name not in schemas and name not in common_names:
+            raise UserError(unknown_name("setting", str(name), [*common_names, *schemas], where))
+    common = check_settings(CommonSettings, {k: v for k, v in given.items() if k not in schemas}, where)
+    return common, {name: check_settings(s, given.get(name, {}), where, f"{name}.") for name, s in schemas.items()}
+
+
+def unknown_name(kind: str, got: str, known: list[str], where: str) -> str:
+    """The error line for a name that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(got, known, n=1, cutoff=0.4)
+    hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
+    return f"{where}: unknown {kind} '{got}'; {hint}"
+
+
+def _check_value(hint: Any, value: Any, limits: Mapping[str, Any], name: str, where: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    (kind,) = (option for option in options if option is not type(None))
+    if is_dataclass(kind):
+        return check_settings(kind, value, where, f"{name}.")  # type: ignore[type-var]
+    if typing.get_origin(kind) is list:
+        return _check_list(kind, value, limits, name, where)
+    return _check_scalar(kind, value, limits, name, where)
+
+
+def _check_list(kind: Any, value: Any, limits: Mapping[str, Any], name: str, where: str) -> list:
+    (item,) = typing.get_args(kind)
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{where}: setting '{name}' must be a list of {item.__name__}, got {value!r}")
+    if limits.get("length") and len(value) != limits["length"]:
+        raise UserError(f"{where}: setting '{name}' must have {limits['length']} entries, got {list(value)!r}")
+    return [_check_scalar(item, entry, limits, name, where) for entry in value]
+
+
+def _check_scalar(kind: type, value: Any, limits: Mapping[str, Any], name: str, where: str) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(
+            f"{where}: setting '{name}' must be {kind.__name__}, got {value!r} ({type(value).__name__})"
+        )
+    if limits.get("choices") and value not in limits["choices"]:
+        raise UserError(f"{where}: setting '{name}' must be one of {', '.join(limits['choices'])}, got {value!r}")
+    low, high = limits.get("low"), limits.get("high")
+    if kind in (int, float) and not (float("-inf") < value < float("inf")):
+        raise UserError(f"{where}: setting '{name}' must be a finite number, got {value!r}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        limit = f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
+        raise UserError(f"{where}: setting '{name}' must be {limit}, got {value!r}")
+    return value

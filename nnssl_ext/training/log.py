@@ -1,0 +1,69 @@
+"""The log of a pretraining and its picture, in the place of nnU-Net's, which knows only Dice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
+
+from nnssl_ext.methods import Readable
+
+#: Weight of the newest epoch in the moving average that chooses checkpoint_best.
+NEWEST = 0.3
+
+
+class PretrainingLog(LocalLogger):
+    """One float per epoch and key, for any key; plain Python, so that checkpoints stay readable without pickles."""
+
+    def __init__(self, readable: Readable) -> None:
+        super().__init__()
+        self.readable = readable
+        self.my_fantastic_logging = {
+            key: [] for key in ("train_losses", "val_losses", "lrs", "epoch_start_timestamps", "epoch_end_timestamps")
+        }
+
+    def log(self, key: str, value: float, epoch: int) -> None:
+        values = self.my_fantastic_logging.setdefault(key, [])
+        # a resumed run may repeat the epoch it was killed in
+        del values[epoch:]
+        super().log(key, float(value), epoch)
+
+    def smoothed_val_loss(self) -> float:
+        """Moving average of the validation objective; the lowest one marks checkpoint_best."""
+        average, *rest = self.my_fantastic_logging["val_losses"]
+        for value in rest:
+            average = (1 - NEWEST) * average + NEWEST * value
+        return average
+
+    def plot_progress_png(self, output_folder: str) -> None:
+        """Draw progress.png: the objective, its terms, the readable number, the learning rate, epoch times."""
+        log = self.my_fantastic_logging
+        terms = sorted(k.removeprefix("val_") for k in log if k.startswith("val_") and k != "val_losses")
+        terms = [term for term in terms if term != self.readable.key]
+        figure, axes = plt.subplots(2, 2, figsize=(13, 9), constrained_layout=True)
+        objective, parts, readable, rate = axes.flat
+        objective.plot(log["train_losses"], color="tab:blue", label="training")
+        objective.plot(log["val_losses"], color="tab:red", label="validation")
+        objective.set(title="Objective", ylabel="loss")
+        for number, term in enumerate(terms):
+            colour = f"C{number}"
+            parts.plot(log.get(f"train_{term}", []), color=colour, linestyle=":", label=f"{term}, training")
+            parts.plot(log[f"val_{term}"], color=colour, label=f"{term}, validation")
+        parts.set(title="Its terms")
+        readable.plot(log.get(f"val_{self.readable.key}", []), color="tab:green", label="validation")
+        readable.set(title=self.readable.title)
+        rate.plot(log["lrs"], color="tab:purple", label="learning rate")
+        rate.set(title="Learning rate and epoch time", ylabel="learning rate")
+        times = [end - start for start, end in zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"])]  # noqa: B905
+        seconds = rate.twinx()
+        seconds.plot(times, color="tab:gray", linestyle="--", label="seconds an epoch")
+        seconds.set_ylabel("s")
+        seconds.set_ylim(bottom=0)
+        for axis in axes.flat:
+            axis.set_xlabel("epoch")
+            axis.grid(alpha=0.3)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize="small")
+        figure.savefig(Path(output_folder) / "progress.png", dpi=80)
+        plt.close(figure)

@@ -1,0 +1,196 @@
+"""Everything that can be wrong before the first step, found before anything is written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
+
+from nnssl_ext.data.cases import shorten
+from nnssl_ext.data.index import CaseIndex, worker_count
+from nnssl_ext.errors import UserError
+from nnssl_ext.methods import SCHEMAS, Geometry, Method
+from nnssl_ext.networks.backbone import UNetBackbone, backbone_of
+from nnssl_ext.recipe import read_json
+from nnssl_ext.settings import PLANS_KEY, CommonSettings, split_sections
+from nnssl_ext.training.distributed import rank, world
+
+#: nnU-Net's numbered folds split into five parts.
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run whose input has been looked at.
+
+    Attributes:
+        common: Settings that all methods share.
+        settings: The method's settings.
+        geometry: Crop, spacing and channels.
+        batch_size: Samples a step over all processes.
+        index: The cases.
+    """
+
+    common: CommonSettings
+    settings: Any
+    geometry: Geometry
+    batch_size: int
+    index: CaseIndex
+
+
+def check_run(
+    method: type[Method], plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device
+) -> Checked:
+    """Check plans, settings, network, cases and folders of one run.
+
+    Raises:
+        UserError: One line about the first thing that cannot work.
+    """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device was found; use -device cpu")
+    common, settings, geometry, batch_size = check_plans(method, plans, configuration, dataset_json)
+    if batch_size < world():
+        raise UserError(f"batch size {batch_size} is smaller than the number of GPUs ({world()}); use fewer GPUs")
+
+    manager = PlansManager(plans)
+    base = Path(str(nnUNet_preprocessed)) / manager.dataset_name
+    index = _index(base / manager.get_configuration(configuration).data_identifier, geometry.channels)
+    fewest = method.crops(settings, geometry).fewest_cases
+    cases = _training_cases(base, index.cases, fold)
+    if cases < fewest:
+        raise UserError(
+            f"{method.title} with these settings needs at least {fewest} training cases, fold {fold} of "
+            f"{manager.dataset_name} has {cases}"
+        )
+    _check_results_folder(Path(str(nnUNet_results)))
+    return Checked(common, settings, geometry, batch_size, index)
+
+
+def check_plans(
+    method: type[Method], plans: dict, configuration: str, dataset_json: dict
+) -> tuple[CommonSettings, Any, Geometry, int]:
+    """The part of ``check_run`` that needs only the plans: settings, geometry and batch size, the network's limits."""
+    where = f"plans {plans['plans_name']}"
+    if configuration not in plans["configurations"]:
+        known = ", ".join(plans["configurations"])
+        raise UserError(f"{where}: unknown configuration '{configuration}'; known: {known}")
+    manager = PlansManager(plans)
+    config = manager.get_configuration(configuration)
+    if len(config.patch_size) != 3:
+        raise UserError(f"configuration '{configuration}' is 2-D; pretraining is 3-D: use 3d_fullres or 3d_lowres")
+    if config.previous_stage_name is not None:
+        raise UserError(
+            f"configuration '{configuration}' is a cascade stage, whose input holds predictions; pretrain 3d_fullres "
+            f"or 3d_lowres instead"
+        )
+    common, sections = split_sections(plans.get(PLANS_KEY, {}), SCHEMAS, where)
+    settings = sections[method.name]
+    geometry = Geometry(
+        tuple(common.crop_size or config.patch_size), tuple(config.spacing),
+        determine_num_input_channels(manager, config, dataset_json),
+    )  # fmt: skip
+    with torch.device("meta"):
+        backbone = build_backbone(plans, configuration, geometry.channels, 2)
+    problem = backbone.crop_problem(geometry.crop_size)
+    if problem:
+        raise UserError(f"{where}, configuration '{configuration}': {problem}")
+    return common, settings, geometry, common.batch_size or config.batch_size
+
+
+def build_network(plans: dict, configuration: str, input_channels: int, outputs: int) -> nn.Module:
+    """The network that the target trainer builds from the plans, with deep supervision."""
+    manager = PlansManager(plans)
+    name = plans.get(PLANS_KEY, {}).get("target_trainer", "nnUNetTrainer")
+    try:
+        target = recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:
+        raise UserError(f"plans {plans['plans_name']}: target_trainer '{name}' was not found by nnU-Net") from error
+    return target.build_network_architecture(
+        manager, manager.get_configuration(configuration), input_channels, outputs, True
+    )
+
+
+def build_backbone(plans: dict, configuration: str, input_channels: int, outputs: int) -> UNetBackbone:
+    """``build_network`` seen as a backbone; a network of unknown kind is one line."""
+    try:
+        return backbone_of(build_network(plans, configuration, input_channels, outputs))
+    except ValueError as error:
+        raise UserError(f"plans {plans['plans_name']}, configuration '{configuration}': {error}") from error
+
+
+def _index(folder: Path, channels: int) -> CaseIndex:
+    if not folder.is_dir():
+        raise UserError(f"no preprocessed data in {folder}; run nnUNetv2_preprocess or nnUNetv2_plan_and_preprocess")
+    # the first process looks at new cases, the others read what it found
+    if world() > 1 and rank() > 0:
+        dist.barrier()
+    index = CaseIndex.build(folder, workers=worker_count(), show_progress=rank() == 0)
+    if world() > 1 and rank() == 0:
+        dist.barrier()
+    if not index.cases:
+        raise UserError(f"no case in {folder}; run nnUNetv2_preprocess for this configuration")
+    problems = index.problems()
+    if problems:
+        listed = shorten(f"case '{case}' {problem}" for case, problem in problems.items())
+        raise UserError(f"{folder}: {listed}; preprocess these cases again or remove them")
+    wrong = [case for case, found in zip(index.cases, index.channels(), strict=True) if found != channels]
+    if wrong:
+        found = index[wrong[0]].shape[0]
+        raise UserError(
+            f"{folder}: case '{wrong[0]}' has {found} channels, the plans expect {channels}"
+            f"{f' (and {len(wrong) - 1} more such cases)' if len(wrong) > 1 else ''}; preprocess the data set again"
+        )
+    return index
+
+
+def _training_cases(base: Path, cases: list[str], fold: int | str) -> int:
+    """How many cases a fold trains on, as nnU-Net will split them."""
+    if fold == "all":
+        return len(cases)
+    splits = base / "splits_final.json"
+    if splits.is_file():
+        content = _read_splits(splits)
+        if int(fold) < len(content):
+            return len(_known(content[int(fold)]["train"], cases, splits))
+    elif len(cases) < FOLDS:
+        raise UserError(f"fold {fold} needs at least {FOLDS} cases, {base.name} has {len(cases)}; use fold 'all'")
+    return int(len(cases) * 0.8)
+
+
+def _read_splits(path: Path) -> list[dict]:
+    content = read_json(path, list)
+    if not all(isinstance(part, dict) and {"train", "val"} <= set(part) for part in content):
+        raise UserError(f"{path} must be a list of objects with 'train' and 'val'")
+    return content
+
+
+def _known(wanted: list[str], cases: list[str], splits: Path) -> list[str]:
+    missing = sorted(set(wanted) - set(cases))
+    if missing:
+        raise UserError(f"{splits} names cases that are not preprocessed: {shorten(missing)}")
+    return wanted
+
+
+def _check_results_folder(folder: Path) -> None:
+    """Fails when nothing could be written there; leaves nothing behind."""
+    nearest = folder
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    try:
+        if not nearest.is_dir():
+            raise NotADirectoryError(20, "is not a folder", str(nearest))
+        handle, name = tempfile.mkstemp(dir=nearest, prefix=".nnssl_ext_")
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        raise UserError(f"nnUNet_results={folder} cannot be written: {nearest}: {error.strerror}") from error

@@ -1,0 +1,62 @@
+"""What a finished pretraining tells its user, in place of nnU-Net's validation."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnssl_ext.recipe import write_json
+
+if TYPE_CHECKING:
+    from nnssl_ext.training.trainer import PretrainingTrainer
+
+
+def print_summary(trainer: PretrainingTrainer) -> dict[str, Any]:
+    """Print and log the summary and write it as pretraining_summary.json; returns its content."""
+    log = trainer.logger.get_value
+    readable = trainer.method.readable
+    numbers = log(f"val_{readable.key}", None)
+    losses = log("val_losses", None)
+    file = Path(trainer.output_folder) / "checkpoint_final.pth"
+    start, end = log("epoch_start_timestamps", None), log("epoch_end_timestamps", None)
+    content = {
+        "method": trainer.method.title,
+        "dataset": trainer.plans_manager.dataset_name,
+        "plans": trainer.plans_manager.plans_name,
+        "configuration": trainer.configuration_name,
+        "fold": trainer.fold,
+        "cases": len(trainer.checked.index.cases),
+        "epochs": len(losses),
+        "steps": trainer.step,
+        "batch_size": trainer.checked.batch_size,
+        "hours": sum(b - a for a, b in zip(start, end, strict=True)) / 3600,
+        "objective_first": losses[0],
+        "objective_last": losses[-1],
+        readable.key: {"title": readable.title, "first": numbers[0], "last": numbers[-1]},
+        "checkpoint": str(file) if file.is_file() else None,
+        "next_command": next_command(trainer, file) if file.is_file() else None,
+    }
+    write_json(content, Path(trainer.output_folder) / "pretraining_summary.json")
+    trainer.print_to_log_file(
+        f"Pretraining summary\n"
+        f"  {content['method']} on {content['dataset']}, {content['configuration']}, fold {content['fold']}: "
+        f"{content['epochs']} epochs, {content['steps']} steps of {content['batch_size']}, {content['hours']:.2f} h\n"
+        f"  objective on validation crops: {losses[0]:.4f} -> {losses[-1]:.4f}\n"
+        f"  {readable.title}: {numbers[0]:.4f} -> {numbers[-1]:.4f}\n"
+        f"  fine-tune with:\n    {content['next_command'] or 'nothing: no checkpoint was written'}",
+        add_timestamp=False,
+    )
+    return content
+
+
+def next_command(trainer: PretrainingTrainer, file: Path) -> str:
+    """The stock command that fine-tunes from these weights."""
+    dataset = trainer.plans_manager.dataset_name
+    words = ["nnUNetv2_train", str(int(dataset[7:10])), trainer.configuration_name, str(trainer.fold)]
+    if trainer.plans_manager.plans_name != "nnUNetPlans":
+        words += ["-p", trainer.plans_manager.plans_name]
+    target = trainer.checked.common.target_trainer
+    if target != "nnUNetTrainer":
+        words += ["-tr", target]
+    return shlex.join([*words, "-pretrained_weights", str(file)])

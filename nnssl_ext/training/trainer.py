@@ -1,0 +1,338 @@
+"""PretrainingTrainer: the one bridge to nnUNetTrainer.
+
+It makes stock ``nnUNetv2_train`` run a self-supervised method: nnU-Net's command, folders, logs and checkpoints; the
+method's crops, views and objective. It knows no method by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from time import time
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from nnssl_ext import checkpoint
+from nnssl_ext.data.crops import CropBatch, CropDataset
+from nnssl_ext.data.index import worker_count
+from nnssl_ext.data.loader import Shard, crop_loader
+from nnssl_ext.errors import UserError
+from nnssl_ext.methods import Method
+from nnssl_ext.settings import PLANS_KEY
+from nnssl_ext.training import state
+from nnssl_ext.training.distributed import mean_over_samples, rank, rank_device, world
+from nnssl_ext.training.log import PretrainingLog
+from nnssl_ext.training.optimisation import build_optimiser, learning_rate_at
+from nnssl_ext.training.preflight import build_backbone, build_network, check_run
+from nnssl_ext.training.summary import print_summary
+from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom, step_seed
+
+
+class PretrainingTrainer(nnUNetTrainer):
+    """Pretrains the network of a data set's plans; a subclass names the method.
+
+    Raises:
+        UserError: Before anything is written, for every input that cannot work.
+    """
+
+    method_class: ClassVar[type[Method]]
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net reads this signature)
+    ) -> None:
+        self.checked = check_run(self.method_class, plans, configuration, fold, dataset_json, device)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        common = self.checked.common
+        self.device = rank_device(device)
+        self.amp_dtype = _mixed_precision(self.device)
+        # bfloat16 has the range of float32: only float16 needs its gradients scaled
+        self.grad_scaler = torch.amp.GradScaler("cuda") if self.amp_dtype is torch.float16 else None
+        self.num_epochs = common.epochs
+        self.num_iterations_per_epoch = common.iterations_per_epoch
+        self.num_val_iterations_per_epoch = common.validation_iterations
+        self.save_every = common.save_every
+        self.inference_allowed_mirroring_axes = (0, 1, 2)
+        self.logger.local_logger = PretrainingLog(self.method_class.readable)
+        self.step = 0
+        self.print_to_log_file(f"Pretraining with {self.method_class.title}: {self.method_class.citation}\n")
+
+    # ---- set-up -------------------------------------------------------------------------------------------------
+
+    def initialize(self) -> None:
+        if self.was_initialized:
+            raise RuntimeError("initialize was called twice")
+        common, geometry = self.checked.common, self.checked.geometry
+        plans, name = self.plans_manager.plans, self.configuration_name
+        self.batch_size = self.checked.batch_size
+        self.num_input_channels = geometry.channels
+
+        # the initial values of everything, heads included, follow from the seed
+        torch.manual_seed(common.seed)
+        own_outputs = self.method_class.output_channels(self.checked.settings, geometry)
+        data_outputs = self.label_manager.num_segmentation_heads
+        self._heads: dict[str, Tensor] = {}
+        if own_outputs is not None:
+            self._heads = state.fresh_heads(build_network(plans, name, geometry.channels, data_outputs))
+        backbone = build_backbone(plans, name, geometry.channels, own_outputs or data_outputs)
+        self.method = self.method_class(backbone, self.checked.settings, geometry).to(self.device)
+        self.network = self.method.network
+        self.objective = self._engine(self.method)
+
+        self.recipe = self.method.optimiser()
+        self.initial_lr = self.recipe.learning_rate if common.learning_rate is None else common.learning_rate
+        self.weight_decay = self.recipe.weight_decay
+        self.optimizer = build_optimiser(self.recipe, self.method.parameters(), self.initial_lr)
+        self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        self.identity = state.identity(self.method_class, self.checked, plans, name)
+        self.logger.update_config({"hparas": {"method": self.method.name, "initial_lr": self.initial_lr}})
+        self.was_initialized = True
+
+    def _engine(self, method: Method) -> nn.Module:
+        """The method as it is trained: compiled, and wrapped for several processes."""
+        engine: nn.Module = method
+        if self._do_i_compile():
+            self.print_to_log_file("Using torch.compile...")
+            engine = torch.compile(method)  # type: ignore[assignment]
+        if world() > 1:
+            engine = nn.SyncBatchNorm.convert_sync_batchnorm(engine)
+            devices = [self.device.index] if self.device.type == "cuda" else None
+            engine = DistributedDataParallel(engine, device_ids=devices)
+        return engine
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: Any, configuration_manager: Any, num_input_channels: int, num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:  # fmt: skip
+        """The target trainer's network: what stock prediction builds to load a pretraining checkpoint."""
+        name = plans_manager.plans.get(PLANS_KEY, {}).get("target_trainer", "nnUNetTrainer")
+        target = recursive_find_trainer_class_by_name(name)
+        return target.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        self.method.backbone.set_deep_supervision(enabled)
+
+    def plot_network_architecture(self) -> None:
+        """Stock draws a picture with a package that nobody has any more, and logs that it could not."""
+
+    def get_dataloaders(self) -> tuple[Iterator[CropBatch], Iterable[CropBatch]]:
+        """One iterator over all training batches that are left, and a loader of the validation batches."""
+        train_cases, val_cases = self.do_split()
+        if self.fold == "all":
+            self.print_to_log_file("Fold 'all': the objective is validated on crops of the training cases.")
+        request = self.method.crops(self.checked.settings, self.checked.geometry)
+        if len(val_cases) < request.fewest_cases:
+            self.print_to_log_file(f"{len(val_cases)} validation cases are too few: using training cases instead.")
+            val_cases = train_cases
+        seed, index = self.checked.common.seed, self.checked.index
+        workers, pin = worker_count(), self.device.type == "cuda"
+        steps = self.num_iterations_per_epoch
+        left = Shard(self.current_epoch * steps, self.num_epochs * steps, self.batch_size, rank(), world())
+        validation = Shard(0, self.num_val_iterations_per_epoch, self.batch_size, rank(), world())
+        train = CropDataset(index, train_cases, request, seed)
+        val = CropDataset(index, val_cases, request, seed, VALIDATION)
+        return (
+            iter(crop_loader(train, left, workers=workers, pin_memory=pin)),
+            crop_loader(val, validation, workers=min(1, workers), pin_memory=pin),
+        )
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    def run_training(self) -> None:
+        self.on_train_start()
+        for _ in range(self.current_epoch, self.num_epochs):
+            self.on_epoch_start()
+            self.on_train_epoch_start()
+            batches = (next(self.dataloader_train) for _ in range(self.num_iterations_per_epoch))
+            self.on_train_epoch_end([self.train_step(b) for b in self._progress(batches, "training")])
+            self.on_validation_epoch_start()
+            self.on_validation_epoch_end(
+                [self.validation_step(b) for b in self._progress(self.dataloader_val, "validation")]
+            )
+            self.on_epoch_end()
+        self.on_train_end()
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self.dataloader_train = self.dataloader_val = None  # ends the workers
+
+    def on_train_epoch_start(self) -> None:
+        self.method.train()
+        self.print_to_log_file("")
+        self.print_to_log_file(f"Epoch {self.current_epoch}")
+
+    def train_step(self, batch: CropBatch) -> dict[str, Tensor]:
+        """One optimiser step; the terms stay on the device, so that nothing waits for them."""
+        common = self.checked.common
+        steps = self.num_epochs * self.num_iterations_per_epoch
+        rate = learning_rate_at(self.recipe, self.initial_lr, self.step, steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        # dropout and the like draw from torch's own generator: the same at each step, however often we restarted
+        torch.manual_seed(step_seed(common.seed, self.step))
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = self._terms(batch, VIEWS)
+        # ranks may hold one sample more or less: DDP averages over ranks, the objective over samples
+        loss = terms["loss"].sum() * (world() / self.checked.batch_size)
+        if self.grad_scaler is not None:
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+            self._clip()
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            loss.backward()
+            self._clip()
+            self.optimizer.step()
+        self.step += 1
+        self.method.after_step(self.step / steps)
+        return {key: value.detach() for key, value in terms.items()}
+
+    def validation_step(self, batch: CropBatch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return self._terms(batch, VALIDATION + VIEWS)
+
+    def _terms(self, batch: CropBatch, stream: int) -> dict[str, Tensor]:
+        if batch.failure:
+            raise UserError(f"{batch.failure}; repair or remove the case, then go on with --c")
+        random = BatchRandom(self.checked.common.seed, stream, batch.indices, self.device)
+        with torch.no_grad():
+            views = self.method.views(batch, random)
+        mixed = torch.autocast("cuda", self.amp_dtype) if self.amp_dtype is not None else nullcontext()
+        with mixed:
+            return self.objective(views)
+
+    def _clip(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.method.parameters(), self.recipe.clip)
+
+    # ---- logging ------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Tensor]]) -> None:
+        means = mean_over_samples(train_outputs)
+        self._refuse_non_finite(means["loss"])
+        self.logger.log("lrs", self.optimizer.param_groups[0]["lr"], self.current_epoch)
+        self._log_means("train", means)
+
+    def on_validation_epoch_start(self) -> None:
+        self.method.eval()
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Tensor]]) -> None:
+        self._log_means("val", mean_over_samples(val_outputs))
+
+    def _log_means(self, prefix: str, means: dict[str, float]) -> None:
+        self.logger.log(f"{prefix}_losses", means.pop("loss"), self.current_epoch)
+        for key, value in means.items():
+            self.logger.log(f"{prefix}_{key}", value, self.current_epoch)
+
+    def on_epoch_end(self) -> None:
+        self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
+        log = self.logger.get_value
+        readable = self.method.readable
+        self.print_to_log_file("train_loss", np.round(log("train_losses", -1), 4))
+        self.print_to_log_file("val_loss", np.round(log("val_losses", -1), 4))
+        self.print_to_log_file(readable.title, np.round(log(f"val_{readable.key}", -1), 4))
+        seconds = log("epoch_end_timestamps", -1) - log("epoch_start_timestamps", -1)
+        self.print_to_log_file(f"Epoch time: {seconds:.2f} s")
+
+        smoothed = self.logger.local_logger.smoothed_val_loss()
+        best = self._best_ema is None or smoothed < self._best_ema
+        if best:
+            self._best_ema = smoothed
+        if (self.current_epoch + 1) % self.save_every == 0 and self.current_epoch != self.num_epochs - 1:
+            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
+        if best:
+            self.print_to_log_file(f"New best moving average of the validation objective: {smoothed:.4f}")
+            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_best.pth"))
+        if self.local_rank == 0:
+            self.logger.plot_progress_png(self.output_folder)
+        self.current_epoch += 1
+
+    def _progress(self, batches: Iterable[CropBatch], what: str) -> Iterable[CropBatch]:
+        total = self.num_iterations_per_epoch if what == "training" else self.num_val_iterations_per_epoch
+        hidden = rank() > 0 or not sys.stderr.isatty()
+        return tqdm(batches, f"Epoch {self.current_epoch}, {what}", total, disable=hidden, leave=False)
+
+    def _refuse_non_finite(self, loss: float) -> None:
+        if not np.isfinite(loss):
+            raise UserError(
+                f"the objective became {loss} in epoch {self.current_epoch}; the checkpoints of earlier epochs are "
+                f"intact. Lower nnssl_ext.learning_rate (now {self.initial_lr}) and start anew"
+            )
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Stock validates a segmentation here; a pretraining prints its summary and the command that uses it."""
+        if self.local_rank == 0:
+            print_summary(self)
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, filename: str) -> None:
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        plans, name = self.plans_manager.plans, self.configuration_name
+        content = {
+            "network_weights": state.network_weights(self.method, self._heads),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": self.__class__.__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            "nnssl_adaptation_plan": state.adaptation_plan(plans, name, self.method, self.checked),
+            "citations": [{"type": "pretraining method", "name": self.method.title, "apa_citations": [self.method.citation]}],
+            "nnssl_ext": state.own_section(self.method, self.checked, self.step, self.identity),
+        }  # fmt: skip
+        checkpoint.save(content, Path(filename))
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Continue from a checkpoint of the same run, exactly.
+
+        Raises:
+            UserError: If it is damaged, no pretraining checkpoint, or another method's or plan's.
+        """
+        source = "the checkpoint"
+        if not isinstance(filename_or_checkpoint, dict):
+            source = str(filename_or_checkpoint)
+            filename_or_checkpoint = checkpoint.load(Path(source))
+        content, own = filename_or_checkpoint, filename_or_checkpoint["nnssl_ext"]
+        if not self.was_initialized:
+            self.initialize()
+        state.refuse_other_run(own["identity"], self.identity, source)
+        self.method.load_state_dict(own["state"])
+        self.optimizer.load_state_dict(content["optimizer_state"])
+        if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(content["grad_scaler_state"])
+        self.my_init_kwargs = content["init_args"]
+        self.current_epoch = content["current_epoch"]
+        self.logger.load_checkpoint(content["logging"])
+        self._best_ema = content["_best_ema"]
+        self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
+        self.step = own["counters"]["step"]
+
+
+def _mixed_precision(device: torch.device) -> torch.dtype | None:
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

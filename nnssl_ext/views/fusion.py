@@ -1,0 +1,117 @@
+"""Fusion maps of VolumeFusion: per voxel an integer level 0..K that says how much of the foreground crop it shows.
+
+B batch, D H W voxels, K levels. Drawn apart from painted, painted on the device for the whole batch at once.
+Wang et al., arXiv 2306.16925 (boxes) and IEEE TIP 34:6041 (grid).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nnssl_ext.views.random import BatchRandom
+
+#: Boxes are painted by the highest set bit of a 64-bit word read as a double, which is exact up to 2**52.
+MOST_BOXES = 52
+
+
+@dataclass
+class BoxLayout:
+    """Overlapping boxes, later ones over earlier ones: ``low`` and ``high`` (B, M, 3), ``level`` (B, M), 0 = absent."""
+
+    low: Tensor
+    high: Tensor
+    level: Tensor
+
+    @classmethod
+    def draw(
+        cls, random: BatchRandom, size: Sequence[int], levels: int, count: Sequence[int], edge: Sequence[float],
+        thinnest: Sequence[int],
+    ) -> BoxLayout:  # fmt: skip
+        """Draw boxes.
+
+        Args:
+            random: One stream per sample.
+            size: Edges of the crop in voxels.
+            levels: K; each box gets a level from 1..K.
+            count: Least and most boxes.
+            edge: Least and largest box edge as a share of the crop's edge.
+            thinnest: Least box edge in voxels, per axis.
+        """
+        boxes = random.integers(count[0], count[1])  # (B,)
+        present = torch.arange(count[1])[None] < boxes[:, None]
+        level = random.integers(1, levels, (count[1],)) * present
+        lows, highs = [], []
+        for length, least in zip(size, thinnest, strict=True):
+            # an edge and a place along each axis; boxes stay within the crop
+            shortest = min(max(round(edge[0] * length), least), length)
+            longest = min(max(round(edge[1] * length), shortest), length)
+            box_edge = random.integers(shortest, longest, (count[1],))
+            low = (random.uniform(0, 1, (count[1],)) * (length - box_edge + 1)).long()
+            lows.append(low.clamp_max(length - 1))
+            highs.append((low + box_edge).clamp_max(length))
+        return cls(torch.stack(lows, -1), torch.stack(highs, -1), level)
+
+    def paint(self, size: Sequence[int], device: torch.device) -> Tensor:
+        """The map (B, D, H, W) uint8."""
+        present = (self.level > 0).to(device)
+        bit = torch.ones((), dtype=torch.int64, device=device) << torch.arange(self.level.shape[1], device=device)
+        words = []
+        for axis, length in enumerate(size):
+            place = torch.arange(length, device=device)
+            low, high = self.low[..., axis].to(device), self.high[..., axis].to(device)
+            within = (place >= low[..., None]) & (place < high[..., None]) & present[..., None]  # (B, M, length)
+            words.append((within * bit[:, None]).sum(1))  # bit m says: box m reaches this plane
+        covered = words[0][:, :, None, None] & words[1][:, None, :, None] & words[2][:, None, None, :]
+
+        # the last box wins: frexp's exponent is the place of the highest set bit, counted from 1; 0 where no box is
+        topmost = torch.frexp(covered.double()).exponent.long()
+        table = torch.cat([self.level.new_zeros(len(self.level), 1), self.level], 1).to(device, torch.uint8)
+        return table.gather(1, topmost.flatten(1)).view(topmost.shape)
+
+
+@dataclass
+class GridLayout:
+    """Blocks of one size per sample: ``edge`` and ``offset`` (B, 3), ``level`` (B, cells D, cells H, cells W)."""
+
+    edge: Tensor
+    offset: Tensor
+    level: Tensor
+
+    @classmethod
+    def draw(
+        cls, random: BatchRandom, size: Sequence[int], levels: int, edges: Sequence[Sequence[int]], share: float
+    ) -> GridLayout:
+        """Draw blocks.
+
+        Args:
+            random: One stream per sample.
+            size: Edges of the crop in voxels.
+            levels: K; each foreground block gets a level from 1..K.
+            edges: Least and largest block edge in voxels, per axis.
+            share: Share of blocks that are foreground.
+        """
+        edge = torch.stack([random.integers(low, high) for low, high in edges], -1)
+        offset = (random.uniform(0, 1, (3,)) * edge).long()
+        cells = tuple(length // low + 2 for length, (low, _) in zip(size, edges, strict=True))
+        level = random.integers(1, levels, cells) * random.chance(share, cells)
+        return cls(edge, offset, level)
+
+    def paint(self, size: Sequence[int], device: torch.device) -> Tensor:
+        """The map (B, D, H, W) uint8."""
+        edge, offset = self.edge.to(device), self.offset.to(device)
+        cell = [
+            (torch.arange(length, device=device) + offset[:, axis, None]) // edge[:, axis, None]
+            for axis, length in enumerate(size)
+        ]
+        sample = torch.arange(len(edge), device=device)[:, None, None, None]
+        level = self.level.to(device, torch.uint8)
+        return level[sample, cell[0][:, :, None, None], cell[1][:, None, :, None], cell[2][:, None, None, :]]
+
+
+def fuse(foreground: Tensor, background: Tensor, level: Tensor, levels: int) -> Tensor:
+    """a * foreground + (1 - a) * background with a = level / K; (B, C, D, H, W), ``level`` (B, D, H, W)."""
+    return torch.lerp(background, foreground, level[:, None].to(foreground.dtype) / levels)

@@ -1,0 +1,67 @@
+"""Random draws that are pure functions of (seed, stream, global sample index).
+
+B batch. No number of ranks, no order of workers and no interruption changes what a sample draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: What a stream is for; two streams of one sample never share draws.
+CASES, CROPS, VIEWS = 0, 1, 2
+#: Validation samples live in streams of their own.
+VALIDATION = 16
+
+
+def sample_generator(seed: int, stream: int, index: int) -> np.random.Generator:
+    """The random generator of one sample in one stream."""
+    return np.random.default_rng((seed, stream, index))
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Seed of the network's own randomness (dropout, drop-path) at one step."""
+    return int(np.random.default_rng((seed, 1 << 16, step)).integers(1 << 62))
+
+
+class BatchRandom:
+    """Draws for a batch, each sample from its own stream.
+
+    Parameters are drawn on the CPU, where they cost nothing and force no synchronisation; only per-voxel noise is
+    drawn on the device.
+
+    Args:
+        seed: The run's seed.
+        stream: ``VIEWS``, or ``VALIDATION + VIEWS``.
+        indices: Global sample index of each of the B samples.
+        device: Where ``normal`` draws.
+    """
+
+    def __init__(self, seed: int, stream: int, indices: Sequence[int], device: torch.device) -> None:
+        self._generators = [sample_generator(seed, stream, index) for index in indices]
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self._generators)
+
+    def uniform(self, low: float, high: float, shape: tuple[int, ...] = ()) -> Tensor:
+        """(B, *shape) float32 on the CPU."""
+        draws = [g.uniform(low, high, shape) for g in self._generators]
+        return torch.from_numpy(np.asarray(draws, dtype=np.float32))
+
+    def integers(self, low: int, high: int, shape: tuple[int, ...] = ()) -> Tensor:
+        """(B, *shape) int64 in [low, high], both ends included, on the CPU."""
+        return torch.from_numpy(np.asarray([g.integers(low, high + 1, shape) for g in self._generators]))
+
+    def chance(self, probability: float, shape: tuple[int, ...] = ()) -> Tensor:
+        """(B, *shape) bool on the CPU."""
+        return self.uniform(0.0, 1.0, shape) < probability
+
+    def normal(self, sample: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal noise for one sample, drawn on the device."""
+        generator = torch.Generator(self.device)
+        generator.manual_seed(int(self._generators[sample].integers(1 << 62)))
+        return torch.randn(*shape, generator=generator, device=self.device, dtype=dtype)
