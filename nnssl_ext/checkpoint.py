@@ -85,9 +85,9 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from error
-    except Exception as error:  # damaged archives raise RuntimeError, ValueError, EOFError, UnpicklingError, ...
+    except Exception as error:  # damaged archives raise OSError, RuntimeError, EOFError, UnpicklingError, ...
         raise UserError(
             f"checkpoint {path} is damaged or no pretraining checkpoint ({type(error).__name__}); "
             f"delete it to go on from an earlier one"

@@ -49,7 +49,11 @@ class Recipe:
     architecture: dict = field(default_factory=dict)
 
     def parts(self) -> dict[str, dict]:
-        return {PLANS_KEY: self.settings, "configuration": self.configuration, "architecture": self.architecture}
+        return {
+            PLANS_KEY: self.settings,
+            "configuration": self.configuration,
+            "architecture": self.architecture,
+        }
 
 
 def available_recipes() -> list[str]:
@@ -74,7 +78,10 @@ def load_recipe(name_or_path: str) -> Recipe:
         if key not in parts:
             raise UserError(unknown_name("part", key, sorted(parts), str(path)))
     return Recipe(
-        str(path), content.get(PLANS_KEY, {}), content.get("configuration", {}), content.get("architecture", {})
+        str(path),
+        content.get(PLANS_KEY, {}),
+        content.get("configuration", {}),
+        content.get("architecture", {}),
     )
 
 
@@ -125,7 +132,7 @@ def derive_plans(plans: Mapping[str, Any], name: str, recipes: list[Recipe], con
         recipes: What to lay over.
         configurations: The configurations that the overlays change.
     """
-    result = deepcopy(dict(plans))
+    result = json.loads(json.dumps(plans))  # unlike deepcopy, configurations share no objects afterwards
     result["plans_name"] = name
     for recipe in recipes:
         result[PLANS_KEY] = merged(result.get(PLANS_KEY, {}), recipe.settings)

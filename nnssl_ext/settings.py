@@ -9,7 +9,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from nnssl_ext.errors import UserError
@@ -84,9 +84,7 @@ def check_settings(schema: type[Schema], given: Any, where: str, prefix: str = "
     return schema(**values)
 
 
-def split_sections(
-    given: Any, schemas: Mapping[str, type], where: str
-) -> tuple[CommonSettings, dict[str, Any]]:
+def split_sections(given: Any, schemas: Mapping[str, type], where: str) -> tuple[CommonSettings, dict[str, Any]]:
     """Check the whole ``nnssl_ext`` section of a plans file: the common settings and every method's section.
 
     Returns:
@@ -114,8 +112,8 @@ def _check_value(hint: Any, value: Any, limits: Mapping[str, Any], name: str, wh
     if value is None and type(None) in options:
         return None
     (kind,) = (option for option in options if option is not type(None))
-    if is_dataclass(kind):
-        return check_settings(kind, value, where, f"{name}.")  # type: ignore[type-var]
+    if hasattr(kind, "__dataclass_fields__"):
+        return check_settings(kind, value, where, f"{name}.")
     if typing.get_origin(kind) is list:
         return _check_list(kind, value, limits, name, where)
     return _check_scalar(kind, value, limits, name, where)
@@ -134,15 +132,15 @@ def _check_scalar(kind: type, value: Any, limits: Mapping[str, Any], name: str, 
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(
-            f"{where}: setting '{name}' must be {kind.__name__}, got {value!r} ({type(value).__name__})"
-        )
+        raise UserError(f"{where}: setting '{name}' must be {kind.__name__}, got {value!r} ({type(value).__name__})")
     if limits.get("choices") and value not in limits["choices"]:
         raise UserError(f"{where}: setting '{name}' must be one of {', '.join(limits['choices'])}, got {value!r}")
-    low, high = limits.get("low"), limits.get("high")
+    low: Any = limits.get("low")
+    high: Any = limits.get("high")
     if kind in (int, float) and not (float("-inf") < value < float("inf")):
         raise UserError(f"{where}: setting '{name}' must be a finite number, got {value!r}")
-    if (low is not None and value < low) or (high is not None and value > high):
+    number: Any = value
+    if (low is not None and number < low) or (high is not None and number > high):
         limit = f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
         raise UserError(f"{where}: setting '{name}' must be {limit}, got {value!r}")
     return value

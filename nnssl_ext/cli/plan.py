@@ -18,8 +18,13 @@ from nnssl_ext.settings import PLANS_KEY
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", required=True, metavar="DATASET", help="dataset name or ID")
-    parser.add_argument("-c", nargs="+", default=None, metavar="CONFIGURATION",
-                        help="configurations whose batch, patch and network a recipe changes; default: all 3-D ones")  # fmt: skip
+    parser.add_argument(
+        "-c",
+        nargs="+",
+        default=None,
+        metavar="CONFIGURATION",
+        help="configurations whose batch, patch and network a recipe changes; default: all 3-D ones",
+    )
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans to start from (nnUNetPlans)")
     parser.add_argument("-o", required=True, metavar="NAME", help="name of the new plans")
     parser.add_argument("overlays", nargs="*", metavar="RECIPE|SETTING=VALUE", help="what to lay over, in order")
@@ -48,7 +53,9 @@ def run(arguments: argparse.Namespace) -> None:
         for method in METHODS.values():
             check_plans(method, derived, configuration, dataset_json)
     write_json(derived, target)
-    print(f"wrote {target}\nuse it with: nnUNetv2_train {arguments.d} {configurations[0]} FOLD -p {arguments.o} -tr ...")
+    print(
+        f"wrote {target}\nuse it with: nnUNetv2_train {arguments.d} {configurations[0]} FOLD -p {arguments.o} -tr ..."
+    )
 
 
 def dataset_folder(name_or_id: str) -> Path:
@@ -64,9 +71,7 @@ def dataset_folder(name_or_id: str) -> Path:
     found = [path for path in Path(root).glob(pattern) if path.is_dir()]
     if len(found) != 1:
         names = ", ".join(sorted(path.name for path in found)) or "none"
-        raise UserError(
-            f"expected one data set {pattern} in {root}, found {names}; run nnUNetv2_plan_and_preprocess -d {name_or_id}"
-        )
+        raise UserError(f"expected one data set {pattern} in {root}, found {names}; plan and preprocess it first")
     return found[0]
 
 
@@ -89,9 +94,10 @@ def _check_name(name: str, source: str, target: Path) -> None:
 
 def _configurations(plans: dict, wanted: list[str] | None, name: str) -> list[str]:
     own = [
-        key for key, value in plans["configurations"].items()
+        key
+        for key, value in plans["configurations"].items()
         if "architecture" in value and len(value.get("patch_size", ())) == 3
-    ]  # fmt: skip
+    ]
     if not own:
         raise UserError(f"plans {name} have no 3-D configuration; pretraining is 3-D")
     for configuration in wanted or ():

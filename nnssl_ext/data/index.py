@@ -12,6 +12,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -41,7 +42,7 @@ class CaseRecord:
 class CaseIndex:
     """The records of all cases in a folder; see ``build``."""
 
-    def __init__(self, folder: Path, cases: list[str], keys: np.ndarray, table: dict[str, np.ndarray]) -> None:
+    def __init__(self, folder: Path, cases: list[str], keys: np.ndarray, table: dict[str, Any]) -> None:
         self.folder = folder
         self.cases = cases
         self._keys = keys
@@ -80,7 +81,7 @@ class CaseIndex:
         cases = list(stats)
         keys = np.array([(s.st_size, s.st_mtime_ns) for s in stats.values()], dtype=np.int64).reshape(-1, 2)
         path = folder.parent / f"nnssl_ext_index_{folder.name}.npz"
-        table = {
+        table: dict[str, Any] = {
             "shape": np.zeros((len(cases), 4), dtype=np.int64),
             "body": np.zeros((len(cases), CELLS**3 // 8), dtype=np.uint8),
             "problem": np.full(len(cases), "", dtype=object),
@@ -88,9 +89,7 @@ class CaseIndex:
         unknown = _take_over(path, cases, keys, table)
         with ThreadPoolExecutor(max(1, workers)) as pool:
             records = pool.map(lambda row: examine(folder, cases[row]), unknown)
-            progress = tqdm(
-                records, "Looking at new cases", len(unknown), disable=not show_progress or not unknown
-            )
+            progress = tqdm(records, "Looking at new cases", len(unknown), disable=not show_progress or not unknown)
             for row, record in zip(unknown, progress, strict=True):
                 body = np.zeros((CELLS,) * 3, dtype=bool)
                 body[tuple(slice(0, n) for n in record.body.shape)] = record.body
@@ -105,16 +104,14 @@ class CaseIndex:
     def _write(self, path: Path) -> None:
         try:
             with replaced_on_success(path) as temporary, temporary.open("wb") as file:
-                np.savez(
-                    file, version=VERSION, cases=np.array(self.cases, dtype=str), keys=self._keys,
-                    **{**self._table, "problem": self._table["problem"].astype(str)},
-                )  # fmt: skip
+                stored = {**self._table, "problem": self._table["problem"].astype(str), "keys": self._keys}
+                np.savez(file, allow_pickle=False, version=VERSION, cases=np.array(self.cases, dtype=str), **stored)
         except OSError as error:
             # a data folder may be read-only; the index is then made anew at every start
             warnings.warn(f"the case index {path} could not be kept: {error.strerror}", stacklevel=3)
 
 
-def _take_over(path: Path, cases: list[str], keys: np.ndarray, table: dict[str, np.ndarray]) -> list[int]:
+def _take_over(path: Path, cases: list[str], keys: np.ndarray, table: dict[str, Any]) -> list[int]:
     """Copy the rows of unchanged cases from an earlier index; returns the rows that are not known yet."""
     try:
         with np.load(path, allow_pickle=False) as stored:
@@ -175,5 +172,5 @@ def body_map(data: np.ndarray) -> np.ndarray:
 def worker_count() -> int:
     """Processes or threads that may read: nnUNet_n_proc_DA, else up to four; box reads need no more."""
     if "nnUNet_n_proc_DA" in os.environ:
-        return int(os.environ["nnUNet_n_proc_DA"])
+        return int(os.environ["NNUNET_N_PROC_DA"])
     return min(4, os.cpu_count() or 1)

@@ -38,20 +38,29 @@ class VolumeFusionSettings:
 
     levels: int = setting(4, "K: the foreground's share is 0, 1/K, ..., 1.", source=ARXIV, low=1, high=254)
     source: str = setting(
-        "other", "Foreground from another case, or from the same case.", source=ARXIV, choices=("other", "same")
+        "other",
+        "Foreground from another case, or from the same case.",
+        source=ARXIV,
+        choices=("other", "same"),
     )
-    layout: str = setting(
-        "boxes", "Overlapping boxes, or a grid of blocks.", source=ARXIV, choices=("boxes", "grid")
-    )
+    layout: str = setting("boxes", "Overlapping boxes, or a grid of blocks.", source=ARXIV, choices=("boxes", "grid"))
     boxes: list[int] = setting([10, 40], "Least and most boxes.", source=ARXIV, low=1, high=MOST_BOXES, length=2)
     box_edge: list[float] = setting(
-        [0.0625, 0.625], "Least and largest box edge, as a share of the crop's.", source=ARXIV, low=0, high=1, length=2
+        [0.0625, 0.625],
+        "Least and largest box edge, as a share of the crop's.",
+        source=ARXIV,
+        low=0,
+        high=1,
+        length=2,
     )
     smallest_box: int = setting(4, "Least box edge in voxels of the finest axis.", source=f"8 in {ARXIV}", low=1)
     block_edge: list[int] = setting(
-        [8, 32], "Least and largest edge of a grid's blocks in voxels of the finest axis.", source=TIP, low=1,
+        [8, 32],
+        "Least and largest edge of a grid's blocks in voxels of the finest axis.",
+        source=TIP,
+        low=1,
         length=2,
-    )  # fmt: skip
+    )
     foreground_share: float = setting(0.7, "Share of a grid's blocks that are foreground.", source=TIP, low=0, high=1)
     ignore_below: float = setting(
         0.05,
@@ -59,22 +68,23 @@ class VolumeFusionSettings:
         source="where both crops are alike, on air say, the level cannot be known",
         low=0,
     )
-    dice_weight: float = setting(0.5, "Weight of the Dice loss; the cross-entropy has the rest.", source=ARXIV, low=0,
-                                 high=1)  # fmt: skip
+    dice_weight: float = setting(
+        0.5, "Weight of the Dice loss; the cross-entropy has the rest.", source=ARXIV, low=0, high=1
+    )
     flip: float = setting(0.5, "Chance of a mirror, per axis and crop.", source=TIP, low=0, high=1)
     rot90: float = setting(0.3, "Chance of quarter turns in a plane of equal edges and spacing.", low=0, high=1)
     affine: float = setting(0.3, "Chance of a rotation and zoom, per crop.", source="nnU-Net", low=0, high=1)
     rotation: float = setting(15.0, "Largest angle about each axis in degrees.", low=0, high=180)
     zoom: list[float] = setting([0.8, 1.25], "Range of the magnification.", low=0.1, high=10, length=2)
     remap: str = setting(
-        "none", "Intensities as the plans normalise them, or percentiles to [0, 1].", choices=("none", "percentile")
+        "none",
+        "Intensities as the plans normalise them, or percentiles to [0, 1].",
+        choices=("none", "percentile"),
     )
     intensity: IntensitySettings = field(default_factory=IntensitySettings)
     optimiser: str = setting("adamw", "Optimiser.", choices=("adam", "adamw", "sgd"))
     weight_decay: float = setting(1e-5, "Weight decay.", source=ARXIV, low=0)
-    schedule: str = setting(
-        "cosine", "How the learning rate falls.", choices=("constant", "poly", "cosine")
-    )
+    schedule: str = setting("cosine", "How the learning rate falls.", choices=("constant", "poly", "cosine"))
     warm_up: float = setting(0.02, "Share of the steps with a rising learning rate.", low=0, high=0.9)
 
 
@@ -97,13 +107,19 @@ class VolumeFusion(Method):
     @classmethod
     def crops(cls, settings: VolumeFusionSettings, geometry: Geometry) -> CropRequest:
         spatial = SpatialRange(
-            geometry.spacing, settings.flip, settings.rot90, settings.affine, settings.rotation,
+            geometry.spacing,
+            settings.flip,
+            settings.rot90,
+            settings.affine,
+            settings.rotation,
             (settings.zoom[0], settings.zoom[1]),
-        )  # fmt: skip
-        return CropRequest((
-            Crop(geometry.crop_size, spatial),
-            Crop(geometry.crop_size, spatial, other_case=settings.source == "other"),
-        ))  # fmt: skip
+        )
+        return CropRequest(
+            (
+                Crop(geometry.crop_size, spatial),
+                Crop(geometry.crop_size, spatial, other_case=settings.source == "other"),
+            )
+        )
 
     def optimiser(self) -> OptimiserRecipe:
         s = self.settings

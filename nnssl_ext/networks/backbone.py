@@ -25,7 +25,7 @@ class UNetBackbone:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.encoder: nn.Module = network.encoder  # type: ignore[assignment]
+        self.encoder: nn.Module = network.encoder
         self.residual = isinstance(self.encoder, ResidualEncoder)
 
     @property

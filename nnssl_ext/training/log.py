@@ -19,7 +19,7 @@ class PretrainingLog(LocalLogger):
     def __init__(self, readable: Readable) -> None:
         super().__init__()
         self.readable = readable
-        self.my_fantastic_logging = {
+        self.my_fantastic_logging: dict[str, list[float]] = {
             key: [] for key in ("train_losses", "val_losses", "lrs", "epoch_start_timestamps", "epoch_end_timestamps")
         }
 
@@ -55,7 +55,8 @@ class PretrainingLog(LocalLogger):
         readable.set(title=self.readable.title)
         rate.plot(log["lrs"], color="tab:purple", label="learning rate")
         rate.set(title="Learning rate and epoch time", ylabel="learning rate")
-        times = [end - start for start, end in zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"])]  # noqa: B905
+        starts, ends = log["epoch_start_timestamps"], log["epoch_end_timestamps"]
+        times = [end - start for start, end in zip(starts, ends, strict=False)]
         seconds = rate.twinx()
         seconds.plot(times, color="tab:gray", linestyle="--", label="seconds an epoch")
         seconds.set_ylabel("s")

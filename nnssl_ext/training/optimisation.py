@@ -17,9 +17,7 @@ def build_optimiser(
     """The optimiser of a recipe over the parameters that take a gradient."""
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     if recipe.name == "sgd":
-        return torch.optim.SGD(
-            trainable, learning_rate, momentum=0.99, nesterov=True, weight_decay=recipe.weight_decay
-        )
+        return torch.optim.SGD(trainable, learning_rate, momentum=0.99, nesterov=True, weight_decay=recipe.weight_decay)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.name]
     return kind(trainable, learning_rate, weight_decay=recipe.weight_decay)
 

@@ -49,7 +49,12 @@ class Checked:
 
 
 def check_run(
-    method: type[Method], plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device
+    method: type[Method],
+    plans: dict,
+    configuration: str,
+    fold: int | str,
+    dataset_json: dict,
+    device: torch.device,
 ) -> Checked:
     """Check plans, settings, network, cases and folders of one run.
 
@@ -96,9 +101,10 @@ def check_plans(
     common, sections = split_sections(plans.get(PLANS_KEY, {}), SCHEMAS, where)
     settings = sections[method.name]
     geometry = Geometry(
-        tuple(common.crop_size or config.patch_size), tuple(config.spacing),
+        tuple(common.crop_size or config.patch_size),
+        tuple(config.spacing),
         determine_num_input_channels(manager, config, dataset_json),
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         backbone = build_backbone(plans, configuration, geometry.channels, 2)
     problem = backbone.crop_problem(geometry.crop_size)

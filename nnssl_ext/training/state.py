@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -16,10 +16,57 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
 from nnssl_ext.networks.backbone import HEADS
 from nnssl_ext.resources import PACKAGE
-from nnssl_ext.training.preflight import Checked
+
+if TYPE_CHECKING:
+    from nnssl_ext.training.trainer import PretrainingTrainer
 
 #: Common settings that a continued run may change: they change neither the data nor a step.
 FREE = ("save_every", "validation_iterations", "epochs")
+
+
+def collect(trainer: PretrainingTrainer) -> dict[str, Any]:
+    """The content of a checkpoint: nnU-Net's keys, the adaptation plan, and our own section."""
+    method, scaler = trainer.method, trainer.grad_scaler
+    citation = {"type": "pretraining method", "name": method.title, "apa_citations": [method.citation]}
+    return {
+        "network_weights": network_weights(method, trainer.data_heads),
+        "optimizer_state": trainer.optimizer.state_dict(),
+        "grad_scaler_state": scaler.state_dict() if scaler is not None else None,
+        "logging": trainer.logger.get_checkpoint(),
+        "_best_ema": trainer._best_ema,
+        "current_epoch": trainer.current_epoch + 1,
+        "init_args": trainer.my_init_kwargs,
+        "trainer_name": type(trainer).__name__,
+        "inference_allowed_mirroring_axes": trainer.inference_allowed_mirroring_axes,
+        "nnssl_adaptation_plan": adaptation_plan(trainer),
+        "citations": [citation],
+        "nnssl_ext": own_section(trainer),
+    }
+
+
+def restore(trainer: PretrainingTrainer, content: dict[str, Any], source: str) -> None:
+    """Put an initialised trainer into the state a checkpoint was written in.
+
+    Args:
+        trainer: The trainer.
+        content: What ``checkpoint.load`` returned.
+        source: Where it is from, for messages.
+
+    Raises:
+        UserError: If the checkpoint belongs to another run.
+    """
+    own = content["nnssl_ext"]
+    refuse_other_run(own["identity"], identity(trainer), source)
+    trainer.method.load_state_dict(own["state"])
+    trainer.optimizer.load_state_dict(content["optimizer_state"])
+    if trainer.grad_scaler is not None and content["grad_scaler_state"] is not None:
+        trainer.grad_scaler.load_state_dict(content["grad_scaler_state"])
+    trainer.my_init_kwargs = content["init_args"]
+    trainer.current_epoch = content["current_epoch"]
+    trainer.logger.load_checkpoint(content["logging"])
+    trainer._best_ema = content["_best_ema"]
+    trainer.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
+    trainer.step = own["counters"]["step"]
 
 
 def network_weights(method: Method, heads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -34,35 +81,40 @@ def fresh_heads(network: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in network.state_dict().items() if HEADS in f".{k}"}
 
 
-def own_section(method: Method, checked: Checked, step: int, identity: dict[str, Any]) -> dict[str, Any]:
+def own_section(trainer: PretrainingTrainer) -> dict[str, Any]:
     """What stands under ``nnssl_ext``: enough to continue exactly, and to know what the weights are."""
+    method, checked = trainer.method, trainer.checked
     return {
         "format": checkpoint.FORMAT,
         "method": method.name,
         "title": method.title,
         "settings": {"common": asdict(checked.common), method.name: asdict(checked.settings)},
-        "identity": identity,
+        "identity": identity(trainer),
         "state": method.state_dict(),
         "trained": [name for name, p in method.exported.named_parameters() if p.requires_grad],
-        "counters": {"step": step, "samples": step * checked.batch_size},
+        "counters": {"step": trainer.step, "samples": trainer.step * checked.batch_size},
         "cases": len(checked.index.cases),
         "versions": versions(),
         "revision": revision(),
     }
 
 
-def identity(method: type[Method], checked: Checked, plans: dict, configuration: str) -> dict[str, Any]:
-    """What a checkpoint and the run that continues it must have in common."""
+def identity(trainer: PretrainingTrainer) -> dict[str, Any]:
+    """What a checkpoint and the run that continues it must have in common, as JSON values."""
+    method, checked, plans = trainer.method_class, trainer.checked, trainer.plans_manager.plans
     common = {k: v for k, v in asdict(checked.common).items() if k not in FREE}
-    return checkpoint.plain({
-        "method": method.name,
-        "dataset": plans["dataset_name"],
-        "configuration": configuration,
-        "architecture": plans["configurations"][configuration].get("architecture", {}),
-        "geometry": asdict(checked.geometry),
-        "batch_size": checked.batch_size,
-        "settings": {**common, method.name: asdict(checked.settings)},
-    })  # fmt: skip
+    return _jsonlike(
+        {
+            "method": method.name,
+            "dataset": plans["dataset_name"],
+            "configuration": trainer.configuration_name,
+            "fold": trainer.fold,
+            "architecture": trainer.configuration_manager.configuration["architecture"],
+            "geometry": asdict(checked.geometry),
+            "batch_size": checked.batch_size,
+            "settings": {**common, method.name: asdict(checked.settings)},
+        }
+    )
 
 
 def refuse_other_run(stored: dict[str, Any], mine: dict[str, Any], source: str) -> None:
@@ -71,7 +123,7 @@ def refuse_other_run(stored: dict[str, Any], mine: dict[str, Any], source: str) 
     Raises:
         UserError: If anything in ``identity`` differs.
     """
-    difference = _first_difference(stored, _jsonlike(mine), "")
+    difference = _first_difference(stored, mine, "")
     if difference:
         name, theirs, ours = difference
         raise UserError(
@@ -80,21 +132,28 @@ def refuse_other_run(stored: dict[str, Any], mine: dict[str, Any], source: str) 
         )
 
 
-def adaptation_plan(plans: dict, configuration: str, method: Method, checked: Checked) -> dict[str, Any]:
+def adaptation_plan(trainer: PretrainingTrainer) -> dict[str, Any]:
     """The contract by which nnU-Net's nnUNetv2_train_pretrained and nnssl read a pretrained checkpoint."""
-    architecture = plans["configurations"][configuration]["architecture"]
-    config = {**plans["configurations"][configuration], "patch_size": list(checked.geometry.crop_size)}
-    config["spacing"] = list(checked.geometry.spacing)
-    network = method.exported
+    network, geometry = trainer.method.exported, trainer.checked.geometry
+    plain_configuration = trainer.configuration_manager.configuration
+    architecture = plain_configuration["architecture"]
+    configuration = {
+        **plain_configuration,
+        "patch_size": list(geometry.crop_size),
+        "spacing": list(geometry.spacing),
+    }
     return {
         "architecture_plans": {
             "arch_class_name": architecture["network_class_name"].rsplit(".", 1)[-1],
             "arch_kwargs": architecture["arch_kwargs"],
             "arch_kwargs_requiring_import": architecture["_kw_requires_import"],
         },
-        "pretrain_plan": {"plans_name": plans["plans_name"], "configurations": {configuration: config}},
-        "pretrain_num_input_channels": checked.geometry.channels,
-        "recommended_downstream_patchsize": list(checked.geometry.crop_size),
+        "pretrain_plan": {
+            "plans_name": trainer.plans_manager.plans_name,
+            "configurations": {trainer.configuration_name: configuration},
+        },
+        "pretrain_num_input_channels": geometry.channels,
+        "recommended_downstream_patchsize": list(geometry.crop_size),
         "key_to_encoder": getattr(network, "key_to_encoder", "encoder.stages"),
         "key_to_stem": getattr(network, "key_to_stem", "encoder.stem"),
         "keys_to_in_proj": list(getattr(network, "keys_to_in_proj", ())),
@@ -139,4 +198,4 @@ def _first_difference(stored: Any, mine: Any, name: str) -> tuple[str, Any, Any]
             if found:
                 return found
         return None
-    return None if _jsonlike(stored) == mine else (name, stored, mine)
+    return None if stored == mine else (name, stored, mine)

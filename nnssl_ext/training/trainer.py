@@ -19,7 +19,6 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from nnssl_ext import checkpoint
@@ -31,6 +30,7 @@ from nnssl_ext.methods import Method
 from nnssl_ext.settings import PLANS_KEY
 from nnssl_ext.training import state
 from nnssl_ext.training.distributed import mean_over_samples, rank, rank_device, world
+from nnssl_ext.training.engine import engine, mixed_precision
 from nnssl_ext.training.log import PretrainingLog
 from nnssl_ext.training.optimisation import build_optimiser, learning_rate_at
 from nnssl_ext.training.preflight import build_backbone, build_network, check_run
@@ -46,6 +46,10 @@ class PretrainingTrainer(nnUNetTrainer):
     """
 
     method_class: ClassVar[type[Method]]
+    was_initialized: bool
+    dataloader_train: Any
+    dataloader_val: Any
+    _best_ema: float | None
 
     def __init__(
         self,
@@ -59,7 +63,7 @@ class PretrainingTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         common = self.checked.common
         self.device = rank_device(device)
-        self.amp_dtype = _mixed_precision(self.device)
+        self.amp_dtype = mixed_precision(self.device)
         # bfloat16 has the range of float32: only float16 needs its gradients scaled
         self.grad_scaler = torch.amp.GradScaler("cuda") if self.amp_dtype is torch.float16 else None
         self.num_epochs = common.epochs
@@ -85,45 +89,41 @@ class PretrainingTrainer(nnUNetTrainer):
         torch.manual_seed(common.seed)
         own_outputs = self.method_class.output_channels(self.checked.settings, geometry)
         data_outputs = self.label_manager.num_segmentation_heads
-        self._heads: dict[str, Tensor] = {}
+        self.data_heads: dict[str, Tensor] = {}
         if own_outputs is not None:
-            self._heads = state.fresh_heads(build_network(plans, name, geometry.channels, data_outputs))
+            self.data_heads = state.fresh_heads(build_network(plans, name, geometry.channels, data_outputs))
         backbone = build_backbone(plans, name, geometry.channels, own_outputs or data_outputs)
         self.method = self.method_class(backbone, self.checked.settings, geometry).to(self.device)
         self.network = self.method.network
-        self.objective = self._engine(self.method)
+        if self._do_i_compile():
+            self.print_to_log_file("Using torch.compile...")
+        self.objective = engine(self.method, self.device, self._do_i_compile())
 
         self.recipe = self.method.optimiser()
         self.initial_lr = self.recipe.learning_rate if common.learning_rate is None else common.learning_rate
         self.weight_decay = self.recipe.weight_decay
         self.optimizer = build_optimiser(self.recipe, self.method.parameters(), self.initial_lr)
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
-        self.identity = state.identity(self.method_class, self.checked, plans, name)
         self.logger.update_config({"hparas": {"method": self.method.name, "initial_lr": self.initial_lr}})
         self.was_initialized = True
 
-    def _engine(self, method: Method) -> nn.Module:
-        """The method as it is trained: compiled, and wrapped for several processes."""
-        engine: nn.Module = method
-        if self._do_i_compile():
-            self.print_to_log_file("Using torch.compile...")
-            engine = torch.compile(method)  # type: ignore[assignment]
-        if world() > 1:
-            engine = nn.SyncBatchNorm.convert_sync_batchnorm(engine)
-            devices = [self.device.index] if self.device.type == "cuda" else None
-            engine = DistributedDataParallel(engine, device_ids=devices)
-        return engine
-
     @staticmethod
     def build_network_architecture(
-        plans_manager: Any, configuration_manager: Any, num_input_channels: int, num_output_channels: int,
+        plans_manager: Any,
+        configuration_manager: Any,
+        num_input_channels: int,
+        num_output_channels: int,
         enable_deep_supervision: bool = True,
-    ) -> nn.Module:  # fmt: skip
+    ) -> nn.Module:
         """The target trainer's network: what stock prediction builds to load a pretraining checkpoint."""
         name = plans_manager.plans.get(PLANS_KEY, {}).get("target_trainer", "nnUNetTrainer")
         target = recursive_find_trainer_class_by_name(name)
         return target.build_network_architecture(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+            plans_manager,
+            configuration_manager,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
         )
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
@@ -289,22 +289,7 @@ class PretrainingTrainer(nnUNetTrainer):
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
-        plans, name = self.plans_manager.plans, self.configuration_name
-        content = {
-            "network_weights": state.network_weights(self.method, self._heads),
-            "optimizer_state": self.optimizer.state_dict(),
-            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
-            "logging": self.logger.get_checkpoint(),
-            "_best_ema": self._best_ema,
-            "current_epoch": self.current_epoch + 1,
-            "init_args": self.my_init_kwargs,
-            "trainer_name": self.__class__.__name__,
-            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-            "nnssl_adaptation_plan": state.adaptation_plan(plans, name, self.method, self.checked),
-            "citations": [{"type": "pretraining method", "name": self.method.title, "apa_citations": [self.method.citation]}],
-            "nnssl_ext": state.own_section(self.method, self.checked, self.step, self.identity),
-        }  # fmt: skip
-        checkpoint.save(content, Path(filename))
+        checkpoint.save(state.collect(self), Path(filename))
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Continue from a checkpoint of the same run, exactly.
@@ -316,23 +301,6 @@ class PretrainingTrainer(nnUNetTrainer):
         if not isinstance(filename_or_checkpoint, dict):
             source = str(filename_or_checkpoint)
             filename_or_checkpoint = checkpoint.load(Path(source))
-        content, own = filename_or_checkpoint, filename_or_checkpoint["nnssl_ext"]
         if not self.was_initialized:
             self.initialize()
-        state.refuse_other_run(own["identity"], self.identity, source)
-        self.method.load_state_dict(own["state"])
-        self.optimizer.load_state_dict(content["optimizer_state"])
-        if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
-            self.grad_scaler.load_state_dict(content["grad_scaler_state"])
-        self.my_init_kwargs = content["init_args"]
-        self.current_epoch = content["current_epoch"]
-        self.logger.load_checkpoint(content["logging"])
-        self._best_ema = content["_best_ema"]
-        self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
-        self.step = own["counters"]["step"]
-
-
-def _mixed_precision(device: torch.device) -> torch.dtype | None:
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        state.restore(self, filename_or_checkpoint, source)

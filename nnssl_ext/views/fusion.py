@@ -28,9 +28,14 @@ class BoxLayout:
 
     @classmethod
     def draw(
-        cls, random: BatchRandom, size: Sequence[int], levels: int, count: Sequence[int], edge: Sequence[float],
+        cls,
+        random: BatchRandom,
+        size: Sequence[int],
+        levels: int,
+        count: Sequence[int],
+        edge: Sequence[float],
         thinnest: Sequence[int],
-    ) -> BoxLayout:  # fmt: skip
+    ) -> BoxLayout:
         """Draw boxes.
 
         Args:
@@ -83,7 +88,12 @@ class GridLayout:
 
     @classmethod
     def draw(
-        cls, random: BatchRandom, size: Sequence[int], levels: int, edges: Sequence[Sequence[int]], share: float
+        cls,
+        random: BatchRandom,
+        size: Sequence[int],
+        levels: int,
+        edges: Sequence[Sequence[int]],
+        share: float,
     ) -> GridLayout:
         """Draw blocks.
 

@@ -38,9 +38,12 @@ class IntensitySettings:
     contrast: list[float] = setting([0.75, 1.25], "Range of its factor.", source="nnU-Net", low=0, length=2)
     noise_probability: float = setting(0.1, "Chance of Gaussian noise, per sample.", source="nnU-Net", low=0, high=1)
     noise: list[float] = setting(
-        [0.0, 0.3], "Range of the noise's standard deviation, in normalised intensities.", source="nnU-Net", low=0,
+        [0.0, 0.3],
+        "Range of the noise's standard deviation, in normalised intensities.",
+        source="nnU-Net",
+        low=0,
         length=2,
-    )  # fmt: skip
+    )
 
 
 @dataclass

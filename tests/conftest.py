@@ -1,0 +1,108 @@
+"""Fixtures: an nnU-Net environment of its own for every test that asks for one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.datasets import QUICK, dataset_name, make_dataset
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)
+
+
+@dataclass
+class Environment:
+    """An nnU-Net environment in a temporary folder."""
+
+    root: Path
+    variables: dict[str, str]
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.root / "preprocessed"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results"
+
+    def dataset(self, kind: str) -> Path:
+        return self.preprocessed / dataset_name(kind)
+
+    def plans(self, kind: str, name: str = "nnUNetPlans") -> dict:
+        return json.loads((self.dataset(kind) / f"{name}.json").read_text())
+
+    def write_plans(self, kind: str, name: str, settings: dict, change: Callable[[dict], None] | None = None) -> None:
+        plans = {**self.plans(kind), "plans_name": name, "nnssl_ext": {**QUICK, **settings}}
+        if change:
+            change(plans)
+        (self.dataset(kind) / f"{name}.json").write_text(json.dumps(plans))
+
+    def fold(self, kind: str, plans: str, trainer: str, configuration: str = "3d_fullres", fold: str = "0") -> Path:
+        return self.results / dataset_name(kind) / f"{trainer}__{plans}__{configuration}" / f"fold_{fold}"
+
+    def run(
+        self, *command: str, status: int = 0, variables: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a stock or own command of this Python's environment; it must end with ``status``."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        finished = subprocess.run(
+            command,
+            env={**os.environ, **self.variables, "PATH": path, **(variables or {})},
+            text=True,
+            timeout=600,
+            capture_output=True,
+            cwd=self.root,
+        )
+        assert finished.returncode == status, f"{command}\n{finished.stdout}\n{finished.stderr}"
+        return finished
+
+
+@pytest.fixture(scope="session")
+def _written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("written")
+
+    def written(kind: str) -> Path:
+        folder = root / dataset_name(kind)
+        return folder if folder.exists() else make_dataset(root, kind)
+
+    return written
+
+
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Environment:
+    """An empty environment; add data sets with ``with_data``."""
+    variables = {
+        "nnUNet_raw": str(tmp_path / "raw"),
+        "nnUNet_preprocessed": str(tmp_path / "preprocessed"),
+        "nnUNet_results": str(tmp_path / "results"),
+        "nnUNet_extTrainer": str(REPOSITORY / "trainers"),
+        "nnUNet_n_proc_DA": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for folder in ("raw", "preprocessed", "results"):
+        (tmp_path / folder).mkdir()
+    return Environment(tmp_path, variables)
+
+
+@pytest.fixture
+def with_data(environment: Environment, _written: Callable[[str], Path]) -> Callable[[str], Environment]:
+    """``with_data(kind)``: the environment with a fresh copy of a data set."""
+
+    def add(kind: str) -> Environment:
+        if not environment.dataset(kind).exists():
+            shutil.copytree(_written(kind), environment.dataset(kind))
+        return environment
+
+    return add

@@ -1,0 +1,133 @@
+from collections import Counter
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+
+from nnssl_ext.data.crops import Crop, CropDataset, CropRequest, collate, draw_centre
+from nnssl_ext.data.index import CaseIndex
+from nnssl_ext.data.loader import Shard, crop_loader
+from nnssl_ext.views.random import VALIDATION
+from nnssl_ext.views.spatial import SpatialRange, cut
+from tests.datasets import blob
+
+STILL = SpatialRange((1.0, 1.0, 1.0))
+TURNING = SpatialRange((1.0, 1.0, 1.0), flip=0.5, rot90=0.5, affine=0.5, rotation=20, zoom=(0.8, 1.2))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    result = tmp_path / "cases"
+    result.mkdir()
+    for case, shape in enumerate([(20, 22, 24), (30, 16, 18), (9, 21, 40), (16, 16, 16)]):
+        image = blob(np.random.default_rng(case), shape)[None]
+        blosc2.asarray(image, urlpath=str(result / f"c{case}.b2nd"), mode="w", blocks=(1, 8, 8, 8))
+    return result
+
+
+def dataset(folder: Path, spatial: SpatialRange = TURNING, **options: int) -> CropDataset:
+    index = CaseIndex.build(folder)
+    size = (16, 16, 16)
+    request = CropRequest((Crop(size, spatial), Crop(size, spatial, other_case=True)))
+    return CropDataset(index, index.cases, request, options.get("seed", 0), options.get("stream", 0))
+
+
+def test_every_case_comes_once_before_any_comes_again_and_partners_differ(folder: Path) -> None:
+    data = dataset(folder)
+    drawn = [data.draw_cases(sample) for sample in range(400)]
+    for turn in range(100):
+        assert len({own for own, _ in drawn[4 * turn : 4 * turn + 4]}) == 4
+    assert all(own != other for own, other in drawn)
+    pairs = Counter(drawn)
+    assert len(pairs) == 12
+    assert min(pairs.values()) > 15
+
+
+def test_a_sample_is_a_pure_function_of_seed_stream_and_index(folder: Path) -> None:
+    first, again = dataset(folder)[17], dataset(folder)[17]
+    others = [dataset(folder, seed=1)[17], dataset(folder, stream=VALIDATION)[17], dataset(folder)[18]]
+    for box, same in zip(first[1], again[1], strict=True):
+        assert torch.equal(box.data, same.data)
+        assert np.array_equal(box.matrix, same.matrix)
+        assert np.array_equal(box.centre, same.centre)
+    for other in others:
+        assert not np.array_equal(first[1][0].centre, other[1][0].centre) or first[1][0].case != other[1][0].case
+
+
+def test_a_crop_is_the_voxels_of_its_case(folder: Path) -> None:
+    """Along each axis the crop is a run of the case's own voxels, with equal padding where the case is too small."""
+    for sample in range(12):
+        _, boxes, failure = dataset(folder, STILL)[sample]
+        assert not failure
+        for box in boxes:
+            crop, inside = cut(box, (16, 16, 16), torch.device("cpu"))
+            whole = np.asarray(blosc2.open(str(folder / f"{box.case}.b2nd"))[:])
+            padding = [max(0, 16 - n) for n in whole.shape[1:]]
+            assert int(inside.sum()) == np.prod([16 - p for p in padding])
+            assert not crop[:, ~inside[0]].any()
+            for axis, missing in enumerate(padding):
+                there = inside[0].any(dim=tuple(a for a in range(3) if a != axis))
+                before = int(torch.nonzero(there)[0])
+                assert before in (missing // 2, missing - missing // 2)
+            voxels = crop[:, inside[0]].numpy()
+            assert np.isin(voxels, whole).all()
+
+
+def test_only_the_box_is_read(folder: Path) -> None:
+    for sample in range(20):
+        _, boxes, _ = dataset(folder, STILL)[sample]
+        for box in boxes:
+            assert all(edge <= 16 for edge in box.data.shape[1:])
+
+
+def test_crops_prefer_the_body() -> None:
+    body = np.zeros((16, 16, 16), dtype=bool)
+    body[:4, :4, :4] = True
+    volume = np.array([64, 64, 64])
+    shares = []
+    for preferred in (body, np.ones_like(body)):
+        generator = np.random.default_rng(0)
+        lows = np.array([draw_centre(generator, volume, (16, 16, 16), preferred) - 7.5 for _ in range(200)])
+        shares.append((lows < 16).all(1).mean())
+        assert lows.min() >= 0
+        assert lows.max() <= 48
+    assert shares[0] > 5 * shares[1]
+
+
+def test_constant_crops_are_drawn_again(tmp_path: Path) -> None:
+    image = np.zeros((1, 64, 8, 8), np.float32)
+    image[:, 30:34] = np.random.default_rng(0).random((4, 8, 8))
+    blosc2.asarray(image, urlpath=str(tmp_path / "thin.b2nd"), mode="w")
+    index = CaseIndex.build(tmp_path)
+    data = CropDataset(index, index.cases, CropRequest((Crop((8, 8, 8), STILL),)), 0)
+    for sample in range(30):
+        (box,) = data[sample][1]
+        assert box.data.std() > 0
+
+
+def test_a_case_that_breaks_while_training_is_named(folder: Path) -> None:
+    data = dataset(folder)
+    for path in folder.glob("*.b2nd"):
+        path.unlink()
+    batch = collate([data[0], data[1]])
+    assert data.draw_cases(0)[0] in batch.failure
+    assert str(folder) in batch.failure
+
+
+def test_batches_do_not_depend_on_workers_or_ranks(folder: Path) -> None:
+    data = dataset(folder)
+
+    def read(shard: Shard, workers: int) -> list[tuple[list[int], list[float]]]:
+        loader = crop_loader(data, shard, workers=workers, pin_memory=False)
+        return [(batch.indices, [float(box.data.sum()) for box in batch.boxes[1]]) for batch in loader]
+
+    here = read(Shard(2, 6, 3), 0)
+    assert [indices for indices, _ in here] == [[6, 7, 8], [9, 10, 11], [12, 13, 14], [15, 16, 17]]
+    assert read(Shard(2, 6, 3), 2) == here
+    shards = [read(Shard(2, 6, 3, rank, 2), 0) for rank in range(2)]
+    for step, (indices, sums) in enumerate(here):
+        together = dict(pair for shard in shards for pair in zip(*shard[step], strict=True))
+        assert together == dict(zip(indices, sums, strict=True))
+    assert len(Shard(2, 6, 3)) == 4

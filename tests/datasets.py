@@ -1,0 +1,163 @@
+"""Small preprocessed data sets, written with nnU-Net's own writer: one per kind of plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+KINDS = ("plain", "residual", "anisotropic", "two_channel")
+
+#: The smallest settings that are still a training.
+QUICK = {"epochs": 2, "iterations_per_epoch": 3, "validation_iterations": 2, "save_every": 1}
+
+_NUMBERS = {
+    "plain": 811,
+    "residual": 812,
+    "anisotropic": 813,
+    "two_channel": 814,
+    "regions": 815,
+    "lowres": 816,
+}
+
+
+def dataset_name(kind: str) -> str:
+    return f"Dataset{_NUMBERS[kind]}_{kind.replace('_', '').title()}"
+
+
+def architecture(kind: str) -> dict:
+    anisotropic = kind == "anisotropic"
+    residual = kind == "residual"
+    blocks = {"n_blocks_per_stage": [1, 2, 2]} if residual else {"n_conv_per_stage": [1, 1, 1]}
+    return {
+        "network_class_name": "dynamic_network_architectures.architectures.unet."
+        + ("ResidualEncoderUNet" if residual else "PlainConvUNet"),
+        "arch_kwargs": {
+            "n_stages": 3,
+            "features_per_stage": [4, 8, 12],
+            "conv_op": "torch.nn.modules.conv.Conv3d",
+            "kernel_sizes": [[1, 3, 3] if anisotropic else [3, 3, 3], [3, 3, 3], [3, 3, 3]],
+            "strides": [[1, 1, 1], [1, 2, 2] if anisotropic else [2, 2, 2], [2, 2, 2]],
+            **blocks,
+            "n_conv_per_stage_decoder": [1, 1],
+            "conv_bias": True,
+            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+
+
+def make_plans(kind: str) -> dict:
+    patch = {"anisotropic": [8, 24, 24]}.get(kind, [16, 16, 16])
+    spacing = {"anisotropic": [5.0, 1.0, 1.0]}.get(kind, [1.0, 1.0, 1.0])
+    channels = 2 if kind == "two_channel" else 1
+    configuration = {
+        "data_identifier": "nnUNetPlans_3d_fullres",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2,
+        "patch_size": patch,
+        "median_image_size_in_voxels": [22.0, 26.0, 24.0],
+        "spacing": spacing,
+        "normalization_schemes": ["ZScoreNormalization"] * channels,
+        "use_mask_for_norm": [False] * channels,
+        "resampling_fn_data": "resample_data_or_seg_to_shape",
+        "resampling_fn_seg": "resample_data_or_seg_to_shape",
+        "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None},
+        "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None},
+        "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+        "resampling_fn_probabilities_kwargs": {
+            "is_seg": False,
+            "order": 1,
+            "order_z": 0,
+            "force_separate_z": None,
+        },
+        "architecture": architecture(kind),
+        "batch_dice": False,
+    }
+    flat = {**configuration, "patch_size": patch[1:], "data_identifier": "nnUNetPlans_2d"}
+    lowres = {**configuration, "data_identifier": "nnUNetPlans_3d_lowres", "next_stage": "3d_cascade_fullres"}
+    cascade = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    return {
+        "dataset_name": dataset_name(kind),
+        "plans_name": "nnUNetPlans",
+        "original_median_spacing_after_transp": spacing,
+        "original_median_shape_after_transp": [22, 26, 24],
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "configurations": {
+            "2d": flat,
+            "3d_fullres": configuration,
+            "3d_lowres": lowres,
+            "3d_cascade_fullres": cascade,
+        },
+        "experiment_planner_used": "ExperimentPlanner",
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {
+            str(c): {
+                "max": 1.0,
+                "mean": 0.0,
+                "median": 0.0,
+                "min": 0.0,
+                "percentile_00_5": 0.0,
+                "percentile_99_5": 1.0,
+                "std": 1.0,
+            }
+            for c in range(channels)
+        },
+    }
+
+
+def make_labels(kind: str) -> dict:
+    if kind == "regions":
+        return {
+            "labels": {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3},
+            "regions_class_order": [1, 2],
+        }
+    return {"labels": {"background": 0, "organ": 1, "tumour": 2}}
+
+
+def blob(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """An ellipsoid 'body' with organs and noise: float32, about zero mean and unit deviation."""
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    image = 0.05 * generator.standard_normal(shape)
+    for intensity, radius in ((1.0, 0.95), (0.6, 0.5), (-0.5, 0.35)):
+        centre = generator.uniform(-0.3, 0.3, 3) * (radius < 0.9)
+        image += intensity * (sum((a - c) ** 2 for a, c in zip(axes, centre, strict=True)) < radius**2)
+    return ((image - image.mean()) / image.std()).astype(np.float32)
+
+
+def make_dataset(preprocessed: Path, kind: str, cases: int = 6, seed: int = 0) -> Path:
+    """Write data set ``kind`` into an nnUNet_preprocessed root; returns its folder."""
+    folder = preprocessed / dataset_name(kind)
+    plans = make_plans(kind)
+    generator = np.random.default_rng(seed)
+    shape = {"anisotropic": (9, 30, 28)}.get(kind, (20, 24, 22))
+    channels = len(plans["configurations"]["3d_fullres"]["normalization_schemes"])
+    for configuration in ("nnUNetPlans_3d_fullres", "nnUNetPlans_3d_lowres"):
+        (folder / configuration).mkdir(parents=True)
+        for case in range(cases):
+            # one case is smaller than the patch along an axis
+            edges = shape if case else (shape[0], shape[1], 14)
+            image = np.stack([blob(generator, edges) for _ in range(channels)])
+            nnUNetDatasetBlosc2.save_case(
+                image,
+                np.zeros((1, *edges), np.int8),
+                {"class_locations": {}},
+                str(folder / configuration / f"case_{case:02d}"),
+                (1, *edges),
+                (1, *edges),
+            )
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+    names = {str(c): f"MR{c}" for c in range(channels)}
+    content = {"channel_names": names, "numTraining": cases, "file_ending": ".nii.gz", **make_labels(kind)}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    (folder / "dataset_fingerprint.json").write_text("{}")
+    return folder

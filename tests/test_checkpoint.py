@@ -1,0 +1,102 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nnssl_ext import checkpoint
+from nnssl_ext.errors import UserError
+
+
+def content() -> dict:
+    weights = torch.randn(64, 64)
+    return {
+        "network_weights": {"a": weights, "alias": weights, "b": torch.zeros(3, dtype=torch.int64)},
+        "logging": {"loss": [np.float32(0.5), np.int64(3)], "array": np.arange(3)},
+        "nnssl_ext": {"format": checkpoint.FORMAT},
+    }
+
+
+def test_round_trip_is_plain_and_keeps_aliases(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    original = content()
+    checkpoint.save(original, path)
+    back = checkpoint.load(path)
+    assert torch.equal(back["network_weights"]["a"], original["network_weights"]["a"])
+    assert back["network_weights"]["a"].data_ptr() == back["network_weights"]["alias"].data_ptr()
+    assert back["logging"] == {"loss": [0.5, 3], "array": [0, 1, 2]}
+    assert path.stat().st_size < 1.5 * 64 * 64 * 4
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pth"]
+
+
+def test_damage_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    checkpoint.save(content(), path)
+    good = path.read_bytes()
+    path.write_bytes(good[: len(good) // 2])
+    with pytest.raises(UserError, match=r"c\.pth is damaged or no pretraining checkpoint"):
+        checkpoint.load(path)
+    place = len(good) // 3  # amid the weights
+    path.write_bytes(good[:place] + bytes([good[place] ^ 255]) + good[place + 1 :])
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.load(path)
+    with pytest.raises(UserError, match="cannot read checkpoint .*: No such file"):
+        checkpoint.load(tmp_path / "absent.pth")
+
+
+class Malicious:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("executed"),))
+
+
+def test_pickles_are_never_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({**content(), "evil": Malicious()}, "evil.pth")
+    Path("bare.pth").write_bytes(pickle.dumps(Malicious()))
+    for name in ("evil.pth", "bare.pth"):
+        with pytest.raises(UserError, match="damaged or no pretraining checkpoint"):
+            checkpoint.load(Path(name))
+    assert not Path("executed").exists()
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    torch.save({"network_weights": {}}, path)
+    with pytest.raises(UserError, match="no pretraining checkpoint"):
+        checkpoint.load(path)
+    torch.save([1], path)
+    with pytest.raises(UserError, match="no pretraining checkpoint"):
+        checkpoint.load(path)
+    checkpoint.save({**content(), "nnssl_ext": {"format": checkpoint.FORMAT}}, path)
+    later = torch.load(path)
+    later["nnssl_ext"]["format"] = 99
+    torch.save(later, path)
+    with pytest.raises(UserError, match="has format 99"):
+        checkpoint.load(path)
+
+
+def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.pth"
+    checkpoint.save(content(), path)
+    before = path.read_bytes()
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(UserError, match="could not be written .*No space left.*untouched"):
+        checkpoint.save(content(), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pth"]
+
+
+def test_digest_sees_names_shapes_and_values() -> None:
+    tensor = torch.arange(6.0)
+    digests = {
+        checkpoint.digest(weights)
+        for weights in ({"a": tensor}, {"b": tensor}, {"a": tensor.reshape(2, 3)}, {"a": tensor + 1}, {})
+    }
+    assert len(digests) == 5
+    transposed = tensor.reshape(2, 3).T
+    assert checkpoint.digest({"a": transposed}) == checkpoint.digest({"a": transposed.contiguous()})

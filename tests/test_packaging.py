@@ -1,0 +1,120 @@
+"""A wheel, an installed package and a checkout behave the same."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from nnssl_ext import __version__
+from nnssl_ext.recipe import available_recipes
+from tests.conftest import REPOSITORY, Environment
+
+FIND = (
+    "import pickle; from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find;"
+    "a = find('nnsslTrainer_VolumeFusion'); b = find('nnsslTrainer_VolumeFusion');"
+    "import nnssl_ext; assert a is b and pickle.loads(pickle.dumps(a)) is a; print(nnssl_ext.__file__)"
+)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(folder),
+        str(REPOSITORY),
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_wheel_has_everything(wheel: Path) -> None:
+    assert wheel.name == f"nnssl_ext-{__version__}-py3-none-any.whl"
+    names = zipfile.ZipFile(wheel).namelist()
+    for folder in ("trainers", "plans"):
+        packed = {Path(n).name for n in names if n.startswith(f"nnssl_ext/{folder}/")}
+        assert packed == {p.name for p in (REPOSITORY / folder).iterdir() if p.suffix in (".py", ".json")}
+    modules = {str(p.relative_to(REPOSITORY)) for p in (REPOSITORY / "nnssl_ext").rglob("*.py")}
+    assert modules <= set(names)
+    assert not [n for n in names if n.startswith("tests/")]
+
+
+def test_installed_wheel_behaves_as_the_checkout(wheel: Path, environment: Environment, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(target),
+        str(wheel),
+    ]
+    subprocess.run(pip, check=True, capture_output=True)
+    answers = {}
+    for name, path in (("wheel", target), ("checkout", REPOSITORY)):
+        variables = {"PYTHONPATH": str(path)}
+        folder = environment.run(sys.executable, "-m", "nnssl_ext", "trainers", variables=variables).stdout.strip()
+        assert Path(folder).is_relative_to(path)
+        found = environment.run(sys.executable, "-c", FIND, variables={**variables, "nnUNet_extTrainer": folder}).stdout
+        assert Path(found.splitlines()[-1]).is_relative_to(path)
+        answers[name] = environment.run(sys.executable, "-m", "nnssl_ext", "methods", variables=variables).stdout
+    assert answers["wheel"] == answers["checkout"]
+    assert all(recipe in answers["wheel"] for recipe in available_recipes())
+
+
+def test_trainers_folder_holds_thin_modules_with_absolute_imports() -> None:
+    for path in (REPOSITORY / "trainers").glob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 10
+        assert "from ." not in text
+    assert not (REPOSITORY / "trainers" / "__init__.py").exists()
+
+
+def test_no_file_is_over_300_lines() -> None:
+    long = {
+        str(path.relative_to(REPOSITORY)): count
+        for folder in ("nnssl_ext", "trainers", "tests")
+        for path in (REPOSITORY / folder).rglob("*.py")
+        if (count := len(path.read_text().splitlines())) > 300
+    }
+    assert long == {}
+
+
+def test_imports_only_go_down() -> None:
+    """The floors of the house: losses, views, networks and methods never know nnU-Net's trainer or anything above."""
+    floors = [
+        ("losses", "views", "networks"),
+        ("data",),
+        ("methods", "transfer"),
+        ("training", "study"),
+        ("cli",),
+    ]
+    height = {name: floor for floor, names in enumerate(floors) for name in names}
+    for path in (REPOSITORY / "nnssl_ext").rglob("*.py"):
+        own = height.get(path.relative_to(REPOSITORY / "nnssl_ext").parts[0], -1)
+        for line in path.read_text().splitlines():
+            words = line.split()
+            if len(words) < 2 or words[0] not in ("from", "import"):
+                continue
+            if words[1].startswith("nnssl_ext.") and own >= 0:
+                assert height.get(words[1].split(".")[1], -1) <= own, f"{path}: {line}"
+            if own < height["training"]:
+                assert not words[1].startswith("nnunetv2.training.nnUNetTrainer"), f"{path}: {line}"
+
+
+def test_nothing_is_written_into_nnunet() -> None:
+    import nnunetv2
+
+    folder = Path(nnunetv2.__path__[0])
+    assert not [p for p in folder.rglob("*") if "nnssl" in p.name.lower()]

@@ -1,0 +1,220 @@
+"""The line as a user walks it: real nnUNetv2_* commands, from pretraining to prediction."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+from nnunetv2.run.run_training import maybe_load_checkpoint
+from torch import Tensor
+
+from nnssl_ext import checkpoint
+from nnssl_ext.methods import METHODS
+from nnssl_ext.networks.backbone import backbone_of
+from tests.conftest import REPOSITORY, Environment
+from tests.datasets import KINDS, blob, dataset_name
+from tests.training.test_trainer import pretrain, trainer_for
+
+Data = Callable[[str], Environment]
+
+
+def features(weights: dict[str, Tensor], kind: str) -> list[Tensor]:
+    """The encoder's features of a fixed volume, with a file's weights in the network that stock builds."""
+    trainer = trainer_for(kind, "quick", "nnUNetTrainer")
+    trainer.initialize()
+    own = trainer.network.state_dict()
+    trainer.network.load_state_dict({k: own[k] if ".seg_layers." in k else v for k, v in weights.items()})
+    channels, size = trainer.num_input_channels, trainer.configuration_manager.patch_size
+    volume = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return backbone_of(trainer.network).features(volume)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_hand_over(with_data: Data, method: str, kind: str) -> None:
+    """Every tensor but the heads reaches the stock trainer, under every alias, and it is what was learned."""
+    environment, trainer = with_data(kind), METHODS[method].trainer
+    environment.write_plans(kind, "quick", {})
+    command = [
+        "nnUNetv2_train",
+        dataset_name(kind),
+        "3d_fullres",
+        "0",
+        "-tr",
+        trainer,
+        "-p",
+        "quick",
+        "-device",
+        "cpu",
+    ]
+    finished = environment.run(*command)
+    assert "Pretraining summary" in finished.stdout
+    file = environment.fold(kind, "quick", trainer) / "checkpoint_final.pth"
+    weights = checkpoint.load(file)["network_weights"]
+
+    stock = trainer_for(kind, "quick", "nnUNetTrainer")
+    maybe_load_checkpoint(stock, False, False, str(file))
+    loaded = stock.network.state_dict()
+    assert set(loaded) == set(weights)
+    for name, value in loaded.items():
+        if ".seg_layers." not in name:
+            assert torch.equal(value, weights[name]), name
+
+    environment.write_plans(kind, "still", {"learning_rate": 0.0, "epochs": 1})
+    still = checkpoint.load(pretrain(environment, kind, "still") / "checkpoint_final.pth")["network_weights"]
+    volume = torch.randn(
+        1,
+        stock.num_input_channels,
+        *stock.configuration_manager.patch_size,
+        generator=torch.Generator().manual_seed(0),
+    )
+    with torch.no_grad():
+        handed_over = backbone_of(stock.network).features(volume)
+    for here, file_says, unlearned in zip(handed_over, features(weights, kind), features(still, kind), strict=True):
+        assert torch.equal(here, file_says)
+        assert not torch.allclose(here, unlearned, atol=1e-4)
+
+
+def test_killed_and_continued(with_data: Data) -> None:
+    """SIGKILL at some moment after the first checkpoint, then --c: the weights of a run that was never killed."""
+    environment, trainer = with_data("plain"), "nnsslTrainer_VolumeFusion"
+    run = {"epochs": 30, "iterations_per_epoch": 6, "save_every": 1}
+    for name in ("whole", "killed"):
+        environment.write_plans("plain", name, run)
+    command = ["nnUNetv2_train", "811", "3d_fullres", "0", "-tr", trainer, "-p", "killed", "-device", "cpu"]
+    folder = environment.fold("plain", "killed", trainer)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    process = subprocess.Popen(
+        command, env={**os.environ, **environment.variables, "PATH": path}, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint_latest.pth").exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "checkpoint_final.pth").exists()
+    environment.run(*command, "--c", variables={"nnUNet_n_proc_DA": "1"})
+    # the commands use every core, so the uninterrupted run must be a command too
+    environment.run(*[word if word != "killed" else "whole" for word in command])
+    digests = [
+        checkpoint.load(environment.fold("plain", name, trainer) / "checkpoint_final.pth")["nnssl_ext"][
+            "weights_sha256"
+        ]
+        for name in ("killed", "whole")
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_bad_input_through_the_command(with_data: Data) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "run", {"epoch": 1})
+    finished = environment.run(
+        "nnUNetv2_train",
+        "811",
+        "3d_fullres",
+        "0",
+        "-tr",
+        "nnsslTrainer_VolumeFusion",
+        "-p",
+        "run",
+        "-device",
+        "cpu",
+        status=1,
+    )
+    errors = [line for line in finished.stderr.splitlines() if "Warning" not in line and "warnings.warn" not in line]
+    assert errors == ["nnssl_ext: error: plans run: unknown setting 'epoch'; did you mean 'epochs'?"]
+
+
+def write_raw(environment: Environment, name: str) -> None:
+    """An ordinary raw data set of seven small cases."""
+    folder = environment.root / "raw" / name
+    for part in ("imagesTr", "labelsTr", "imagesTs"):
+        (folder / part).mkdir(parents=True)
+    for case in range(7):
+        image = blob(np.random.default_rng(case), (24, 28, 26))
+        part = "imagesTs" if case == 6 else "imagesTr"
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(image), str(folder / part / f"c{case}_0000.nii.gz"))
+        if case < 6:
+            label = SimpleITK.GetImageFromArray((image > np.median(image) + 1).astype(np.uint8))
+            SimpleITK.WriteImage(label, str(folder / "labelsTr" / f"c{case}.nii.gz"))
+    content = {
+        "channel_names": {"0": "MR"},
+        "labels": {"background": 0, "organ": 1},
+        "numTraining": 6,
+        "file_ending": ".nii.gz",
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+def readme_block(mark: str) -> list[str]:
+    """The lines of a bash block of the README that is marked as tested."""
+    text = (REPOSITORY / "README.md").read_text()
+    match = re.search(rf"<!-- tested: {mark} -->\n```bash\n(.*?)```", text, re.DOTALL)
+    assert match, mark
+    return match[1].strip().splitlines()
+
+
+def test_the_readme_from_raw_images_to_a_prediction(environment: Environment) -> None:
+    """The README's own lines on a raw data set; only the plans are made small and the trainings short."""
+    write_raw(environment, "Dataset004_Tiny")
+    plan_and_preprocess, pretraining, weights, finetuning = readme_block("four lines")
+    # stock planning sets torch's threads to nnUNet_n_proc_DA and fails at 0
+    environment.run("bash", "-ec", f"{plan_and_preprocess} -np 2", variables={"nnUNet_n_proc_DA": "1"})
+    folder = environment.preprocessed / "Dataset004_Tiny"
+    (readme_plan,) = readme_block("plan")
+    environment.run("bash", "-ec", readme_plan)
+    assert json.loads((folder / "nnUNetPlans_vf.json").read_text())["nnssl_ext"]["epochs"] == 200
+
+    small = "architecture.features_base=4 architecture.features_max=8 configuration.batch_size=2"
+    short = "epochs=1 iterations_per_epoch=2 validation_iterations=1"
+    environment.run("bash", "-ec", f"nnssl_ext plan -d 4 -o small {small} {short}")
+    # the README trains with the data set's own plans: put the small ones in their place
+    plans = {**json.loads((folder / "small.json").read_text()), "plans_name": "nnUNetPlans"}
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+    environment.run("bash", "-ec", f'export nnUNet_extTrainer="$(nnssl_ext trainers)"\n{pretraining} -device cpu')
+    finished = environment.run(
+        "bash",
+        "-ec",
+        f"{weights}\n{finetuning} -tr nnUNetTrainer_1epoch -device cpu",
+        variables={"nnUNet_def_n_proc": "1"},
+    )
+    assert "Loading pretrained weights from file" in finished.stdout
+    assert "Mean Validation Dice" in finished.stdout
+
+    # the fine-tuned model needs nothing of ours to predict
+    images = environment.root / "raw" / "Dataset004_Tiny" / "imagesTs"
+    environment.run(
+        "nnUNetv2_predict",
+        "-i",
+        str(images),
+        "-o",
+        str(environment.root / "out"),
+        "-d",
+        "4",
+        "-c",
+        "3d_fullres",
+        "-tr",
+        "nnUNetTrainer_1epoch",
+        "-f",
+        "0",
+        "-device",
+        "cpu",
+        "-npp",
+        "1",
+        "-nps",
+        "1",
+        variables={"nnUNet_extTrainer": ""},
+    )
+    prediction = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(environment.root / "out" / "c6.nii.gz")))
+    assert prediction.shape == (24, 28, 26)

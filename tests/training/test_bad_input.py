@@ -1,0 +1,184 @@
+"""Bad input: one clear line, status 1, nothing half-written."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+
+from nnssl_ext.errors import UserError
+from tests.conftest import Environment
+from tests.training.test_trainer import pretrain
+
+Data = Callable[[str], Environment]
+
+
+def refused(
+    environment: Environment,
+    match: str,
+    kind: str = "plain",
+    fold: str = "0",
+    configuration: str = "3d_fullres",
+) -> None:
+    """The run is refused with one line, before any results folder exists."""
+    with pytest.raises(UserError, match=match) as error:
+        pretrain(environment, kind, "run", fold, configuration)
+    assert "\n" not in str(error.value)
+    assert not list(environment.results.glob("*"))
+    assert not (environment.dataset(kind) / "splits_final.json").exists()
+
+
+def cases(environment: Environment, kind: str = "plain") -> Path:
+    return environment.dataset(kind) / "nnUNetPlans_3d_fullres"
+
+
+def replace_case(environment: Environment, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    path = cases(environment) / "case_03.b2nd"
+    data = np.asarray(blosc2.open(str(path))[:])
+    path.unlink()
+    blosc2.asarray(np.ascontiguousarray(change(data)), urlpath=str(path), mode="w")
+
+
+@pytest.fixture
+def plain(with_data: Data) -> Environment:
+    environment = with_data("plain")
+    environment.write_plans("plain", "run", {})
+    return environment
+
+
+def test_two_dimensional(plain: Environment) -> None:
+    refused(plain, "configuration '2d' is 2-D; pretraining is 3-D", configuration="2d")
+
+
+def test_cascade(plain: Environment) -> None:
+    refused(plain, "'3d_cascade_fullres' is a cascade stage", configuration="3d_cascade_fullres")
+
+
+def test_unknown_configuration(plain: Environment) -> None:
+    refused(plain, "unknown configuration '3d_fulres'; known: 2d, 3d_fullres", configuration="3d_fulres")
+
+
+def test_crop_edge(plain: Environment) -> None:
+    plain.write_plans("plain", "run", {"crop_size": [16, 18, 16]})
+    refused(plain, r"plans run, .*crop edge 18 \(axis 1 of \(16, 18, 16\)\).*multiple of 4.*use 16 or 20")
+
+
+def test_patch_edge_of_a_residual_plan(with_data: Data) -> None:
+    def thin(plans: dict) -> None:
+        plans["configurations"]["3d_fullres"]["patch_size"] = [4, 16, 16]
+
+    environment = with_data("residual")
+    environment.write_plans("residual", "run", {}, thin)
+    refused(environment, r"crop edge 4 .*at least 8; use 8", kind="residual")
+
+
+def test_unknown_network(plain: Environment) -> None:
+    def other(plans: dict) -> None:
+        plans["configurations"]["3d_fullres"]["architecture"] = {
+            "network_class_name": "tests.training.test_bad_input.Unknown",
+            "_kw_requires_import": [],
+            "arch_kwargs": {"strides": [[1, 1, 1]]},
+        }
+
+    plain.write_plans("plain", "run", {}, other)
+    refused(
+        plain,
+        "cannot pretrain a network of type tests.training.test_bad_input.Unknown; known are PlainConvUNet",
+    )
+
+
+class Unknown(torch.nn.Module):
+    def __init__(self, **_: object) -> None:
+        super().__init__()
+
+
+def test_truncated_case(plain: Environment) -> None:
+    path = cases(plain) / "case_03.b2nd"
+    path.write_bytes(path.read_bytes()[:1000])
+    refused(plain, r"nnUNetPlans_3d_fullres: case 'case_03' cannot be read .*; preprocess these cases again")
+
+
+def test_constant_case(plain: Environment) -> None:
+    replace_case(plain, np.zeros_like)
+    refused(plain, "case 'case_03' is constant")
+
+
+def test_nan_case(plain: Environment) -> None:
+    replace_case(plain, lambda data: np.where(data == data.max(), np.nan, data))
+    refused(plain, "case 'case_03' holds NaN or infinite values")
+
+
+def test_several_bad_cases_are_all_named(plain: Environment) -> None:
+    for case in range(3):
+        (cases(plain) / f"case_0{case}.b2nd").write_bytes(b"")
+    refused(plain, "case 'case_00' .* case 'case_01' .* case 'case_02'")
+
+
+def test_fewer_channels_than_the_plans(with_data: Data) -> None:
+    environment = with_data("two_channel")
+    environment.write_plans("two_channel", "run", {})
+    path = cases(environment, "two_channel") / "case_02.b2nd"
+    data = np.asarray(blosc2.open(str(path))[:1])
+    path.unlink()
+    blosc2.asarray(data, urlpath=str(path), mode="w")
+    refused(environment, "case 'case_02' has 1 channels, the plans expect 2", kind="two_channel")
+
+
+def test_no_case(plain: Environment) -> None:
+    for path in cases(plain).iterdir():
+        path.unlink()
+    refused(plain, "no case in .*; run nnUNetv2_preprocess")
+    cases(plain).rmdir()
+    refused(plain, "no preprocessed data in .*; run nnUNetv2_preprocess")
+
+
+def test_one_case(plain: Environment) -> None:
+    for path in cases(plain).iterdir():
+        if "case_00" not in path.name:
+            path.unlink()
+    refused(plain, "fold 0 needs at least 5 cases, .* has 1; use fold 'all'")
+    refused(plain, "needs at least 2 training cases, fold all .* has 1", fold="all")
+    plain.write_plans("plain", "run", {"epochs": 1, "volume_fusion": {"source": "same"}})
+    assert (pretrain(plain, "plain", "run", "all") / "checkpoint_final.pth").is_file()
+
+
+def test_unknown_and_ill_typed_settings(plain: Environment) -> None:
+    plain.write_plans("plain", "run", {"epoch": 3})
+    refused(plain, "plans run: unknown setting 'epoch'; did you mean 'epochs'?")
+    plain.write_plans("plain", "run", {"volume_fusion": {"layers": 3}})
+    refused(plain, r"unknown setting 'volume_fusion\.layers'")
+    plain.write_plans("plain", "run", {"volume_fusion": {"levels": "four"}})
+    refused(plain, r"setting 'volume_fusion\.levels' must be int, got 'four' \(str\)")
+    plain.write_plans("plain", "run", {"target_trainer": "nnUNetTrainerAbsent"})
+    refused(plain, "target_trainer 'nnUNetTrainerAbsent' was not found by nnU-Net")
+
+
+def test_split_that_names_absent_cases(plain: Environment) -> None:
+    path = plain.dataset("plain") / "splits_final.json"
+    path.write_text('[{"train": ["case_00", "case_77"], "val": []}]')
+    with pytest.raises(UserError, match="names cases that are not preprocessed: case_77"):
+        pretrain(plain, "plain", "run")
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"splits_final\.json must hold a JSON list, got dict"):
+        pretrain(plain, "plain", "run")
+    assert not list(plain.results.glob("*"))
+
+
+def test_unwritable_results(plain: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a file where a folder should be stops root too
+    shutil.rmtree(plain.results)
+    plain.results.write_text("")
+    monkeypatch.setenv("nnUNet_results", str(plain.results / "below"))
+    with pytest.raises(UserError, match=r"nnUNet_results=.*below cannot be written: .*results: is not a folder"):
+        pretrain(plain, "plain", "run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_gpu(plain: Environment) -> None:
+    from nnunetv2.run.run_training import get_trainer_from_args
+
+    with pytest.raises(UserError, match="no CUDA device was found; use -device cpu"):
+        get_trainer_from_args("811", "3d_fullres", 0, "nnsslTrainer_VolumeFusion", "run")

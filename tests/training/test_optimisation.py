@@ -1,0 +1,49 @@
+import itertools
+
+import pytest
+import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from torch import nn
+
+from nnssl_ext.methods import OptimiserRecipe
+from nnssl_ext.training.optimisation import build_optimiser, learning_rate_at
+
+
+def recipe(schedule: str, warm_up: float = 0.0, name: str = "adamw") -> OptimiserRecipe:
+    return OptimiserRecipe(name, 1e-3, 0.01, schedule, warm_up)
+
+
+def test_warm_up_rises_to_the_peak_and_cosine_falls_to_zero() -> None:
+    rates = [learning_rate_at(recipe("cosine", 0.1), 2.0, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10] == 2.0
+    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert rates[55] == pytest.approx(1.0)
+    assert 0 < rates[-1] < 0.01
+
+
+def test_poly_is_nnunets() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    scheduler = PolyLRScheduler(torch.optim.SGD([parameter], 0.5), 0.5, 40)
+    for step in (0, 7, 39):
+        scheduler.step(step)
+        assert learning_rate_at(recipe("poly"), 0.5, step, 40) == pytest.approx(scheduler.get_last_lr()[0])
+
+
+def test_constant_and_zero() -> None:
+    assert {learning_rate_at(recipe("constant"), 0.3, step, 10) for step in range(10)} == {0.3}
+    assert {learning_rate_at(recipe("cosine", 0.5), 0.0, step, 10) for step in range(10)} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
+)
+def test_frozen_parameters_are_left_out(name: str, kind: type) -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[0].requires_grad_(False)
+    optimiser = build_optimiser(recipe("constant", name=name), module.parameters(), 0.1)
+    assert type(optimiser) is kind
+    (group,) = optimiser.param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in module[1].parameters()]
+    assert group["weight_decay"] == 0.01
+    assert group["lr"] == 0.1

@@ -1,0 +1,120 @@
+"""Killed and continued with --c equals never killed, bit for bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnssl_ext import checkpoint
+from nnssl_ext.errors import UserError
+from nnssl_ext.training.trainer import PretrainingTrainer
+from tests.conftest import Environment
+from tests.training.test_trainer import TRAINER, pretrain
+
+Data = Callable[[str], Environment]
+RUN = {"epochs": 5, "iterations_per_epoch": 3, "save_every": 2}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = PretrainingTrainer.train_step
+
+    def train_step(self: PretrainingTrainer, batch: object) -> dict:
+        if self.step == step:
+            raise Killed
+        return original(self, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PretrainingTrainer, "train_step", train_step)
+
+
+def final(fold: Path) -> dict:
+    return checkpoint.load(fold / "checkpoint_final.pth")
+
+
+@pytest.mark.parametrize("step", [4, 8, 14])
+def test_continued_equals_never_killed(with_data: Data, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    environment = with_data("residual")
+    environment.write_plans("residual", "whole", RUN)
+    environment.write_plans("residual", "broken", RUN)
+    whole = final(pretrain(environment, "residual", "whole"))
+
+    with monkeypatch.context() as patch:
+        kill_at(step, patch)
+        with pytest.raises(Killed):
+            pretrain(environment, "residual", "broken")
+    torch.manual_seed(12345)  # a new process starts with another state
+    broken = final(pretrain(environment, "residual", "broken", c=True))
+
+    assert broken["nnssl_ext"]["weights_sha256"] == whole["nnssl_ext"]["weights_sha256"]
+    for key in ("train_losses", "val_losses", "lrs", "train_dice_loss", "val_fusion_dice"):
+        assert broken["logging"][key] == whole["logging"][key]
+    for mine, other in zip(
+        broken["optimizer_state"]["state"].values(), whole["optimizer_state"]["state"].values(), strict=True
+    ):
+        assert all(torch.equal(mine[k], other[k]) for k in mine)
+    assert broken["nnssl_ext"]["counters"] == whole["nnssl_ext"]["counters"]
+
+
+def test_another_run_is_refused(with_data: Data) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "run", {"save_every": 1})
+    fold = pretrain(environment, "plain", "run")
+    before = (fold / "checkpoint_final.pth").read_bytes()
+    changes: list[tuple[dict, str]] = [
+        ({"seed": 7}, "settings.seed is 0 there and 7 here"),
+        ({"volume_fusion": {"levels": 2}}, "settings.volume_fusion.levels is 4 there and 2 here"),
+        ({"batch_size": 3}, "batch_size is 2 there and 3 here"),
+        ({"crop_size": [8, 16, 16]}, r"geometry.crop_size is \[16, 16, 16\] there and \[8, 16, 16\] here"),
+    ]
+    for settings, message in changes:
+        environment.write_plans("plain", "run", settings)
+        with pytest.raises(UserError, match=f"belongs to another run: {message}"):
+            pretrain(environment, "plain", "run", c=True)
+
+    def wider(plans: dict) -> None:
+        plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = [8, 8, 8]
+
+    environment.write_plans("plain", "run", {}, wider)
+    with pytest.raises(UserError, match="belongs to another run: architecture"):
+        pretrain(environment, "plain", "run", c=True)
+    assert (fold / "checkpoint_final.pth").read_bytes() == before
+
+
+def test_another_method_is_refused(with_data: Data) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "run", {})
+    fold = pretrain(environment, "plain", "run")
+    content = checkpoint.load(fold / "checkpoint_final.pth")
+    content["nnssl_ext"]["identity"]["method"] = "rotation"
+    checkpoint.save(content, fold / "checkpoint_final.pth")
+    with pytest.raises(UserError, match="method is 'rotation' there and 'volume_fusion' here"):
+        pretrain(environment, "plain", "run", c=True)
+
+
+def test_more_epochs_may_be_asked_for(with_data: Data) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "run", {"epochs": 1})
+    pretrain(environment, "plain", "run")
+    environment.write_plans("plain", "run", {"epochs": 3})
+    assert final(pretrain(environment, "plain", "run", c=True))["current_epoch"] == 3
+
+
+def test_a_damaged_checkpoint_stops_and_is_kept(with_data: Data) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "run", {"epochs": 1})
+    file = pretrain(environment, "plain", "run") / "checkpoint_final.pth"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"checkpoint_final\.pth is damaged"):
+        pretrain(environment, "plain", "run", c=True)
+    assert file.stat().st_size == 5000
+
+
+def test_without_a_checkpoint_stock_starts_anew(with_data: Data) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "run", {"epochs": 1})
+    assert (pretrain(environment, "plain", "run", c=True) / "checkpoint_final.pth").is_file()
+    assert environment.fold("plain", "run", TRAINER).is_dir()

@@ -1,0 +1,122 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import map_coordinates
+
+from nnssl_ext.views.spatial import SourceBox, SpatialRange, cut, cut_batch, reach
+
+CPU = torch.device("cpu")
+ISOTROPIC = (1.0, 1.0, 1.0)
+
+
+def volume(shape: tuple[int, ...] = (2, 12, 13, 14)) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_identity_at_zero_strength() -> None:
+    matrix = SpatialRange(ISOTROPIC).draw(np.random.default_rng(0), (6, 8, 4))
+    assert np.array_equal(matrix, np.eye(3))
+    data = volume()
+    crop, inside = cut(SourceBox(data, matrix, np.array([4.5, 5.5, 6.5])), (6, 8, 4), CPU)
+    assert torch.equal(crop, data[:, 2:8, 2:10, 5:9])
+    assert inside.all()
+
+
+@pytest.mark.parametrize("signs", itertools.product((1, -1), repeat=3))
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_signed_permutations_are_exact_and_agree_with_resampling(order: tuple, signs: tuple) -> None:
+    matrix = np.zeros((3, 3))
+    for source_axis, (crop_axis, sign) in enumerate(zip(order, signs, strict=True)):
+        matrix[source_axis, crop_axis] = sign
+    size = (4, 6, 8)
+    edges = np.abs(matrix) @ np.array(size)
+    # the box hangs over the volume's border on one side
+    centre = np.array([1.0, 5.0, 6.0]) + (edges - 1) / 2 - np.array([2, 0, 0])
+    copied = cut(SourceBox(volume(), matrix, centre), size, CPU)
+    # a matrix that is not exactly a permutation goes the other way
+    resampled = cut(SourceBox(volume(), matrix + 1e-9 * np.ones((3, 3)), centre), size, CPU)
+    assert copied[0].shape == (2, *size)
+    assert torch.equal(copied[1], resampled[1])
+    assert not copied[1].all()
+    torch.testing.assert_close(copied[0], resampled[0], atol=1e-4, rtol=1e-4)
+
+
+def test_resampling_agrees_with_scipy() -> None:
+    matrix = SpatialRange((2.0, 1.0, 1.0), affine=1.0, rotation=20, zoom=(0.8, 1.2)).draw(
+        np.random.default_rng(1), (5, 6, 7)
+    )
+    data, centre, size = volume((1, 12, 13, 14)), np.array([5.3, 6.1, 6.8]), (5, 6, 7)
+    crop, inside = cut(SourceBox(data, matrix, centre), size, CPU)
+    offsets = np.stack(np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in size), indexing="ij"))
+    points = np.einsum("ij,jdhw->idhw", matrix, offsets) + centre[:, None, None, None]
+    assert inside.all()
+    expected = map_coordinates(data[0].numpy(), points, order=1)
+    np.testing.assert_allclose(crop[0].numpy(), expected, atol=1e-4)
+
+
+def test_reach_is_what_a_cut_needs() -> None:
+    """A box cut down to the reach gives the same crop as the whole volume."""
+    data, centre, size = volume((1, 30, 30, 30)), np.array([14.2, 15.7, 13.9]), (8, 6, 7)
+    spatial = SpatialRange(ISOTROPIC, flip=0.5, rot90=0.5, affine=1.0, rotation=30, zoom=(0.8, 1.2))
+    for seed in range(10):
+        matrix = spatial.draw(np.random.default_rng(seed), size)
+        half = reach(matrix, size)
+        low, high = np.floor(centre - half).astype(int), np.ceil(centre + half).astype(int) + 1
+        part = data[(slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))]
+        whole = cut(SourceBox(data, matrix, centre), size, CPU)
+        small = cut(SourceBox(part, matrix, centre - low), size, CPU)
+        torch.testing.assert_close(whole[0], small[0], atol=1e-4, rtol=1e-4)
+        assert torch.equal(whole[1], small[1])
+
+
+def test_quarter_turns_only_where_the_grid_maps_to_itself() -> None:
+    def off_diagonal(spacing: tuple, size: tuple) -> set[tuple[int, int]]:
+        found = set()
+        for seed in range(100):
+            matrix = SpatialRange(spacing, rot90=1.0).draw(np.random.default_rng(seed), size)
+            found |= {(int(a), int(b)) for a, b in np.argwhere(np.abs(matrix) > 0.5) if a != b}
+        return found
+
+    assert off_diagonal(ISOTROPIC, (8, 8, 8)) == {(0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)}
+    assert off_diagonal((3.0, 1.0, 1.0), (8, 8, 8)) == {(1, 2), (2, 1)}
+    assert off_diagonal(ISOTROPIC, (8, 8, 4)) == {(0, 1), (1, 0)}
+    assert off_diagonal((3.0, 2.0, 1.0), (8, 8, 8)) == set()
+
+
+def test_rotation_is_in_millimetres_and_spares_thick_slices() -> None:
+    spacing = np.array([2.0, 1.0, 0.5])
+    matrix = SpatialRange(tuple(spacing), affine=1.0, rotation=40).draw(np.random.default_rng(3), (8, 8, 8))
+    assert np.allclose(np.linalg.det(matrix), 1)
+    rotation = matrix * spacing[:, None] / spacing[None]  # in millimetres it is a rotation: orthogonal
+    ratio_above_limit = spacing.max() / spacing.min() > 3
+    assert ratio_above_limit
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(matrix[0], [1, 0, 0], atol=1e-12)  # the thick axis stays
+    assert not np.allclose(matrix, np.eye(3))
+
+
+def test_zoom_magnifies() -> None:
+    matrix = SpatialRange(ISOTROPIC, affine=1.0, zoom=(2.0, 2.0)).draw(np.random.default_rng(0), (8, 8, 8))
+    np.testing.assert_allclose(matrix, np.eye(3) / 2)
+
+
+def test_outside_is_zero_and_marked() -> None:
+    data = torch.ones(1, 4, 4, 4)
+    boxes = [
+        SourceBox(data, np.eye(3), np.array([1.5, 1.5, 1.5])),
+        SourceBox(data, np.eye(3) * 1.5, np.array([1.5, 1.5, 1.5])),
+    ]
+    crops, inside = cut_batch(boxes, (8, 8, 8), CPU)
+    assert crops.shape == (2, 1, 8, 8, 8)
+    assert torch.equal(crops.bool(), inside)
+    assert 0 < inside[0].sum() <= 4**3
+    assert inside[0].sum() > inside[1].sum() > 0
+
+
+def test_one_slice_is_enough() -> None:
+    crop, inside = cut(SourceBox(torch.ones(1, 1, 6, 6), np.eye(3) * 1.01, np.array([0.0, 2.5, 2.5])), (3, 4, 4), CPU)
+    assert torch.isfinite(crop).all()
+    assert inside[0, 1].all()
+    assert not inside[0, 0].any()
