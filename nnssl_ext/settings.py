@@ -6,6 +6,7 @@ A schema is a frozen dataclass whose fields are made with ``setting(...)``; a fi
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -137,10 +138,9 @@ def _check_scalar(kind: type, value: Any, limits: Mapping[str, Any], name: str, 
         raise UserError(f"{where}: setting '{name}' must be one of {', '.join(limits['choices'])}, got {value!r}")
     low: Any = limits.get("low")
     high: Any = limits.get("high")
-    if kind in (int, float) and not (float("-inf") < value < float("inf")):
+    if isinstance(value, (int, float)) and not math.isfinite(value):
         raise UserError(f"{where}: setting '{name}' must be a finite number, got {value!r}")
-    number: Any = value
-    if (low is not None and number < low) or (high is not None and number > high):
+    if (low is not None and value < low) or (high is not None and value > high):
         limit = f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
         raise UserError(f"{where}: setting '{name}' must be {limit}, got {value!r}")
     return value

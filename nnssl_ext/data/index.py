@@ -172,5 +172,5 @@ def body_map(data: np.ndarray) -> np.ndarray:
 def worker_count() -> int:
     """Processes or threads that may read: nnUNet_n_proc_DA, else up to four; box reads need no more."""
     if "nnUNet_n_proc_DA" in os.environ:
-        return int(os.environ["NNUNET_N_PROC_DA"])
+        return int(os.environ["nnUNet_n_proc_DA"])
     return min(4, os.cpu_count() or 1)

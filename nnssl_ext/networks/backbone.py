@@ -6,6 +6,7 @@ B batch, C channel, D H W voxels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet, ResidualUNet
@@ -25,7 +26,7 @@ class UNetBackbone:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.encoder: nn.Module = network.encoder
+        self.encoder: Any = network.encoder
         self.residual = isinstance(self.encoder, ResidualEncoder)
 
     @property
@@ -36,7 +37,7 @@ class UNetBackbone:
     @property
     def channels(self) -> list[int]:
         """Channels of each encoder stage."""
-        return list(self.encoder.output_channels)  # type: ignore[arg-type]
+        return list(self.encoder.output_channels)
 
     def features(self, image: Tensor) -> list[Tensor]:
         """Feature maps of the encoder, finest first: (B, C, D, H, W) -> [(B, channels[i], *edges / strides[i])]."""
@@ -44,7 +45,8 @@ class UNetBackbone:
 
     def set_deep_supervision(self, enabled: bool) -> None:
         """Whether the network returns all its outputs, full resolution first, or only the first."""
-        self.network.decoder.deep_supervision = enabled  # type: ignore[union-attr, assignment]
+        decoder: Any = self.network.decoder
+        decoder.deep_supervision = enabled
 
     def crop_problem(self, size: Sequence[int]) -> str:
         """Why the whole network cannot take a crop with these edges; '' if it can.

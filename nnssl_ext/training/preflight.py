@@ -13,7 +13,7 @@ import torch.distributed as dist
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
 from nnssl_ext.data.cases import shorten
@@ -106,32 +106,41 @@ def check_plans(
         determine_num_input_channels(manager, config, dataset_json),
     )
     with torch.device("meta"):
-        backbone = build_backbone(plans, configuration, geometry.channels, 2)
+        backbone = target_backbone(manager, config, geometry.channels, 2)
     problem = backbone.crop_problem(geometry.crop_size)
     if problem:
         raise UserError(f"{where}, configuration '{configuration}': {problem}")
     return common, settings, geometry, common.batch_size or config.batch_size
 
 
-def build_network(plans: dict, configuration: str, input_channels: int, outputs: int) -> nn.Module:
-    """The network that the target trainer builds from the plans, with deep supervision."""
-    manager = PlansManager(plans)
-    name = plans.get(PLANS_KEY, {}).get("target_trainer", "nnUNetTrainer")
+def target_network(
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    input_channels: int,
+    outputs: int,
+    deep_supervision: bool = True,
+) -> nn.Module:
+    """The network that the plans' target trainer builds."""
+    name = plans_manager.plans.get(PLANS_KEY, {}).get("target_trainer", "nnUNetTrainer")
     try:
         target = recursive_find_trainer_class_by_name(name)
     except RuntimeError as error:
-        raise UserError(f"plans {plans['plans_name']}: target_trainer '{name}' was not found by nnU-Net") from error
+        raise UserError(
+            f"plans {plans_manager.plans_name}: target_trainer '{name}' was not found by nnU-Net"
+        ) from error
     return target.build_network_architecture(
-        manager, manager.get_configuration(configuration), input_channels, outputs, True
+        plans_manager, configuration_manager, input_channels, outputs, deep_supervision
     )
 
 
-def build_backbone(plans: dict, configuration: str, input_channels: int, outputs: int) -> UNetBackbone:
-    """``build_network`` seen as a backbone; a network of unknown kind is one line."""
+def target_backbone(
+    plans_manager: PlansManager, configuration_manager: ConfigurationManager, input_channels: int, outputs: int
+) -> UNetBackbone:
+    """``target_network`` seen as a backbone; a network of unknown kind is one line."""
     try:
-        return backbone_of(build_network(plans, configuration, input_channels, outputs))
+        return backbone_of(target_network(plans_manager, configuration_manager, input_channels, outputs))
     except ValueError as error:
-        raise UserError(f"plans {plans['plans_name']}, configuration '{configuration}': {error}") from error
+        raise UserError(f"plans {plans_manager.plans_name}: {error}") from error
 
 
 def _index(folder: Path, channels: int) -> CaseIndex:

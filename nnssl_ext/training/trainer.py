@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,13 +26,12 @@ from nnssl_ext.data.index import worker_count
 from nnssl_ext.data.loader import Shard, crop_loader
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
-from nnssl_ext.settings import PLANS_KEY
 from nnssl_ext.training import state
 from nnssl_ext.training.distributed import mean_over_samples, rank, rank_device, world
 from nnssl_ext.training.engine import engine, mixed_precision
 from nnssl_ext.training.log import PretrainingLog
 from nnssl_ext.training.optimisation import build_optimiser, learning_rate_at
-from nnssl_ext.training.preflight import build_backbone, build_network, check_run
+from nnssl_ext.training.preflight import check_run, target_backbone, target_network
 from nnssl_ext.training.summary import print_summary
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom, step_seed
 
@@ -75,13 +73,11 @@ class PretrainingTrainer(nnUNetTrainer):
         self.step = 0
         self.print_to_log_file(f"Pretraining with {self.method_class.title}: {self.method_class.citation}\n")
 
-    # ---- set-up -------------------------------------------------------------------------------------------------
-
     def initialize(self) -> None:
         if self.was_initialized:
             raise RuntimeError("initialize was called twice")
         common, geometry = self.checked.common, self.checked.geometry
-        plans, name = self.plans_manager.plans, self.configuration_name
+        plans = self.plans_manager, self.configuration_manager
         self.batch_size = self.checked.batch_size
         self.num_input_channels = geometry.channels
 
@@ -91,8 +87,8 @@ class PretrainingTrainer(nnUNetTrainer):
         data_outputs = self.label_manager.num_segmentation_heads
         self.data_heads: dict[str, Tensor] = {}
         if own_outputs is not None:
-            self.data_heads = state.fresh_heads(build_network(plans, name, geometry.channels, data_outputs))
-        backbone = build_backbone(plans, name, geometry.channels, own_outputs or data_outputs)
+            self.data_heads = state.fresh_heads(target_network(*plans, geometry.channels, data_outputs))
+        backbone = target_backbone(*plans, geometry.channels, own_outputs or data_outputs)
         self.method = self.method_class(backbone, self.checked.settings, geometry).to(self.device)
         self.network = self.method.network
         if self._do_i_compile():
@@ -116,14 +112,8 @@ class PretrainingTrainer(nnUNetTrainer):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """The target trainer's network: what stock prediction builds to load a pretraining checkpoint."""
-        name = plans_manager.plans.get(PLANS_KEY, {}).get("target_trainer", "nnUNetTrainer")
-        target = recursive_find_trainer_class_by_name(name)
-        return target.build_network_architecture(
-            plans_manager,
-            configuration_manager,
-            num_input_channels,
-            num_output_channels,
-            enable_deep_supervision,
+        return target_network(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
@@ -152,8 +142,6 @@ class PretrainingTrainer(nnUNetTrainer):
             iter(crop_loader(train, left, workers=workers, pin_memory=pin)),
             crop_loader(val, validation, workers=min(1, workers), pin_memory=pin),
         )
-
-    # ---- training -----------------------------------------------------------------------------------------------
 
     def run_training(self) -> None:
         self.on_train_start()
@@ -222,8 +210,6 @@ class PretrainingTrainer(nnUNetTrainer):
     def _clip(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.method.parameters(), self.recipe.clip)
 
-    # ---- logging ------------------------------------------------------------------------------------------------
-
     def on_train_epoch_end(self, train_outputs: list[dict[str, Tensor]]) -> None:
         means = mean_over_samples(train_outputs)
         self._refuse_non_finite(means["loss"])
@@ -280,8 +266,6 @@ class PretrainingTrainer(nnUNetTrainer):
         """Stock validates a segmentation here; a pretraining prints its summary and the command that uses it."""
         if self.local_rank == 0:
             print_summary(self)
-
-    # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, filename: str) -> None:
         if self.local_rank != 0:
