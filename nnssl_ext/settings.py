@@ -6,11 +6,12 @@ A schema is a frozen dataclass whose fields are made with ``setting(...)``; a fi
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
 from nnssl_ext.errors import UserError
@@ -144,3 +145,21 @@ def _check_scalar(kind: type, value: Any, limits: Mapping[str, Any], name: str, 
         limit = f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
         raise UserError(f"{where}: setting '{name}' must be {limit}, got {value!r}")
     return value
+
+
+def settings_table(schema: type, prefix: str = "") -> list[str]:
+    """The rows of a Markdown table of a schema's settings: name, type, default, what it is, where it comes from."""
+    hints = typing.get_type_hints(schema)
+    rows = []
+    for entry in fields(schema):
+        hint, name = hints[entry.name], f"{prefix}{entry.name}"
+        if hasattr(hint, "__dataclass_fields__"):
+            rows += settings_table(hint, f"{name}.")
+            continue
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        kind = str(hint).replace("<class '", "").replace("'>", "").replace(" | None", " or null")
+        choices = entry.metadata["choices"]
+        kind = " / ".join(choices) if choices else kind
+        shown = json.dumps(default)
+        rows.append(f"| `{name}` | {kind} | `{shown}` | {entry.metadata['doc']} | {entry.metadata['source']} |")
+    return rows

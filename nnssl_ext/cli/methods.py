@@ -1,4 +1,7 @@
-"""List the pretraining methods, their trainers and the recipes."""
+"""List the pretraining methods, their trainers and the recipes.
+
+With --settings: every setting with its default and source, as the tables of docs/plans.md.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,28 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No arguments."""
+    parser.add_argument("--settings", action="store_true", help="print the tables of all settings (Markdown)")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.settings:
+        print(settings_tables())
+        return
     from nnssl_ext.methods import METHODS  # torch takes seconds to import
     from nnssl_ext.recipe import available_recipes
 
     for method in METHODS.values():
         print(f"{method.title}\n  -tr {method.trainer}\n  settings: {method.name}.*\n  {method.citation}")
     print(f"recipes: {', '.join(available_recipes())}")
+
+
+def settings_tables() -> str:
+    """Markdown: a table of the common settings and one of each method's."""
+    from nnssl_ext.methods import METHODS
+    from nnssl_ext.settings import CommonSettings, settings_table
+
+    head = ["| setting | type | default | what it is | source |", "|---|---|---|---|---|"]
+    parts = ["### Common settings", "", *head, *settings_table(CommonSettings)]
+    for method in METHODS.values():
+        parts += ["", f"### {method.title}", "", *head, *settings_table(method.Settings, f"{method.name}.")]
+    return "\n".join(parts)

@@ -24,8 +24,9 @@ from nnssl_ext.losses.segmentation import (
 )
 from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, Readable
 from nnssl_ext.settings import setting
+from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
 from nnssl_ext.views.fusion import MOST_BOXES, BoxLayout, GridLayout, fuse
-from nnssl_ext.views.intensity import IntensityDraw, IntensitySettings, remap_percentiles
+from nnssl_ext.views.intensity import remap_percentiles
 from nnssl_ext.views.random import BatchRandom
 from nnssl_ext.views.spatial import SpatialRange, cut_batch
 
@@ -133,7 +134,8 @@ class VolumeFusion(Method):
         for crop, inside in ((background, background_inside), (foreground, foreground_inside)):
             if self.settings.remap == "percentile":
                 remap_percentiles(crop)
-            IntensityDraw.draw(self.settings.intensity, random, crop.shape[1]).apply(crop, random)
+            draw = IntensityDraw.draw(self.settings.intensity, random, crop.shape[1], self.geometry.spacing)
+            draw.apply(crop, random)
             crop.mul_(inside)
 
         level = self._draw_levels(random)

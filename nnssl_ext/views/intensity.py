@@ -1,82 +1,21 @@
-"""Intensity views of batches (B, C, D, H, W) on the device they are on, drawn apart from applied.
+"""Views that change each voxel by itself: noise, brightness, contrast, gamma, inversion, percentiles.
 
-A draw is a (B, C) tensor on the CPU whose neutral value leaves a channel as it is; a channel with the neutral value
-is not touched at all. Every function works in place on its batch and returns it.
+Batches are (B, C, D, H, W), on the device they are on. A strength is a (B, C) tensor on the CPU whose neutral value
+leaves a channel as it is; a channel with the neutral value is not touched at all. Every function works in place on its
+batch and returns it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nnssl_ext.settings import setting
 from nnssl_ext.views.random import BatchRandom
 
 #: Intensity differences below this are rounding, not signal.
 EPSILON = 1e-6
-
-
-@dataclass(frozen=True)
-class IntensitySettings:
-    """Probabilities and ranges of the intensity views; zero probabilities are the identity."""
-
-    gamma_probability: float = setting(0.3, "Chance of a gamma curve, per channel.", source="nnU-Net", low=0, high=1)
-    gamma: list[float] = setting([0.7, 1.5], "Range of gamma's exponent.", source="nnU-Net", low=0.05, length=2)
-    invert_probability: float = setting(
-        0.0, "Chance that all intensities of a sample are mirrored about their range.", low=0, high=1
-    )
-    brightness_probability: float = setting(
-        0.15, "Chance of scaled brightness, per channel.", source="nnU-Net", low=0, high=1
-    )
-    brightness: list[float] = setting([0.75, 1.25], "Range of its factor.", source="nnU-Net", low=0, length=2)
-    contrast_probability: float = setting(
-        0.15, "Chance of stretched contrast, per channel.", source="nnU-Net", low=0, high=1
-    )
-    contrast: list[float] = setting([0.75, 1.25], "Range of its factor.", source="nnU-Net", low=0, length=2)
-    noise_probability: float = setting(0.1, "Chance of Gaussian noise, per sample.", source="nnU-Net", low=0, high=1)
-    noise: list[float] = setting(
-        [0.0, 0.3],
-        "Range of the noise's standard deviation, in normalised intensities.",
-        source="nnU-Net",
-        low=0,
-        length=2,
-    )
-
-
-@dataclass
-class IntensityDraw:
-    """What each sample and channel gets: (B, C) on the CPU, ``invert`` and ``noise`` (B,)."""
-
-    gamma: Tensor
-    brightness: Tensor
-    contrast: Tensor
-    noise: Tensor
-    invert: Tensor
-
-    @classmethod
-    def draw(cls, settings: IntensitySettings, random: BatchRandom, channels: int) -> IntensityDraw:
-        def maybe(probability: float, limits: list[float], shape: tuple[int, ...], neutral: float) -> Tensor:
-            chosen, value = random.chance(probability, shape), random.uniform(limits[0], limits[1], shape)
-            return torch.where(chosen, value, torch.full_like(value, neutral))
-
-        return cls(
-            gamma=maybe(settings.gamma_probability, settings.gamma, (channels,), 1.0),
-            brightness=maybe(settings.brightness_probability, settings.brightness, (channels,), 1.0),
-            contrast=maybe(settings.contrast_probability, settings.contrast, (channels,), 1.0),
-            noise=maybe(settings.noise_probability, settings.noise, (), 0.0),
-            invert=random.chance(settings.invert_probability),
-        )
-
-    def apply(self, batch: Tensor, random: BatchRandom) -> Tensor:
-        """Apply all of them in nnU-Net's order: noise, brightness, contrast, gamma; ``invert`` last."""
-        add_noise(batch, self.noise, random)
-        scale_brightness(batch, self.brightness)
-        stretch_contrast(batch, self.contrast)
-        bend_gamma(batch, self.gamma)
-        return invert(batch, self.invert)
 
 
 def add_noise(batch: Tensor, deviation: Tensor, random: BatchRandom) -> Tensor:

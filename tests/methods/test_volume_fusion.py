@@ -13,7 +13,7 @@ from nnssl_ext.losses.segmentation import IGNORE
 from nnssl_ext.methods import Geometry
 from nnssl_ext.methods.volume_fusion import VolumeFusion, VolumeFusionSettings
 from nnssl_ext.networks.backbone import backbone_of
-from nnssl_ext.views.intensity import IntensitySettings
+from nnssl_ext.views.appearance import IntensitySettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from tests.datasets import blob
 from tests.networks.test_backbone import network

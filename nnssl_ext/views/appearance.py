@@ -1,0 +1,137 @@
+"""How a crop looks: all intensity and filter views together, drawn from one section of settings.
+
+B batch, C channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nnssl_ext.settings import setting
+from nnssl_ext.views import filters, intensity
+from nnssl_ext.views.random import BatchRandom
+
+#: Points of a histogram shift's curve.
+POINTS = 8
+
+
+@dataclass(frozen=True)
+class IntensitySettings:
+    """Probabilities and ranges of the intensity views; zero probabilities are the identity."""
+
+    gamma_probability: float = setting(0.3, "Chance of a gamma curve, per channel.", source="nnU-Net", low=0, high=1)
+    gamma: list[float] = setting([0.7, 1.5], "Range of gamma's exponent.", source="nnU-Net", low=0.05, length=2)
+    invert_probability: float = setting(
+        0.0, "Chance that all intensities of a sample are mirrored about their range.", low=0, high=1
+    )
+    brightness_probability: float = setting(
+        0.15, "Chance of scaled brightness, per channel.", source="nnU-Net", low=0, high=1
+    )
+    brightness: list[float] = setting([0.75, 1.25], "Range of its factor.", source="nnU-Net", low=0, length=2)
+    contrast_probability: float = setting(
+        0.15, "Chance of stretched contrast, per channel.", source="nnU-Net", low=0, high=1
+    )
+    contrast: list[float] = setting([0.75, 1.25], "Range of its factor.", source="nnU-Net", low=0, length=2)
+    noise_probability: float = setting(0.1, "Chance of Gaussian noise, per sample.", source="nnU-Net", low=0, high=1)
+    noise: list[float] = setting(
+        [0.0, 0.3],
+        "Range of the noise's standard deviation, in normalised intensities.",
+        source="nnU-Net",
+        low=0,
+        length=2,
+    )
+    blur_probability: float = setting(
+        0.0, "Chance of a Gaussian blur, per channel.", source="0.2 in nnU-Net", low=0, high=1
+    )
+    blur: list[float] = setting(
+        [0.5, 1.0],
+        "Range of its standard deviation, in edges of the finest voxel axis.",
+        source="nnU-Net",
+        low=0,
+        length=2,
+    )
+    low_resolution_probability: float = setting(
+        0.0, "Chance of a lower resolution, per channel.", source="0.25 in nnU-Net", low=0, high=1
+    )
+    low_resolution: list[float] = setting(
+        [0.5, 1.0], "Range of the resolution that is left.", source="nnU-Net", low=0.05, high=1, length=2
+    )
+    sharpen_probability: float = setting(0.0, "Chance of unsharp masking, per channel.", source="3DINO", low=0, high=1)
+    sharpen: list[float] = setting([0.5, 1.5], "Range of its amount.", low=0, length=2)
+    histogram_probability: float = setting(
+        0.0, "Chance of a histogram shift, per channel.", source="3DINO", low=0, high=1
+    )
+    gibbs_probability: float = setting(0.0, "Chance of Gibbs ringing, per channel.", source="3DINO", low=0, high=1)
+    gibbs: list[float] = setting(
+        [0.4, 0.9], "Range of the frequencies that are kept, as a share of Nyquist's.", low=0.05, high=2, length=2
+    )
+
+
+@dataclass
+class IntensityDraw:
+    """What each sample and channel gets: (B, C) on the CPU; ``invert`` and ``noise`` (B,); None is off for all."""
+
+    gamma: Tensor
+    brightness: Tensor
+    contrast: Tensor
+    noise: Tensor
+    invert: Tensor
+    blur: Tensor | None = None
+    low_resolution: Tensor | None = None
+    sharpen: Tensor | None = None
+    histogram: tuple[Tensor, Tensor] | None = None
+    gibbs: Tensor | None = None
+    spacing: Sequence[float] = field(default=(1.0, 1.0, 1.0))
+
+    @classmethod
+    def draw(
+        cls, settings: IntensitySettings, random: BatchRandom, channels: int, spacing: Sequence[float]
+    ) -> IntensityDraw:
+        """Draw for a batch; ``spacing`` in mm, for the filters."""
+        per_channel = (channels,)
+
+        def maybe(probability: float, limits: list[float], shape: tuple[int, ...], neutral: float) -> Tensor:
+            chosen, value = random.chance(probability, shape), random.uniform(limits[0], limits[1], shape)
+            return torch.where(chosen, value, torch.full_like(value, neutral))
+
+        def filtered(probability: float, limits: list[float], neutral: float = 0.0) -> Tensor | None:
+            return maybe(probability, limits, per_channel, neutral) if probability else None
+
+        result = cls(
+            gamma=maybe(settings.gamma_probability, settings.gamma, per_channel, 1.0),
+            brightness=maybe(settings.brightness_probability, settings.brightness, per_channel, 1.0),
+            contrast=maybe(settings.contrast_probability, settings.contrast, per_channel, 1.0),
+            noise=maybe(settings.noise_probability, settings.noise, (), 0.0),
+            invert=random.chance(settings.invert_probability),
+            blur=filtered(settings.blur_probability, settings.blur),
+            low_resolution=filtered(settings.low_resolution_probability, settings.low_resolution, 1.0),
+            sharpen=filtered(settings.sharpen_probability, settings.sharpen),
+            gibbs=filtered(settings.gibbs_probability, settings.gibbs),
+            spacing=spacing,
+        )
+        if settings.histogram_probability:
+            chosen = random.chance(settings.histogram_probability, per_channel)
+            result.histogram = (random.uniform(0, 1, (channels, POINTS)), chosen)
+        return result
+
+    def apply(self, batch: Tensor, random: BatchRandom) -> Tensor:
+        """Apply all of them, in nnU-Net's order as far as nnU-Net has them, to (B, C, D, H, W) in place."""
+        intensity.add_noise(batch, self.noise, random)
+        if self.blur is not None:
+            filters.blur(batch, self.blur, self.spacing)
+        if self.sharpen is not None:
+            filters.sharpen(batch, self.sharpen, self.spacing)
+        intensity.scale_brightness(batch, self.brightness)
+        intensity.stretch_contrast(batch, self.contrast)
+        if self.low_resolution is not None:
+            filters.lower_resolution(batch, self.low_resolution, self.spacing)
+        if self.gibbs is not None:
+            filters.ring(batch, self.gibbs)
+        intensity.bend_gamma(batch, self.gamma)
+        if self.histogram is not None:
+            filters.shift_histogram(batch, *self.histogram)
+        return intensity.invert(batch, self.invert)

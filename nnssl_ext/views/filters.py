@@ -1,0 +1,98 @@
+"""Views that mix neighbouring voxels: blur, sharpening, low resolution, Gibbs ringing; and the histogram shift.
+
+Batches are (B, C, D, H, W), on the device they are on. A strength is (B, C) on the CPU, and its neutral value leaves a
+channel untouched. Every function works in place on its batch and returns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: A Gaussian is cut off after this many standard deviations.
+TRUNCATE = 3.0
+
+
+def blur(batch: Tensor, deviation: Tensor, spacing: Sequence[float]) -> Tensor:
+    """Gaussian blur; ``deviation`` (B, C) in units of the finest voxel edge, 0 = none."""
+    for sample, channel in torch.nonzero(deviation).tolist():
+        batch[sample, channel] = _gaussian(batch[sample, channel], float(deviation[sample, channel]), spacing)
+    return batch
+
+
+def sharpen(batch: Tensor, amount: Tensor, spacing: Sequence[float], deviation: float = 1.0) -> Tensor:
+    """Unsharp masking: add ``amount`` (B, C) times the difference to a blurred copy; 0 = none."""
+    for sample, channel in torch.nonzero(amount).tolist():
+        volume = batch[sample, channel]
+        volume += float(amount[sample, channel]) * (volume - _gaussian(volume, deviation, spacing))
+    return batch
+
+
+def lower_resolution(batch: Tensor, zoom: Tensor, spacing: Sequence[float]) -> Tensor:
+    """Sample down to ``zoom`` (B, C) of the resolution and back up, trilinearly; 1 = none.
+
+    An axis whose voxels are thicker already keeps its resolution as far as the finest axis' new voxels are finer.
+    """
+    finest = min(spacing)
+    for sample, channel in torch.nonzero(zoom != 1).tolist():
+        volume, factor = batch[sample, channel][None, None], float(zoom[sample, channel])
+        thick = [finest / factor / edge for edge in spacing]
+        size = [max(1, round(n / max(1.0, t))) for n, t in zip(volume.shape[2:], thick, strict=True)]
+        small = F.interpolate(volume, size=size, mode="nearest-exact")
+        batch[sample, channel] = F.interpolate(small, size=volume.shape[2:], mode="trilinear")[0, 0]
+    return batch
+
+
+def ring(batch: Tensor, cut: Tensor) -> Tensor:
+    """Gibbs ringing: drop the spatial frequencies outside an ellipsoid of ``cut`` (B, C) times Nyquist; 0 = none."""
+    for sample, channel in torch.nonzero(cut).tolist():
+        volume = batch[sample, channel]
+        frequencies = [torch.fft.fftfreq(n, device=batch.device) * 2 for n in volume.shape[:2]]
+        frequencies.append(torch.fft.rfftfreq(volume.shape[2], device=batch.device) * 2)
+        depth, height, width = torch.meshgrid(*frequencies, indexing="ij")
+        kept = depth**2 + height**2 + width**2 <= float(cut[sample, channel]) ** 2
+        batch[sample, channel] = torch.fft.irfftn(torch.fft.rfftn(volume) * kept, s=volume.shape)
+    return batch
+
+
+def shift_histogram(batch: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
+    """Bend intensities along a monotone piecewise linear curve.
+
+    Args:
+        batch: (B, C, D, H, W).
+        values: (B, C, P) of the curve at P equidistant points of the channel's range, as shares of the range; sorted
+            here, and its ends are those of the range.
+        chosen: (B, C) bool, which channels are bent.
+    """
+    points = values.shape[-1]
+    for sample, channel in torch.nonzero(chosen).tolist():
+        volume = batch[sample, channel]
+        low, width = volume.min(), (volume.max() - volume.min()).clamp_min(1e-6)
+        curve = values[sample, channel].sort().values.to(batch.device)
+        curve[0], curve[-1] = 0.0, 1.0
+        place = ((volume - low) / width).clamp(0, 1) * (points - 1)
+        below = place.floor().clamp_max(points - 2)
+        bent = torch.lerp(curve[below.long()], curve[below.long() + 1], place - below)
+        batch[sample, channel] = bent * width + low
+    return batch
+
+
+def _gaussian(volume: Tensor, deviation: float, spacing: Sequence[float]) -> Tensor:
+    """One pass per axis, edges replicated; ``deviation`` in units of the finest voxel edge."""
+    result = volume[None, None]
+    for axis, edge in enumerate(spacing):
+        sigma = deviation * min(spacing) / edge
+        radius = min(max(1, round(TRUNCATE * sigma)), volume.shape[axis] - 1)
+        if radius < 1:
+            continue
+        place = torch.arange(-radius, radius + 1, device=volume.device, dtype=volume.dtype)
+        kernel = torch.exp(-0.5 * (place / sigma) ** 2)
+        kernel = kernel / kernel.sum()
+        padding, shape = [0] * 6, [1] * 5
+        padding[2 * (2 - axis)] = padding[2 * (2 - axis) + 1] = radius
+        shape[2 + axis] = -1
+        result = F.conv3d(F.pad(result, padding, mode="replicate"), kernel.view(shape))
+    return result[0, 0]
