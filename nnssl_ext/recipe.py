@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import replaced_on_success
 from nnssl_ext.resources import resource_folder
@@ -29,6 +31,7 @@ class ConfigurationOverlay:
 
     batch_size: int | None = setting(None, "Batch size of the configuration.", low=1)
     patch_size: list[int] | None = setting(None, "Patch edges in voxels.", low=1, length=3)
+    patch_limit: int | None = setting(None, "Longest patch edge; edges are cut to what the network takes.", low=1)
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,11 @@ def _apply(target: dict, configuration: ConfigurationOverlay, architecture: Arch
         target["batch_size"] = configuration.batch_size
     if configuration.patch_size is not None:
         target["patch_size"] = list(configuration.patch_size)
+    if configuration.patch_limit is not None:
+        total = np.prod(target["architecture"]["arch_kwargs"]["strides"], axis=0).tolist()
+        limited = [min(edge, configuration.patch_limit) for edge in target["patch_size"]]
+        # two voxels at the bottleneck suit every network
+        target["patch_size"] = [max(edge // s, 2 if s > 1 else 1) * s for edge, s in zip(limited, total, strict=True)]
     if architecture.features_base is None and architecture.features_max is None:
         return
     kwargs = target["architecture"]["arch_kwargs"]
@@ -169,7 +177,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     return content
 
 
-def write_json(content: Mapping[str, Any], path: Path) -> None:
+def write_json(content: Mapping[str, Any] | list, path: Path) -> None:
     """Write JSON so that the file is never seen half-written."""
     try:
         with replaced_on_success(path) as temporary:

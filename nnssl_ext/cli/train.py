@@ -1,0 +1,18 @@
+"""nnUNetv2_train with its very arguments, our trainers found without a variable, and errors in one line.
+
+nnssl_ext train 4 3d_fullres 0 -tr nnsslTrainer_VolumeFusion
+"""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="as for nnUNetv2_train")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from nnssl_ext.train import train
+
+    train(arguments.arguments)

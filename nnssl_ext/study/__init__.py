@@ -1,0 +1,1 @@
+"""Runs of ordinary trainings, and what is told of them."""

@@ -1,0 +1,94 @@
+"""Pictures of a report, as PNG bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+#: One colour per arm, everywhere on a page.
+COLOURS = {"scratch": "#4477aa", "pretrained": "#cc3311", "truth": "#228833"}
+
+
+@dataclass
+class Overlay:
+    """One row of ``slices``: an image (D, H, W) with the outlines of label maps over it."""
+
+    title: str
+    image: np.ndarray
+    outlines: Mapping[str, np.ndarray]
+
+
+def png(figure: Figure) -> bytes:
+    """The picture, and the figure closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def curves(panels: Sequence[tuple[str, str, Mapping[str, Sequence[float]]]]) -> bytes:
+    """Panels side by side: (title, label of the y axis, name -> value per epoch)."""
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.6 * len(panels), 3.4), constrained_layout=True, squeeze=False
+    )
+    for axis, (title, label, lines) in zip(axes.flat, panels, strict=True):
+        for name, values in lines.items():
+            axis.plot(range(1, len(values) + 1), values, marker="o", ms=3, color=COLOURS.get(name), label=name)
+        axis.set(title=title, xlabel="epoch", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    return png(figure)
+
+
+def bars(values: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
+    """Dice per class: class -> arm -> one value per case; bars are means, dots are cases."""
+    figure, axis = plt.subplots(figsize=(max(5.0, 1.6 * len(values) + 1.5), 3.6), constrained_layout=True)
+    for place, (_, arms) in enumerate(values.items()):
+        for offset, (arm, dice) in zip((-0.2, 0.2), arms.items(), strict=True):
+            known = np.asarray(dice, dtype=float)
+            known = known[~np.isnan(known)]
+            axis.bar(
+                place + offset,
+                known.mean() if known.size else 0,
+                0.36,
+                color=COLOURS[arm],
+                alpha=0.55,
+                label=arm if not place else None,
+            )
+            spread = np.linspace(-0.1, 0.1, known.size) if known.size else known
+            axis.plot(place + offset + spread, known, ".", color=COLOURS[arm], ms=3)
+    axis.set_xticks(range(len(values)), list(values))
+    axis.set(ylabel="Dice", ylim=(0, 1), title="Dice per class: means and test cases")
+    axis.legend(fontsize="small")
+    return png(figure)
+
+
+def slices(overlays: Sequence[Overlay]) -> bytes:
+    """Each row an image's three middle planes through its labels, with outlines."""
+    figure, axes = plt.subplots(
+        len(overlays), 3, figsize=(10.5, 3.6 * len(overlays)), constrained_layout=True, squeeze=False
+    )
+    for row, overlay in zip(axes, overlays, strict=True):
+        truth = next(iter(overlay.outlines.values())) > 0
+        for number, axis in enumerate(row):
+            index = _busiest(truth, number)
+            axis.imshow(np.take(overlay.image, index, number), cmap="gray", interpolation="nearest")
+            for name, labels in overlay.outlines.items():
+                plane = np.take(labels, index, number)
+                for value in np.unique(plane[plane > 0]):
+                    axis.contour(plane == value, [0.5], colors=COLOURS[name], linewidths=1.1)
+            axis.set_axis_off()
+            axis.set_title(f"{overlay.title}, {('axial', 'coronal', 'sagittal')[number]} {index}", fontsize="small")
+    handles = [plt.Line2D([], [], color=COLOURS[name], label=name) for name in overlays[0].outlines]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return png(figure)
+
+
+def _busiest(labels: np.ndarray, axis: int) -> int:
+    """The plane with most labelled voxels."""
+    return int(labels.sum(tuple(a for a in range(3) if a != axis)).argmax())

@@ -1,0 +1,63 @@
+"""What stock nnU-Net's runs leave behind, as tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from nnssl_ext.errors import UserError
+from nnssl_ext.recipe import read_json
+
+#: nnU-Net's checkpoints keep their log in numpy scalars; these names, and no others, may be loaded beside tensors.
+NUMPY_SCALARS: list[Any] = [
+    np.dtype,
+    np.float32,
+    np.float64,
+    np.float64(0).__reduce__()[0],  # numpy's own constructor, wherever it lives
+    type(np.dtype(np.float32)),
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.int64)),
+]
+
+
+def case_dice(fold: Path, dataset_json: dict) -> pd.DataFrame:
+    """Dice per case and class of a fold's validation: columns case, organ, dice (NaN where neither side has any).
+
+    Args:
+        fold: A results folder fold_F with validation/summary.json.
+        dataset_json: The data set's, for the names of the classes.
+    """
+    path = fold / "validation" / "summary.json"
+    names = {_key(value): name for name, value in dataset_json["labels"].items()}
+    rows = [
+        {"case": Path(entry["prediction_file"]).name, "organ": names.get(label, label), "dice": metrics["Dice"]}
+        for entry in read_json(path)["metric_per_case"]
+        for label, metrics in entry["metrics"].items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def training_log(checkpoint_file: Path) -> dict[str, list[float]]:
+    """The log inside a checkpoint of stock nnU-Net or of ours: a value per epoch and key.
+
+    Raises:
+        UserError: If the file cannot be read without executing pickles.
+    """
+    try:
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            content = torch.load(checkpoint_file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"cannot read the log of {checkpoint_file}: {error}") from error
+    return {key: [_mean(value) for value in values] for key, values in content["logging"].items()}
+
+
+def _mean(value: object) -> float:
+    return float(np.nanmean(np.asarray(value, dtype=float))) if np.size(value) else float("nan")  # type: ignore[arg-type]
+
+
+def _key(value: int | list[int]) -> str:
+    return str(tuple(value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,118 @@
+"""A chain of commands that can be interrupted and called again: what is done is not done twice."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nnssl_ext.errors import UserError
+from nnssl_ext.recipe import read_json, write_json
+
+#: Lines of a failed command's log that are shown.
+TAIL = 15
+
+
+@dataclass
+class Step:
+    """One command, or a piece of Python.
+
+    Attributes:
+        title: What a person reads.
+        done: Whether its result is there.
+        command: The words of the command, decided when the step starts.
+        variables: Environment variables beside those of the chain.
+        epochs: How many "Epoch N" lines its log will show; 0 if it shows none.
+        action: Done in this process, instead of a command.
+    """
+
+    title: str
+    done: Callable[[], bool]
+    command: Callable[[], Sequence[str]] | None = None
+    variables: dict[str, str] = field(default_factory=dict)
+    epochs: int = 0
+    action: Callable[[], None] | None = None
+
+
+@dataclass
+class Chain:
+    """Steps in their order, with one environment, logs and durations in one folder."""
+
+    folder: Path
+    variables: dict[str, str]
+    steps: list[Step]
+
+    def run(self) -> None:
+        """Do the steps that are not done.
+
+        Raises:
+            UserError: If a command fails; it names the command's log.
+        """
+        for number, step in enumerate(self.steps, 1):
+            head = f"[{number}/{len(self.steps)}] {step.title}"
+            if step.done():
+                print(f"{head}: done before", flush=True)
+                continue
+            begin = time.monotonic()
+            if step.action:
+                step.action()
+            if step.command:
+                self._command(number, step, head)
+            seconds = time.monotonic() - begin
+            self._note(step, seconds)
+            print(f"{head}: {seconds:.0f} s", flush=True)
+
+    def records(self) -> list[dict]:
+        """Title, command and seconds of each step that was done."""
+        path = self.folder / "steps.json"
+        known = read_json(path) if path.is_file() else {}
+        return [known[step.title] for step in self.steps if step.title in known]
+
+    def _note(self, step: Step, seconds: float) -> None:
+        path = self.folder / "steps.json"
+        known = read_json(path) if path.is_file() else {}
+        command = shlex.join(step.command()) if step.command else ""
+        known[step.title] = {"title": step.title, "command": command, "seconds": seconds}
+        write_json(known, path)
+
+    def _command(self, number: int, step: Step, head: str) -> None:
+        assert step.command is not None
+        logs = self.folder / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        log = logs / f"{number:02d}_{re.sub(r'[^a-z0-9]+', '_', step.title.lower()).strip('_')}.txt"
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        process = subprocess.Popen(
+            list(step.command()),
+            env={**os.environ, **self.variables, **step.variables, "PATH": path, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        assert process.stdout is not None
+        bar = tqdm(total=step.epochs or None, desc=head, unit="epoch", leave=False, disable=not sys.stderr.isatty())
+        try:
+            with log.open("w", buffering=1) as file, bar:
+                for line in process.stdout:
+                    file.write(line)
+                    found = re.search(r"\bEpoch (\d+)\s*$", line)
+                    if found:
+                        bar.update(int(found[1]) - bar.n)
+                    bar.refresh()
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        if status:
+            tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-TAIL:])
+            print(f"{tail}\n", file=sys.stderr)
+            raise UserError(f"step '{step.title}' failed with status {status}; its log is {log}")
