@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install test check format clean
+.PHONY: install test check format demo clean
 
 install: $(VENV)/.installed
 
@@ -23,6 +23,9 @@ check: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+demo: install
+	$(BIN)/nnssl_ext demo --output demo --open
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -87,7 +87,8 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Environment:
         "nnUNet_results": str(tmp_path / "results"),
         "nnUNet_extTrainer": str(REPOSITORY / "trainers"),
         "nnUNet_n_proc_DA": "0",
-        "OMP_NUM_THREADS": "1",
+        # stock takes every core; two tests at once would spin against each other
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

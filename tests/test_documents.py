@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from nnssl_ext import __version__
 from nnssl_ext.cli.methods import settings_tables
 from nnssl_ext.methods import METHODS, Method
 from nnssl_ext.recipe import available_recipes
@@ -39,3 +40,7 @@ def test_every_recipe_is_in_the_readme() -> None:
 def test_links_lead_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", document.read_text())
     assert [t for t in targets if "://" not in t and not (document.parent / t).exists()] == []
+
+
+def test_the_citation_names_this_version() -> None:
+    assert f"version: {__version__}\n" in (REPOSITORY / "CITATION.cff").read_text()

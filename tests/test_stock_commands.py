@@ -165,6 +165,12 @@ def readme_block(mark: str) -> list[str]:
     return match[1].strip().splitlines()
 
 
+def test_the_readmes_phantom(environment: Environment) -> None:
+    (line,) = readme_block("phantom")
+    environment.run("bash", "-ec", line.replace("--cases 60 --labelled 6", "--cases 4 --labelled 1"))
+    assert (environment.root / "raw" / "Dataset900_Phantom" / "splits_final.json").is_file()
+
+
 def test_the_readme_from_raw_images_to_a_prediction(environment: Environment) -> None:
     """The README's own lines on a raw data set; only the plans are made small and the trainings short."""
     write_raw(environment, "Dataset004_Tiny")
@@ -175,6 +181,10 @@ def test_the_readme_from_raw_images_to_a_prediction(environment: Environment) ->
     (readme_plan,) = readme_block("plan")
     environment.run("bash", "-ec", readme_plan)
     assert json.loads((folder / "nnUNetPlans_vf.json").read_text())["nnssl_ext"]["epochs"] == 200
+
+    for line in readme_block("doctor"):
+        examined = environment.run("bash", "-ec", line, variables={"nnUNet_n_proc_DA": "1"})
+        assert "all is well" in examined.stdout
 
     small = "architecture.features_base=4 architecture.features_max=8 configuration.batch_size=2"
     short = "epochs=1 iterations_per_epoch=2 validation_iterations=1"

@@ -60,7 +60,7 @@ def test_organs_are_there_vary_and_the_twins_look_alike() -> None:
     assert (sizes.std(0) / sizes.mean(0) > 0.15).all()
     left = np.concatenate([image[0][label == 2] / image[0][label > 0].mean() for image, label in cases])
     right = np.concatenate([image[0][label == 3] / image[0][label > 0].mean() for image, label in cases])
-    assert abs(left.mean() - right.mean()) < 0.2 * left.std()
+    assert abs(left.mean() - right.mean()) < 0.5 * left.std()
 
 
 def test_no_threshold_solves_it() -> None:

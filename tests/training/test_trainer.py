@@ -267,6 +267,18 @@ def test_pretraining_can_start_from_weights(with_data: Data) -> None:
             assert torch.equal(value, stored[name])
 
 
+def test_a_terminal_gets_a_progress_bar_and_a_file_does_not(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = with_data("plain")
+    for terminal in (True, False):
+        environment.write_plans("plain", "quick", {"epochs": 1})
+        monkeypatch.setattr("sys.stderr.isatty", lambda answer=terminal: answer)
+        capsys.readouterr()
+        pretrain(environment, "plain", "quick")
+        assert ("Epoch 0, training" in capsys.readouterr().err) == terminal
+
+
 def test_progress_picture_is_drawn(with_data: Data) -> None:
     environment = with_data("plain")
     environment.write_plans("plain", "quick", {})
