@@ -143,7 +143,7 @@ def _trainers() -> Iterator[Finding]:
 
 def examine_dataset(dataset: str) -> Iterator[Finding]:
     """Plans, legal crops, preprocessed cases and files of one data set."""
-    from nnssl_ext.cli.plan import dataset_folder
+    from nnssl_ext.environment import dataset_folder
 
     try:
         folder = dataset_folder(dataset)
@@ -174,7 +174,8 @@ def _content(path: Path) -> dict:
 
 
 def _examine_plans(path: Path, dataset_json: dict) -> Iterator[Finding]:
-    from nnssl_ext.data.index import CaseIndex, worker_count
+    from nnssl_ext.data.index import CaseIndex
+    from nnssl_ext.environment import worker_count
     from nnssl_ext.training.preflight import check_plans
 
     plans = read_json(path)

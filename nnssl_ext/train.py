@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnssl_ext.cli.plan import dataset_folder
+from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json
 from nnssl_ext.resources import resource_folder

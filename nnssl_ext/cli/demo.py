@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from nnssl_ext.data.phantom import PhantomOptions
     from nnssl_ext.study.demo import Demo
+    from nnssl_ext.study.demo_page import write_page
     from nnssl_ext.study.sources import DecathlonSource, PhantomSource, Source
 
     source: Source = PhantomSource(PhantomOptions(labelled=arguments.labelled))
@@ -36,7 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
         source = DecathlonSource(Path(arguments.msd), arguments.labelled)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     demo = Demo(Path(arguments.output).resolve(), source, device, settings=arguments.settings)
-    page = demo.run()
+    demo.run()
+    page = write_page(demo)
     print(f"the result page: {page}")
     if arguments.open:
         webbrowser.open(page.as_uri())

@@ -9,9 +9,9 @@ preprocessed data and is used by nnUNetv2_train ... -p nnUNetPlans_vf.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
+from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
 from nnssl_ext.settings import PLANS_KEY
 
@@ -56,29 +56,6 @@ def run(arguments: argparse.Namespace) -> None:
     print(
         f"wrote {target}\nuse it with: nnUNetv2_train {arguments.d} {configurations[0]} FOLD -p {arguments.o} -tr ..."
     )
-
-
-def dataset_folder(name_or_id: str) -> Path:
-    """The data set's folder in nnUNet_preprocessed.
-
-    Raises:
-        UserError: If the variable is not set or no or several folders match.
-    """
-    root = os.environ.get("nnUNet_preprocessed")
-    if not root:
-        raise UserError("nnUNet_preprocessed is not set; export it as nnU-Net's documentation says")
-    pattern = name_or_id if name_or_id.startswith("Dataset") else f"Dataset{_identifier(name_or_id):03d}_*"
-    found = [path for path in Path(root).glob(pattern) if path.is_dir()]
-    if len(found) != 1:
-        names = ", ".join(sorted(path.name for path in found)) or "none"
-        raise UserError(f"expected one data set {pattern} in {root}, found {names}; plan and preprocess it first")
-    return found[0]
-
-
-def _identifier(text: str) -> int:
-    if not text.isdigit():
-        raise UserError(f"a data set is given as DatasetXXX_NAME or by its number, got '{text}'")
-    return int(text)
 
 
 def _check_name(name: str, source: str, target: Path) -> None:

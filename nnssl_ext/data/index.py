@@ -7,7 +7,6 @@ beside the configuration's folder, never in it (nnU-Net refuses unknown files th
 
 from __future__ import annotations
 
-import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -167,10 +166,3 @@ def body_map(data: np.ndarray) -> np.ndarray:
         widths = np.diff([*starts, edge]).reshape([-1 if a == axis else 1 for a in range(3)])
         body = np.add.reduceat(body, starts, axis=axis) / widths
     return body >= BODY_SHARE
-
-
-def worker_count() -> int:
-    """Processes or threads that may read: nnUNet_n_proc_DA, else up to four; box reads need no more."""
-    if "nnUNet_n_proc_DA" in os.environ:
-        return int(os.environ["nnUNet_n_proc_DA"])
-    return min(4, os.cpu_count() or 1)

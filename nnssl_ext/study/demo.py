@@ -96,14 +96,11 @@ class Demo:
         ]
         return Chain(self.output, self._variables(), steps)
 
-    def run(self) -> Path:
-        """Do what is not done yet; returns the page."""
-        from nnssl_ext.study.page import write_page  # imports pandas and matplotlib
-
+    def run(self) -> None:
+        """Do what is not done yet."""
         for name in ("nnUNet_raw", "nnUNet_preprocessed"):
             (self.output / name).mkdir(parents=True, exist_ok=True)
         self.chain.run()
-        return write_page(self)
 
     def _variables(self) -> dict[str, str]:
         return {

@@ -17,7 +17,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnssl_ext.data.cases import shorten
-from nnssl_ext.data.index import CaseIndex, worker_count
+from nnssl_ext.data.index import CaseIndex
+from nnssl_ext.environment import worker_count
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import SCHEMAS, Geometry, Method
 from nnssl_ext.networks.backbone import UNetBackbone, backbone_of

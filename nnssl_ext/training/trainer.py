@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from nnssl_ext import checkpoint
 from nnssl_ext.data.crops import CropBatch, CropDataset
-from nnssl_ext.data.index import worker_count
 from nnssl_ext.data.loader import Shard, crop_loader
+from nnssl_ext.environment import worker_count
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
 from nnssl_ext.training import state

@@ -1,0 +1,38 @@
+"""nnU-Net's environment variables, as far as they concern us."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nnssl_ext.errors import UserError
+
+
+def dataset_folder(name_or_id: str) -> Path:
+    """The data set's folder in nnUNet_preprocessed.
+
+    Raises:
+        UserError: If the variable is not set or no or several folders match.
+    """
+    root = os.environ.get("nnUNet_preprocessed")
+    if not root:
+        raise UserError("nnUNet_preprocessed is not set; export it as nnU-Net's documentation says")
+    pattern = name_or_id if name_or_id.startswith("Dataset") else f"Dataset{_identifier(name_or_id):03d}_*"
+    found = [path for path in Path(root).glob(pattern) if path.is_dir()]
+    if len(found) != 1:
+        names = ", ".join(sorted(path.name for path in found)) or "none"
+        raise UserError(f"expected one data set {pattern} in {root}, found {names}; plan and preprocess it first")
+    return found[0]
+
+
+def _identifier(text: str) -> int:
+    if not text.isdigit():
+        raise UserError(f"a data set is given as DatasetXXX_NAME or by its number, got '{text}'")
+    return int(text)
+
+
+def worker_count() -> int:
+    """Processes or threads that may read: nnUNet_n_proc_DA, else up to four; box reads need no more."""
+    if "nnUNet_n_proc_DA" in os.environ:
+        return int(os.environ["nnUNet_n_proc_DA"])
+    return min(4, os.cpu_count() or 1)
