@@ -45,20 +45,11 @@ def test_hand_over(with_data: Data, method: str, kind: str) -> None:
     """Every tensor but the heads reaches the stock trainer, under every alias, and it is what was learned."""
     environment, trainer = with_data(kind), METHODS[method].trainer
     environment.write_plans(kind, "quick", {})
-    command = [
-        "nnUNetv2_train",
-        dataset_name(kind),
-        "3d_fullres",
-        "0",
-        "-tr",
-        trainer,
-        "-p",
-        "quick",
-        "-device",
-        "cpu",
-    ]
-    finished = environment.run(*command)
-    assert "Pretraining summary" in finished.stdout
+    if KINDS.index(kind) % len(METHODS) == list(METHODS).index(method):  # one real command per kind of plan
+        words = ["3d_fullres", "0", "-tr", trainer, "-p", "quick", "-device", "cpu"]
+        assert "Pretraining summary" in environment.run("nnUNetv2_train", dataset_name(kind), *words).stdout
+    else:
+        pretrain(environment, kind, "quick", trainer=trainer)
     file = environment.fold(kind, "quick", trainer) / "checkpoint_final.pth"
     weights = checkpoint.load(file)["network_weights"]
 
@@ -71,7 +62,9 @@ def test_hand_over(with_data: Data, method: str, kind: str) -> None:
             assert torch.equal(value, weights[name]), name
 
     environment.write_plans(kind, "still", {"learning_rate": 0.0, "epochs": 1})
-    still = checkpoint.load(pretrain(environment, kind, "still") / "checkpoint_final.pth")["network_weights"]
+    still = checkpoint.load(pretrain(environment, kind, "still", trainer=trainer) / "checkpoint_final.pth")[
+        "network_weights"
+    ]
     volume = torch.randn(
         1,
         stock.num_input_channels,

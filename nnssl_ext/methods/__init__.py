@@ -1,9 +1,10 @@
 """The registry of methods: a new one is its file and a line here."""
 
 from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, Readable
+from nnssl_ext.methods.masked_autoencoder import MaskedAutoencoder
 from nnssl_ext.methods.volume_fusion import VolumeFusion
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (VolumeFusion,)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (VolumeFusion, MaskedAutoencoder)}
 
 #: The settings schema of every method's section in the plans.
 SCHEMAS = {name: method.Settings for name, method in METHODS.items()}

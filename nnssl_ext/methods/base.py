@@ -73,6 +73,7 @@ class Method(nn.Module, ABC):
         title, citation: For people.
         Settings: The dataclass of its settings.
         readable: The number a person can read.
+        deep_supervision: Whether the objective uses the network's coarser outputs.
     """
 
     name: ClassVar[str]
@@ -81,6 +82,7 @@ class Method(nn.Module, ABC):
     citation: ClassVar[str]
     Settings: ClassVar[type]
     readable: ClassVar[Readable]
+    deep_supervision: ClassVar[bool] = True
 
     def __init__(self, backbone: UNetBackbone, settings: Any, geometry: Geometry) -> None:
         super().__init__()

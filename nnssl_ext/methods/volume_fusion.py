@@ -9,7 +9,7 @@ B batch, C channel, D H W voxels, K levels above the background.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,18 +23,19 @@ from nnssl_ext.losses.segmentation import (
     hard_dice,
 )
 from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, Readable
+from nnssl_ext.methods.shared import SharedSettings
 from nnssl_ext.settings import setting
-from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
+from nnssl_ext.views.appearance import IntensityDraw
 from nnssl_ext.views.fusion import MOST_BOXES, BoxLayout, GridLayout, fuse
 from nnssl_ext.views.intensity import remap_percentiles
 from nnssl_ext.views.random import BatchRandom
-from nnssl_ext.views.spatial import SpatialRange, cut_batch
+from nnssl_ext.views.spatial import cut_batch
 
 ARXIV, TIP = "arXiv 2306.16925", "IEEE TIP 34:6041"
 
 
 @dataclass(frozen=True)
-class VolumeFusionSettings:
+class VolumeFusionSettings(SharedSettings):
     """Settings of VolumeFusion."""
 
     levels: int = setting(4, "K: the foreground's share is 0, 1/K, ..., 1.", source=ARXIV, low=1, high=254)
@@ -72,21 +73,11 @@ class VolumeFusionSettings:
     dice_weight: float = setting(
         0.5, "Weight of the Dice loss; the cross-entropy has the rest.", source=ARXIV, low=0, high=1
     )
-    flip: float = setting(0.5, "Chance of a mirror, per axis and crop.", source=TIP, low=0, high=1)
-    rot90: float = setting(0.3, "Chance of quarter turns in a plane of equal edges and spacing.", low=0, high=1)
-    affine: float = setting(0.3, "Chance of a rotation and zoom, per crop.", source="nnU-Net", low=0, high=1)
-    rotation: float = setting(15.0, "Largest angle about each axis in degrees.", low=0, high=180)
-    zoom: list[float] = setting([0.8, 1.25], "Range of the magnification.", low=0.1, high=10, length=2)
     remap: str = setting(
         "none",
         "Intensities as the plans normalise them, or percentiles to [0, 1].",
         choices=("none", "percentile"),
     )
-    intensity: IntensitySettings = field(default_factory=IntensitySettings)
-    optimiser: str = setting("adamw", "Optimiser.", choices=("adam", "adamw", "sgd"))
-    weight_decay: float = setting(1e-5, "Weight decay.", source=ARXIV, low=0)
-    schedule: str = setting("cosine", "How the learning rate falls.", choices=("constant", "poly", "cosine"))
-    warm_up: float = setting(0.02, "Share of the steps with a rising learning rate.", low=0, high=0.9)
 
 
 class VolumeFusion(Method):
@@ -107,14 +98,7 @@ class VolumeFusion(Method):
 
     @classmethod
     def crops(cls, settings: VolumeFusionSettings, geometry: Geometry) -> CropRequest:
-        spatial = SpatialRange(
-            geometry.spacing,
-            settings.flip,
-            settings.rot90,
-            settings.affine,
-            settings.rotation,
-            (settings.zoom[0], settings.zoom[1]),
-        )
+        spatial = settings.spatial(geometry)
         return CropRequest(
             (
                 Crop(geometry.crop_size, spatial),
@@ -123,8 +107,7 @@ class VolumeFusion(Method):
         )
 
     def optimiser(self) -> OptimiserRecipe:
-        s = self.settings
-        return OptimiserRecipe(s.optimiser, 1e-3, s.weight_decay, s.schedule, s.warm_up)
+        return self.settings.recipe(1e-3)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """``image`` (B, C, D, H, W) and ``level`` (B, D, H, W) uint8 with ``IGNORE``."""

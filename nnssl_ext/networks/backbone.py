@@ -48,6 +48,12 @@ class UNetBackbone:
         decoder: Any = self.network.decoder
         decoder.deep_supervision = enabled
 
+    def freeze_coarse_heads(self) -> None:
+        """Take the heads of the coarser outputs out of the training; without deep supervision they get no gradient."""
+        heads: Any = self.network.decoder.seg_layers  # type: ignore[union-attr]
+        for head in list(heads)[:-1]:
+            head.requires_grad_(False)
+
     def crop_problem(self, size: Sequence[int]) -> str:
         """Why the whole network cannot take a crop with these edges; '' if it can.
 

@@ -68,6 +68,7 @@ class PretrainingTrainer(nnUNetTrainer):
         self.num_iterations_per_epoch = common.iterations_per_epoch
         self.num_val_iterations_per_epoch = common.validation_iterations
         self.save_every = common.save_every
+        self.enable_deep_supervision = self.method_class.deep_supervision
         self.inference_allowed_mirroring_axes = (0, 1, 2)
         self.logger.local_logger = PretrainingLog(self.method_class.readable)
         self.step = 0

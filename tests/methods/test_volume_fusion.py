@@ -1,57 +1,28 @@
 from dataclasses import replace
 from pathlib import Path
 
-import blosc2
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from nnssl_ext.data.crops import CropBatch, CropDataset, collate
-from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.losses.segmentation import IGNORE
-from nnssl_ext.methods import Geometry
 from nnssl_ext.methods.volume_fusion import VolumeFusion, VolumeFusionSettings
-from nnssl_ext.networks.backbone import backbone_of
-from nnssl_ext.views.appearance import IntensitySettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
-from tests.datasets import blob
-from tests.networks.test_backbone import network
+from tests.methods.helpers import CPU, OFF, SIZE, batch_of, build, views_of, write_cases
 
-CPU = torch.device("cpu")
-SIZE = (16, 16, 16)
-OFF = IntensitySettings(0, [1, 1], 0, 0, [1, 1], 0, [1, 1], 0, [0, 0])
 #: No augmentation at all, every voxel a target.
 BARE = replace(VolumeFusionSettings(), flip=0, rot90=0, affine=0, intensity=OFF, ignore_below=0)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for case in range(4):
-        image = np.stack([blob(np.random.default_rng((case, channel)), (20, 20, 20)) for channel in range(2)])
-        blosc2.asarray(image, urlpath=str(tmp_path / f"c{case}.b2nd"), mode="w")
-    return tmp_path
-
-
-def build(settings: VolumeFusionSettings, spacing: tuple = (1.0, 1.0, 1.0), kind: str = "plain") -> VolumeFusion:
-    torch.manual_seed(0)
-    return VolumeFusion(backbone_of(network(kind, 2)), settings, Geometry(SIZE, spacing, 2))
-
-
-def batch_of(folder: Path, method: VolumeFusion, indices: list[int]) -> CropBatch:
-    index = CaseIndex.build(folder)
-    data = CropDataset(index, index.cases, method.crops(method.settings, method.geometry), 0)
-    return collate([data[i] for i in indices])
-
-
-def views_of(folder: Path, method: VolumeFusion, indices: list[int]) -> dict[str, Tensor]:
-    return method.views(batch_of(folder, method, indices), BatchRandom(0, VIEWS, indices, CPU))
+    return write_cases(tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["boxes", "grid"])
 @pytest.mark.parametrize("source", ["other", "same"])
 def test_the_level_says_how_much_of_each_source_is_seen(folder: Path, source: str, layout: str) -> None:
-    method = build(replace(BARE, source=source, layout=layout, block_edge=[3, 6]))
+    method = build(VolumeFusion, replace(BARE, source=source, layout=layout, block_edge=[3, 6]))
     batch = batch_of(folder, method, [0, 1, 2])
     views = method.views(batch, BatchRandom(0, VIEWS, batch.indices, CPU))
     assert views["image"].shape == (3, 2, *SIZE)
@@ -64,7 +35,7 @@ def test_the_level_says_how_much_of_each_source_is_seen(folder: Path, source: st
 
 
 def test_undecidable_voxels_and_padding_are_ignored(folder: Path, tmp_path: Path) -> None:
-    method = build(replace(BARE, ignore_below=0.3))
+    method = build(VolumeFusion, replace(BARE, ignore_below=0.3))
     batch = batch_of(folder, method, [0, 1])
     difference = torch.stack([(a.data - b.data).abs().amax(0) for a, b in zip(*batch.boxes, strict=True)])
     level = method.views(batch, BatchRandom(0, VIEWS, batch.indices, CPU))["level"]
@@ -79,7 +50,7 @@ def test_undecidable_voxels_and_padding_are_ignored(folder: Path, tmp_path: Path
 
 
 def test_a_sample_looks_the_same_in_any_batch(folder: Path) -> None:
-    method = build(VolumeFusionSettings(remap="percentile"))
+    method = build(VolumeFusion, VolumeFusionSettings(remap="percentile"))
     together = views_of(folder, method, [3, 4, 5])
     for place, index in enumerate([3, 4, 5]):
         alone = views_of(folder, method, [index])
@@ -89,7 +60,9 @@ def test_a_sample_looks_the_same_in_any_batch(folder: Path) -> None:
 
 def test_blocks_and_boxes_are_thinner_along_a_thick_axis(folder: Path) -> None:
     def shortest_run(layout: str, spacing: tuple) -> list[int]:
-        method = build(replace(BARE, layout=layout, block_edge=[8, 8], smallest_box=8, boxes=[1, 1]), spacing)
+        method = build(
+            VolumeFusion, replace(BARE, layout=layout, block_edge=[8, 8], smallest_box=8, boxes=[1, 1]), spacing
+        )
         level = method._draw_levels(BatchRandom(0, VIEWS, list(range(30)), CPU)).long()
         found = []
         for axis in (1, 2, 3):
@@ -107,7 +80,7 @@ def test_blocks_and_boxes_are_thinner_along_a_thick_axis(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "residual", "anisotropic"])
 def test_the_whole_network_and_every_finer_head_learns(folder: Path, kind: str) -> None:
-    method = build(VolumeFusionSettings(levels=2), kind=kind)
+    method = build(VolumeFusion, VolumeFusionSettings(levels=2), kind=kind)
     for name, parameter in method.named_parameters():
         if name.endswith("norm.weight"):  # residual branches start at zero and pass no gradient
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -126,7 +99,7 @@ def test_the_whole_network_and_every_finer_head_learns(folder: Path, kind: str) 
 
 
 def test_readable_number_only_in_evaluation(folder: Path) -> None:
-    method = build(VolumeFusionSettings(levels=2)).eval()
+    method = build(VolumeFusion, VolumeFusionSettings(levels=2)).eval()
     with torch.no_grad():
         dice = method(views_of(folder, method, [0, 1]))[VolumeFusion.readable.key]
     assert dice.shape == (2,)
@@ -137,8 +110,7 @@ def test_it_learns_and_with_shuffled_voxels_it_does_not(folder: Path) -> None:
     """Twenty steps on one fixed batch lower the objective; with levels and voxels unpaired they cannot go as far."""
 
     def last_loss(shuffled: bool) -> float:
-        method = build(replace(BARE, levels=2))
-        # heads of the right width: levels + 1 = 3 is what the test network has
+        method = build(VolumeFusion, replace(BARE, levels=2))
         optimiser = torch.optim.AdamW(method.parameters(), 1e-2)
         for step in range(25):
             views = views_of(folder, method, [0, 1])
@@ -156,7 +128,7 @@ def test_it_learns_and_with_shuffled_voxels_it_does_not(folder: Path) -> None:
 
 
 def test_constant_crops_give_finite_numbers(folder: Path) -> None:
-    method = build(VolumeFusionSettings(levels=2, remap="percentile"))
+    method = build(VolumeFusion, VolumeFusionSettings(levels=2, remap="percentile"))
     batch = batch_of(folder, method, [0, 1])
     for row in batch.boxes:
         for box in row:

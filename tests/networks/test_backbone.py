@@ -9,14 +9,14 @@ from nnssl_ext.networks.backbone import UNetBackbone, backbone_of
 from tests.datasets import architecture
 
 
-def network(kind: str, channels: int = 1) -> nn.Module:
+def network(kind: str, channels: int = 1, outputs: int = 3) -> nn.Module:
     plan = architecture(kind)
     return get_network_from_plans(
         plan["network_class_name"],
         plan["arch_kwargs"],
         plan["_kw_requires_import"],
         channels,
-        3,
+        outputs,
         deep_supervision=True,
     )
 

@@ -8,6 +8,7 @@ import torch
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
+from nnssl_ext.methods import METHODS
 from nnssl_ext.training.trainer import PretrainingTrainer
 from tests.conftest import Environment
 from tests.training.test_trainer import TRAINER, pretrain
@@ -35,22 +36,26 @@ def final(fold: Path) -> dict:
     return checkpoint.load(fold / "checkpoint_final.pth")
 
 
-@pytest.mark.parametrize("step", [4, 8, 14])
-def test_continued_equals_never_killed(with_data: Data, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    environment = with_data("residual")
+@pytest.mark.parametrize(
+    ("method", "step"), [*((name, 8) for name in METHODS), ("volume_fusion", 4), ("volume_fusion", 14)]
+)
+def test_continued_equals_never_killed(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, method: str, step: int
+) -> None:
+    environment, trainer = with_data("residual"), METHODS[method].trainer
     environment.write_plans("residual", "whole", RUN)
     environment.write_plans("residual", "broken", RUN)
-    whole = final(pretrain(environment, "residual", "whole"))
+    whole = final(pretrain(environment, "residual", "whole", trainer=trainer))
 
     with monkeypatch.context() as patch:
         kill_at(step, patch)
         with pytest.raises(Killed):
-            pretrain(environment, "residual", "broken")
+            pretrain(environment, "residual", "broken", trainer=trainer)
     torch.manual_seed(12345)  # a new process starts with another state
-    broken = final(pretrain(environment, "residual", "broken", c=True))
+    broken = final(pretrain(environment, "residual", "broken", trainer=trainer, c=True))
 
     assert broken["nnssl_ext"]["weights_sha256"] == whole["nnssl_ext"]["weights_sha256"]
-    for key in ("train_losses", "val_losses", "lrs", "train_dice_loss", "val_fusion_dice"):
+    for key in ("train_losses", "val_losses", "lrs", f"val_{METHODS[method].readable.key}"):
         assert broken["logging"][key] == whole["logging"][key]
     for mine, other in zip(
         broken["optimizer_state"]["state"].values(), whole["optimizer_state"]["state"].values(), strict=True

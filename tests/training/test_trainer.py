@@ -29,6 +29,7 @@ def pretrain(
     plans: str,
     fold: str = "0",
     configuration: str = "3d_fullres",
+    trainer: str = TRAINER,
     **options: bool,
 ) -> Path:
     """What the stock command does after parsing its arguments; returns the fold's folder."""
@@ -36,7 +37,7 @@ def pretrain(
         dataset_name(kind),
         configuration,
         fold,
-        TRAINER,
+        trainer,
         plans,
         device=CPU,
         continue_training=options.get("c", False),
@@ -44,7 +45,7 @@ def pretrain(
         disable_checkpointing=options.get("disable_checkpointing", False),
         val_with_best=options.get("val_best", False),
     )
-    return environment.fold(kind, plans, TRAINER, configuration, fold)
+    return environment.fold(kind, plans, trainer, configuration, fold)
 
 
 def trainer_for(kind: str, plans: str, trainer: str = TRAINER, fold: int | str = 0) -> PretrainingTrainer:

@@ -1,0 +1,46 @@
+"""Masks of input blocks, and statistics over blocks.
+
+B batch, C channel, D H W voxels. Blocks at the far border may be cut off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnssl_ext.views.random import BatchRandom
+
+
+def draw_block_mask(random: BatchRandom, size: Sequence[int], block: Sequence[int], ratio: float) -> Tensor:
+    """Hide a share of the blocks of each sample: (B, D, H, W) bool on the CPU, True = hidden.
+
+    The number of hidden blocks is the nearest to ``ratio`` that leaves at least one hidden and one visible.
+    """
+    cells = tuple(math.ceil(n / edge) for n, edge in zip(size, block, strict=True))
+    total = math.prod(cells)
+    hidden = min(max(1, round(ratio * total)), max(1, total - 1))
+    order = random.uniform(0, 1, (total,)).argsort(1)
+    mask = torch.zeros(len(random), total, dtype=torch.bool).scatter_(1, order[:, :hidden], True)
+    return expand_blocks(mask.view(-1, *cells), size, block)
+
+
+def expand_blocks(values: Tensor, size: Sequence[int], block: Sequence[int]) -> Tensor:
+    """Values per block to values per voxel: (..., cells D, cells H, cells W) -> (..., *size)."""
+    for axis, edge in zip((-3, -2, -1), block, strict=True):
+        values = values.repeat_interleave(edge, dim=axis)
+    return values[..., : size[0], : size[1], : size[2]]
+
+
+def block_moments(image: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each block and channel: (B, C, D, H, W) -> twice (B, C, cells D, cells H, cells W)."""
+
+    def pooled(values: Tensor) -> Tensor:
+        return F.avg_pool3d(values, tuple(block), ceil_mode=True, count_include_pad=False)
+
+    mean = pooled(image)
+    centred = image - expand_blocks(mean, image.shape[2:], block)
+    return mean, pooled(centred**2)

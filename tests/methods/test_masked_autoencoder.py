@@ -1,0 +1,129 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nnssl_ext.methods.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderSettings
+from nnssl_ext.views.masking import block_moments, expand_blocks
+from nnssl_ext.views.random import VIEWS, BatchRandom
+from tests.methods.helpers import CPU, OFF, SIZE, batch_of, build, views_of, write_cases
+
+#: No augmentation.
+BARE = replace(MaskedAutoencoderSettings(), flip=0, rot90=0, affine=0, intensity=OFF, block=[4, 4, 4])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_cases(tmp_path)
+
+
+def test_hidden_blocks_are_zero_and_are_the_targets(folder: Path) -> None:
+    method = build(MaskedAutoencoder, BARE)
+    batch = batch_of(folder, method, [0, 1])
+    views = method.views(batch, BatchRandom(0, VIEWS, [0, 1], CPU))
+    original = torch.stack([box.data for box in batch.boxes[0]])
+    torch.testing.assert_close(views["target"], original)
+    hidden = (views["image"] == 0).all(1, keepdim=True)
+    assert hidden.float().mean().item() == pytest.approx(0.75, abs=0.01)
+    torch.testing.assert_close(views["image"], original * ~hidden)
+    assert not (views["weight"].bool() & ~hidden).any()
+    assert views["weight"].mean() > 0.5
+
+
+def test_default_blocks_are_an_eighth_of_the_crop() -> None:
+    assert build(MaskedAutoencoder, MaskedAutoencoderSettings()).block == [2, 2, 2]
+
+
+def test_padding_and_flat_blocks_are_no_targets(folder: Path) -> None:
+    method = build(MaskedAutoencoder, BARE)
+    batch = batch_of(folder, method, [0, 1])
+    for box in batch.boxes[0]:
+        box.data, box.centre = box.data[:, 4:].clone(), box.centre - np.array([4, 0, 0])
+        box.data[:, :4, :4, :4] = 0.5
+    weight = method.views(batch, BatchRandom(0, VIEWS, [0, 1], CPU))["weight"]
+    assert not weight[:, :, :4].any()
+    assert not weight[:, :, 4:8, :4, :4].any()
+    assert weight[:, :, 8:].any()
+
+
+def test_targets_can_be_normalised_per_block(folder: Path) -> None:
+    target = views_of(folder, build(MaskedAutoencoder, replace(BARE, normalise_target=True)), [0, 1])["target"]
+    mean, variance = block_moments(target, (4, 4, 4))
+    torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-4, rtol=0)
+    torch.testing.assert_close(variance, torch.ones_like(variance), atol=1e-2, rtol=0)
+
+
+def test_loss_counts_hidden_voxels_only(folder: Path) -> None:
+    method = build(MaskedAutoencoder, BARE)
+    views = views_of(folder, method, [0, 1])
+    expected = ((method.network(views["image"]) - views["target"]) ** 2)[views["weight"].bool()]
+    counts = views["weight"].sum((1, 2, 3, 4))
+    loss = method(views)["loss"]
+    torch.testing.assert_close((loss * counts).sum() / counts.sum(), expected.mean())
+    views["target"] = views["target"] + 100 * (1 - views["weight"])
+    torch.testing.assert_close(method(views)["loss"], loss)
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "anisotropic"])
+def test_encoder_decoder_and_the_finest_head_learn(folder: Path, kind: str) -> None:
+    method = build(MaskedAutoencoder, MaskedAutoencoderSettings(), kind=kind)
+    method(views_of(folder, method, [0, 1]))["loss"].sum().backward()
+    without = {name for name, p in method.network.named_parameters() if p.grad is None}
+    assert without == {"decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias"}
+    assert not any(p.requires_grad for name, p in method.network.named_parameters() if name in without)
+
+
+def test_explained_variance_of_the_mean_is_zero_and_of_the_truth_is_one(folder: Path) -> None:
+    method = build(MaskedAutoencoder, BARE).eval()
+    views = views_of(folder, method, [0])
+    weight, target = views["weight"], views["target"]
+    mean = (target * weight).sum((2, 3, 4), keepdim=True) / weight.sum((2, 3, 4), keepdim=True)
+    for answer, expected in ((target, 1.0), (mean.expand_as(target), 0.0)):
+        method.network.forward = lambda image, a=answer: a
+        assert method(views)["explained_variance"].item() == pytest.approx(expected, abs=1e-4)
+
+
+def explained_after(folder: Path, shuffled: bool) -> float:
+    """Explained variance on other crops after some steps, with the voxels of all crops shuffled or not."""
+    method = build(MaskedAutoencoder, replace(BARE, ratio=0.5))
+    optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 1e-2)
+
+    def views(indices: list[int]) -> dict[str, torch.Tensor]:
+        result = views_of(folder, method, indices)
+        if shuffled:
+            order = torch.randperm(SIZE[0] ** 3, generator=torch.Generator().manual_seed(indices[0]))
+            target = result["target"].flatten(2)[:, :, order].view_as(result["target"])
+            hidden = (result["image"] == 0).all(1, keepdim=True)
+            result |= {"target": target, "image": target * ~hidden, "weight": hidden.float().expand_as(target)}
+        return result
+
+    for step in range(40):
+        loss = method(views([2 * step, 2 * step + 1]))["loss"].mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    method.eval()
+    with torch.no_grad():
+        return method(views([1000, 1001, 1002, 1003]))["explained_variance"].mean().item()
+
+
+def test_it_learns_and_with_shuffled_voxels_it_does_not(folder: Path) -> None:
+    assert explained_after(folder, False) > 0.15
+    assert explained_after(folder, True) < 0.05
+
+
+def test_constant_crops_give_finite_numbers(folder: Path) -> None:
+    method = build(MaskedAutoencoder, replace(MaskedAutoencoderSettings(), normalise_target=True)).eval()
+    batch = batch_of(folder, method, [0, 1])
+    for box in batch.boxes[0]:
+        box.data = torch.zeros_like(box.data)
+    with torch.no_grad():
+        result = method(method.views(batch, BatchRandom(0, VIEWS, [0, 1], CPU)))
+    assert all(torch.isfinite(value).all() for value in result.values())
+
+
+def test_expanding_blocks_is_exact() -> None:
+    values = torch.arange(8.0).view(1, 2, 2, 2)
+    assert expand_blocks(values, (3, 4, 4), (2, 2, 2))[0, 2, 3, 3] == 7
