@@ -78,6 +78,8 @@ def check_run(
             f"{method.title} with these settings needs at least {fewest} training cases, fold {fold} of "
             f"{manager.dataset_name} has {cases}"
         )
+    if not nnUNet_results.is_set():
+        raise UserError("nnUNet_results is not set; export it as nnU-Net's documentation says")
     _check_results_folder(Path(str(nnUNet_results)))
     return Checked(common, settings, geometry, batch_size, index)
 

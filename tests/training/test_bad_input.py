@@ -176,6 +176,11 @@ def test_unwritable_results(plain: Environment, monkeypatch: pytest.MonkeyPatch)
         pretrain(plain, "plain", "run")
 
 
+def test_results_variable_not_set(plain: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("nnUNet_results")
+    refused(plain, "nnUNet_results is not set; export it")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_no_gpu(plain: Environment) -> None:
     from nnunetv2.run.run_training import get_trainer_from_args
