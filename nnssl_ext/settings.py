@@ -161,5 +161,7 @@ def settings_table(schema: type, prefix: str = "") -> list[str]:
         choices = entry.metadata["choices"]
         kind = " / ".join(choices) if choices else kind
         shown = json.dumps(default)
-        rows.append(f"| `{name}` | {kind} | `{shown}` | {entry.metadata['doc']} | {entry.metadata['source']} |")
+        rows.append(
+            f"| `{name}` | {kind} | `{shown}` | {entry.metadata['doc']} | {entry.metadata['source'] or 'ours'} |"
+        )
     return rows

@@ -9,6 +9,8 @@ weights -> demo.html. About seven minutes on two CPU cores. Called again, it goe
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import webbrowser
 from pathlib import Path
 
@@ -18,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--msd", metavar="TASK", help="a Decathlon task's folder or tar file instead of the phantom")
     parser.add_argument("--labelled", type=int, default=6, help="labelled cases for fine-tuning (6)")
     parser.add_argument("-device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    parser.add_argument("--open", action="store_true", help="open the page in a browser, where there is a display")
     parser.add_argument(
         "settings", nargs="*", metavar="SETTING=VALUE", help="laid over the demonstration's plans, as in nnssl_ext plan"
     )
@@ -40,5 +42,5 @@ def run(arguments: argparse.Namespace) -> None:
     demo.run()
     page = write_page(demo)
     print(f"the result page: {page}")
-    if arguments.open:
+    if arguments.open and (sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         webbrowser.open(page.as_uri())

@@ -103,8 +103,12 @@ class CaseIndex:
     def _write(self, path: Path) -> None:
         try:
             with replaced_on_success(path) as temporary, temporary.open("wb") as file:
-                stored = {**self._table, "problem": self._table["problem"].astype(str), "keys": self._keys}
-                np.savez(file, allow_pickle=False, version=VERSION, cases=np.array(self.cases, dtype=str), **stored)
+                stored: dict[str, Any] = {
+                    **self._table,
+                    "problem": self._table["problem"].astype(str),
+                    "keys": self._keys,
+                }
+                np.savez(file, version=VERSION, cases=np.array(self.cases, dtype=str), **stored)
         except OSError as error:
             # a data folder may be read-only; the index is then made anew at every start
             warnings.warn(f"the case index {path} could not be kept: {error.strerror}", stacklevel=3)
