@@ -64,7 +64,11 @@ class PretrainingLog(LocalLogger):
         for axis in axes.flat:
             axis.set_xlabel("epoch")
             axis.grid(alpha=0.3)
-            if axis.get_legend_handles_labels()[0]:
-                axis.legend(fontsize="small")
+            lines, labels = axis.get_legend_handles_labels()
+            if axis is rate:
+                more, names = seconds.get_legend_handles_labels()
+                lines, labels = lines + more, labels + names
+            if lines:
+                axis.legend(lines, labels, fontsize="small")
         figure.savefig(Path(output_folder) / "progress.png", dpi=80)
         plt.close(figure)

@@ -40,6 +40,7 @@ class Checked:
         geometry: Crop, spacing and channels.
         batch_size: Samples a step over all processes.
         index: The cases.
+        training_cases: How many of them this fold trains on.
     """
 
     common: CommonSettings
@@ -47,6 +48,7 @@ class Checked:
     geometry: Geometry
     batch_size: int
     index: CaseIndex
+    training_cases: int
 
 
 def check_run(
@@ -81,7 +83,7 @@ def check_run(
     if not nnUNet_results.is_set():
         raise UserError("nnUNet_results is not set; export it as nnU-Net's documentation says")
     _check_results_folder(Path(str(nnUNet_results)))
-    return Checked(common, settings, geometry, batch_size, index)
+    return Checked(common, settings, geometry, batch_size, index, cases)
 
 
 def check_plans(

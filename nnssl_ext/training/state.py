@@ -93,7 +93,7 @@ def own_section(trainer: PretrainingTrainer) -> dict[str, Any]:
         "state": method.state_dict(),
         "trained": [name for name, p in method.exported.named_parameters() if p.requires_grad],
         "counters": {"step": trainer.step, "samples": trainer.step * checked.batch_size},
-        "cases": len(checked.index.cases),
+        "training_cases": checked.training_cases,
         "versions": versions(),
         "revision": revision(),
     }

@@ -26,7 +26,7 @@ def print_summary(trainer: PretrainingTrainer) -> dict[str, Any]:
         "plans": trainer.plans_manager.plans_name,
         "configuration": trainer.configuration_name,
         "fold": trainer.fold,
-        "cases": len(trainer.checked.index.cases),
+        "training_cases": trainer.checked.training_cases,
         "epochs": len(losses),
         "steps": trainer.step,
         "batch_size": trainer.checked.batch_size,
@@ -40,7 +40,8 @@ def print_summary(trainer: PretrainingTrainer) -> dict[str, Any]:
     write_json(content, Path(trainer.output_folder) / "pretraining_summary.json")
     trainer.print_to_log_file(
         f"Pretraining summary\n"
-        f"  {content['method']} on {content['dataset']}, {content['configuration']}, fold {content['fold']}: "
+        f"  {content['method']} on {content['dataset']}, {content['configuration']}, fold {content['fold']} "
+        f"({content['training_cases']} cases): "
         f"{content['epochs']} epochs, {content['steps']} steps of {content['batch_size']}, {content['hours']:.2f} h\n"
         f"  objective on validation crops: {losses[0]:.4f} -> {losses[-1]:.4f}\n"
         f"  {readable.title}: {numbers[0]:.4f} -> {numbers[-1]:.4f}\n"
