@@ -26,21 +26,23 @@ def dice_cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors (B,); both 0 for a sample whose voxels are all ignored.
     """
-    classes = logits.shape[1]
     log_probability = F.log_softmax(logits.float(), 1).flatten(2)  # (B, K, V)
     target = target.flatten(1).long()  # (B, V)
     counted = target != IGNORE
+    label = torch.where(counted, target, 0)
     voxels = counted.sum(1)
-    chosen = log_probability.gather(1, torch.where(counted, target, 0)[:, None])[:, 0]
+    chosen = log_probability.gather(1, label[:, None])[:, 0]  # (B, V)
     cross_entropy = -(chosen * counted).sum(1) / voxels.clamp_min(1)
 
-    probability = log_probability.exp() * counted[:, None]
-    member = torch.stack([target == k for k in range(classes)], 1)  # (B, K, V) bool
-    overlap = (probability * member).sum(2)
-    size = probability.sum(2) + member.sum(2)
+    # sums over a million voxels want double; sums per class of one value a voxel need no (B, K, V) copies
+    double = torch.float32 if logits.device.type == "mps" else torch.float64
+    none = torch.zeros(logits.shape[:2], dtype=double, device=logits.device)  # (B, K)
+    overlap = none.scatter_add(1, label, (chosen.exp() * counted).to(double))
+    true = none.scatter_add(1, label, counted.to(double))
+    predicted = torch.einsum("bkv,bv->bk", log_probability.exp(), counted.to(log_probability.dtype))
     # a class that is neither there nor predicted counts as right: 0 / 0 -> 1
-    dice = (2 * overlap + 1e-5) / (size + 1e-5)
-    return (1 - dice.mean(1)) * (voxels > 0), cross_entropy
+    dice = (2 * overlap + 1e-5) / (true + predicted + 1e-5)
+    return ((1 - dice.mean(1)) * (voxels > 0)).to(cross_entropy.dtype), cross_entropy
 
 
 def downsample_labels(target: Tensor, size: Sequence[int]) -> Tensor:
