@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nnssl_ext.study.demo_page import write_page
     from nnssl_ext.study.sources import DecathlonSource, PhantomSource, Source
 
-    source: Source = PhantomSource(PhantomOptions(labelled=arguments.labelled))
+    source: Source = PhantomSource(PhantomOptions(labelled=arguments.labelled, field_of_view=36.0))
     if arguments.msd:
         source = DecathlonSource(Path(arguments.msd), arguments.labelled)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -131,7 +131,7 @@ def _warped_grid(generator: np.random.Generator, shape: tuple[int, ...]) -> list
     """Coordinates in [-1, 1] per axis, bent by a smooth random displacement and turned a little about each axis."""
     axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     bends = [_smooth(generator, shape, 4) for _ in range(3)]
-    points = np.stack([axis + 0.10 * bend for axis, bend in zip(axes, bends, strict=True)])
+    points = np.stack([axis + 0.07 * bend for axis, bend in zip(axes, bends, strict=True)])
     for a, b in ((0, 1), (0, 2), (1, 2)):
         angle = generator.uniform(-0.2, 0.2)
         points[[a, b]] = [
@@ -159,7 +159,7 @@ def _draw_organs(generator: np.random.Generator, grid: list[np.ndarray]) -> tupl
     liver = ellipsoid((0.0, -0.25, -0.3), (0.5, 0.38, 0.36))
     label[liver & ~ellipsoid((0.0, 0.05, -0.05), (0.3, 0.25, 0.25))] = 1
     for value, side in ((2, -1), (3, 1)):
-        twin = ellipsoid((0.1, 0.42, side * 0.42), (0.26, 0.17, 0.15))
+        twin = ellipsoid((0.1, 0.42, side * 0.42), (0.34, 0.24, 0.22))
         label[twin & ~ellipsoid((0.1, 0.42, side * 0.28), (0.1, 0.1, 0.1))] = value
     # a vessel: a thin tube along a bent line through the whole body
     phase, bow = generator.uniform(0, 2 * np.pi), generator.uniform(0.08, 0.2)
@@ -167,13 +167,13 @@ def _draw_organs(generator: np.random.Generator, grid: list[np.ndarray]) -> tupl
     distance = (grid[1] - 0.2 - bow * np.sin(2.5 * along + phase)) ** 2 + (
         grid[2] - bow * np.cos(2 * along + phase)
     ) ** 2
-    label[(distance < generator.uniform(0.06, 0.09) ** 2) & (np.abs(along) < 0.85)] = 4
+    label[(distance < generator.uniform(0.10, 0.14) ** 2) & (np.abs(along) < 0.85)] = 4
     # a lesion lies in the liver, or nowhere
     inside = np.argwhere(label == 1)
     if len(inside) and generator.random() < 0.85:
         place = inside[generator.integers(len(inside))]
         centre = tuple(g[tuple(place)] for g in grid)
-        lesion = ellipsoid(centre, (0.14, 0.12, 0.13), 0.0, 0.35)
+        lesion = ellipsoid(centre, (0.2, 0.18, 0.19), 0.0, 0.3)
         label[lesion & (label == 1)] = 5
     return label, np.where(label == 0, strange, 0)
 
@@ -184,7 +184,7 @@ def _appearance(
     """Intensities: tissue and organ contrasts of this case, texture per organ, bias field, blur, Rician noise."""
     tissue = generator.uniform(0.35, 0.5)
     sign = 1 if channel % 2 == 0 else -1  # a second channel has the opposite contrast
-    contrasts = sign * np.array([0.0, 0.16, 0.24, 0.24, 0.34, -0.10]) * generator.uniform(0.5, 1.1)
+    contrasts = sign * np.array([0.0, 0.16, 0.24, 0.24, 0.34, -0.10]) * generator.uniform(0.8, 1.3)
     contrasts[1:] += generator.normal(0, 0.03, len(ORGANS))
     contrasts[3] = contrasts[2]  # the twins look alike
     looks = np.where(label > 0, label, strange)
@@ -194,7 +194,7 @@ def _appearance(
     image += np.where(np.isin(looks, (1, 5)), 0.05 * fine, 0)
     image *= 1 + 0.25 * _smooth(generator, label.shape, 2)
     image = gaussian_filter(image, generator.uniform(0.4, 0.9))
-    noise = generator.uniform(0.03, 0.08)
+    noise = generator.uniform(0.02, 0.05)
     image = np.hypot(
         image + noise * generator.standard_normal(label.shape), noise * generator.standard_normal(label.shape)
     )

@@ -91,4 +91,4 @@ def slices(overlays: Sequence[Overlay]) -> bytes:
 
 def _busiest(labels: np.ndarray, axis: int) -> int:
     """The plane with most labelled voxels."""
-    return int(labels.sum(tuple(a for a in range(3) if a != axis)).argmax())
+    return int(np.argmax(np.sum(labels, axis=tuple(a for a in range(3) if a != axis))))

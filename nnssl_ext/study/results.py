@@ -55,8 +55,8 @@ def training_log(checkpoint_file: Path) -> dict[str, list[float]]:
     return {key: [_mean(value) for value in values] for key, values in content["logging"].items()}
 
 
-def _mean(value: object) -> float:
-    return float(np.nanmean(np.asarray(value, dtype=float))) if np.size(value) else float("nan")  # type: ignore[arg-type]
+def _mean(value: Any) -> float:
+    return float(np.nanmean(np.asarray(value, dtype=float))) if np.size(value) else float("nan")
 
 
 def _key(value: int | list[int]) -> str:
