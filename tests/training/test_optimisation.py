@@ -17,7 +17,7 @@ def test_warm_up_rises_to_the_peak_and_cosine_falls_to_zero() -> None:
     rates = [learning_rate_at(recipe("cosine", 0.1), 2.0, step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[10] == 2.0
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[55] == pytest.approx(1.0)
     assert 0 < rates[-1] < 0.01
 
