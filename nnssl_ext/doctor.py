@@ -13,7 +13,7 @@ from pathlib import Path
 from nnssl_ext import __version__
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import METHODS
-from nnssl_ext.recipe import read_json
+from nnssl_ext.recipe import read_json, total_stride
 from nnssl_ext.resources import resource_folder
 
 #: Below this much free space a checkpoint or a preprocessed data set may not fit.
@@ -194,7 +194,7 @@ def _examine_plans(path: Path, dataset_json: dict) -> Iterator[Finding]:
                     "derive other plans with nnssl_ext plan",
                 )
                 continue
-            strides = _total_stride(content)
+            strides = total_stride(content)
             yield Finding(
                 f"{subject}, {method.title}",
                 f"crop {geometry.crop_size}, batch {batch_size}; edges are multiples of {strides}",
@@ -213,9 +213,3 @@ def _examine_plans(path: Path, dataset_json: dict) -> Iterator[Finding]:
             yield Finding(f"{subject}, case {case}", "", problem, "preprocess the case again or remove it")
         if not problems:
             yield Finding(subject, f"all cases of {cases.name} can be read")
-
-
-def _total_stride(configuration: dict) -> tuple[int, ...]:
-    import numpy as np
-
-    return tuple(np.prod(configuration["architecture"]["arch_kwargs"]["strides"], axis=0).tolist())

@@ -152,7 +152,7 @@ def _apply(target: dict, configuration: ConfigurationOverlay, architecture: Arch
     if configuration.patch_size is not None:
         target["patch_size"] = list(configuration.patch_size)
     if configuration.patch_limit is not None:
-        total = np.prod(target["architecture"]["arch_kwargs"]["strides"], axis=0).tolist()
+        total = total_stride(target)
         limited = [min(edge, configuration.patch_limit) for edge in target["patch_size"]]
         # two voxels at the bottleneck suit every network
         target["patch_size"] = [max(edge // s, 2 if s > 1 else 1) * s for edge, s in zip(limited, total, strict=True)]
@@ -162,6 +162,11 @@ def _apply(target: dict, configuration: ConfigurationOverlay, architecture: Arch
     base = architecture.features_base or kwargs["features_per_stage"][0]
     limit = architecture.features_max or max(kwargs["features_per_stage"])
     kwargs["features_per_stage"] = [min(base * 2**stage, limit) for stage in range(kwargs["n_stages"])]
+
+
+def total_stride(configuration: Mapping[str, Any]) -> tuple[int, ...]:
+    """Stride from the input to the bottleneck of a configuration's network, per axis."""
+    return tuple(np.prod(configuration["architecture"]["arch_kwargs"]["strides"], axis=0).tolist())
 
 
 def read_json(path: Path, kind: type = dict) -> Any:

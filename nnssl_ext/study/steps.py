@@ -72,16 +72,20 @@ class Chain:
 
     def records(self) -> list[dict]:
         """Title, command and seconds of each step that was done."""
-        path = self.folder / "steps.json"
-        known = read_json(path) if path.is_file() else {}
+        known = self._known()
         return [known[step.title] for step in self.steps if step.title in known]
 
     def _note(self, step: Step, seconds: float) -> None:
-        path = self.folder / "steps.json"
-        known = read_json(path) if path.is_file() else {}
         command = shlex.join(step.command()) if step.command else ""
-        known[step.title] = {"title": step.title, "command": command, "seconds": seconds}
-        write_json(known, path)
+        record = {"title": step.title, "command": command, "seconds": seconds}
+        write_json({**self._known(), step.title: record}, self._notes)
+
+    @property
+    def _notes(self) -> Path:
+        return self.folder / "steps.json"
+
+    def _known(self) -> dict[str, dict]:
+        return read_json(self._notes) if self._notes.is_file() else {}
 
     def _command(self, number: int, step: Step, head: str) -> None:
         assert step.command is not None

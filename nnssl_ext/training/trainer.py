@@ -92,9 +92,10 @@ class PretrainingTrainer(nnUNetTrainer):
         backbone = target_backbone(*plans, geometry.channels, own_outputs or data_outputs)
         self.method = self.method_class(backbone, self.checked.settings, geometry).to(self.device)
         self.network = self.method.network
-        if self._do_i_compile():
+        compiled = self._do_i_compile()
+        if compiled:
             self.print_to_log_file("Using torch.compile...")
-        self.objective = engine(self.method, self.device, self._do_i_compile())
+        self.objective = engine(self.method, self.device, compiled)
 
         self.recipe = self.method.optimiser()
         self.initial_lr = self.recipe.learning_rate if common.learning_rate is None else common.learning_rate
