@@ -64,10 +64,12 @@ class Chain:
             begin = time.monotonic()
             if step.action:
                 step.action()
-            if step.command:
-                self._command(number, step, head)
+            # decided once: a command may depend on what is there, and running it changes that
+            words = list(step.command()) if step.command else []
+            if words:
+                self._command(number, step, words, head)
             seconds = time.monotonic() - begin
-            self._note(step, seconds)
+            self._note(step, words, seconds)
             print(f"{head}: {seconds:.0f} s", flush=True)
 
     def records(self) -> list[dict]:
@@ -75,9 +77,8 @@ class Chain:
         known = self._known()
         return [known[step.title] for step in self.steps if step.title in known]
 
-    def _note(self, step: Step, seconds: float) -> None:
-        command = shlex.join(step.command()) if step.command else ""
-        record = {"title": step.title, "command": command, "seconds": seconds}
+    def _note(self, step: Step, words: list[str], seconds: float) -> None:
+        record = {"title": step.title, "command": shlex.join(words), "seconds": seconds}
         write_json({**self._known(), step.title: record}, self._notes)
 
     @property
@@ -87,14 +88,13 @@ class Chain:
     def _known(self) -> dict[str, dict]:
         return read_json(self._notes) if self._notes.is_file() else {}
 
-    def _command(self, number: int, step: Step, head: str) -> None:
-        assert step.command is not None
+    def _command(self, number: int, step: Step, words: list[str], head: str) -> None:
         logs = self.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / f"{number:02d}_{re.sub(r'[^a-z0-9]+', '_', step.title.lower()).strip('_')}.txt"
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         process = subprocess.Popen(
-            list(step.command()),
+            words,
             env={**os.environ, **self.variables, **step.variables, "PATH": path, "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

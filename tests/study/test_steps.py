@@ -35,6 +35,15 @@ def test_does_what_is_not_done_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert json.loads((tmp_path / "steps.json").read_text()) == before
 
 
+def test_a_command_that_depends_on_its_result_is_noted_as_it_ran(tmp_path: Path) -> None:
+    steps = chain(tmp_path, GOOD)
+    made = tmp_path / "made"
+    steps.steps[1].command = lambda: [sys.executable, "-c", GOOD, *(["--c"] if made.exists() else [])]
+    steps.run()
+    assert made.exists()
+    assert not steps.records()[1]["command"].endswith("--c")
+
+
 def test_a_failed_command_names_its_log_and_can_be_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"step 'Second, by a command' failed with status 3; its log is .*02_second"):
         chain(tmp_path, "print('what went wrong'); raise SystemExit(3)").run()
