@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from nnssl_ext.data.cases import open_case
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.views.random import CASES, CROPS, sample_generator
-from nnssl_ext.views.spatial import SourceBox, SpatialRange, reach
+from nnssl_ext.views.spatial import SourceBox, SpatialRange, fitted, reach
 
 #: How often a crop is drawn again for more body, or because it is constant.
 BODY_TRIES, CONSTANT_TRIES = 8, 32
@@ -26,11 +26,23 @@ BODY_TRIES, CONSTANT_TRIES = 8, 32
 
 @dataclass(frozen=True)
 class Crop:
-    """One crop of a sample: its edges in voxels, what may be done to it, and whether it is from another case."""
+    """One crop of a sample.
+
+    Attributes:
+        size: Its edges in voxels.
+        spatial: What may be done to it.
+        other_case: Whether it is from another case.
+        scale: Voxels of the case per voxel of the crop: 0.5 magnifies twofold.
+        fit: Whether a case that is smaller is magnified further, so that the crop is never padded.
+        centred: Whether it lies about the body's centre.
+    """
 
     size: tuple[int, int, int]
     spatial: SpatialRange
     other_case: bool = False
+    scale: float = 1.0
+    fit: bool = False
+    centred: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,8 +125,11 @@ class CropDataset(Dataset):
         record, data = self.index[case], open_case(self.folder, case)
         volume = np.asarray(data.shape[1:])
         for _ in range(CONSTANT_TRIES):
-            matrix = crop.spatial.draw(generator, crop.size)
-            centre = draw_centre(generator, volume, crop.size, record.body)
+            matrix, edges = crop.spatial.draw(generator, crop.size) * crop.scale, crop.size
+            if crop.fit:
+                matrix = fitted(matrix, crop.size, (volume - 1) / 2)
+                edges = tuple(np.ceil(2 * reach(matrix, crop.size) - 1e-6).astype(int) + 1)
+            centre = (body_centre if crop.centred else draw_centre)(generator, volume, edges, record.body)
             half = reach(matrix, crop.size)
             low = np.clip(np.floor(centre - half + 1e-6), 0, volume - 1).astype(int)
             high = np.clip(np.ceil(centre + half - 1e-6) + 1, low + 1, volume).astype(int)
@@ -148,6 +163,17 @@ def draw_centre(
         if share >= wanted:
             break
     return best + (edges - 1) / 2
+
+
+def body_centre(
+    generator: np.random.Generator, volume: np.ndarray, size: Sequence[int], body: np.ndarray
+) -> np.ndarray:
+    """The centre (3,) of a crop about the body's centre, off by up to an eighth of the crop, within the volume."""
+    edges = np.asarray(size)
+    middle = np.argwhere(body).mean(0) + 0.5 if body.any() else np.asarray(body.shape) / 2
+    wanted = middle / body.shape * volume - edges / 2 + generator.uniform(-0.125, 0.125, 3) * edges
+    low = np.clip(np.rint(wanted), 0, np.maximum(volume - edges, 0))
+    return low + (edges - 1) / 2
 
 
 def collate(samples: list[tuple[int, list[SourceBox], str]]) -> CropBatch:

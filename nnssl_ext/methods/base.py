@@ -18,17 +18,21 @@ from nnssl_ext.views.random import BatchRandom
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a method is told of the data.
+    """What a method is told of the data and of the network's strides.
 
     Attributes:
         crop_size: Edges of the crop the network is fed with, in voxels.
         spacing: Voxel edges in mm, in the same order.
         channels: Channels of a case.
+        strides: Cumulative stride of each encoder stage, per axis.
+        case_size: Edges in voxels that at least nine in ten cases have; None, before cases are known, is the crop.
     """
 
     crop_size: tuple[int, int, int]
     spacing: tuple[float, float, float]
     channels: int
+    strides: tuple[tuple[int, ...], ...] = ()
+    case_size: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)

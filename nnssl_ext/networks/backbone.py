@@ -39,9 +39,25 @@ class UNetBackbone:
         """Channels of each encoder stage."""
         return list(self.encoder.output_channels)
 
-    def features(self, image: Tensor) -> list[Tensor]:
-        """Feature maps of the encoder, finest first: (B, C, D, H, W) -> [(B, channels[i], *edges / strides[i])]."""
-        return self.encoder(image)
+    def features(self, image: Tensor, stages: int | None = None) -> list[Tensor]:
+        """Feature maps of the encoder's first stages (None: of all), finest first.
+
+        (B, C, D, H, W) -> [(B, channels[i], *edges / strides[i])].
+        """
+        maps, stem = [], getattr(self.encoder, "stem", None)
+        image = image if stem is None else stem(image)
+        for stage in self.encoder.stages[:stages]:
+            image = stage(image)
+            maps.append(image)
+        return maps
+
+    def train_encoder_only(self, stages: int | None = None) -> None:
+        """Take the decoder, and the encoder's stages after the first ``stages``, out of the training."""
+        parts = [self.encoder.stages[:stages], getattr(self.encoder, "stem", None)]
+        # the decoder holds the encoder too, so tensors are told apart by themselves and not by name
+        trained = {id(p) for part in parts if part is not None for p in part.parameters()}
+        for parameter in self.network.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
 
     def set_deep_supervision(self, enabled: bool) -> None:
         """Whether the network returns all its outputs, full resolution first, or only the first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ def check_run(
     manager = PlansManager(plans)
     base = Path(str(nnUNet_preprocessed)) / manager.dataset_name
     index = _index(base / manager.get_configuration(configuration).data_identifier, geometry.channels)
+    geometry = replace(geometry, case_size=index.common_size())
     fewest = method.crops(settings, geometry).fewest_cases
     cases = _training_cases(base, index.cases, fold)
     if cases < fewest:
@@ -105,13 +106,11 @@ def check_plans(
         )
     common, sections = split_sections(plans.get(PLANS_KEY, {}), SCHEMAS, where)
     settings = sections[method.name]
-    geometry = Geometry(
-        tuple(common.crop_size or config.patch_size),
-        tuple(config.spacing),
-        determine_num_input_channels(manager, config, dataset_json),
-    )
+    channels = determine_num_input_channels(manager, config, dataset_json)
     with torch.device("meta"):
-        backbone = target_backbone(manager, config, geometry.channels, 2)
+        backbone = target_backbone(manager, config, channels, 2)
+    crop_size = tuple(common.crop_size or config.patch_size)
+    geometry = Geometry(crop_size, tuple(config.spacing), channels, tuple(backbone.strides))
     problem = backbone.crop_problem(geometry.crop_size)
     if problem:
         raise UserError(f"{where}, configuration '{configuration}': {problem}")

@@ -18,22 +18,22 @@ from tests.datasets import blob
 from tests.networks.test_backbone import network
 
 CPU = torch.device("cpu")
-SIZE = (16, 16, 16)
+SIZE, CASE = (16, 16, 16), (20, 20, 20)
 #: No intensity view at all.
 OFF = IntensitySettings(gamma_probability=0, brightness_probability=0, contrast_probability=0, noise_probability=0)
 
 
 def write_cases(folder: Path) -> Path:
     for case in range(4):
-        image = np.stack([blob(np.random.default_rng((case, channel)), (20, 20, 20)) for channel in range(2)])
+        image = np.stack([blob(np.random.default_rng((case, channel)), CASE) for channel in range(2)])
         blosc2.asarray(image, urlpath=str(folder / f"c{case}.b2nd"), mode="w")
     return folder
 
 
 def build(method: type[Method], settings: Any, spacing: tuple = (1.0, 1.0, 1.0), kind: str = "plain") -> Any:
-    torch.manual_seed(0)
-    geometry = Geometry(SIZE, spacing, 2)
+    geometry = Geometry(SIZE, spacing, 2, tuple(backbone_of(network(kind)).strides), CASE)
     outputs = method.output_channels(settings, geometry) or 3
+    torch.manual_seed(0)
     return method(backbone_of(network(kind, 2, outputs)), settings, geometry)
 
 
