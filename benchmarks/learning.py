@@ -33,9 +33,9 @@ def main() -> None:
     from nnunetv2.run.run_training import get_trainer_from_args
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    name = METHODS[arguments.method].trainer
+    name, fold = METHODS[arguments.method].trainer, arguments.f if arguments.f == "all" else int(arguments.f)
     trainer = get_trainer_from_args(
-        arguments.d, "3d_fullres", arguments.f, name, arguments.p, device=torch.device("cpu")
+        arguments.d, "3d_fullres", fold, name, arguments.p, device=torch.device("cpu")
     )
     trainer.initialize()
     if arguments.shuffled:
