@@ -3,7 +3,7 @@
     python benchmarks/learning.py jigsaw -d 802 -p nnUNetPlans_learning [--shuffled]
 
 Runs the method's trainer as nnUNetv2_train would, on the CPU, and prints one line per epoch. With --shuffled the voxels
-of every box are put in another order before views are made: what is learned then was no anatomy.
+of every image and patch are put in another order: what is learned then was no anatomy.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.methods import METHODS, Method
 from nnssl_ext.resources import resource_folder
+from nnssl_ext.views.random import BatchRandom
 
 
 def main() -> None:
@@ -53,16 +54,18 @@ def main() -> None:
 
 
 def shuffle_voxels(method: Method) -> None:
-    """Make ``method`` see every box with its voxels in another order, channels together."""
+    """Make ``method`` see every image or patch with its voxels in an order of its own, channels together."""
     original = method.views
 
-    def views(batch: CropBatch, random: object) -> dict[str, torch.Tensor]:
-        for row, boxes in enumerate(batch.boxes):
-            for index, box in zip(batch.indices, boxes, strict=True):
-                flat = box.data.flatten(1)
-                order = np.random.default_rng((index, row)).permutation(flat.shape[1])
-                box.data = flat[:, torch.from_numpy(order)].view_as(box.data)
-        return original(batch, random)  # type: ignore[arg-type]
+    def views(batch: CropBatch, random: BatchRandom) -> dict[str, torch.Tensor]:
+        result = original(batch, random)
+        for key, images in result.items():
+            if images.ndim == 6:  # (B, N, C, D, H, W)
+                flat = images.flatten(3).flatten(0, 1)
+                orders = [np.random.default_rng((*batch.indices, n)).permutation(flat.shape[-1]) for n in range(len(flat))]
+                flat = torch.stack([image[:, torch.from_numpy(o)] for image, o in zip(flat, orders, strict=True)])
+                result[key] = flat.view_as(images)
+        return result
 
     method.views = views  # type: ignore[method-assign]
 

@@ -51,8 +51,12 @@ class ExemplarIntensitySettings(IntensitySettings):
 class ExemplarSettings(SharedSettings):
     """Settings of exemplar."""
 
+    flip: float = setting(0.0, "Chance of a mirror, per axis and view.", low=0, high=1)
+    rot90: float = setting(0.0, "Chance of quarter turns in a plane of equal edges and spacing.", low=0, high=1)
     affine: float = setting(1.0, "Chance of a rotation and zoom, per view.", low=0, high=1)
-    zoom: list[float] = setting([1.0, 1.6], "Range of the magnification.", low=1, high=10, length=2)
+    zoom: list[float] = setting(
+        [1.0, 1.4], "Range of the magnification; the view is a part of the crop.", low=1, high=10, length=2
+    )
     intensity: ExemplarIntensitySettings = field(default_factory=ExemplarIntensitySettings)
     standardise: bool = setting(True, "Zero mean and unit deviation per view.")
     margin: float = setting(1.0, "Margin in squared distance.", source=TALEB, low=0.01)

@@ -6,6 +6,7 @@ from typing import Any
 import blosc2
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from nnssl_ext.data.crops import CropBatch, CropDataset, collate
@@ -14,6 +15,7 @@ from nnssl_ext.methods import Geometry, Method
 from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.views.appearance import IntensitySettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
+from nnssl_ext.views.spatial import SourceBox
 from tests.datasets import blob
 from tests.networks.test_backbone import network
 
@@ -28,6 +30,62 @@ def write_cases(folder: Path) -> Path:
         image = np.stack([blob(np.random.default_rng((case, channel)), CASE) for channel in range(2)])
         blosc2.asarray(image, urlpath=str(folder / f"c{case}.b2nd"), mode="w")
     return folder
+
+
+def write_anatomy(folder: Path, cases: int = 12) -> Path:
+    """Cases with the same three organs at about the same places, in noise: one can tell where one is, and which way."""
+    for case in range(cases):
+        generator = np.random.default_rng(case)
+        axes = np.stack(np.meshgrid(*(np.linspace(-1, 1, edge) for edge in CASE), indexing="ij"))
+        axes += generator.uniform(-0.1, 0.1, (3, 1, 1, 1))
+        image = 0.3 * generator.standard_normal((2, *CASE))
+        for centre, radius, intensity in (
+            ((0.5, -0.3, 0.1), 0.35, 1.5),
+            ((-0.4, 0.5, -0.3), 0.25, -1.5),
+            ((0.0, 0.1, 0.6), 0.2, 2.5),
+        ):
+            image += intensity * (((axes - np.reshape(centre, (3, 1, 1, 1))) ** 2).sum(0) < radius**2)
+        image = (image - image.mean()) / image.std()
+        blosc2.asarray(image.astype(np.float32), urlpath=str(folder / f"c{case:02d}.b2nd"), mode="w")
+    return folder
+
+
+def readable_after(folder: Path, method: Any, steps: int, shuffled: bool) -> float:
+    """The readable number on other crops after some steps, with the voxels of all boxes in another order or not."""
+    optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 3e-3)
+
+    def views(first: int, number: int) -> dict[str, Tensor]:
+        indices = list(range(first, first + number))
+        batch = batch_of(folder, method, indices)
+        if shuffled:
+            for row in batch.boxes:
+                for index, box in zip(indices, row, strict=True):
+                    flat = box.data.flatten(1)
+                    order = np.random.default_rng(index).permutation(flat.shape[1])
+                    box.data = flat[:, torch.from_numpy(order)].view_as(box.data)
+        return method.views(batch, BatchRandom(0, VIEWS, indices, CPU))
+
+    method.train()
+    for step in range(steps):
+        loss = method(views(4 * step, 4))["loss"].mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    method.eval()
+    with torch.no_grad():
+        found = [method(views(10_000 + 16 * part, 16))[method.readable.key].mean() for part in range(3)]
+    return torch.stack(found).mean().item()
+
+
+def noise_boxes(size: tuple, number: int, spread: tuple = (0.0, 0.0, 0.0)) -> list[SourceBox]:
+    """Boxes of one channel of smoothed noise that hold a crop exactly; ``spread`` in voxels per axis."""
+    boxes = []
+    for index in range(number):
+        noise = np.random.default_rng(index).standard_normal((1, *size))
+        smooth = gaussian_filter(noise, (0, *spread), mode="wrap") if any(spread) else noise
+        data = torch.from_numpy((smooth / smooth.std()).astype(np.float32))
+        boxes.append(SourceBox(data, np.eye(3), (np.asarray(size) - 1) / 2, f"c{index}"))
+    return boxes
 
 
 def build(method: type[Method], settings: Any, spacing: tuple = (1.0, 1.0, 1.0), kind: str = "plain") -> Any:
