@@ -59,6 +59,10 @@ class CommonSettings:
     learning_rate: float | None = setting(None, "Peak learning rate; null takes the method's.", low=0)
     seed: int = setting(0, "Seed of every random draw, the network's initial values included.", low=0)
     save_every: int = setting(5, "Epochs between two checkpoint_latest.pth.", low=1)
+    images: str | None = setting(
+        None, "Folder of labelled 2-D images, CLASS/IMAGE.png or .jpg, for methods that learn from such."
+    )
+    most_unreadable: float = setting(0.05, "Share of unreadable images above which a run stops.", low=0, high=1)
     target_trainer: str = setting("nnUNetTrainer", "The trainer whose network is pretrained: it builds it.")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +57,22 @@ class CropRequest:
         return 2 if any(crop.other_case for crop in self.crops) else 1
 
 
+class Sample(NamedTuple):
+    """What a worker read for one sample.
+
+    Attributes:
+        index: Its global index.
+        boxes: One for each crop of the request.
+        failure: Why there are none, '' if there are.
+        skipped: Names of what could not be read and was replaced.
+    """
+
+    index: int
+    boxes: list[SourceBox]
+    failure: str = ""
+    skipped: tuple[str, ...] = ()
+
+
 @dataclass
 class CropBatch:
     """B samples: their global indices, and for each crop of the request the B boxes that were read."""
@@ -63,9 +80,11 @@ class CropBatch:
     indices: list[int]
     boxes: list[list[SourceBox]]
     failure: str = ""
+    skipped: tuple[str, ...] = ()
 
     def pin_memory(self) -> CropBatch:
-        return CropBatch(self.indices, [[box.pin_memory() for box in row] for row in self.boxes], self.failure)
+        boxes = [[box.pin_memory() for box in row] for row in self.boxes]
+        return CropBatch(self.indices, boxes, self.failure, self.skipped)
 
     @property
     def cases(self) -> list[str]:
@@ -99,8 +118,8 @@ class CropDataset(Dataset):
     def __repr__(self) -> str:
         return f"CropDataset({len(self.cases)} cases, {len(self.request.crops)} crops a sample)"
 
-    def __getitem__(self, sample: int) -> tuple[int, list[SourceBox], str]:
-        """(index, boxes, failure): a case that cannot be read is reported, not raised, so that it can be named."""
+    def __getitem__(self, sample: int) -> Sample:
+        """A case that cannot be read is reported, not raised, so that it can be named."""
         own, other = self.draw_cases(sample)
         generator = sample_generator(self.seed, self.stream + CROPS, sample)
         boxes: list[SourceBox] = []
@@ -110,8 +129,8 @@ class CropDataset(Dataset):
                 case = other if crop.other_case else own
                 boxes.append(self._read(case, crop, generator))
         except Exception as error:  # damaged files raise anything
-            return sample, [], f"case '{case}' in {self.folder}: {type(error).__name__}: {error}"
-        return sample, boxes, ""
+            return Sample(sample, [], f"case '{case}' in {self.folder}: {type(error).__name__}: {error}")
+        return Sample(sample, boxes)
 
     def draw_cases(self, sample: int) -> tuple[str, str]:
         """A sample's own case, each case once before any comes again, and a partner that is another case."""
@@ -176,11 +195,12 @@ def body_centre(
     return low + (edges - 1) / 2
 
 
-def collate(samples: list[tuple[int, list[SourceBox], str]]) -> CropBatch:
+def collate(samples: list[Sample]) -> CropBatch:
     """Samples to a batch; boxes keep their own sizes. One failure makes the batch a failure."""
-    failure = next((text for _, _, text in samples if text), "")
-    boxes = [] if failure else [list(row) for row in zip(*(row for _, row, _ in samples), strict=True)]
-    return CropBatch([index for index, _, _ in samples], boxes, failure)
+    failure = next((sample.failure for sample in samples if sample.failure), "")
+    boxes = [] if failure else [list(row) for row in zip(*(sample.boxes for sample in samples), strict=True)]
+    skipped = tuple(name for sample in samples for name in sample.skipped)
+    return CropBatch([sample.index for sample in samples], boxes, failure, skipped)
 
 
 def _body_share(body: np.ndarray, volume: np.ndarray, low: np.ndarray, edges: np.ndarray) -> float:

@@ -7,6 +7,7 @@ from nnssl_ext.methods.jigsaw import Jigsaw
 from nnssl_ext.methods.masked_autoencoder import MaskedAutoencoder
 from nnssl_ext.methods.relative_patch_location import RelativePatchLocation
 from nnssl_ext.methods.rotation import Rotation
+from nnssl_ext.methods.variable_dimension_transform import VariableDimensionTransform
 from nnssl_ext.methods.volume_fusion import VolumeFusion
 
 METHODS: dict[str, type[Method]] = {
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method]] = {
         Jigsaw,
         RelativePatchLocation,
         Exemplar,
+        VariableDimensionTransform,
     )
 }
 

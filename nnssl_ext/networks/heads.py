@@ -34,6 +34,28 @@ class GridHead(nn.Sequential):
         super().__init__(*layers([GRID**3 * channels, *hidden, outputs]))
 
 
+class VoxelHead(nn.Module):
+    """A layer at every voxel of a feature map, then the mean over voxels, then a linear layer.
+
+    The layer before pooling is what lets the mean tell crops apart: after an instance norm the plain mean cannot.
+
+    Args:
+        channels: C of the feature map.
+        hidden: Width of the layer at every voxel.
+        outputs: Width of the result.
+    """
+
+    def __init__(self, *, channels: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.voxel = nn.Sequential(nn.Conv3d(channels, hidden, 1), nn.GELU())
+        self.linear = nn.Linear(hidden, outputs)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, D, H, W) -> (B, outputs), and the pooled features (B, hidden)."""
+        pooled = self.voxel(features).mean((2, 3, 4))
+        return self.linear(pooled), pooled
+
+
 def layers(widths: Sequence[int]) -> list[nn.Module]:
     """Linear layers of these widths, with a norm over features and GELU between."""
     parts: list[nn.Module] = []

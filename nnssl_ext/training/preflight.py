@@ -17,6 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnssl_ext.data.cases import shorten
+from nnssl_ext.data.images import ImageFolder
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.environment import worker_count
 from nnssl_ext.errors import UserError
@@ -41,6 +42,7 @@ class Checked:
         batch_size: Samples a step over all processes.
         index: The cases.
         training_cases: How many of them this fold trains on.
+        images: The 2-D images, for methods that learn from them.
     """
 
     common: CommonSettings
@@ -49,6 +51,7 @@ class Checked:
     batch_size: int
     index: CaseIndex
     training_cases: int
+    images: ImageFolder | None = None
 
 
 def check_run(
@@ -74,6 +77,9 @@ def check_run(
     base = Path(str(nnUNet_preprocessed)) / manager.dataset_name
     index = _index(base / manager.get_configuration(configuration).data_identifier, geometry.channels)
     geometry = replace(geometry, case_size=index.common_size())
+    images = _images(method, common) if method.needs_images else None
+    if images is not None:
+        geometry = replace(geometry, image_classes=images.classes, image_chance=images.chance)
     fewest = method.crops(settings, geometry).fewest_cases
     cases = _training_cases(base, index.cases, fold)
     if cases < fewest:
@@ -84,7 +90,7 @@ def check_run(
     if not nnUNet_results.is_set():
         raise UserError("nnUNet_results is not set; export it as nnU-Net's documentation says")
     _check_results_folder(Path(str(nnUNet_results)))
-    return Checked(common, settings, geometry, batch_size, index, cases)
+    return Checked(common, settings, geometry, batch_size, index, cases, images)
 
 
 def check_plans(
@@ -145,6 +151,15 @@ def target_backbone(
         return backbone_of(target_network(plans_manager, configuration_manager, input_channels, outputs))
     except ValueError as error:
         raise UserError(f"plans {plans_manager.plans_name}: {error}") from error
+
+
+def _images(method: type[Method], common: CommonSettings) -> ImageFolder:
+    if common.images is None:
+        raise UserError(
+            f"{method.title} learns from labelled 2-D images: set nnssl_ext.images to a folder of them, "
+            f"CLASS/IMAGE.png or .jpg (nnssl_ext plan ... images=FOLDER)"
+        )
+    return ImageFolder(Path(common.images))
 
 
 def _index(folder: Path, channels: int) -> CaseIndex:

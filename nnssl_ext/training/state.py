@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nnssl_ext.training.trainer import PretrainingTrainer
 
 #: Common settings that a continued run may change: they change neither the data nor a step.
-FREE = ("save_every", "validation_iterations", "epochs")
+FREE = ("save_every", "validation_iterations", "epochs", "images", "most_unreadable")
 
 
 def collect(trainer: PretrainingTrainer) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def test_a_sample_is_a_pure_function_of_seed_stream_and_index(folder: Path) -> N
 def test_a_crop_is_the_voxels_of_its_case(folder: Path) -> None:
     """Along each axis the crop is a run of the case's own voxels, with equal padding where the case is too small."""
     for sample in range(12):
-        _, boxes, failure = dataset(folder, STILL)[sample]
+        _, boxes, failure, _ = dataset(folder, STILL)[sample]
         assert not failure
         for box in boxes:
             crop, inside = cut(box, (16, 16, 16), torch.device("cpu"))
@@ -77,7 +77,7 @@ def test_a_crop_is_the_voxels_of_its_case(folder: Path) -> None:
 
 def test_only_the_box_is_read(folder: Path) -> None:
     for sample in range(20):
-        _, boxes, _ = dataset(folder, STILL)[sample]
+        boxes = dataset(folder, STILL)[sample].boxes
         for box in boxes:
             assert all(edge <= 16 for edge in box.data.shape[1:])
 

@@ -9,7 +9,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from nnssl_ext.data.crops import CropBatch, CropDataset, collate
+from nnssl_ext.data.crops import CropBatch, CropDataset, CropRequest, collate
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.methods import Geometry, Method
 from nnssl_ext.networks.backbone import backbone_of
@@ -97,7 +97,9 @@ def build(method: type[Method], settings: Any, spacing: tuple = (1.0, 1.0, 1.0),
 
 def batch_of(folder: Path, method: Method, indices: list[int]) -> CropBatch:
     index = CaseIndex.build(folder)
-    data = CropDataset(index, index.cases, method.crops(method.settings, method.geometry), 0)
+    request = method.crops(method.settings, method.geometry)
+    assert isinstance(request, CropRequest)
+    data = CropDataset(index, index.cases, request, 0)
     return collate([data[i] for i in indices])
 
 
