@@ -21,11 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nnssl_ext import checkpoint
-from nnssl_ext.data.cases import shorten
-from nnssl_ext.data.crops import CropBatch, CropDataset
-from nnssl_ext.data.images import ImageDataset, ImageRequest
-from nnssl_ext.data.loader import Shard, crop_loader
-from nnssl_ext.environment import worker_count
+from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
 from nnssl_ext.training import state
@@ -34,6 +30,7 @@ from nnssl_ext.training.engine import engine, mixed_precision
 from nnssl_ext.training.log import PretrainingLog
 from nnssl_ext.training.optimisation import build_optimiser, learning_rate_at
 from nnssl_ext.training.preflight import check_run, target_backbone, target_network
+from nnssl_ext.training.samples import Unreadable, sample_loaders
 from nnssl_ext.training.summary import print_summary
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom, step_seed
 
@@ -74,7 +71,8 @@ class PretrainingTrainer(nnUNetTrainer):
         self.inference_allowed_mirroring_axes = (0, 1, 2)
         self.logger.local_logger = PretrainingLog(self.method_class.readable)
         self.step = 0
-        self.skipped: list[str] = []
+        images = self.checked.images
+        self.unreadable = Unreadable(len(images or ()), common.most_unreadable, self.print_to_log_file)
         self.print_to_log_file(f"Pretraining with {self.method_class.title}: {self.method_class.citation}\n")
 
     def initialize(self) -> None:
@@ -128,35 +126,7 @@ class PretrainingTrainer(nnUNetTrainer):
         """Stock draws a picture with a package that nobody has any more, and logs that it could not."""
 
     def get_dataloaders(self) -> tuple[Iterator[CropBatch], Iterable[CropBatch]]:
-        """One iterator over all training batches that are left, and a loader of the validation batches."""
-        train, val = self._datasets()
-        workers, pin = worker_count(), self.device.type == "cuda"
-        steps = self.num_iterations_per_epoch
-        left = Shard(self.current_epoch * steps, self.num_epochs * steps, self.batch_size, rank(), world())
-        validation = Shard(0, self.num_val_iterations_per_epoch, self.batch_size, rank(), world())
-        return (
-            iter(crop_loader(train, left, workers=workers, pin_memory=pin)),
-            crop_loader(val, validation, workers=min(1, workers), pin_memory=pin),
-        )
-
-    def _datasets(self) -> tuple[CropDataset | ImageDataset, CropDataset | ImageDataset]:
-        """Training and validation samples: crops of this fold's cases, or 2-D images."""
-        checked, seed = self.checked, self.checked.common.seed
-        request = self.method.crops(checked.settings, checked.geometry)
-        if isinstance(request, ImageRequest):
-            assert checked.images is not None
-            self.print_to_log_file(f"{checked.images}; this data set's own images are not used.")
-            return ImageDataset(checked.images, request, seed), ImageDataset(checked.images, request, seed, VALIDATION)
-        train_cases, val_cases = self.do_split()
-        if self.fold == "all":
-            self.print_to_log_file("Fold 'all': the objective is validated on crops of the training cases.")
-        if len(val_cases) < request.fewest_cases:
-            self.print_to_log_file(f"{len(val_cases)} validation cases are too few: using training cases instead.")
-            val_cases = train_cases
-        return (
-            CropDataset(checked.index, train_cases, request, seed),
-            CropDataset(checked.index, val_cases, request, seed, VALIDATION),
-        )
+        return sample_loaders(self)
 
     def run_training(self) -> None:
         self.on_train_start()
@@ -215,26 +185,13 @@ class PretrainingTrainer(nnUNetTrainer):
     def _terms(self, batch: CropBatch, stream: int) -> dict[str, Tensor]:
         if batch.failure:
             raise UserError(f"{batch.failure}; repair or remove it, then go on with --c")
-        self._note_skipped(batch.skipped)
+        self.unreadable.note(batch.skipped)
         random = BatchRandom(self.checked.common.seed, stream, batch.indices, self.device)
         with torch.no_grad():
             views = self.method.views(batch, random)
         mixed = torch.autocast("cuda", self.amp_dtype) if self.amp_dtype is not None else nullcontext()
         with mixed:
             return self.objective(views)
-
-    def _note_skipped(self, names: tuple[str, ...]) -> None:
-        """Name each unreadable image once; too many end the run."""
-        for name in dict.fromkeys(names):
-            if name not in self.skipped:
-                self.skipped.append(name)
-                self.print_to_log_file(f"cannot be read and is skipped ({len(self.skipped)} so far): {name}")
-        images, limit = self.checked.images, self.checked.common.most_unreadable
-        if names and images is not None and len(self.skipped) > limit * len(images):
-            raise UserError(
-                f"{len(self.skipped)} of {len(images)} images cannot be read, more than most_unreadable={limit} allows: "
-                f"{shorten(self.skipped)}; repair or remove them, then go on with --c"
-            )
 
     def _clip(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.method.parameters(), self.recipe.clip)
