@@ -5,12 +5,14 @@ A recipe has up to four parts::
     {"description": "one line",
      "nnssl_ext":     settings of the pretraining, common ones and one section per method,
      "configuration": batch_size and patch_size of the plan's 3-D configurations (fine-tuning sees them too),
-     "architecture":  features_base and features_max: the width of the network}
+     "architecture":  features_base and features_max, the width of the network; or network_class_name with arch_kwargs
+                      and _kw_requires_import, another network}
 """
 
 from __future__ import annotations
 
 import json
+import pydoc
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -40,6 +42,11 @@ class ArchitectureOverlay:
 
     features_base: int | None = setting(None, "Channels of the first stage; they double with each stage.", low=1)
     features_max: int | None = setting(None, "Upper limit of the channels of a stage.", low=1)
+    network_class_name: str | None = setting(None, "Another network, by its dotted path; it replaces the plan's.")
+    arch_kwargs: dict | None = setting(
+        None, "Arguments of the network, laid over its own; strides left out follow from the spacing."
+    )
+    _kw_requires_import: list[str] | None = setting(None, "Arguments that name something to be imported.")
 
 
 @dataclass
@@ -142,26 +149,74 @@ def derive_plans(plans: Mapping[str, Any], name: str, recipes: list[Recipe], con
         configuration = check_settings(ConfigurationOverlay, recipe.configuration, recipe.name, "configuration.")
         architecture = check_settings(ArchitectureOverlay, recipe.architecture, recipe.name, "architecture.")
         for configuration_name in configurations:
-            _apply(result["configurations"][configuration_name], configuration, architecture)
+            _apply(result["configurations"][configuration_name], configuration, architecture, recipe.name)
     return result
 
 
-def _apply(target: dict, configuration: ConfigurationOverlay, architecture: ArchitectureOverlay) -> None:
+def _apply(target: dict, configuration: ConfigurationOverlay, architecture: ArchitectureOverlay, where: str) -> None:
+    replaced = _apply_architecture(target, architecture, where)
     if configuration.batch_size is not None:
         target["batch_size"] = configuration.batch_size
     if configuration.patch_size is not None:
         target["patch_size"] = list(configuration.patch_size)
-    if configuration.patch_limit is not None:
-        total = total_stride(target)
-        limited = [min(edge, configuration.patch_limit) for edge in target["patch_size"]]
-        # two voxels at the bottleneck suit every network
-        target["patch_size"] = [max(edge // s, 2 if s > 1 else 1) * s for edge, s in zip(limited, total, strict=True)]
-    if architecture.features_base is None and architecture.features_max is None:
-        return
-    kwargs = target["architecture"]["arch_kwargs"]
-    base = architecture.features_base or kwargs["features_per_stage"][0]
-    limit = architecture.features_max or max(kwargs["features_per_stage"])
-    kwargs["features_per_stage"] = [min(base * 2**stage, limit) for stage in range(kwargs["n_stages"])]
+    elif replaced or configuration.patch_limit is not None:
+        target["patch_size"] = _legal_patch(target, configuration.patch_limit)
+
+
+def _legal_patch(configuration: Mapping[str, Any], limit: int | None) -> list[int]:
+    """The patch in whole strides: the nearest, or with a limit the largest within it; two voxels at the bottleneck
+    suit every network."""
+    edges = []
+    for edge, stride in zip(configuration["patch_size"], total_stride(configuration), strict=True):
+        steps = (edge + stride // 2) // stride if limit is None else min(edge, limit) // stride
+        edges.append(max(steps, 2 if stride > 1 else 1) * stride)
+    return edges
+
+
+def _apply_architecture(target: dict, overlay: ArchitectureOverlay, where: str) -> bool:
+    """Change a configuration's network; true if it is another class now."""
+    plan = target["architecture"]
+    replaced = overlay.network_class_name not in (None, plan["network_class_name"])
+    if replaced:
+        target["architecture"] = plan = {
+            "network_class_name": overlay.network_class_name,
+            "arch_kwargs": default_kwargs(str(overlay.network_class_name), target["spacing"], where),
+            "_kw_requires_import": [],
+        }
+    kwargs = plan["arch_kwargs"] = merged(plan["arch_kwargs"], overlay.arch_kwargs or {})
+    if "strides" not in kwargs:
+        raise UserError(f"{where}: architecture.arch_kwargs needs 'strides': stock nnU-Net reads them from the plans")
+    if overlay._kw_requires_import is not None:
+        plan["_kw_requires_import"] = list(overlay._kw_requires_import)
+    if overlay.features_base is not None or overlay.features_max is not None:
+        if "features_per_stage" not in kwargs:
+            name = plan["network_class_name"].rsplit(".", 1)[-1]
+            raise UserError(
+                f"{where}: architecture.features_base and features_max are for networks with features_per_stage, "
+                f"{name} has none; set architecture.arch_kwargs instead"
+            )
+        base = overlay.features_base or kwargs["features_per_stage"][0]
+        limit = overlay.features_max or max(kwargs["features_per_stage"])
+        stages = len(kwargs["features_per_stage"])
+        kwargs["features_per_stage"] = [min(base * 2**stage, limit) for stage in range(stages)]
+    return replaced
+
+
+def default_kwargs(network_class_name: str, spacing: list[float], where: str) -> dict[str, Any]:
+    """What a network's class says about itself for data of this spacing: its strides, if it has ``strides_for``.
+
+    Raises:
+        UserError: If nothing can be imported under that name.
+    """
+    try:
+        network_class: Any = pydoc.locate(network_class_name)
+    except pydoc.ErrorDuringImport as error:
+        network_class, reason = None, f" ({error})"
+    else:
+        reason = ""
+    if network_class is None:
+        raise UserError(f"{where}: architecture.network_class_name '{network_class_name}' cannot be imported{reason}")
+    return {"strides": network_class.strides_for(spacing)} if hasattr(network_class, "strides_for") else {}
 
 
 def total_stride(configuration: Mapping[str, Any]) -> tuple[int, ...]:

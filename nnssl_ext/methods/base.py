@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nnssl_ext.data.crops import CropBatch, CropRequest
 from nnssl_ext.data.images import ImageRequest
-from nnssl_ext.networks.backbone import UNetBackbone
+from nnssl_ext.networks.base import Backbone
 from nnssl_ext.views.random import BatchRandom
 
 
@@ -95,7 +95,7 @@ class Method(nn.Module, ABC):
     needs_images: ClassVar[bool] = False
     deep_supervision: ClassVar[bool] = True
 
-    def __init__(self, backbone: UNetBackbone, settings: Any, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: Any, geometry: Geometry) -> None:
         super().__init__()
         self.network = backbone.network
         self.backbone = backbone
@@ -106,6 +106,14 @@ class Method(nn.Module, ABC):
     def output_channels(cls, settings: Any, geometry: Geometry) -> int | None:
         """Width of the network's heads while pretraining; None leaves the data set's."""
         return None
+
+    @classmethod
+    def check_backbone(cls, backbone: Backbone) -> None:
+        """Called before anything is written, with a network without memory.
+
+        Raises:
+            ValueError: If the method needs of the network what it has not, in one line.
+        """
 
     @classmethod
     @abstractmethod

@@ -21,7 +21,7 @@ from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
 from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
 from nnssl_ext.methods.puzzle import PuzzleSettings, read_patches, window_request
-from nnssl_ext.networks.backbone import UNetBackbone
+from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.context import ConvolutionalContext, RecurrentContext
 from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.settings import setting
@@ -69,9 +69,7 @@ class ContrastivePredictiveCoding(EncoderMethod):
 
     settings: ContrastivePredictiveCodingSettings
 
-    def __init__(
-        self, backbone: UNetBackbone, settings: ContrastivePredictiveCodingSettings, geometry: Geometry
-    ) -> None:
+    def __init__(self, backbone: Backbone, settings: ContrastivePredictiveCodingSettings, geometry: Geometry) -> None:
         layout = self.layout(settings, geometry)
         super().__init__(backbone, settings, geometry, stages=layout.stages)
         self.rows = layout

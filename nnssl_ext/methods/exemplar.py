@@ -24,7 +24,7 @@ from nnssl_ext.losses.triplet import plain_triplet, semi_hard_triplet, squared_d
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
 from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
 from nnssl_ext.methods.shared import SharedSettings
-from nnssl_ext.networks.backbone import UNetBackbone
+from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
@@ -93,7 +93,7 @@ class Exemplar(EncoderMethod):
 
     settings: ExemplarSettings
 
-    def __init__(self, backbone: UNetBackbone, settings: ExemplarSettings, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: ExemplarSettings, geometry: Geometry) -> None:
         super().__init__(backbone, settings, geometry)
         self.heads = nn.ModuleList(
             GridHead(channels=self.channels, hidden=settings.hidden, outputs=settings.embedding)

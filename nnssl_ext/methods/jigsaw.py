@@ -19,7 +19,7 @@ from nnssl_ext.data.crops import CropBatch, CropRequest
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
 from nnssl_ext.methods.encoder_only import EncoderMethod, classification, sample_index
 from nnssl_ext.methods.puzzle import SpacedSettings, read_patches, window_request
-from nnssl_ext.networks.backbone import UNetBackbone
+from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead, layers
 from nnssl_ext.settings import setting
 from nnssl_ext.views.layout import Layout, solve_layout
@@ -54,7 +54,7 @@ class Jigsaw(EncoderMethod):
     settings: JigsawSettings
     permutations: Tensor
 
-    def __init__(self, backbone: UNetBackbone, settings: JigsawSettings, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: JigsawSettings, geometry: Geometry) -> None:
         grid = self.layout(settings, geometry)
         super().__init__(backbone, settings, geometry, stages=grid.stages)
         self.grid, number = grid, math.prod(grid.cells)

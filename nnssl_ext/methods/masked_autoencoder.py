@@ -16,7 +16,7 @@ from torch import Tensor
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, Readable
 from nnssl_ext.methods.shared import SharedSettings
-from nnssl_ext.networks.backbone import UNetBackbone
+from nnssl_ext.networks.base import Backbone
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
 from nnssl_ext.views.masking import block_moments, draw_block_mask, expand_blocks
@@ -58,7 +58,7 @@ class MaskedAutoencoder(Method):
 
     settings: MaskedAutoencoderSettings
 
-    def __init__(self, backbone: UNetBackbone, settings: MaskedAutoencoderSettings, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: MaskedAutoencoderSettings, geometry: Geometry) -> None:
         super().__init__(backbone, settings, geometry)
         backbone.set_deep_supervision(False)
         backbone.freeze_coarse_heads()

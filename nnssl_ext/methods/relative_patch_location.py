@@ -18,7 +18,7 @@ from nnssl_ext.data.crops import CropBatch, CropRequest
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
 from nnssl_ext.methods.encoder_only import EncoderMethod, classification, sample_index
 from nnssl_ext.methods.puzzle import SpacedSettings, read_patches, window_request
-from nnssl_ext.networks.backbone import UNetBackbone
+from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead, layers
 from nnssl_ext.settings import setting
 from nnssl_ext.views.layout import Layout, solve_layout
@@ -46,7 +46,7 @@ class RelativePatchLocation(EncoderMethod):
 
     settings: RelativePatchLocationSettings
 
-    def __init__(self, backbone: UNetBackbone, settings: RelativePatchLocationSettings, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: RelativePatchLocationSettings, geometry: Geometry) -> None:
         grid = self.layout(settings, geometry)
         super().__init__(backbone, settings, geometry, stages=grid.stages)
         self.grid = grid

@@ -18,7 +18,7 @@ from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
 from nnssl_ext.methods.encoder_only import EncoderMethod, classification, sample_index
 from nnssl_ext.methods.shared import TrainingSettings
-from nnssl_ext.networks.backbone import UNetBackbone
+from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.networks.probe import SpacingProbe
 from nnssl_ext.settings import setting
@@ -71,7 +71,7 @@ class Rotation(EncoderMethod):
 
     settings: RotationSettings
 
-    def __init__(self, backbone: UNetBackbone, settings: RotationSettings, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: RotationSettings, geometry: Geometry) -> None:
         super().__init__(backbone, settings, geometry)
         self.turns = allowed_turns(settings, geometry)
         self.size = self.box(settings, geometry)

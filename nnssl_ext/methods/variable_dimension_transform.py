@@ -21,7 +21,7 @@ from nnssl_ext.data.images import ImageRequest
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
 from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
 from nnssl_ext.methods.shared import TrainingSettings
-from nnssl_ext.networks.backbone import UNetBackbone
+from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import VoxelHead
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
@@ -64,13 +64,15 @@ class VariableDimensionTransform(EncoderMethod):
 
     settings: VariableDimensionTransformSettings
 
-    def __init__(
-        self, backbone: UNetBackbone, settings: VariableDimensionTransformSettings, geometry: Geometry
-    ) -> None:
+    def __init__(self, backbone: Backbone, settings: VariableDimensionTransformSettings, geometry: Geometry) -> None:
         super().__init__(backbone, settings, geometry)
         backbone.drop_depth_strides()
         backbone.equalise_input_channels()
         self.head = VoxelHead(channels=self.channels, hidden=settings.hidden, outputs=len(geometry.image_classes))
+
+    @classmethod
+    def check_backbone(cls, backbone: Backbone) -> None:
+        backbone.drop_depth_strides()
 
     @classmethod
     def crops(cls, settings: VariableDimensionTransformSettings, geometry: Geometry) -> ImageRequest:

@@ -22,7 +22,7 @@ from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.environment import worker_count
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import SCHEMAS, Geometry, Method
-from nnssl_ext.networks.backbone import UNetBackbone, backbone_of
+from nnssl_ext.networks.backbone import Backbone, backbone_of
 from nnssl_ext.recipe import read_json
 from nnssl_ext.settings import PLANS_KEY, CommonSettings, split_sections
 from nnssl_ext.training.distributed import rank, world
@@ -80,6 +80,7 @@ def check_run(
     images = _images(method, common) if method.needs_images else None
     if images is not None:
         geometry = replace(geometry, image_classes=images.classes, image_chance=images.chance)
+    _check_backbone(method, manager, configuration, geometry.channels)
     fewest = method.crops(settings, geometry).fewest_cases
     cases = _training_cases(base, index.cases, fold)
     if cases < fewest:
@@ -145,12 +146,22 @@ def target_network(
 
 def target_backbone(
     plans_manager: PlansManager, configuration_manager: ConfigurationManager, input_channels: int, outputs: int
-) -> UNetBackbone:
+) -> Backbone:
     """``target_network`` seen as a backbone; a network of unknown kind is one line."""
     try:
         return backbone_of(target_network(plans_manager, configuration_manager, input_channels, outputs))
     except ValueError as error:
         raise UserError(f"plans {plans_manager.plans_name}: {error}") from error
+
+
+def _check_backbone(method: type[Method], manager: PlansManager, configuration: str, channels: int) -> None:
+    """One line if the method needs of the network what it has not."""
+    with torch.device("meta"):
+        backbone = target_backbone(manager, manager.get_configuration(configuration), channels, 2)
+    try:
+        method.check_backbone(backbone)
+    except ValueError as error:
+        raise UserError(f"{method.title} cannot pretrain the network of plans {manager.plans_name}: {error}") from error
 
 
 def _images(method: type[Method], common: CommonSettings) -> ImageFolder:

@@ -5,7 +5,7 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
-from nnssl_ext.networks.backbone import UNetBackbone, backbone_of
+from nnssl_ext.networks.backbone import Backbone, backbone_of
 from tests.datasets import architecture
 
 
@@ -31,7 +31,7 @@ def test_features_have_the_strides_and_channels_it_names(kind: str) -> None:
         assert tuple(feature.shape[2:]) == tuple(n // s for n, s in zip(size, stride, strict=True))
 
 
-def runs(backbone: UNetBackbone, size: tuple[int, int, int]) -> bool:
+def runs(backbone: Backbone, size: tuple[int, int, int]) -> bool:
     try:
         outputs = backbone.network.train()(torch.randn(1, 1, *size))
     except (RuntimeError, ValueError):

@@ -1,0 +1,68 @@
+"""How a method sees PCT-Net.
+
+B batch, C channel, D H W voxels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from nnssl_ext.networks.base import Backbone, cumulative, drop_depth_strides, edges_problem
+from nnssl_ext.networks.pct_net import PCTNet
+
+
+class PCTNetBackbone(Backbone):
+    """A ``PCTNet``; its encoder has five stages.
+
+    Args:
+        network: The network; it is looked at, not owned.
+    """
+
+    network: PCTNet
+
+    @property
+    def strides(self) -> list[tuple[int, ...]]:
+        return cumulative(self.network.strides)
+
+    @property
+    def channels(self) -> list[int]:
+        return self.network.features_per_stage
+
+    @property
+    def stem(self) -> nn.Conv3d:
+        return self.network.embedding.proj
+
+    def features(self, image: Tensor, stages: int | None = None) -> list[Tensor]:
+        return self.network.encode(image, len(self.strides[:stages]))
+
+    def encoder_parameters(self, stages: int | None = None) -> Iterable[nn.Parameter]:
+        return [parameter for part in self._stages()[:stages] for module in part for parameter in module.parameters()]
+
+    def drop_depth_strides(self) -> None:
+        drop_depth_strides(module for part in self._stages() for outer in part for module in outer.modules())
+
+    def freeze_coarse_heads(self) -> None:
+        for layer in self.network.output_layers[1:]:
+            layer.requires_grad_(False)
+
+    def crop_problem(self, size: Sequence[int]) -> str:
+        """Why the whole network cannot take a crop with these edges; '' if it can.
+
+        Up-sampled maps meet the skips only where edges are multiples of the total stride, and a batch norm needs more
+        than one voxel at the bottleneck.
+        """
+        total = self.strides[-1]
+        return edges_problem(size, total, total)
+
+    def _stages(self) -> list[list[nn.Module]]:
+        """The modules of each stage of the encoder."""
+        embedding, pyramid = self.network.embedding, self.network.pyramid_ct
+        return [
+            [embedding.proj, embedding.conv0],
+            [embedding.down1, embedding.conv1],
+            [embedding.down2, pyramid.convtrans_e2],
+            [pyramid.down3, pyramid.convtrans_e3],
+            [pyramid.down4, pyramid.convtrans_e4],
+        ]

@@ -1,0 +1,163 @@
+"""Attention within windows of a volume, plain and shifted by half a window, with a learned bias per relative position.
+
+Liu et al., "Swin Transformer", ICCV 2021, arXiv 2103.14030, in 3-D and with the tensor names of PCT-Net (Wang et al.,
+arXiv 2306.16925).
+
+B batch, C channel, D H W cells of a map, N cells of a window, n windows of a map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+#: Added to the logits of pairs that must not see each other; finite, so that a row of nothing else is no NaN.
+HIDDEN = -100.0
+
+
+class WindowAttention(nn.Module):
+    """Attention among the cells of each window: (B n, N, C) -> (B n, N, C).
+
+    Args:
+        channels: C.
+        window: Edge of the largest window.
+        heads: Attention heads.
+        dropout: Of the attention and of the result.
+    """
+
+    relative_position_index: Tensor
+
+    def __init__(self, *, channels: int, window: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.window, self.heads, self.dropout = window, heads, dropout
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 3, heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.register_buffer("relative_position_index", relative_positions(window))
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def bias(self, edges: Sequence[int]) -> Tensor:
+        """(heads, N, N) for a window with these edges, none larger than the largest window."""
+        d, h, w = edges
+        index = self.relative_position_index.view([self.window] * 6)[:d, :h, :w, :d, :h, :w]
+        return self.relative_position_bias_table[index.reshape(d * h * w, -1)].permute(2, 0, 1)
+
+    def forward(self, cells: Tensor, edges: Sequence[int], mask: Tensor | None) -> Tensor:
+        """``mask`` (n, N, N) is added to the logits of each map's windows; None hides nothing."""
+        query, key, value = self.qkv(cells).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        logits = self.bias(edges)[None]
+        if mask is not None:
+            logits = (logits + mask[:, None]).repeat(len(cells) // len(mask), 1, 1, 1)
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=logits.to(query.dtype),
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # (B n, heads, N, C / heads)
+        return F.dropout(self.proj(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+
+class SwinBlock(nn.Module):
+    """Window attention and a perceptron, each beside its input: (B, D, H, W, C) -> the same.
+
+    Along an axis that is no longer than the window, the window is the axis and is not shifted. Along others the map is
+    padded to whole windows.
+
+    Args:
+        channels, window, heads, dropout: Of the attention.
+        shifted: Whether windows are shifted by half their edge.
+        drop_path: Chance that a branch is left out for a sample while training.
+        mask_padding: Whether padding is hidden from the map; published PCT-Nets let the map see it.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        window: int,
+        heads: int,
+        shifted: bool,
+        dropout: float,
+        drop_path: float,
+        mask_padding: bool,
+    ) -> None:
+        super().__init__()
+        self.window, self.shifted, self.mask_padding = window, shifted, mask_padding
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn = WindowAttention(channels=channels, window=window, heads=heads, dropout=dropout)
+        self.norm2 = nn.LayerNorm(channels)
+        self.mlp = Mlp(channels, 4 * channels, drop=dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        volume = volume + self.drop_path(self._attend(self.norm1(volume)))
+        return volume + self.drop_path(self.mlp(self.norm2(volume)))
+
+    def _attend(self, volume: Tensor) -> Tensor:
+        size = volume.shape[1:4]
+        edges = [min(self.window, edge) for edge in size]
+        shift = [window // 2 if self.shifted and edge > window else 0 for edge, window in zip(size, edges, strict=True)]
+        padded = [-(-edge // window) * window for edge, window in zip(size, edges, strict=True)]
+        margin = [full - edge for full, edge in zip(padded, size, strict=True)]
+        volume = F.pad(volume, (0, 0, 0, margin[2], 0, margin[1], 0, margin[0]))
+        volume = volume.roll([-step for step in shift], (1, 2, 3))
+
+        hidden = None
+        if any(shift) or (any(margin) and self.mask_padding):
+            hidden = window_mask(size, edges, shift, self.mask_padding, volume.device)
+        windows = self.attn(partition(volume, edges), edges, hidden)
+        volume = merge(windows, edges, padded).roll(shift, (1, 2, 3))
+        return volume[:, : size[0], : size[1], : size[2]]
+
+
+def relative_positions(window: int) -> Tensor:
+    """(N, N) entry of the bias table for each pair of cells of a window.
+
+    The factor of the first axis is 3 w - 1, where (2 w - 1)^2 would keep all offsets apart: so it is in the published
+    weights, which are of use only with the same numbering.
+    """
+    axis = torch.arange(window)
+    cells = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij")).flatten(1)  # (3, N)
+    offset = cells[:, :, None] - cells[:, None, :] + window - 1
+    return offset[0] * (3 * window - 1) + offset[1] * (2 * window - 1) + offset[2]
+
+
+def partition(volume: Tensor, edges: Sequence[int]) -> Tensor:
+    """Cut a map into windows: (B, D, H, W, C) -> (B n, N, C)."""
+    d, h, w = edges
+    batch, depth, height, width, channels = volume.shape
+    split = volume.reshape(batch, depth // d, d, height // h, h, width // w, w, channels)
+    return split.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, d * h * w, channels)
+
+
+def merge(windows: Tensor, edges: Sequence[int], size: Sequence[int]) -> Tensor:
+    """The way back: (B n, N, C) -> (B, *size, C)."""
+    (d, h, w), (depth, height, width) = edges, size
+    split = windows.reshape(-1, depth // d, height // h, width // w, d, h, w, windows.shape[-1])
+    return split.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, depth, height, width, windows.shape[-1])
+
+
+def window_mask(
+    size: Sequence[int], edges: Sequence[int], shift: Sequence[int], mask_padding: bool, device: torch.device
+) -> Tensor:
+    """What cells of one window must not see of each other: (n, N, N), 0 or ``HIDDEN``.
+
+    A cyclic shift brings cells from opposite ends of the map, and padding, into one window; each kind is a region of
+    its own.
+    """
+    region = torch.zeros((1, 1, 1), dtype=torch.long, device=device)
+    for axis, (edge, window, step) in enumerate(zip(size, edges, shift, strict=True)):
+        full = -(-edge // window) * window
+        place = torch.arange(full, device=device)
+        label = (place >= full - step).long() if step else torch.zeros_like(place)
+        if mask_padding:
+            label = torch.where((place + step) % full >= edge, 2, label)
+        region = 3 * region + label.view([-1 if other == axis else 1 for other in range(3)])
+    cells = partition(region[None, ..., None], edges).squeeze(-1)  # (n, N)
+    apart = cells[:, :, None] != cells[:, None, :]
+    return torch.zeros(apart.shape, device=device).masked_fill(apart, HIDDEN)
