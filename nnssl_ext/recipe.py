@@ -164,11 +164,12 @@ def _apply(target: dict, configuration: ConfigurationOverlay, architecture: Arch
 
 
 def _legal_patch(configuration: Mapping[str, Any], limit: int | None) -> list[int]:
-    """The patch in whole strides: the nearest, or with a limit the largest within it; two voxels at the bottleneck
-    suit every network."""
+    """The nearest patch in whole strides, within a limit; two voxels at the bottleneck suit every network."""
     edges = []
     for edge, stride in zip(configuration["patch_size"], total_stride(configuration), strict=True):
-        steps = (edge + stride // 2) // stride if limit is None else min(edge, limit) // stride
+        steps = (edge + stride // 2) // stride
+        if limit is not None:
+            steps = min(steps, limit // stride)
         edges.append(max(steps, 2 if stride > 1 else 1) * stride)
     return edges
 

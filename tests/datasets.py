@@ -9,6 +9,8 @@ import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 KINDS = ("plain", "residual", "anisotropic", "two_channel")
+#: Data sets whose plans name a network of ours.
+OWN_NETWORKS = ("vit", "pct_net")
 
 #: The smallest settings that are still a training.
 QUICK = {"epochs": 2, "iterations_per_epoch": 3, "validation_iterations": 2, "save_every": 1}
@@ -20,6 +22,8 @@ _NUMBERS = {
     "two_channel": 814,
     "regions": 815,
     "lowres": 816,
+    "vit": 817,
+    "pct_net": 818,
 }
 
 
@@ -27,7 +31,35 @@ def dataset_name(kind: str) -> str:
     return f"Dataset{_NUMBERS[kind]}_{kind.replace('_', '').title()}"
 
 
+#: The smallest of our networks.
+_OWN: dict[str, tuple[str, dict]] = {
+    "vit": (
+        "nnssl_ext.networks.vit.ViTUNETR",
+        {
+            "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
+            "embed_dim": 16,
+            "depth": 2,
+            "num_heads": 2,
+            "position_grid": [3, 3, 3],
+            "decoder_features": 4,
+        },
+    ),
+    "pct_net": (
+        "nnssl_ext.networks.pct_net.PCTNet",
+        {
+            "strides": [[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2]],
+            "features_per_stage": [4, 4, 8, 8, 16],
+            "heads": [2, 2, 4],
+            "window": 2,
+        },
+    ),
+}
+
+
 def architecture(kind: str) -> dict:
+    if kind in _OWN:
+        name, kwargs = _OWN[kind]
+        return {"network_class_name": name, "arch_kwargs": kwargs, "_kw_requires_import": []}
     anisotropic = kind == "anisotropic"
     residual = kind == "residual"
     blocks = {"n_blocks_per_stage": [1, 2, 2]} if residual else {"n_conv_per_stage": [1, 1, 1]}
@@ -55,8 +87,8 @@ def architecture(kind: str) -> dict:
 
 
 def make_plans(kind: str) -> dict:
-    patch = {"anisotropic": [8, 24, 24]}.get(kind, [16, 16, 16])
-    spacing = {"anisotropic": [5.0, 1.0, 1.0]}.get(kind, [1.0, 1.0, 1.0])
+    patch = {"anisotropic": [8, 24, 24], "pct_net": [8, 32, 32]}.get(kind, [16, 16, 16])
+    spacing = [5.0, 1.0, 1.0] if kind in ("anisotropic", "pct_net") else [1.0, 1.0, 1.0]
     channels = 2 if kind == "two_channel" else 1
     configuration = {
         "data_identifier": "nnUNetPlans_3d_fullres",
@@ -139,7 +171,7 @@ def make_dataset(preprocessed: Path, kind: str, cases: int = 6, seed: int = 0) -
     folder = preprocessed / dataset_name(kind)
     plans = make_plans(kind)
     generator = np.random.default_rng(seed)
-    shape = {"anisotropic": (9, 30, 28)}.get(kind, (20, 24, 22))
+    shape = {"anisotropic": (9, 30, 28), "pct_net": (9, 34, 32)}.get(kind, (20, 24, 22))
     channels = len(plans["configurations"]["3d_fullres"]["normalization_schemes"])
     for configuration in ("nnUNetPlans_3d_fullres", "nnUNetPlans_3d_lowres"):
         (folder / configuration).mkdir(parents=True)

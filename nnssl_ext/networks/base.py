@@ -53,7 +53,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def encoder_parameters(self, stages: int | None = None) -> Iterable[nn.Parameter]:
-        """The parameters that ``features(image, stages)`` uses."""
+        """The parameters of the parts that ``features(image, stages)`` runs."""
 
     @abstractmethod
     def crop_problem(self, size: Sequence[int]) -> str:
@@ -76,7 +76,8 @@ class Backbone(ABC):
         # a decoder may hold the encoder too, so tensors are told apart by themselves and not by name
         trained = {id(parameter) for parameter in self.encoder_parameters(stages)}
         for parameter in self.network.parameters():
-            parameter.requires_grad_(id(parameter) in trained)
+            # what the network keeps out of every training stays out of this one
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
 
     def equalise_input_channels(self) -> None:
         """Give all input channels the same kernels, their mean: they stay equal under inputs that are."""

@@ -187,7 +187,7 @@ class PCTNet(nn.Module):
             self.pred_heads[mode].requires_grad_(mode == self.resolution_mode)
         # where nnU-Net's own transfer of encoders finds what
         self.key_to_encoder, self.key_to_stem = "pyramid_ct", f"embeddings.{self.resolution_mode}"
-        self.keys_to_in_proj, self.key_to_lpe = [f"embeddings.{mode}.proj" for mode in range(len(FLAT))], None
+        self.keys_to_in_proj, self.key_to_lpe = [f"embeddings.{self.resolution_mode}.proj"], None
 
     @property
     def decoder(self) -> PCTNet:

@@ -57,7 +57,7 @@ class ViTBackbone(Backbone):
         self.encoder.mask_token.requires_grad_(True)
 
     def encoder_parameters(self, stages: int | None = None) -> Iterable[nn.Parameter]:
-        return [parameter for parameter in self.encoder.parameters() if parameter is not self.encoder.mask_token]
+        return self.encoder.parameters()
 
     def crop_problem(self, size: Sequence[int]) -> str:
         return edges_problem(size, self.encoder.patch, self.encoder.patch, "token grid")

@@ -1,12 +1,16 @@
 import pydoc
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
 from nnssl_ext.networks.backbone import Backbone, backbone_of
-from tests.datasets import architecture
+from tests.datasets import OWN_NETWORKS, architecture
+
+KINDS = ["plain", "residual", "anisotropic", *OWN_NETWORKS]
 
 
 def network(kind: str, channels: int = 1, outputs: int = 3) -> nn.Module:
@@ -21,10 +25,10 @@ def network(kind: str, channels: int = 1, outputs: int = 3) -> nn.Module:
     )
 
 
-@pytest.mark.parametrize("kind", ["plain", "residual", "anisotropic"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_features_have_the_strides_and_channels_it_names(kind: str) -> None:
     backbone = backbone_of(network(kind))
-    size = (16, 24, 32)
+    size = (16, 48, 32)
     features = backbone.features(torch.randn(1, 1, *size))
     assert [f.shape[1] for f in features] == backbone.channels
     for feature, stride in zip(features, backbone.strides, strict=True):
@@ -39,10 +43,21 @@ def runs(backbone: Backbone, size: tuple[int, int, int]) -> bool:
     return tuple(outputs[0].shape[2:]) == size
 
 
-@pytest.mark.parametrize("kind", ["plain", "residual", "anisotropic"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_crop_that_is_called_legal_runs_and_one_that_fails_is_called_illegal(kind: str) -> None:
     backbone = backbone_of(network(kind))
-    for size in [(4, 4, 8), (8, 8, 8), (6, 8, 8), (12, 8, 16), (8, 9, 8), (2, 8, 8), (16, 20, 24), (1, 4, 4)]:
+    for size in [
+        (4, 4, 8),
+        (8, 8, 8),
+        (6, 8, 8),
+        (12, 8, 16),
+        (8, 9, 8),
+        (2, 8, 8),
+        (16, 20, 24),
+        (1, 4, 4),
+        (4, 16, 16),
+        (4, 16, 32),
+    ]:
         if backbone.crop_problem(size):
             continue
         assert runs(backbone, size), size
@@ -64,10 +79,73 @@ def test_one_voxel_at_the_bottleneck_is_refused() -> None:
     assert not runs(backbone, (4, 4, 4))
 
 
-def test_deep_supervision_switch() -> None:
-    backbone = backbone_of(network("plain"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_deep_supervision_switch(kind: str) -> None:
+    """On: an output for each stage but the deepest, full resolution first, as stock nnU-Net's loss expects."""
+    backbone, size = backbone_of(network(kind)), (8, 32, 32)
+    for enabled in (True, False, True):
+        backbone.set_deep_supervision(enabled)
+        outputs = backbone.network(torch.randn(1, 1, *size))
+        assert isinstance(outputs, torch.Tensor) == (not enabled)
+    strides = np.cumprod(architecture(kind)["arch_kwargs"]["strides"], axis=0)[:-1]
+    assert [tuple(o.shape[2:]) for o in outputs] == [tuple(np.array(size) // stride) for stride in strides]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_in_training_gets_a_gradient(kind: str) -> None:
+    """Several GPUs wait for all of them: with all outputs, with the finest alone, with the encoder alone."""
+    size = (8, 32, 32)
+
+    def without_gradient(backbone: Backbone, loss: torch.Tensor) -> list[str]:
+        loss.backward()
+        named = backbone.network.named_parameters()
+        return [name for name, p in named if p.requires_grad and p.grad is None]
+
+    backbone = backbone_of(network(kind))
+    outputs = backbone.network(torch.randn(2, 1, *size))
+    assert without_gradient(backbone, torch.stack([o.square().sum() for o in outputs]).sum()) == []
+
+    backbone = backbone_of(network(kind))
     backbone.set_deep_supervision(False)
-    assert isinstance(backbone.network(torch.randn(1, 1, 8, 8, 8)), torch.Tensor)
+    backbone.freeze_coarse_heads()
+    assert without_gradient(backbone, backbone.network(torch.randn(2, 1, *size)).square().sum()) == []
+
+    for stages in {1, len(backbone.strides)}:
+        backbone = backbone_of(network(kind))
+        backbone.train_encoder_only(stages)
+        features = backbone.features(torch.randn(2, 1, *size), stages)
+        assert len(features) == stages
+        assert without_gradient(backbone, features[-1].square().sum()) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_input_channels_stay_equal(kind: str) -> None:
+    backbone = backbone_of(network(kind, 2))
+    backbone.network.eval()
+    backbone.equalise_input_channels()
+    image = torch.randn(1, 2, 8, 32, 32)
+    with torch.no_grad():
+        here, there = backbone.features(image), backbone.features(image.flip(1))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nnunets_own_transfer_finds_the_encoder(kind: str) -> None:
+    found: Any = network(kind)
+    assert found.get_submodule(found.key_to_encoder)
+    assert found.get_submodule(found.key_to_stem)
+    shapes = {found.get_submodule(key).weight.shape for key in found.keys_to_in_proj}
+    assert shapes == {backbone_of(found).stem.weight.shape}
+
+
+def test_depth_strides_of_each_network() -> None:
+    image = torch.randn(1, 1, 4, 32, 32)
+    for kind in ("plain", "residual", "pct_net"):
+        backbone = backbone_of(network(kind).eval())
+        backbone.drop_depth_strides()
+        assert {feature.shape[2] for feature in backbone.features(image)} == {4}
+    with pytest.raises(ValueError, match="use a U-Net"):
+        backbone_of(network("vit")).drop_depth_strides()
 
 
 def test_unknown_networks_are_refused_by_name() -> None:
