@@ -16,6 +16,7 @@ from nnssl_ext.networks.backbone import backbone_of
 from tests.conftest import Environment
 from tests.datasets import OWN_NETWORKS
 from tests.test_stock_commands import write_raw
+from tests.training.test_resume import Killed, kill_at
 from tests.training.test_trainer import CPU, pretrain, trainer_for
 
 Data = Callable[[str], Environment]
@@ -79,17 +80,19 @@ def test_what_needs_strides_is_refused_before_anything_is_written(with_data: Dat
 
 
 @pytest.mark.parametrize("kind", OWN_NETWORKS)
-def test_a_continued_run_equals_one_that_was_not_interrupted(with_data: Data, kind: str) -> None:
+def test_continued_equals_never_killed(with_data: Data, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Drop-path and dropout draw the same again."""
     environment, trainer = with_data(kind), METHODS["volume_fusion"].trainer
-    whole = weights_after(environment, kind, trainer, "whole", {"epochs": 2})
-    environment.write_plans(kind, "parts", {"epochs": 1})
-    folder = pretrain(environment, kind, "parts", trainer=trainer)
-    (folder / "checkpoint_final.pth").rename(folder / "checkpoint_latest.pth")
-    environment.write_plans(kind, "parts", {"epochs": 2, "seed": 0})
-    pretrain(environment, kind, "parts", trainer=trainer, c=True)
-    parts = checkpoint.load(folder / "checkpoint_final.pth")["network_weights"]
-    # the schedule of the first epoch was another: only what makes the networks differ from others is at stake here
-    assert set(parts) == set(whole)
+    whole = weights_after(environment, kind, trainer, "whole", {})
+    environment.write_plans(kind, "broken", {})
+    with monkeypatch.context() as patch:
+        kill_at(4, patch)
+        with pytest.raises(Killed):
+            pretrain(environment, kind, "broken", trainer=trainer)
+    torch.manual_seed(12345)  # a new process starts with another state
+    folder = pretrain(environment, kind, "broken", trainer=trainer, c=True)
+    broken = checkpoint.load(folder / "checkpoint_final.pth")["network_weights"]
+    assert checkpoint.digest(broken) == checkpoint.digest(whole)
 
 
 def stock_training(plans: str, weights: str | None) -> None:

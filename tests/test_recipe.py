@@ -1,7 +1,12 @@
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import METHODS, SCHEMAS
@@ -12,6 +17,7 @@ from nnssl_ext.recipe import (
     derive_plans,
     load_recipe,
     read_json,
+    total_stride,
 )
 from nnssl_ext.settings import split_sections
 from nnssl_ext.training.preflight import check_plans
@@ -25,6 +31,13 @@ def test_every_recipe_gives_plans_that_every_method_takes(name: str) -> None:
         check_plans(method, plans, "3d_fullres", {"channel_names": {"0": "MR"}, **make_labels("plain")})
 
 
+def network_of(configuration: dict) -> Any:
+    plan = configuration["architecture"]
+    return get_network_from_plans(
+        plan["network_class_name"], plan["arch_kwargs"], plan["_kw_requires_import"], 1, 3, deep_supervision=True
+    )
+
+
 def test_the_papers_recipes_say_what_the_papers_say() -> None:
     _, arxiv = split_sections(load_recipe("volume_fusion_paper_arxiv").settings, SCHEMAS, "arxiv")
     _, tip = split_sections(load_recipe("volume_fusion_paper_tip").settings, SCHEMAS, "tip")
@@ -34,6 +47,88 @@ def test_the_papers_recipes_say_what_the_papers_say() -> None:
     for paper in (arxiv, tip):
         assert paper["volume_fusion"].ignore_below == 0
         assert paper["volume_fusion"].optimiser == "adam"
+
+
+def test_mis_fm_says_what_the_paper_says() -> None:
+    recipe = load_recipe("mis_fm")
+    assert recipe.settings["volume_fusion"] == load_recipe("volume_fusion_paper_arxiv").settings["volume_fusion"]
+    common, _ = split_sections(recipe.settings, SCHEMAS, "mis_fm")
+    assert (common.batch_size, common.learning_rate, common.epochs * common.iterations_per_epoch) == (4, 1e-3, 100_000)
+    plans = derive_plans(make_plans("plain"), "p", [recipe], ["3d_fullres"])["configurations"]["3d_fullres"]
+    assert plans["patch_size"] == [64, 128, 128]
+    with torch.device("meta"):
+        network = network_of(plans)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 45_288_338  # 45.29 M, 3 classes
+    assert network.resolution_mode == 1
+    assert not network.pyramid_ct.convtrans_e2.trans.blocks[0].mask_padding
+
+
+@pytest.mark.parametrize(
+    ("name", "spacing", "patch", "expected", "strides"),
+    [
+        ("vit_small", [1.0, 1.0, 1.0], [40, 56, 40], [48, 64, 48], (16, 16, 16)),
+        ("vit_small", [1.0, 1.0, 1.0], [128, 112, 160], [96, 96, 96], (16, 16, 16)),
+        ("vit_base", [5.0, 1.0, 1.0], [14, 256, 256], [16, 96, 96], (4, 16, 16)),
+        ("pct_net", [3.0, 1.0, 1.0], [20, 320, 256], [24, 128, 128], (8, 16, 16)),
+        ("pct_net", [6.0, 1.0, 1.0], [20, 320, 256], [20, 128, 128], (4, 16, 16)),
+    ],
+)
+def test_another_network_gets_strides_for_the_spacing_and_a_patch_it_takes(
+    name: str, spacing: list, patch: list, expected: list, strides: tuple
+) -> None:
+    plans = make_plans("plain")
+    plans["configurations"]["3d_fullres"] |= {"spacing": spacing, "patch_size": patch}
+    derived = derive_plans(plans, "p", [load_recipe(name)], ["3d_fullres"])
+    configuration = derived["configurations"]["3d_fullres"]
+    assert configuration["patch_size"] == expected
+    assert total_stride(configuration) == strides
+    with torch.device("meta"):
+        network = network_of(configuration)
+        outputs = network(torch.zeros(1, 1, *expected))
+    # what stock nnU-Net's loss expects
+    kernels = PlansManager(derived).get_configuration("3d_fullres").pool_op_kernel_sizes
+    scales = np.cumprod(np.vstack(kernels), axis=0)[:-1]
+    assert [tuple(output.shape[2:]) for output in outputs] == [tuple(np.array(expected) // scale) for scale in scales]
+
+
+def test_a_network_of_ones_own_and_changes_of_its_arguments() -> None:
+    own = {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "arch_kwargs": {"n_stages": 2},
+    }
+    derived = derive_plans(make_plans("plain"), "p", [Recipe("r", {}, {}, own)], ["3d_fullres"])
+    kwargs = derived["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    assert kwargs["n_stages"] == 2  # the same class: laid over what the plans say
+    assert len(kwargs["strides"]) == 3
+    assert derived["configurations"]["3d_fullres"]["architecture"]["_kw_requires_import"]
+
+    words = assignments_recipe(["architecture.arch_kwargs.depth=24", "architecture.arch_kwargs.checkpointing=true"])
+    derived = derive_plans(make_plans("plain"), "p", [load_recipe("vit_small"), words], ["3d_fullres"])
+    kwargs = derived["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    assert (kwargs["depth"], kwargs["checkpointing"], kwargs["embed_dim"]) == (24, True, 384)
+    assert derived["configurations"]["3d_fullres"]["architecture"]["_kw_requires_import"] == []
+
+
+def test_errors_of_networks() -> None:
+    def derived(*recipes: Recipe) -> dict:
+        return derive_plans(make_plans("plain"), "p", list(recipes), ["3d_fullres"])
+
+    with pytest.raises(UserError, match="r: architecture.network_class_name 'nowhere.Net' cannot be imported"):
+        derived(Recipe("r", {}, {}, {"network_class_name": "nowhere.Net"}))
+    with pytest.raises(UserError, match="r: architecture.arch_kwargs needs 'strides'"):
+        derived(Recipe("r", {}, {}, {"network_class_name": "torch.nn.Identity"}))
+    with pytest.raises(UserError, match="cpu_small.json: architecture.features_base .* ViTUNETR has none"):
+        derived(load_recipe("vit_small"), load_recipe("cpu_small"))
+    with pytest.raises(UserError, match="'architecture.arch_kwargs' must be dict"):
+        derived(Recipe("r", {}, {}, {"arch_kwargs": 3}))
+    narrow = derived(load_recipe("pct_net"), load_recipe("cpu_small"))
+    kwargs = narrow["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    assert kwargs["features_per_stage"] == [16, 32, 64, 128, 128]
+    plans = derived(load_recipe("vit_small"), assignments_recipe(["architecture.arch_kwargs.num_heads=7"]))
+    with pytest.raises(UserError, match="embed_dim 384 is no multiple of num_heads 7"):
+        check_plans(
+            METHODS["volume_fusion"], plans, "3d_fullres", {"channel_names": {"0": "MR"}, **make_labels("plain")}
+        )
 
 
 def test_words_of_the_command_line() -> None:

@@ -147,10 +147,10 @@ def target_network(
 def target_backbone(
     plans_manager: PlansManager, configuration_manager: ConfigurationManager, input_channels: int, outputs: int
 ) -> Backbone:
-    """``target_network`` seen as a backbone; a network of unknown kind is one line."""
+    """``target_network`` seen as a backbone; a network of unknown kind or wrong arguments is one line."""
     try:
         return backbone_of(target_network(plans_manager, configuration_manager, input_channels, outputs))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"plans {plans_manager.plans_name}: {error}") from error
 
 
