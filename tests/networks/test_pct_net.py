@@ -103,7 +103,7 @@ def waves(layout: dict[str, Shape], window: int) -> dict[str, Tensor]:
     return weights
 
 
-def small(mode: int, **options: bool) -> PCTNet:
+def small(mode: int, *, mask_padding: bool = False) -> PCTNet:
     return PCTNet(
         input_channels=1,
         num_classes=2,
@@ -111,7 +111,7 @@ def small(mode: int, **options: bool) -> PCTNet:
         features_per_stage=SMALL,
         heads=[2, 2, 4],
         window=2,
-        **options,
+        mask_padding=mask_padding,
     )
 
 
