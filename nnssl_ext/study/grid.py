@@ -96,6 +96,7 @@ class Grid:
     arms: list[Arm]
     device: str = "cpu"
     keep_checkpoints: bool = False
+    finetuner: str = FINETUNER
     failed: dict[Cell, Path] = field(default_factory=dict)
 
     @property
@@ -155,7 +156,7 @@ class Grid:
         return max(scores, key=lambda rate: sum(scores[rate]) / len(scores[rate]))
 
     def fold_folder(self, cell: Cell) -> Path:
-        trainer = METHODS[cell.arm.method].trainer if cell.kind == PRETRAINING else FINETUNER
+        trainer = METHODS[cell.arm.method].trainer if cell.kind == PRETRAINING else self.finetuner
         run = f"{trainer}__{self.plans_name(cell)}__{self.protocol.configuration}"
         return self.folder / "results" / cell.arm.name / self.protocol.dataset / run / f"fold_{cell.fold}"
 
@@ -235,7 +236,7 @@ class Grid:
 
     def command(self, cell: Cell) -> list[str]:
         """The run's command; it goes on where an interrupted one stopped."""
-        trainer = METHODS[cell.arm.method].trainer if cell.kind == PRETRAINING else FINETUNER
+        trainer = METHODS[cell.arm.method].trainer if cell.kind == PRETRAINING else self.finetuner
         p = self.protocol
         words = ["nnUNetv2_train", p.dataset, p.configuration, str(cell.fold), "-tr", trainer]
         words += ["-p", self.plans_name(cell), "-device", self.device]

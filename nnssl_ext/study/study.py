@@ -18,9 +18,9 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.methods import METHODS, SCHEMAS
 from nnssl_ext.recipe import assignments_recipe, derive_plans, load_recipe, read_json, write_json
 from nnssl_ext.settings import split_sections
-from nnssl_ext.study.grid import Arm, Grid
+from nnssl_ext.study.grid import FINETUNER, Arm, Grid
 from nnssl_ext.study.protocol import Protocol, draw_cases, keep_protocol
-from nnssl_ext.training.finetune import finetune_settings
+from nnssl_ext.training.finetune_parts import finetune_settings
 from nnssl_ext.training.preflight import check_plans
 
 
@@ -34,6 +34,7 @@ class Study:
         arms: What is compared; scratch first.
         device: ``cpu`` or ``cuda``.
         keep_checkpoints: Keep the checkpoints of fine-tunings, which nobody reads again.
+        finetuner: The trainer of every arm.
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class Study:
     arms: list[Arm]
     device: str = "cpu"
     keep_checkpoints: bool = False
+    finetuner: str = FINETUNER
     source: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -55,7 +57,7 @@ class Study:
         plans = self._checked_plans()
         held_out, pool = held_out_and_pool(self.source, self._data, self.protocol.fold)
         cases = draw_cases(self.protocol, held_out, pool, classes_of(self._data, pool))
-        grid = Grid(self.folder, self.protocol, cases, self.arms, self.device, self.keep_checkpoints)
+        grid = Grid(self.folder, self.protocol, cases, self.arms, self.device, self.keep_checkpoints, self.finetuner)
         self.folder.mkdir(parents=True, exist_ok=True)
         keep_protocol(self.protocol, self.folder / "study.json")
         grid.preprocessed.mkdir(parents=True, exist_ok=True)

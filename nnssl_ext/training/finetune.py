@@ -21,19 +21,23 @@ from torch.optim.swa_utils import AveragedModel
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import SCHEMAS, OptimiserRecipe
-from nnssl_ext.networks.backbone import HEADS
-from nnssl_ext.settings import PLANS_KEY, CommonSettings, FinetuneSettings, split_sections
+from nnssl_ext.methods import OptimiserRecipe
 from nnssl_ext.training.distributed import rank, rank_device
 from nnssl_ext.training.engine import mixed_precision
 from nnssl_ext.training.evaluation import validate
+from nnssl_ext.training.finetune_parts import (
+    PEAK,
+    OtherWeights,
+    finetune_settings,
+    frozen_parts,
+    moving_average,
+    parameter_groups,
+)
 from nnssl_ext.training.optimisation import learning_rate_at
 from nnssl_ext.training.preflight import target_network
 from nnssl_ext.training.seeded import run_seed, seeded_loaders
 from nnssl_ext.training.state import revision, versions
 from nnssl_ext.views.random import step_seed
-
-PEAK = {"sgd": 1e-2, "adamw": 1e-3}
 
 
 class nnsslTrainer_Finetune(nnUNetTrainer):
@@ -73,6 +77,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         self.num_val_iterations_per_epoch = s.validation_iterations
         self.save_every = s.save_every
         self.step = 0
+        self.predicted_by = self.common.target_trainer
         self.averaged: AveragedModel | None = None
 
     def initialize(self) -> None:
@@ -219,8 +224,8 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         network = self.plain_network if self.averaged is None else self.averaged.module
         return network.state_dict()
 
-    def _weights(self, weights: dict[str, torch.Tensor]) -> _Weights:
-        return _Weights(self.plain_network, weights)
+    def _weights(self, weights: dict[str, torch.Tensor]) -> OtherWeights:
+        return OtherWeights(self.plain_network, weights)
 
     def _rate(self) -> float:
         return learning_rate_at(self.schedule, self.initial_lr, self.step, self.settings.steps)
@@ -237,7 +242,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
             return
         content = {
             "network_weights": self.exported_weights(),
-            "trainer_name": self.common.target_trainer,
+            "trainer_name": self.predicted_by,
             "init_args": self.my_init_kwargs,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             "current_epoch": self.current_epoch + 1,
@@ -292,63 +297,3 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         self.logger.load_checkpoint(content["logging"])
         self._best_ema = content["_best_ema"]
         self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
-
-
-class _Weights:
-    """Within the block the network holds other weights."""
-
-    def __init__(self, network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-        self.network, self.weights = network, weights
-
-    def __enter__(self) -> None:
-        self.before = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
-        self.network.load_state_dict(self.weights)
-
-    def __exit__(self, *_: object) -> None:
-        self.network.load_state_dict(self.before)
-
-
-def finetune_settings(plans: dict) -> tuple[CommonSettings, FinetuneSettings]:
-    """The checked settings of a plans file.
-
-    Raises:
-        UserError: For an unknown setting, and for steps that lie beyond the end.
-    """
-    where = f"plans {plans['plans_name']}"
-    common, sections = split_sections(plans.get(PLANS_KEY, {}), SCHEMAS, where)
-    settings: FinetuneSettings = sections["finetune"]
-    late = [step for step in settings.snapshots if step > settings.steps]
-    if late:
-        raise UserError(f"{where}: finetune.snapshots has {late}, beyond finetune.steps={settings.steps}")
-    for name in ("warm_up", "head_only_steps", "freeze_encoder_steps"):
-        if getattr(settings, name) >= settings.steps:
-            raise UserError(f"{where}: finetune.{name}={getattr(settings, name)} leaves none of {settings.steps} steps")
-    return common, settings
-
-
-def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters of a segmentation network: its encoder's, its heads', and the rest (``decoder``)."""
-    groups: dict[str, list[nn.Parameter]] = {"encoder": [], "decoder": [], "heads": []}
-    for name, parameter in network.named_parameters():
-        name = f".{name.removeprefix('module.').removeprefix('_orig_mod.')}"
-        part = "heads" if HEADS in name else "encoder" if name.startswith(".encoder.") else "decoder"
-        groups[part].append(parameter)
-    return groups
-
-
-def frozen_parts(settings: FinetuneSettings, step: int) -> tuple[str, ...]:
-    """The parts that the step after ``step`` others leaves as they are."""
-    if step < settings.head_only_steps:
-        return ("encoder", "decoder")
-    return ("encoder",) if step < settings.freeze_encoder_steps else ()
-
-
-def moving_average(network: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of a network's weights, which starts with short memory: the decay of update t is at
-    most (1 + t) / (10 + t)."""
-
-    def average(averaged: torch.Tensor, new: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
-        t = float(count)
-        return torch.lerp(new, averaged, min(decay, (1 + t) / (10 + t)))
-
-    return AveragedModel(network, avg_fn=average)

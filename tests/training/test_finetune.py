@@ -16,13 +16,8 @@ from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.settings import FinetuneSettings
 from nnssl_ext.training import finetune
-from nnssl_ext.training.finetune import (
-    finetune_settings,
-    frozen_parts,
-    moving_average,
-    nnsslTrainer_Finetune,
-    parameter_groups,
-)
+from nnssl_ext.training.finetune import nnsslTrainer_Finetune
+from nnssl_ext.training.finetune_parts import finetune_settings, frozen_parts, moving_average, parameter_groups
 from nnssl_ext.training.optimisation import learning_rate_at
 from tests.conftest import Environment
 from tests.datasets import dataset_name
