@@ -24,14 +24,14 @@ NUMPY_SCALARS: list[Any] = [
 ]
 
 
-def case_dice(fold: Path, dataset_json: dict) -> pd.DataFrame:
-    """Dice per case and class of a fold's validation: columns case, organ, dice (NaN where neither side has any).
+def case_dice(validation: Path, dataset_json: dict) -> pd.DataFrame:
+    """Dice per case and class of a validation: columns case, organ, dice (NaN where neither side has any).
 
     Args:
-        fold: A results folder fold_F with validation/summary.json.
+        validation: A folder with nnU-Net's summary.json.
         dataset_json: The data set's, for the names of the classes.
     """
-    path = fold / "validation" / "summary.json"
+    path = validation / "summary.json"
     names = {_key(value): name for name, value in dataset_json["labels"].items()}
     rows = [
         {"case": Path(entry["prediction_file"]).name, "organ": names.get(label, label), "dice": metrics["Dice"]}

@@ -57,10 +57,10 @@ class PretrainingTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net reads this signature)
     ) -> None:
         self.checked = check_run(self.method_class, plans, configuration, fold, dataset_json, device)
-        super().__init__(plans, configuration, fold, dataset_json, device)
         common = self.checked.common
-        self.device = rank_device(device)
-        self.amp_dtype = mixed_precision(self.device)
+        amp_dtype = mixed_precision(device, common.precision)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.device, self.amp_dtype = rank_device(device), amp_dtype
         # bfloat16 has the range of float32: only float16 needs its gradients scaled
         self.grad_scaler = torch.amp.GradScaler("cuda") if self.amp_dtype is torch.float16 else None
         self.num_epochs = common.epochs
@@ -189,7 +189,7 @@ class PretrainingTrainer(nnUNetTrainer):
         random = BatchRandom(self.checked.common.seed, stream, batch.indices, self.device)
         with torch.no_grad():
             views = self.method.views(batch, random)
-        mixed = torch.autocast("cuda", self.amp_dtype) if self.amp_dtype is not None else nullcontext()
+        mixed = torch.autocast(self.device.type, self.amp_dtype) if self.amp_dtype is not None else nullcontext()
         with mixed:
             return self.objective(views)
 

@@ -65,9 +65,7 @@ def test_layouts_are_legal_on_every_kind_of_plan(plan: str, task: str) -> None:
     assert 1 <= layout.zoom <= 2
     for window, case in zip(layout.window, case_size, strict=True):
         assert window / layout.zoom <= case + 1e-6
-    for patch, gap, jitter, total in zip(
-        layout.patch, layout.gap, layout.jitter, cumulated(strides)[-1], strict=True
-    ):
+    for patch, gap, jitter, total in zip(layout.patch, layout.gap, layout.jitter, cumulated(strides)[-1], strict=True):
         assert patch == 2 * total
         assert gap >= patch / 4
         assert jitter >= patch / 8
@@ -143,7 +141,9 @@ def test_a_shallower_stage_where_the_deepest_does_not_fit() -> None:
 
 
 def test_one_line_where_nothing_fits() -> None:
-    with pytest.raises(UserError, match=r"it needs 4 patches of \(8, 8, 8\) voxels side by side, but cases of") as error:
+    with pytest.raises(
+        UserError, match=r"it needs 4 patches of \(8, 8, 8\) voxels side by side, but cases of"
+    ) as error:
         solve_layout(cumulated(PLANS["hippocampus"][0]), (6, 6, 6), **COMMON, fewest=4)
     assert "\n" not in str(error.value)
 
