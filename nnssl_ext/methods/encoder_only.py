@@ -29,9 +29,7 @@ class EncoderMethod(Method):
 
     deep_supervision = False
 
-    def __init__(
-        self, backbone: UNetBackbone, settings: Any, geometry: Geometry, *, stages: int | None = None
-    ) -> None:
+    def __init__(self, backbone: UNetBackbone, settings: Any, geometry: Geometry, *, stages: int | None = None) -> None:
         super().__init__(backbone, settings, geometry)
         backbone.train_encoder_only(stages)
         self.stages = stages

@@ -49,8 +49,7 @@ class Layout:
     def window(self) -> Edges:
         """Edges of the window that holds all patches."""
         return _edges(
-            n * (p + j) + (n - 1) * g
-            for n, p, g, j in zip(self.cells, self.patch, self.gap, self.jitter, strict=True)
+            n * (p + j) + (n - 1) * g for n, p, g, j in zip(self.cells, self.patch, self.gap, self.jitter, strict=True)
         )
 
     def starts(self, random: BatchRandom) -> Tensor:

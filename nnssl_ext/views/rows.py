@@ -15,7 +15,6 @@ from torch import Tensor
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.views.layout import Edges, magnification, nothing_fits, patch_sizes
-from nnssl_ext.views.random import BatchRandom
 
 
 @dataclass(frozen=True)
