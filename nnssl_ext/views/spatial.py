@@ -93,7 +93,7 @@ def reach(matrix: np.ndarray, size: Sequence[int]) -> np.ndarray:
 
 
 def fitted(matrix: np.ndarray, size: Sequence[int], room: np.ndarray) -> np.ndarray:
-    """``matrix``, shrunk alike along all axes until a crop with edges ``size`` reaches no farther than ``room`` (3,)."""
+    """``matrix``, shrunk alike along all axes until a crop of ``size`` reaches no farther than ``room`` (3,)."""
     half = reach(matrix, size)
     wanted = half > room
     return matrix * (room[wanted] / half[wanted]).min(initial=1.0)

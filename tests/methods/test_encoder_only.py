@@ -98,7 +98,7 @@ def test_crops_are_never_padded(with_data: Data, name: str) -> None:
     """One case of the data set is smaller than the crop: it is magnified."""
     environment = with_data("plain")
     environment.write_plans("plain", "quick", {})
-    trainer = trainer_for("plain", "quick", METHODS[name].trainer, fold="all")  # type: ignore[arg-type]
+    trainer = trainer_for("plain", "quick", METHODS[name].trainer, fold="all")
     trainer.on_train_start()
     request = trainer.method.crops(trainer.checked.settings, trainer.checked.geometry)
     small = 0
