@@ -10,6 +10,7 @@ backward pass in float32. Heads are included, augmentation is not.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
@@ -31,6 +32,9 @@ def build(name: str, patch: tuple[int, int, int]) -> tuple[Method, tuple]:
     geometry = Geometry(patch, (1.0, 1.0, 1.0), 1, total, patch)
     method = METHODS[name]
     settings = method.Settings()
+    if hasattr(settings, "aggregator"):
+        # mixed precision, and so the GRU, does not know the meta device; the other aggregator costs as little
+        settings = replace(settings, aggregator="convolution")
     # the permutations of a jigsaw are drawn, so only the network lives on the meta device at first
     with torch.device("meta"):
         network = ResidualEncoderUNet(
