@@ -11,8 +11,10 @@ import torch
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import METHODS, SCHEMAS
 from nnssl_ext.methods.encoder_only import EncoderMethod
+from nnssl_ext.recipe import load_recipe
+from nnssl_ext.settings import split_sections
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from nnssl_ext.views.spatial import cut
 from tests.conftest import Environment
@@ -152,3 +154,16 @@ def test_the_decoder_is_written_at_its_initial_values_and_the_checkpoint_says_so
         if key.startswith("decoder.") and not key.startswith("decoder.encoder."):
             assert torch.equal(value, initial[key]), key
     assert any(not torch.equal(weights[key], initial[key]) for key in trained)
+
+
+@pytest.mark.parametrize("kind", ["plain", "anisotropic"])
+@pytest.mark.parametrize("recipe", ["", "_paper"])
+@pytest.mark.parametrize("name", ENCODER_ONLY)
+def test_recipes_run(folder: Path, name: str, recipe: str, kind: str) -> None:
+    content = load_recipe(f"{name}{recipe}").settings
+    _, sections = split_sections(content, SCHEMAS, recipe)
+    if not recipe:
+        assert sections[name] == METHODS[name].Settings()
+    method = build(METHODS[name], sections[name], kind=kind)
+    method(views_of(folder, method, [0, 1]))["loss"].sum().backward()
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
