@@ -103,6 +103,10 @@ def identity(trainer: PretrainingTrainer) -> dict[str, Any]:
     """What a checkpoint and the run that continues it must have in common, as JSON values."""
     method, checked, plans = trainer.method_class, trainer.checked, trainer.plans_manager.plans
     common = {k: v for k, v in asdict(checked.common).items() if k not in FREE}
+    geometry = asdict(checked.geometry)
+    del geometry["strides"]  # the architecture says them
+    if not any(crop.fit for crop in method.crops(checked.settings, checked.geometry).crops):
+        del geometry["case_size"]  # decides crops that must fit every case, and no others
     return _jsonlike(
         {
             "method": method.name,
@@ -110,7 +114,7 @@ def identity(trainer: PretrainingTrainer) -> dict[str, Any]:
             "configuration": trainer.configuration_name,
             "fold": trainer.fold,
             "architecture": trainer.configuration_manager.configuration["architecture"],
-            "geometry": asdict(checked.geometry),
+            "geometry": geometry,
             "batch_size": checked.batch_size,
             "settings": {**common, method.name: asdict(checked.settings)},
         }

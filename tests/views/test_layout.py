@@ -1,5 +1,6 @@
 import math
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +20,11 @@ PLANS = {
     "128^3, six stages": ([[1, 1, 1]] + 5 * [[2, 2, 2]], (128, 128, 128), True),
     "anisotropic": ([[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2]], (18, 237, 208), False),
 }
-CHOICES = {
+CHOICES: dict[str, dict[str, Any]] = {
     "jigsaw": {"fewest": 4, "most_voxels": 2.0},
     "relative location": {"fewest": 3, "choices": (1, 3)},
 }
-COMMON = {"title": "it", "gap": 0.25, "jitter": 0.125, "most_zoom": 2.0}
+COMMON: dict[str, Any] = {"title": "it", "gap": 0.25, "jitter": 0.125, "most_zoom": 2.0}
 
 
 def cumulated(strides: list) -> list[tuple[int, ...]]:
