@@ -21,6 +21,17 @@ from nnssl_ext.files import replaced_on_success
 #: Raised when the meaning of what stands under ``nnssl_ext`` changes.
 FORMAT = 1
 
+#: nnU-Net's checkpoints keep their log in numpy scalars; these names, and no others, may be loaded beside tensors.
+NUMPY_SCALARS: list[Any] = [
+    np.dtype,
+    np.float32,
+    np.float64,
+    np.float64(0).__reduce__()[0],  # numpy's own constructor, wherever it lives
+    type(np.dtype(np.float32)),
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.int64)),
+]
+
 
 def plain(value: Any, memory: dict[Any, Tensor] | None = None) -> Any:
     """``value`` with numpy's scalars and arrays turned into Python's, tensors on the CPU, mappings into dicts.

@@ -1,0 +1,35 @@
+"""What made a file: versions and the revision of the code."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+from nnssl_ext import __version__
+from nnssl_ext.resources import PACKAGE
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of what made a checkpoint."""
+    found = {"nnssl_ext": __version__, "python": platform.python_version()}
+    for package in ("nnunetv2", "torch", "dynamic-network-architectures", "batchgenerators"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+@cache
+def revision() -> str:
+    """The git revision of a checkout; '' for an installed package."""
+    if not (PACKAGE.parent / ".git").exists():
+        return ""
+    command = ["git", "-C", str(PACKAGE.parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
