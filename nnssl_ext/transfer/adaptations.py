@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-class Misfit(ValueError):
+class MisfitError(ValueError):
     """A tensor for whose change of shape there is no rule; the message says which."""
 
 
@@ -37,7 +37,7 @@ def kernel(weight: Tensor, size: Sequence[int]) -> Tensor:
     along that axis then gives the same response (where no padding is seen).
 
     Raises:
-        Misfit: If an axis goes from one edge over 1 to another, or to an even one.
+        MisfitError: If an axis goes from one edge over 1 to another, or to an even one.
     """
     for axis, (old, new) in enumerate(zip(weight.shape[2:], size, strict=True), start=2):
         if old == new:
@@ -50,7 +50,7 @@ def kernel(weight: Tensor, size: Sequence[int]) -> Tensor:
             around[place] = around[place + 1] = new // 2
             weight = F.pad(weight, around)
         else:
-            raise Misfit(f"no rule for a kernel edge {old} -> {new}")
+            raise MisfitError(f"no rule for a kernel edge {old} -> {new}")
     return weight
 
 
@@ -120,10 +120,10 @@ def positions(table: Tensor, grid: Sequence[int], target: Sequence[int], prefix:
     Trilinear over the grid, stretched to the whole of the new one; the prefix (register tokens) is kept.
 
     Raises:
-        Misfit: If the table does not have the grid's tokens.
+        MisfitError: If the table does not have the grid's tokens.
     """
     if len(grid) != 3 or table.shape[1] - prefix != torch.Size(grid).numel():
-        raise Misfit(f"{table.shape[1] - prefix} positions do not fill a grid of {tuple(grid)}")
+        raise MisfitError(f"{table.shape[1] - prefix} positions do not fill a grid of {tuple(grid)}")
     extra, width = table[:, :prefix], table.shape[-1]
     maps = table[:, prefix:].reshape(1, *grid, width).movedim(-1, 1)
     maps = F.interpolate(maps, size=tuple(target), mode="trilinear", align_corners=False)

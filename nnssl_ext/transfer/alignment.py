@@ -20,9 +20,7 @@ def resolutions(spacing: Sequence[float], strides: Sequence[Sequence[int]]) -> l
     return result
 
 
-def align(
-    source: Mapping[int, Sequence[float]], target: Mapping[int, Sequence[float]]
-) -> dict[int, int | None]:
+def align(source: Mapping[int, Sequence[float]], target: Mapping[int, Sequence[float]]) -> dict[int, int | None]:
     """For each stage of the target the source's stage of the nearest resolution, or None.
 
     Of all matchings that keep the order and use no stage twice, the one with the least sum of distances, in octaves;
