@@ -12,7 +12,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
 from nnssl_ext.networks import contract
 from nnssl_ext.networks.backbone import HEADS
-from nnssl_ext.provenance import revision, versions
+from nnssl_ext.provenance import hardware, revision, versions
 
 if TYPE_CHECKING:
     from nnssl_ext.training.trainer import PretrainingTrainer
@@ -93,6 +93,7 @@ def own_section(trainer: PretrainingTrainer) -> dict[str, Any]:
         "training_cases": checked.training_cases,
         "versions": versions(),
         "revision": revision(),
+        "hardware": hardware(),
     }
 
 
