@@ -85,9 +85,9 @@ def _download(name: str, revision: str | None) -> Located:
         try:
             paths[file] = Path(hf_hub_download(name, file, revision=revision, local_dir=folder))
         except (OSError, ValueError) as error:  # no network, no such repository, no such file, not allowed
-            reason = str(error).strip().splitlines()
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise UserError(
-                f"{file} of {name} could not be downloaded from Hugging Face ({reason[0] if reason else error!r}); "
+                f"{file} of {name} could not be downloaded from Hugging Face ({reason}); "
                 f"give a local file instead, or look at the name and the network"
             ) from error
     return Located(paths[WEIGHTS], read_limited_json(paths[PLAN]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -60,9 +61,11 @@ def _content(located: Located) -> dict[str, Any]:
 
 
 def _why(error: Exception) -> str:
-    needed = re.search(r"(?:GLOBAL|Unsupported (?:global|class)[^\w]*) *([\w.]+)", str(error))
+    needed = re.search(r"GLOBAL (\S+)", str(error))
     if needed:
         return f"it needs '{needed[1]}', more than tensors and plain values (save the bare state dict anew)"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it needs more than tensors and plain values (save the bare state dict anew), or is damaged"
     return f"it is damaged or no file of tensors ({type(error).__name__})"
 
 

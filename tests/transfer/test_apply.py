@@ -128,7 +128,7 @@ def test_unknown_spacing_matches_by_number_and_says_so() -> None:
 def test_more_and_fewer_blocks() -> None:
     deep, shallow = planned("residual", n_blocks_per_stage=[2, 3, 4]), planned("residual")
     given = source(deep)
-    report, after = filled(given, target(shallow))
+    report, _ = filled(given, target(shallow))
     assert {row.action for row in report.rows if row.name.startswith("encoder")} == {COPIED}
     assert any("blocks.3" in name for name in report.unused)
     report, _ = filled(source(shallow), target(deep))
