@@ -103,6 +103,16 @@ def load(path: Path) -> dict[str, Any]:
             f"checkpoint {path} is damaged or no pretraining checkpoint ({type(error).__name__}); "
             f"delete it to go on from an earlier one"
         ) from error
+    verify(content, path)
+    return content
+
+
+def verify(content: Any, path: Path) -> None:
+    """Look at what was read from ``path``: is it ours, of this format, and undamaged.
+
+    Raises:
+        UserError: If not.
+    """
     own = content.get("nnssl_ext") if isinstance(content, dict) else None
     if not isinstance(own, dict) or not isinstance(content.get("network_weights"), dict):
         raise UserError(f"{path} is no pretraining checkpoint of nnssl_ext")
@@ -110,4 +120,3 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} has format {own.get('format')!r}, this nnssl_ext reads {FORMAT}; use its own version")
     if digest(content["network_weights"]) != own.get("weights_sha256"):
         raise UserError(f"checkpoint {path} is damaged: its weights do not match their sha256")
-    return content

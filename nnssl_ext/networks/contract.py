@@ -30,8 +30,9 @@ def adaptation_plan(
         spacing: Millimetres per voxel of the same.
         channels: Of the image.
     """
+    architecture = _architecture(network, configuration["architecture"])
     return {
-        "architecture_plans": _architecture(network, configuration["architecture"]),
+        "architecture_plans": architecture,
         "pretrain_plan": {
             "plans_name": plans_name,
             "configurations": {
@@ -39,6 +40,8 @@ def adaptation_plan(
             },
         },
         "pretrain_num_input_channels": channels,
+        # nnU-Net's DynamicPretrainedTrainer takes 3x3x3 kernels for granted where this is not said
+        "architecture_kwargs": architecture["arch_kwargs"],
         "recommended_downstream_patchsize": list(patch_size),
         "key_to_encoder": getattr(network, "key_to_encoder", "encoder.stages"),
         "key_to_stem": getattr(network, "key_to_stem", "encoder.stem"),

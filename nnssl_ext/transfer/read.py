@@ -74,8 +74,7 @@ def _own(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Source | 
     if not isinstance(own, dict) or not _tensors(content.get("network_weights")):
         return None
     raw = content["network_weights"]
-    if checkpoint.digest(raw) != own.get("weights_sha256"):
-        raise UserError(f"{path} is damaged: its weights do not match their sha256")
+    checkpoint.verify(content, path)
     weights = canonical_weights(raw, str(path))
     trained = own.get("trained")
     untrained: frozenset[str] = frozenset()

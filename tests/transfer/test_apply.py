@@ -17,7 +17,7 @@ from nnssl_ext.transfer.report import ADAPTED, COPIED, LEFT, Report
 from nnssl_ext.transfer.source import Geometry, Source
 from tests.transfer.helpers import MILLIMETRE, changed, noise, planned, primus, source, target
 
-WIDE = {"features_per_stage": [6, 6, 6]}
+ALIKE = [6, 6, 6]  # the same width at every stage: resolution alone decides
 
 
 def filled(from_: Source, to: Target, **options: object) -> tuple[Report, dict[str, Tensor]]:
@@ -102,7 +102,10 @@ def test_other_depths(kind: str, theirs: int, ours: int) -> None:
 
 def test_stages_go_where_their_resolution_is() -> None:
     """Target of twice the voxel size: what saw 2 mm goes on seeing 2 mm."""
-    given, to = source(planned(**WIDE)), target(planned(**WIDE), spacing=(2.0, 2.0, 2.0))
+    given, to = (
+        source(planned(features_per_stage=ALIKE)),
+        target(planned(features_per_stage=ALIKE), spacing=(2.0, 2.0, 2.0)),
+    )
     report, after = filled(given, to)
     layer = "encoder.stages.{}.0.convs.0.conv.weight"
     assert torch.equal(after[layer.format(1)], given.weights[layer.format(2)])
@@ -112,7 +115,7 @@ def test_stages_go_where_their_resolution_is() -> None:
     assert torch.equal(after["decoder.transpconvs.1.weight"], given.weights["decoder.transpconvs.0.weight"])
     assert "0 (2x2x2) from 1 (2x2x2), 1 (4x4x4) from 2 (4x4x4), 2 (8x8x8) from none" in str(report)
     assert "--align index" in str(report)
-    report, after = filled(given, target(planned(**WIDE), spacing=(2.0, 2.0, 2.0)), alignment=INDEX)
+    report, after = filled(given, target(planned(features_per_stage=ALIKE), spacing=(2.0, 2.0, 2.0)), alignment=INDEX)
     assert torch.equal(after[layer.format(2)], given.weights[layer.format(2)])
     assert "--align index" not in str(report)
 
@@ -196,9 +199,9 @@ def test_values_that_are_not_finite_are_left() -> None:
 
 
 def test_running_statistics_travel_with_their_convolution() -> None:
-    norm = {"norm_op": "torch.nn.modules.batchnorm.BatchNorm3d"}
-    given = source(planned(**norm))
-    _, after = filled(given, target(planned(**norm)))
+    batch_norm = planned(norm_op="torch.nn.modules.batchnorm.BatchNorm3d")
+    given = source(batch_norm)
+    _, after = filled(given, target(batch_norm))
     name = "encoder.stages.1.0.convs.0.norm.running_var"
     assert torch.equal(after[name], given.weights[name])
     # into an instance norm only what it has

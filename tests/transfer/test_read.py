@@ -215,8 +215,9 @@ def test_a_damaged_checkpoint_of_ours_is_noticed(tmp_path: Path) -> None:
 
 def test_plans_with_odd_values_are_not_believed(tmp_path: Path) -> None:
     """A plan from elsewhere may say anything: what cannot be a spacing or a stride is not known."""
-    for odd in ({"spacing": [1.0, -1.0, 1.0]}, {"spacing": "1,1,1"}, {"spacing": [None, None, None]}, {"spacing": {}}):
-        plan_part = {"pretrain_plan": {"configurations": {"c": {"patch_size": "no", **odd}}}}
+    odd_values: list[object] = [[1.0, -1.0, 1.0], "1,1,1", [None, None, None], {}]
+    for odd in odd_values:
+        plan_part = {"pretrain_plan": {"configurations": {"c": {"patch_size": "no", "spacing": odd}}}}
         nnssl_file(tmp_path / "odd.pth")
         content = torch.load(tmp_path / "odd.pth", weights_only=True)
         content["nnssl_adaptation_plan"].update(plan_part, recommended_downstream_patchsize=None)
