@@ -81,9 +81,11 @@ def _own(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Source | 
     if isinstance(trained, list):
         seen = {canonical_name(name) for name in trained}
         untrained = frozenset(n for n in weights if n not in seen and not n.endswith(_BUFFERS))
-    found = planned_geometry(content.get("nnssl_adaptation_plan") or plan, weights)
-    kind = f"nnssl_ext, {own.get('title', 'transferred weights')}"
-    return Source(path, kind, weights, found, untrained, content.get("citations") or [])
+    plan = content.get("nnssl_adaptation_plan") or plan
+    # a fine-tuned network has nnU-Net's own record of its plans instead
+    found, note = (planned_geometry(plan, weights), "") if plan else _recorded_geometry(content, path, weights)
+    kind = f"nnssl_ext, {own.get('title') or content.get('trainer_name', 'unknown origin')}"
+    return Source(path, kind, weights, found, untrained, content.get("citations") or [], note)
 
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "mask_token")
@@ -126,14 +128,19 @@ def _stock(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Source 
     if not _tensors(raw) or not isinstance(arguments, dict):
         return None
     weights = canonical_weights(raw, str(path))
-    note, found = "", Geometry()
+    found, note = _recorded_geometry(content, path, weights)
+    return Source(path, f"nnU-Net, {content.get('trainer_name', 'unknown trainer')}", weights, found, note=note)
+
+
+def _recorded_geometry(content: dict[str, Any], path: Path, weights: dict[str, Tensor]) -> tuple[Geometry, str]:
+    """The geometry in the plans that nnU-Net keeps in its checkpoints, and a remark if they cannot be read."""
     try:
+        arguments = content["init_args"]
         configuration = PlansManager(arguments["plans"]).get_configuration(arguments["configuration"])
         strides = configuration.network_arch_init_kwargs.get("strides")
-        found = geometry(configuration.spacing, strides, configuration.patch_size, weights)
+        return geometry(configuration.spacing, strides, configuration.patch_size, weights), ""
     except Exception as error:  # plans of any age and origin
-        note = f"The plans in {path.name} could not be read ({type(error).__name__})."
-    return Source(path, f"nnU-Net, {content.get('trainer_name', 'unknown trainer')}", weights, found, note=note)
+        return geometry(None, None, None, weights), f"The plans in {path.name} could not be read ({error!r})."
 
 
 def _bare(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Source | None:

@@ -39,10 +39,13 @@ def notes(report: Report, part: str) -> set[str]:
     return {row.note for row in report.rows if part in row.name}
 
 
-@pytest.mark.parametrize("kind", ["plain", "residual", "anisotropic"])
+@pytest.mark.parametrize("kind", ["plain", "residual", "anisotropic", "ResidualUNet"])
 def test_the_same_network_is_copied_but_for_its_heads(kind: str) -> None:
-    given = source(planned(kind), outputs=3)
-    report, after = filled(given, target(planned(kind), outputs=5))
+    plan = planned("residual" if kind == "ResidualUNet" else kind)
+    if kind == "ResidualUNet":  # residual blocks in the decoder too
+        plan["network_class_name"] = plan["network_class_name"].replace("ResidualEncoderUNet", kind)
+    given = source(plan, outputs=3)
+    report, after = filled(given, target(plan, outputs=5))
     for row in report.rows:
         if ".seg_layers." in row.name:
             assert (row.action, row.note) == (LEFT, "a segmentation head is never transferred")
@@ -172,6 +175,17 @@ def test_widths_only_when_asked() -> None:
     assert torch.equal(
         after["decoder.stages.1.convs.0.conv.weight"], given.weights["decoder.stages.1.convs.0.conv.weight"]
     )
+
+
+def test_a_decoder_without_skips_is_left() -> None:
+    """NoSkipResEncL: its decoder's convolutions see the up-sampled map alone."""
+    given = source(planned("residual"))
+    for name in ("decoder.stages.0.convs.0.conv.weight", "decoder.stages.1.convs.0.conv.weight"):
+        given.weights[name] = given.weights[name].chunk(2, 1)[0].clone()
+    for overlap in (False, True):
+        report, _ = filled(given, target(planned("residual")), overlap=overlap)
+        assert notes(report, "decoder.stages.0.convs.0.conv.weight") == {"the source's decoder sees no skips"}
+        assert {row.action for row in report.rows if "transpconvs" in row.name} == {COPIED}
 
 
 def test_what_the_pretraining_did_not_train_is_left() -> None:

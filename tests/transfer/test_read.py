@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_of_ours_is_noticed(tmp_path: Path) -> None:
     weights = noise(built(planned())).state_dict()
     content = {"network_weights": weights, "nnssl_ext": {"format": checkpoint.FORMAT}}
     checkpoint.save(content, tmp_path / "good.pth")
-    assert read_source(str(tmp_path / "good.pth")).kind == "nnssl_ext, transferred weights"
+    assert read_source(str(tmp_path / "good.pth")).kind == "nnssl_ext, unknown origin"
     stored = torch.load(tmp_path / "good.pth", weights_only=True)
     stored["network_weights"]["decoder.stages.0.convs.0.conv.bias"].add_(1)
     torch.save(stored, tmp_path / "bad.pth")
