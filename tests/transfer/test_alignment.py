@@ -30,6 +30,7 @@ def test_resolution_is_spacing_times_cumulative_stride() -> None:
         ((1, 1, 1), ISOTROPIC[:3], [0, 1, 2]),
         # a thick axis does not decide
         ((5, 1, 1), [(1, 1, 1), (1, 2, 2), (1, 2, 2), (2, 2, 2)], [0, 1, 2, 3]),
+        ((12, 1, 1), [(1, 1, 1), (1, 2, 2), (1, 2, 2)], [0, 1, 2]),
         ((4, 2, 2), [(1, 1, 1), (1, 2, 2), (2, 2, 2)], [1, 2, 3]),
         # strides of four: every other stage of the source
         ((1, 1, 1), [(1, 1, 1), (4, 4, 4), (4, 4, 4)], [0, 2, 4]),

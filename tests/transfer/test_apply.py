@@ -123,6 +123,17 @@ def test_stages_go_where_their_resolution_is() -> None:
     assert "--align index" not in str(report)
 
 
+def test_strides_of_four_skip_stages() -> None:
+    """The target's second stage is the source's third; no layer of the source goes up by four."""
+    to = target(planned(features_per_stage=[6, 6], stages=2, strides=[[1, 1, 1], [4, 4, 4]]))
+    given = source(planned(features_per_stage=ALIKE))
+    report, after = filled(given, to)
+    layer = "encoder.stages.{}.0.convs.0.conv.weight"
+    assert torch.equal(after[layer.format(1)], given.weights[layer.format(2)])
+    reason = "the source's decoder does not lead from the one resolution to the other"
+    assert notes(report, "transpconvs.0.weight") == {reason}
+
+
 def test_unknown_spacing_matches_by_number_and_says_so() -> None:
     given = source(planned())
     unknown = Source(given.path, given.kind, given.weights, Geometry(None, given.geometry.strides))
