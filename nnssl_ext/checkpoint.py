@@ -84,7 +84,7 @@ def save(content: Mapping[str, Any], path: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(
             f"checkpoint {path} could not be written ({error}); what was there before is untouched. "
-            f"Free some space or give write permission, then go on with --c"
+            f"Free some space or give write permission, then try again (a training goes on with --c)"
         ) from error
 
 

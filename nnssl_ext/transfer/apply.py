@@ -72,19 +72,19 @@ def transfer(source: Source, target: Target, *, overlap: bool = False, alignment
     context = _context(source, target, overlap)
     fitted, rows = _fit_all(source, target, matches, context)
     report = Report(rows, _unused(source, rows), remarks)
-    if not report.filled:
-        raise UserError(
-            f"nothing of {source.path.name} ({source.kind}) fits the target network: {_first_reason(rows)}; "
-            f"nothing was written"
-        )
     if not index_used and alignment == PHYSICAL:
         other, _, _ = match(source, target, INDEX)
         by_index = sum(row.filled for row in _fit_all(source, target, other, context)[1])
         if by_index > report.filled:
             report.remarks.append(
                 f"Stages were matched by their resolution; matched by their number, {by_index:,} parameters would come "
-                f"from the source: --align {INDEX}"
+                f"from the source: --align {INDEX}."
             )
+    if not report.filled:
+        raise UserError(
+            f"nothing of {source.path.name} ({source.kind}) fits the target network: {_first_reason(rows)}. "
+            f"{' '.join(report.remarks)} Nothing was written"
+        )
     with torch.no_grad():
         for name, result in fitted.items():
             target.tensors[name].copy_(result.tensor)

@@ -82,8 +82,10 @@ def export_folder(content: Mapping[str, Any], folder: Path, name: str, licence: 
             _save_safetensors(content, temporary / SAFETENSORS)
         temporary.chmod(0o755)
         temporary.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {folder}: {error.strerror}") from error
         raise
 
 

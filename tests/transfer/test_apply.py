@@ -216,6 +216,14 @@ def test_nothing_that_fits_is_an_error_and_changes_nothing() -> None:
     assert changed(before, to.network.state_dict()) == dict.fromkeys(before, 0)
 
 
+def test_nothing_that_fits_by_resolution_names_the_other_way() -> None:
+    """A plain stem of another width, and stages so far apart in millimetres that none corresponds."""
+    plan, wider = planned(features_per_stage=[6, 8, 8]), planned(features_per_stage=[4, 8, 8])
+    by_number = (8 * 8 * 27 + 3 * 8) + (8 * 16 * 27 + 3 * 8) + (8 * 8 * 8 + 8)  # bottleneck, decoder's first stage
+    with pytest.raises(UserError, match=f"{by_number:,} parameters would come from the source: --align index"):
+        transfer(source(plan), target(wider, spacing=(64.0, 64.0, 64.0)))
+
+
 def test_values_that_are_not_finite_are_left() -> None:
     given = source(planned())
     given.weights["encoder.stages.1.0.convs.0.conv.weight"][0, 0, 0, 0, 0] = torch.nan
