@@ -33,7 +33,12 @@ def one_rank(rank: int, world: int, port: int, plans: str) -> None:
 @pytest.mark.parametrize("batch_size", [4, 3])
 def test_two_ranks_equal_one(with_data: Data, batch_size: int) -> None:
     environment = with_data("plain")
-    settings = {"batch_size": batch_size, "iterations_per_epoch": 2, "volume_fusion": {"optimiser": "sgd"}}
+    settings = {
+        "precision": "float32",
+        "batch_size": batch_size,
+        "iterations_per_epoch": 2,
+        "volume_fusion": {"optimiser": "sgd"},
+    }
     environment.write_plans("plain", "one", settings)
     environment.write_plans("plain", "two", settings)
     one = checkpoint.load(pretrain(environment, "plain", "one") / "checkpoint_final.pth")
