@@ -24,12 +24,13 @@ from nnssl_ext import checkpoint
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
+from nnssl_ext.networks.target import target_network
 from nnssl_ext.training import state
 from nnssl_ext.training.distributed import mean_over_samples, rank, rank_device, world
 from nnssl_ext.training.engine import engine, mixed_precision
 from nnssl_ext.training.log import PretrainingLog
 from nnssl_ext.training.optimisation import build_optimiser, learning_rate_at
-from nnssl_ext.training.preflight import check_run, target_backbone, target_network
+from nnssl_ext.training.preflight import check_run, target_backbone
 from nnssl_ext.training.samples import Unreadable, sample_loaders
 from nnssl_ext.training.summary import print_summary
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom, step_seed

@@ -148,7 +148,7 @@ def test_a_fitting_crop_is_never_padded_and_keeps_its_shape(folder: Path, spatia
             assert not cut(boxes[1], padded.size, torch.device("cpu"))[1].all()
     if spatial is STILL:
         assert scales == {0.5}
-        for box in (boxes[0] for _, boxes, _ in (CropDataset(index, ["c2"], _large(), 0)[n] for n in range(5))):
+        for box in (CropDataset(index, ["c2"], _large(), 0)[n].boxes[0] for n in range(5)):
             np.testing.assert_allclose(box.matrix, np.eye(3) * 8 / 15)  # 9 voxels, shrunk alike along all axes
             assert cut(box, (16, 16, 16), torch.device("cpu"))[1].all()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nnssl_ext import checkpoint
+from nnssl_ext.data.crops import CropRequest
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import METHODS, SCHEMAS
 from nnssl_ext.methods.encoder_only import EncoderMethod
@@ -22,7 +23,7 @@ from tests.methods.helpers import CPU, batch_of, build, readable_after, views_of
 from tests.training.test_trainer import pretrain, trainer_for
 
 Data = Callable[[str], Environment]
-ENCODER_ONLY = [name for name, method in METHODS.items() if issubclass(method, EncoderMethod)]
+ENCODER_ONLY = [name for name, m in METHODS.items() if issubclass(m, EncoderMethod) and not m.needs_images]
 #: Objectives on patches of a window, and what the test of their learning changes: fewer orders are sooner learned.
 PUZZLES = {"contrastive_predictive_coding": {}, "jigsaw": {"permutations": 8}, "relative_patch_location": {}}
 
@@ -103,6 +104,7 @@ def test_crops_are_never_padded(with_data: Data, name: str) -> None:
     trainer = trainer_for("plain", "quick", METHODS[name].trainer, fold="all")
     trainer.on_train_start()
     request = trainer.method.crops(trainer.checked.settings, trainer.checked.geometry)
+    assert isinstance(request, CropRequest)
     small = 0
     for batch in trainer.dataloader_train:
         for row, crop in zip(batch.boxes, request.crops, strict=True):
