@@ -35,9 +35,7 @@ def main() -> None:
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     name, fold = METHODS[arguments.method].trainer, arguments.f if arguments.f == "all" else int(arguments.f)
-    trainer = get_trainer_from_args(
-        arguments.d, "3d_fullres", fold, name, arguments.p, device=torch.device("cpu")
-    )
+    trainer = get_trainer_from_args(arguments.d, "3d_fullres", fold, name, arguments.p, device=torch.device("cpu"))
     trainer.initialize()
     if arguments.shuffled:
         trainer.disable_checkpointing = True
@@ -62,7 +60,9 @@ def shuffle_voxels(method: Method) -> None:
         for key, images in result.items():
             if images.ndim == 6:  # (B, N, C, D, H, W)
                 flat = images.flatten(3).flatten(0, 1)
-                orders = [np.random.default_rng((*batch.indices, n)).permutation(flat.shape[-1]) for n in range(len(flat))]
+                orders = [
+                    np.random.default_rng((*batch.indices, n)).permutation(flat.shape[-1]) for n in range(len(flat))
+                ]
                 flat = torch.stack([image[:, torch.from_numpy(o)] for image, o in zip(flat, orders, strict=True)])
                 result[key] = flat.view_as(images)
         return result

@@ -18,6 +18,9 @@ from nnssl_ext.errors import UserError
 
 PLANS_KEY = "nnssl_ext"
 
+#: Arithmetic of a network in training.
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+
 Schema = TypeVar("Schema")
 
 
@@ -59,11 +62,52 @@ class CommonSettings:
     learning_rate: float | None = setting(None, "Peak learning rate; null takes the method's.", low=0)
     seed: int = setting(0, "Seed of every random draw, the network's initial values included.", low=0)
     save_every: int = setting(5, "Epochs between two checkpoint_latest.pth.", low=1)
+    precision: str = setting(
+        "auto",
+        "Of the network's arithmetic; auto is bfloat16 where the hardware has it, float16 on older GPUs, else float32.",
+        choices=PRECISIONS,
+    )
     images: str | None = setting(
         None, "Folder of labelled 2-D images, CLASS/IMAGE.png or .jpg, for methods that learn from such."
     )
     most_unreadable: float = setting(0.05, "Share of unreadable images above which a run stops.", low=0, high=1)
     target_trainer: str = setting("nnUNetTrainer", "The trainer whose network is pretrained: it builds it.")
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Settings of ``nnsslTrainer_Finetune``: a segmentation training, with or without pretrained weights."""
+
+    seed: int = setting(0, "Seed of initial values, cases, crops and augmentation; each fold has its own.", low=0)
+    steps: int = setting(250_000, "Optimiser steps.", source="nnU-Net: 1,000 epochs of 250", low=1)
+    steps_per_epoch: int = setting(250, "Optimiser steps between two online validations.", source="nnU-Net", low=1)
+    validation_iterations: int = setting(
+        50, "Batches of an online validation; always the same crops.", source="nnU-Net", low=1
+    )
+    save_every: int = setting(50, "Epochs between two checkpoint_latest.pth.", source="nnU-Net", low=1)
+    snapshots: list[int] = setting(
+        [], "Steps after which the weights are kept and, at the end, validated.", source="none in nnU-Net", low=1
+    )
+    optimiser: str = setting("sgd", "Optimiser; sgd is nnU-Net's.", source="nnU-Net", choices=("sgd", "adamw"))
+    learning_rate: float | None = setting(None, "Peak rate; null is 0.01 for sgd, 0.001 for adamw.", low=0)
+    weight_decay: float = setting(3e-5, "Weight decay.", source="nnU-Net", low=0)
+    schedule: str = setting(
+        "poly", "How the rate falls, step by step.", source="nnU-Net", choices=("constant", "poly", "cosine")
+    )
+    warm_up: int = setting(0, "Steps with a linearly rising rate.", source="none in nnU-Net", low=0)
+    encoder_rate: float = setting(1.0, "The encoder's rate as a multiple of the others'.", low=0)
+    head_only_steps: int = setting(0, "First so many steps train the segmentation heads alone.", low=0)
+    freeze_encoder_steps: int = setting(0, "First so many steps leave the encoder as it is.", low=0)
+    average: float = setting(
+        0.0, "Decay of the moving average of the weights that is validated and written; 0: none.", low=0, high=0.99999
+    )
+    precision: str = setting(
+        "stock",
+        "stock is float16 on GPUs and float32 elsewhere; auto as for pretraining.",
+        source="nnU-Net",
+        choices=("stock", *PRECISIONS),
+    )
+    mirroring: bool = setting(True, "Mirror when snapshots are validated, as nnU-Net does.", source="nnU-Net")
 
 
 def check_settings(schema: type[Schema], given: Any, where: str, prefix: str = "") -> Schema:

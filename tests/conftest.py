@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.datasets import QUICK, dataset_name, make_dataset, make_labelled
 from tests.images import make_images
-from tests.datasets import QUICK, dataset_name, make_dataset
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -78,7 +78,9 @@ def _written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def written(kind: str) -> Path:
         folder = root / dataset_name(kind)
-        return folder if folder.exists() else make_dataset(root, kind)
+        if folder.exists():
+            return folder
+        return make_labelled(root) if kind == "labelled" else make_dataset(root, kind)
 
     return written
 

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import SimpleITK
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 KINDS = ("plain", "residual", "anisotropic", "two_channel")
 #: Data sets whose plans name a network of ours.
@@ -22,8 +25,9 @@ _NUMBERS = {
     "two_channel": 814,
     "regions": 815,
     "lowres": 816,
-    "vit": 817,
-    "pct_net": 818,
+    "labelled": 817,
+    "vit": 818,
+    "pct_net": 819,
 }
 
 
@@ -193,3 +197,40 @@ def make_dataset(preprocessed: Path, kind: str, cases: int = 6, seed: int = 0) -
     (folder / "dataset.json").write_text(json.dumps(content))
     (folder / "dataset_fingerprint.json").write_text("{}")
     return folder
+
+
+def make_labelled(preprocessed: Path, cases: int = 10) -> Path:
+    """Write data set ``labelled``, an organ with a tumour in it in each case, by nnU-Net's own preprocessing.
+
+    The images lie in ``imagesTr`` beside the labels in ``gt_segmentations``.
+    """
+    folder = preprocessed / dataset_name("labelled")
+    plans = make_plans("labelled")
+    content = {"channel_names": {"0": "MR"}, "numTraining": cases, "file_ending": ".nii.gz", **make_labels("labelled")}
+    for part in ("nnUNetPlans_3d_fullres", "gt_segmentations", "imagesTr"):
+        (folder / part).mkdir(parents=True)
+    preprocessor, manager = DefaultPreprocessor(verbose=False), PlansManager(plans)
+    for case in range(cases):
+        name = f"case_{case:02d}"
+        image, truth = labelled_blob(np.random.default_rng(case), (20, 24, 22))
+        files = [str(folder / "imagesTr" / f"{name}_0000.nii.gz"), str(folder / "gt_segmentations" / f"{name}.nii.gz")]
+        for array, file in zip((image, truth), files, strict=True):
+            SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), file)
+        target = str(folder / "nnUNetPlans_3d_fullres" / name)
+        configuration = manager.get_configuration("3d_fullres")
+        preprocessor.run_case_save(target, files[:1], files[1], manager, configuration, content)
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+    (folder / "dataset.json").write_text(json.dumps(content))
+    (folder / "dataset_fingerprint.json").write_text("{}")
+    return folder
+
+
+def labelled_blob(generator: np.random.Generator, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """A body with an organ (1) and a tumour in it (2): image float32, labels uint8."""
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    centre = generator.uniform(-0.25, 0.25, 3)
+    distance = sum((a - c) ** 2 for a, c in zip(axes, centre, strict=True))
+    truth = (distance < 0.55**2).astype(np.uint8) + (distance < 0.3**2)
+    body = sum(a**2 for a in axes) < 0.9
+    image = 0.3 * generator.standard_normal(shape) + body + 0.8 * (truth == 1) - 0.8 * (truth == 2)
+    return image.astype(np.float32), truth

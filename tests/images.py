@@ -1,4 +1,4 @@
-"""A small labelled set cut from the photographs that scikit-image ships: real pixels, and labels that can be learned."""
+"""A small labelled set cut from the photographs that scikit-image ships: real pixels, labels that can be learned."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PHOTOGRAPHS = ("brick", "coffee", "grass", "gravel")
 
 
 def make_images(folder: Path, classes: int = 3, each: int = 24, edge: int = 48, seed: int = 0) -> Path:
-    """Write ``class/number.png`` (every third a .jpg), random squares of ``classes`` photographs; returns the folder."""
+    """Write ``class/number.png`` (every third a .jpg), squares of ``classes`` photographs; returns the folder."""
     generator = np.random.default_rng(seed)
     for name in PHOTOGRAPHS[:classes]:
         (folder / name).mkdir(parents=True)

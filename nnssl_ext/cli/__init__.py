@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 
 from nnssl_ext import __version__
-from nnssl_ext.cli import demo, doctor, methods, phantom, plan, train, trainers
+from nnssl_ext.cli import demo, doctor, export, methods, phantom, plan, probe, study, train, trainers, transfer
 
-COMMANDS = (trainers, plan, train, demo, doctor, phantom, methods)
+COMMANDS = (trainers, plan, train, transfer, export, study, probe, demo, doctor, phantom, methods)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,10 +27,11 @@ def run(arguments: argparse.Namespace) -> None:
 def settings_tables() -> str:
     """Markdown: a table of the common settings and one of each method's."""
     from nnssl_ext.methods import METHODS
-    from nnssl_ext.settings import CommonSettings, settings_table
+    from nnssl_ext.settings import CommonSettings, FinetuneSettings, settings_table
 
     head = ["| setting | type | default | what it is | source |", "|---|---|---|---|---|"]
     parts = ["### Common settings", "", *head, *settings_table(CommonSettings)]
     for method in METHODS.values():
         parts += ["", f"### {method.title}", "", *head, *settings_table(method.Settings, f"{method.name}.")]
+    parts += ["", "### Fine-tuning", "", *head, *settings_table(FinetuneSettings, "finetune.")]
     return "\n".join(parts)

@@ -53,6 +53,11 @@ class CropRequest:
     crops: tuple[Crop, ...]
 
     @property
+    def fits_cases(self) -> bool:
+        """Whether the size of the cases decides about the crops."""
+        return any(crop.fit for crop in self.crops)
+
+    @property
     def fewest_cases(self) -> int:
         return 2 if any(crop.other_case for crop in self.crops) else 1
 
@@ -61,13 +66,13 @@ class Sample(NamedTuple):
     """What a worker read for one sample.
 
     Attributes:
-        index: Its global index.
+        number: Its global index.
         boxes: One for each crop of the request.
         failure: Why there are none, '' if there are.
         skipped: Names of what could not be read and was replaced.
     """
 
-    index: int
+    number: int
     boxes: list[SourceBox]
     failure: str = ""
     skipped: tuple[str, ...] = ()
@@ -200,7 +205,7 @@ def collate(samples: list[Sample]) -> CropBatch:
     failure = next((sample.failure for sample in samples if sample.failure), "")
     boxes = [] if failure else [list(row) for row in zip(*(sample.boxes for sample in samples), strict=True)]
     skipped = tuple(name for sample in samples for name in sample.skipped)
-    return CropBatch([sample.index for sample in samples], boxes, failure, skipped)
+    return CropBatch([sample.number for sample in samples], boxes, failure, skipped)
 
 
 def _body_share(body: np.ndarray, volume: np.ndarray, low: np.ndarray, edges: np.ndarray) -> float:

@@ -46,6 +46,7 @@ class ImageRequest:
 
     #: It needs no case at all.
     fewest_cases = 0
+    fits_cases = False
 
 
 class ImageFolder:
@@ -66,8 +67,8 @@ class ImageFolder:
             raise UserError(f"nnssl_ext.images: cannot read the folder {folder}: {error.strerror}") from error
         if len(names) < 2:
             raise UserError(
-                f"nnssl_ext.images: {folder} has {len(names)} subfolders, expected one for each of at least two classes: "
-                f"CLASS/IMAGE.png or .jpg"
+                f"nnssl_ext.images: {folder} has {len(names)} subfolders, expected one for each of two or more "
+                f"classes: CLASS/IMAGE.png or .jpg"
             )
         self.classes = tuple(names)
         #: Paths relative to the folder, class by class.
@@ -104,8 +105,8 @@ class ImageFolder:
         files = sorted(path.relative_to(self.folder).as_posix() for path in below.rglob("*") if _is_image(path))
         if len(files) < 2:
             raise UserError(
-                f"nnssl_ext.images: class '{name}' in {self.folder} has {len(files)} images, expected at least two (one "
-                f"is for validation): .png or .jpg"
+                f"nnssl_ext.images: class '{name}' in {self.folder} has {len(files)} images, expected at least two "
+                f"(one is for validation): .png or .jpg"
             )
         return files
 

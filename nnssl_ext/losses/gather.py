@@ -45,7 +45,7 @@ def gather_samples(rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         order = index.argsort()
         return rows[order], order.argsort()
-    gathered: Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
-    every: Tensor = _Gather.apply(index)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(rows)
+    every: Tensor = _Gather.apply(index)
     order = every.argsort()
     return gathered[order], torch.searchsorted(every[order], index)

@@ -9,6 +9,7 @@ from nnssl_ext.methods.relative_patch_location import RelativePatchLocation
 from nnssl_ext.methods.rotation import Rotation
 from nnssl_ext.methods.variable_dimension_transform import VariableDimensionTransform
 from nnssl_ext.methods.volume_fusion import VolumeFusion
+from nnssl_ext.settings import FinetuneSettings
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -24,7 +25,8 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 
-#: The settings schema of every method's section in the plans.
-SCHEMAS = {name: method.Settings for name, method in METHODS.items()}
+#: The settings schema of every section in the plans: one per method, and the fine-tuner's.
+SCHEMAS: dict[str, type] = {name: method.Settings for name, method in METHODS.items()}
+SCHEMAS["finetune"] = FinetuneSettings
 
 __all__ = ["METHODS", "SCHEMAS", "Geometry", "Method", "OptimiserRecipe", "Readable"]

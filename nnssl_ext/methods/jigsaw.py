@@ -29,7 +29,7 @@ TALEB = "Taleb et al. 2020"
 #: With fewer patches there are too few orders to make a task.
 FEWEST_PATCHES = 4
 #: How many random permutations the set is chosen from.
-POOL = 20_000
+POOL = 200_000
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,16 @@ class Jigsaw(EncoderMethod):
 def distant_permutations(generator: np.random.Generator, number: int, wanted: int) -> np.ndarray:
     """Permutations (P, number) int64 far from each other in Hamming distance.
 
-    Each is the one of a random pool whose least distance to those chosen before is largest.
+    Of a random pool, in its order, those are taken that keep the largest distance at which enough can be found.
     """
     wanted = min(wanted, math.factorial(number))
-    pool = np.unique(generator.permuted(np.tile(np.arange(number), (POOL, 1)), axis=1), axis=0)
-    pool = pool[generator.permutation(len(pool))]
-    chosen = [pool[0]]
-    least = np.full(len(pool), number)
-    while len(chosen) < wanted:
-        least = np.minimum(least, (pool != chosen[-1]).sum(1))
-        chosen.append(pool[int(least.argmax())])
-    return np.stack(chosen)
+    pool = generator.permuted(np.tile(np.arange(number, dtype=np.int8), (POOL, 1)), axis=1)
+    for least in range(number, 0, -1):
+        left = pool
+        chosen: list[np.ndarray] = []
+        while len(left) and len(chosen) < wanted:
+            chosen.append(left[0])
+            left = left[(left != left[0]).sum(1) >= least]
+        if len(chosen) == wanted:
+            break
+    return np.stack(chosen).astype(np.int64)

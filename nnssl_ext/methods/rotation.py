@@ -49,13 +49,13 @@ class RotationSettings(TrainingSettings):
     copies: int = setting(2, "Turned copies of each crop.", source=f"1 in {TALEB}", low=1)
     angle: float = setting(5.0, "Largest small angle about each axis, in degrees, on top of the turn.", low=0, high=30)
     thick_probability: float = setting(
-        0.5,
+        0.8,
         "Chance of a lower resolution along one axis, after the turn.",
         source="hides the slice axis",
         low=0,
         high=1,
     )
-    thick: list[float] = setting([0.4, 1.0], "Range of the resolution that is left.", low=0.05, high=1, length=2)
+    thick: list[float] = setting([0.25, 0.8], "Range of the resolution that is left.", low=0.05, high=1, length=2)
     hidden: list[int] = setting([256], "Widths of the head's layers.", low=1)
 
 

@@ -1,8 +1,8 @@
 """Variable dimension transform: learn to classify 2-D images, seen as thin volumes, with the 3-D encoder.
 
-Supervised, and from natural images: the colours of an image become the slices of a volume, every stride along the depth
-is one while pretraining, and the same weights then run with the strides of the plan, for a kernel does not depend on its
-stride. Zhang et al., "Advancing 3D Medical Image Analysis with Variable Dimension Transform based Supervised 3D
+Supervised, and from natural images: the colours of an image become the slices of a volume, every stride along the
+depth is one while pretraining, and the same weights then run with the strides of the plan, for a kernel does not depend
+on its stride. Zhang et al., "Advancing 3D Medical Image Analysis with Variable Dimension Transform based Supervised 3D
 Pre-training", arXiv 2201.01426. Encoder only.
 
 B batch, C channel, D H W voxels.

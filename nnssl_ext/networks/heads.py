@@ -9,6 +9,7 @@ mean the same. So a 2 x 2 x 2 grid is kept, which tells where in the crop a feat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class VoxelHead(nn.Module):
 def layers(widths: Sequence[int]) -> list[nn.Module]:
     """Linear layers of these widths, with a norm over features and GELU between."""
     parts: list[nn.Module] = []
-    for place, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for place, (inputs, outputs) in enumerate(pairwise(widths)):
         if place:
             parts += [nn.LayerNorm(inputs), nn.GELU()]
         parts.append(nn.Linear(inputs, outputs))

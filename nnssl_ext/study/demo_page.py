@@ -15,7 +15,7 @@ from nnssl_ext.methods import METHODS
 from nnssl_ext.recipe import read_json
 from nnssl_ext.study import pictures
 from nnssl_ext.study.demo import Demo
-from nnssl_ext.study.page import Section, Table, render
+from nnssl_ext.study.page import Page, Section, Table, render
 from nnssl_ext.study.results import case_dice, training_log
 from nnssl_ext.training.state import versions
 
@@ -25,7 +25,7 @@ ARMS = ("scratch", "pretrained")
 def write_page(demo: Demo) -> Path:
     """The page of a finished demonstration."""
     dataset_json = read_json(demo.preprocessed / "dataset.json")
-    dice = {arm: case_dice(demo.results(arm), dataset_json) for arm in ARMS}
+    dice = {arm: case_dice(demo.results(arm) / "validation", dataset_json) for arm in ARMS}
     table = dice_table(dice)
     splits = read_json(demo.preprocessed / "splits_final.json", list)
     means = {arm: frame.groupby("organ")["dice"].mean().mean() for arm, frame in dice.items()}
@@ -52,7 +52,8 @@ def write_page(demo: Demo) -> Path:
         _on_ones_own_data(demo),
     ]
     subtitle = f"nnssl_ext on {demo.source.title}, {method}, {demo.device}"
-    return render(demo.output / "demo.html", "Pretraining for nnU-Net, end to end", subtitle, answer, caution, sections)
+    page = Page("Pretraining for nnU-Net, end to end", subtitle, [answer], caution, sections)
+    return render(demo.output / "demo.html", page)
 
 
 def dice_table(dice: dict[str, pd.DataFrame]) -> Table:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-#: One colour per arm, everywhere on a page.
-COLOURS = {"scratch": "#4477aa", "pretrained": "#cc3311", "truth": "#228833"}
+from nnssl_ext.study.statistics import sign_flip_interval
+
+#: The colours of what every page shows.
+COLOURS = {"scratch": "#4477aa", "pretrained": "#cc3311", "truth": "#228833", "scratch_total": "#77aadd"}
+#: Those of other arms, in the order in which they come.
+OTHERS = ("#cc3311", "#ee7733", "#aa3377", "#009988", "#bbaa33", "#555555", "#ee99aa", "#7755aa", "#996633", "#333399")
+
+
+def colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each arm, the same wherever the same arms are shown."""
+    others = cycle(OTHERS)
+    return {name: COLOURS[name] if name in COLOURS else next(others) for name in names}
 
 
 @dataclass
@@ -45,6 +56,39 @@ def curves(panels: Sequence[tuple[str, str, Mapping[str, Sequence[float]]]]) -> 
     return png(figure)
 
 
+def with_intervals(title: str, label: str, arms: Mapping[str, Mapping[int, Sequence[float]]]) -> bytes:
+    """Dice over budgets or steps: arm -> place -> one score per run; lines are means, bars 95 % intervals of the mean
+    (the range where there are too few runs for one), dots runs."""
+    figure, axis = plt.subplots(figsize=(7.2, 4.4), constrained_layout=True)
+    places = sorted({place for points in arms.values() for place, scores in points.items() if scores})
+    for number, (name, colour) in enumerate(colours(arms).items()):
+        points = {place: np.asarray(scores) for place, scores in arms[name].items() if len(scores)}
+        # side by side, or intervals would hide each other
+        x = np.array([place * 1.02 ** (number - len(arms) / 2) for place in points])
+        means = [scores.mean() for scores in points.values()]
+        limits = np.array([interval_or_range(scores) for scores in points.values()]).reshape(-1, 2)
+        if len(x):
+            spread = np.abs(limits.T - means)
+            axis.errorbar(x, means, spread, color=colour, marker="o", ms=4, capsize=3, lw=1.5, label=name)
+        for place, scores in zip(x, points.values(), strict=True):
+            axis.plot(np.full(len(scores), place), scores, ".", color=colour, ms=3, alpha=0.4)
+    if len(places) > 1:
+        axis.set_xscale("log")
+    axis.set_xticks(places, [str(place) for place in places])
+    axis.minorticks_off()
+    axis.set(title=title, xlabel=label, ylabel="Dice")
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize="small")
+    return png(figure)
+
+
+def interval_or_range(scores: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of the mean of R scores, or their range where R is too small for one."""
+    low, high = sign_flip_interval(scores)
+    return (low, high) if np.isfinite(low) else (float(scores.min()), float(scores.max()))
+
+
 def bars(values: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
     """Dice per class: class -> arm -> one value per case; bars are means, dots are cases."""
     figure, axis = plt.subplots(figsize=(max(5.0, 1.6 * len(values) + 1.5), 3.6), constrained_layout=True)
@@ -73,6 +117,7 @@ def slices(overlays: Sequence[Overlay]) -> bytes:
     figure, axes = plt.subplots(
         len(overlays), 3, figsize=(10.5, 3.6 * len(overlays)), constrained_layout=True, squeeze=False
     )
+    colour = colours(overlays[0].outlines)
     for row, overlay in zip(axes, overlays, strict=True):
         truth = next(iter(overlay.outlines.values())) > 0
         for number, axis in enumerate(row):
@@ -81,10 +126,10 @@ def slices(overlays: Sequence[Overlay]) -> bytes:
             for name, labels in overlay.outlines.items():
                 plane = np.take(labels, index, number)
                 for value in np.unique(plane[plane > 0]):
-                    axis.contour(plane == value, [0.5], colors=COLOURS[name], linewidths=1.1)
+                    axis.contour(plane == value, [0.5], colors=colour[name], linewidths=1.1)
             axis.set_axis_off()
             axis.set_title(f"{overlay.title}, {('axial', 'coronal', 'sagittal')[number]} {index}", fontsize="small")
-    handles = [plt.Line2D([], [], color=COLOURS[name], label=name) for name in overlays[0].outlines]
+    handles = [plt.Line2D([], [], color=colour[name], label=name) for name in overlays[0].outlines]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return png(figure)
 

@@ -9,29 +9,19 @@ import numpy as np
 import pandas as pd
 import torch
 
+from nnssl_ext.checkpoint import NUMPY_SCALARS
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json
 
-#: nnU-Net's checkpoints keep their log in numpy scalars; these names, and no others, may be loaded beside tensors.
-NUMPY_SCALARS: list[Any] = [
-    np.dtype,
-    np.float32,
-    np.float64,
-    np.float64(0).__reduce__()[0],  # numpy's own constructor, wherever it lives
-    type(np.dtype(np.float32)),
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.int64)),
-]
 
-
-def case_dice(fold: Path, dataset_json: dict) -> pd.DataFrame:
-    """Dice per case and class of a fold's validation: columns case, organ, dice (NaN where neither side has any).
+def case_dice(validation: Path, dataset_json: dict) -> pd.DataFrame:
+    """Dice per case and class of a validation: columns case, organ, dice (NaN where neither side has any).
 
     Args:
-        fold: A results folder fold_F with validation/summary.json.
+        validation: A folder with nnU-Net's summary.json.
         dataset_json: The data set's, for the names of the classes.
     """
-    path = fold / "validation" / "summary.json"
+    path = validation / "summary.json"
     names = {_key(value): name for name, value in dataset_json["labels"].items()}
     rows = [
         {"case": Path(entry["prediction_file"]).name, "organ": names.get(label, label), "dice": metrics["Dice"]}

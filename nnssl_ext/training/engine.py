@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
 from nnssl_ext.training.distributed import world
 
@@ -23,8 +24,24 @@ def engine(method: Method, device: torch.device, compile_it: bool) -> nn.Module:
     return trained
 
 
-def mixed_precision(device: torch.device) -> torch.dtype | None:
-    """bfloat16 on CUDA that has it, else float16; float32 (None) elsewhere."""
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+def mixed_precision(device: torch.device, precision: str = "auto") -> torch.dtype | None:
+    """The type for autocast; None is float32.
+
+    ``auto``: bfloat16 on GPUs and CPUs that compute in it, float16 on other GPUs, else float32.
+
+    Raises:
+        UserError: For float16 on anything but a GPU.
+    """
+    if precision == "float16" and device.type != "cuda":
+        raise UserError(f"precision float16 needs a GPU, the device is {device.type}; use auto")
+    if precision != "auto":
+        return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # other CPUs take bfloat16 too, but are slower with it
+    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16() else None
+
+
+def _cpu_has_bfloat16() -> bool:
+    # matrix units for it; older releases of torch cannot tell
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import nn
 
 from nnssl_ext.data.cases import shorten
 from nnssl_ext.data.images import ImageFolder
@@ -23,6 +21,7 @@ from nnssl_ext.environment import worker_count
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import SCHEMAS, Geometry, Method
 from nnssl_ext.networks.backbone import Backbone, backbone_of
+from nnssl_ext.networks.target import target_network
 from nnssl_ext.recipe import read_json
 from nnssl_ext.settings import PLANS_KEY, CommonSettings, split_sections
 from nnssl_ext.training.distributed import rank, world
@@ -122,26 +121,6 @@ def check_plans(
     if problem:
         raise UserError(f"{where}, configuration '{configuration}': {problem}")
     return common, settings, geometry, common.batch_size or config.batch_size
-
-
-def target_network(
-    plans_manager: PlansManager,
-    configuration_manager: ConfigurationManager,
-    input_channels: int,
-    outputs: int,
-    deep_supervision: bool = True,
-) -> nn.Module:
-    """The network that the plans' target trainer builds."""
-    name = plans_manager.plans.get(PLANS_KEY, {}).get("target_trainer", "nnUNetTrainer")
-    try:
-        target = recursive_find_trainer_class_by_name(name)
-    except RuntimeError as error:
-        raise UserError(
-            f"plans {plans_manager.plans_name}: target_trainer '{name}' was not found by nnU-Net"
-        ) from error
-    return target.build_network_architecture(
-        plans_manager, configuration_manager, input_channels, outputs, deep_supervision
-    )
 
 
 def target_backbone(

@@ -24,12 +24,13 @@ from nnssl_ext import checkpoint
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
+from nnssl_ext.networks.target import target_network
 from nnssl_ext.training import state
 from nnssl_ext.training.distributed import mean_over_samples, rank, rank_device, world
 from nnssl_ext.training.engine import engine, mixed_precision
 from nnssl_ext.training.log import PretrainingLog
 from nnssl_ext.training.optimisation import build_optimiser, learning_rate_at
-from nnssl_ext.training.preflight import check_run, target_backbone, target_network
+from nnssl_ext.training.preflight import check_run, target_backbone
 from nnssl_ext.training.samples import Unreadable, sample_loaders
 from nnssl_ext.training.summary import print_summary
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom, step_seed
@@ -57,10 +58,10 @@ class PretrainingTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net reads this signature)
     ) -> None:
         self.checked = check_run(self.method_class, plans, configuration, fold, dataset_json, device)
-        super().__init__(plans, configuration, fold, dataset_json, device)
         common = self.checked.common
-        self.device = rank_device(device)
-        self.amp_dtype = mixed_precision(self.device)
+        amp_dtype = mixed_precision(device, common.precision)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.device, self.amp_dtype = rank_device(device), amp_dtype
         # bfloat16 has the range of float32: only float16 needs its gradients scaled
         self.grad_scaler = torch.amp.GradScaler("cuda") if self.amp_dtype is torch.float16 else None
         self.num_epochs = common.epochs
@@ -189,7 +190,7 @@ class PretrainingTrainer(nnUNetTrainer):
         random = BatchRandom(self.checked.common.seed, stream, batch.indices, self.device)
         with torch.no_grad():
             views = self.method.views(batch, random)
-        mixed = torch.autocast("cuda", self.amp_dtype) if self.amp_dtype is not None else nullcontext()
+        mixed = torch.autocast(self.device.type, self.amp_dtype) if self.amp_dtype is not None else nullcontext()
         with mixed:
             return self.objective(views)
 

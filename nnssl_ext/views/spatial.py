@@ -93,13 +93,15 @@ def reach(matrix: np.ndarray, size: Sequence[int]) -> np.ndarray:
 
 
 def fitted(matrix: np.ndarray, size: Sequence[int], room: np.ndarray) -> np.ndarray:
-    """``matrix``, shrunk alike along all axes until a crop with edges ``size`` reaches no farther than ``room`` (3,)."""
+    """``matrix``, shrunk alike along all axes until a crop of ``size`` reaches no farther than ``room`` (3,)."""
     half = reach(matrix, size)
     wanted = half > room
     return matrix * (room[wanted] / half[wanted]).min(initial=1.0)
 
 
-def part(box: SourceBox, size: Sequence[int], view: np.ndarray, place: Sequence[float] = (0.0, 0.0, 0.0)) -> SourceBox:
+def part(
+    box: SourceBox, size: Sequence[int], view: np.ndarray, place: Sequence[float] | np.ndarray = (0.0, 0.0, 0.0)
+) -> SourceBox:
     """A view within the region that was read for a crop: never anything outside it, so never padding.
 
     Args:
@@ -114,7 +116,7 @@ def part(box: SourceBox, size: Sequence[int], view: np.ndarray, place: Sequence[
     return SourceBox(box.data, matrix, box.centre + np.asarray(place) * left, box.case)
 
 
-def turn(angles: Sequence[float], spacing: Sequence[float]) -> np.ndarray:
+def turn(angles: Sequence[float] | np.ndarray, spacing: Sequence[float] | np.ndarray) -> np.ndarray:
     """The matrix (3, 3) in voxels of a rotation in mm by ``angles`` (3,) in degrees about the three axes."""
     edges = np.asarray(spacing)
     return _rotation(np.deg2rad(angles)) * edges[None, :] / edges[:, None]

@@ -54,7 +54,7 @@ def turnable_size(size: Sequence[int], steps: Sequence[int], alike: np.ndarray) 
     """
     edges = []
     for axis in range(3):
-        group = np.flatnonzero(alike[axis])
+        group = np.flatnonzero(alike[axis]).tolist()
         step = int(np.lcm.reduce([steps[a] for a in group]))
         room = min(size[a] for a in group)
         edges.append(max(room // step, 2 if step > 1 else 1) * step)

@@ -51,19 +51,19 @@ def write_anatomy(folder: Path, cases: int = 12) -> Path:
 
 
 def readable_after(folder: Path, method: Any, steps: int, shuffled: bool) -> float:
-    """The readable number on other crops after some steps, with the voxels of all boxes in another order or not."""
+    """The readable number on other crops after some steps, with the voxels of every image in another order or not."""
     optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 3e-3)
 
     def views(first: int, number: int) -> dict[str, Tensor]:
-        indices = list(range(first, first + number))
-        batch = batch_of(folder, method, indices)
+        result = views_of(folder, method, list(range(first, first + number)))
         if shuffled:
-            for row in batch.boxes:
-                for index, box in zip(indices, row, strict=True):
-                    flat = box.data.flatten(1)
-                    order = np.random.default_rng(index).permutation(flat.shape[1])
-                    box.data = flat[:, torch.from_numpy(order)].view_as(box.data)
-        return method.views(batch, BatchRandom(0, VIEWS, indices, CPU))
+            (key,) = (key for key, value in result.items() if value.ndim == 6)
+            flat = result[key].flatten(0, 1).flatten(2)  # (B N, C, voxels)
+            generator = np.random.default_rng(first)
+            orders = [torch.from_numpy(generator.permutation(flat.shape[2])) for _ in flat]
+            flat = torch.stack([image[:, order] for image, order in zip(flat, orders, strict=True)])
+            result[key] = flat.view_as(result[key])
+        return result
 
     method.train()
     for step in range(steps):

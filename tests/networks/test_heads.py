@@ -41,7 +41,9 @@ def test_a_head_has_the_layers_it_is_asked_for() -> None:
     assert head(torch.randn(2, 24)).shape == (2, 4)
 
 
-@pytest.mark.parametrize("context", [RecurrentContext(embedding=5, width=6), ConvolutionalContext(columns=4, embedding=5, width=6)])
+@pytest.mark.parametrize(
+    "context", [RecurrentContext(embedding=5, width=6), ConvolutionalContext(columns=4, embedding=5, width=6)]
+)
 def test_contexts_see_every_row(context: torch.nn.Module) -> None:
     rows = torch.randn(2, 2, 4, 5, requires_grad=True)
     summary = context(rows)

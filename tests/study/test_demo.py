@@ -11,7 +11,7 @@ from nnssl_ext.data.phantom import ORGANS, PhantomOptions
 from nnssl_ext.errors import UserError
 from nnssl_ext.study.demo import Demo
 from nnssl_ext.study.demo_page import dice_table, write_page
-from nnssl_ext.study.page import Section, Table, render
+from nnssl_ext.study.page import Page, Section, Table, render
 from nnssl_ext.study.sources import PhantomSource
 
 TINY = [
@@ -60,9 +60,9 @@ def test_from_nothing_to_a_page_and_again_in_no_time(
 def test_pages_escape_what_they_are_told(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     section = Section(evil, [evil], Table([evil], [[evil]]), code=evil)
-    text = render(tmp_path / "page.html", evil, evil, evil, evil, [section]).read_text()
+    text = render(tmp_path / "page.html", Page(evil, evil, [evil], evil, [section], [evil])).read_text()
     assert "<script>" not in text
-    assert text.count("&lt;script&gt;") >= 8
+    assert text.count("&lt;script&gt;") >= 9
 
 
 def test_table_counts_only_cases_that_have_the_class() -> None:

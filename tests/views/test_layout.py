@@ -1,5 +1,6 @@
 import math
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +20,11 @@ PLANS = {
     "128^3, six stages": ([[1, 1, 1]] + 5 * [[2, 2, 2]], (128, 128, 128), True),
     "anisotropic": ([[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2]], (18, 237, 208), False),
 }
-CHOICES = {
+CHOICES: dict[str, dict[str, Any]] = {
     "jigsaw": {"fewest": 4, "most_voxels": 2.0},
     "relative location": {"fewest": 3, "choices": (1, 3)},
 }
-COMMON = {"title": "it", "gap": 0.25, "jitter": 0.125, "most_zoom": 2.0}
+COMMON: dict[str, Any] = {"title": "it", "gap": 0.25, "jitter": 0.125, "most_zoom": 2.0}
 
 
 def cumulated(strides: list) -> list[tuple[int, ...]]:
@@ -65,9 +66,7 @@ def test_layouts_are_legal_on_every_kind_of_plan(plan: str, task: str) -> None:
     assert 1 <= layout.zoom <= 2
     for window, case in zip(layout.window, case_size, strict=True):
         assert window / layout.zoom <= case + 1e-6
-    for patch, gap, jitter, total in zip(
-        layout.patch, layout.gap, layout.jitter, cumulated(strides)[-1], strict=True
-    ):
+    for patch, gap, jitter, total in zip(layout.patch, layout.gap, layout.jitter, cumulated(strides)[-1], strict=True):
         assert patch == 2 * total
         assert gap >= patch / 4
         assert jitter >= patch / 8
@@ -143,7 +142,9 @@ def test_a_shallower_stage_where_the_deepest_does_not_fit() -> None:
 
 
 def test_one_line_where_nothing_fits() -> None:
-    with pytest.raises(UserError, match=r"it needs 4 patches of \(8, 8, 8\) voxels side by side, but cases of") as error:
+    with pytest.raises(
+        UserError, match=r"it needs 4 patches of \(8, 8, 8\) voxels side by side, but cases of"
+    ) as error:
         solve_layout(cumulated(PLANS["hippocampus"][0]), (6, 6, 6), **COMMON, fewest=4)
     assert "\n" not in str(error.value)
 

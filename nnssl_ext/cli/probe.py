@@ -1,0 +1,84 @@
+"""Compare pretrained encoders in minutes: each frozen, under a linear voxel-wise head.
+
+    nnssl_ext probe vf=.../checkpoint_final.pth mae=.../checkpoint_final.pth -d 802 -c 3d_fullres -p PLANS -o PROBE
+
+PLANS are those that the checkpoints were trained with. An untrained encoder is probed beside them. What a probe ranks
+first need not be best after fine-tuning: nnssl_ext study answers that.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nnssl_ext.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("files", nargs="+", metavar="NAME=FILE", help="pretrained weights and what to call them")
+    add("-d", required=True, metavar="DATASET", help="dataset name or ID, planned and preprocessed")
+    add("-c", required=True, metavar="CONFIGURATION", help="a 3-D configuration")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="the plans of the weights (nnUNetPlans)")
+    add("-o", required=True, metavar="PROBE", help="folder of the probes; all of it goes there")
+    add("-device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    add("--labels", type=int, default=8, help="labelled cases of each run (8)")
+    add("--runs", type=int, default=3, help="runs, each with other cases and another seed (3)")
+    add("--steps", type=int, default=300, help="steps of each run (300)")
+    add("--rate", type=float, default=0.01, help="AdamW's peak rate (0.01)")
+    add("--fold", type=int, default=0, help="the fold whose validation cases are predicted (0)")
+    add("--seed", type=int, default=0)
+    add("--jobs", type=int, default=1, help="runs at a time on each GPU, or on the CPU (1)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from nnssl_ext.environment import dataset_folder
+    from nnssl_ext.study.analysis import Analysis, load_results
+    from nnssl_ext.study.grid import arms_of
+    from nnssl_ext.study.metrics import tolerance_of
+    from nnssl_ext.study.protocol import Protocol
+    from nnssl_ext.study.runner import run_grid, slots
+    from nnssl_ext.study.study import Study, locked
+
+    folder, device = Path(arguments.o).resolve(), arguments.device
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if min(arguments.labels, arguments.runs, arguments.steps, arguments.jobs) < 1 or arguments.rate <= 0:
+        raise UserError("--labels, --runs, --steps and --jobs must be at least 1, --rate positive")
+    dataset = dataset_folder(arguments.d).name
+    protocol = Protocol(
+        dataset=dataset,
+        configuration=arguments.c,
+        plans=arguments.p,
+        overlays=["finetune.optimiser=adamw"],
+        labels=[arguments.labels],
+        subsets=arguments.runs,
+        steps=arguments.steps,
+        snapshots=[arguments.steps],
+        primary_labels=arguments.labels,
+        primary_step=arguments.steps,
+        rates=[arguments.rate],
+        development_runs=1,
+        total_baseline=0,
+        fold=arguments.fold,
+        transductive=False,
+        tolerance=tolerance_of(dataset),
+        seed=arguments.seed,
+    )
+    study = Study(folder, protocol, arms_of([], arguments.files, 0), device, finetuner="nnsslTrainer_Probe")
+    with locked(folder):
+        grid = study.prepare()
+        run_grid(grid, slots(device, arguments.jobs))
+    results = load_results(grid)
+    results.to_csv(folder / "results.csv", index=False)
+    analysis = Analysis(grid, results)
+    print(f"Dice on {len(grid.cases.held_out)} held-out cases, mean and range over {arguments.runs} runs:")
+    for arm in grid.arms:
+        scores = list(analysis.score(arm.name, arguments.labels, arguments.steps).values())
+        name = arm.name if arm.init else "untrained encoder"
+        shown = f"{sum(scores) / len(scores):.3f}  {min(scores):.3f} to {max(scores):.3f}" if scores else "failed"
+        print(f"  {name:30} {shown}")
+    if grid.failed:
+        logs = ", ".join(str(log) for log in grid.failed.values())
+        raise UserError(f"{len(grid.failed)} runs failed; their logs: {logs}")

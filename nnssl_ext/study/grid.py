@@ -1,0 +1,284 @@
+"""The runs of a study: ordinary trainings in an nnUNet_preprocessed root of their own, a results root for each arm.
+
+STUDY/study.json                    the protocol
+STUDY/nnUNet_preprocessed/DATASET   links to the user's preprocessed data; plans and splits of our own
+STUDY/results/ARM                   nnUNet_results of one arm
+STUDY/cells/ARM/NAME.csv            the metrics of one run; its presence says that the run is done
+STUDY/logs/ARM/NAME.txt             what its command printed
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from nnssl_ext.errors import UserError
+from nnssl_ext.methods import METHODS
+from nnssl_ext.recipe import read_json, write_json
+from nnssl_ext.settings import PLANS_KEY
+from nnssl_ext.study.protocol import SCRATCH, TOTAL, Cases, Protocol
+
+FINETUNER = "nnsslTrainer_Finetune"
+#: What the study asks of every fine-tuning unless its overlays say otherwise.
+FINETUNE = {
+    "steps_per_epoch": 250,
+    "validation_iterations": 1,
+    "save_every": 1,
+    "precision": "auto",
+    "mirroring": False,
+}
+#: Kinds of runs in the order in which they are wanted.
+PRETRAINING, DEVELOPMENT, GRID = "pretraining", "development", "grid"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of the comparison.
+
+    Attributes:
+        name: As on the command line.
+        method: Its pretraining method, '' for none.
+        init: A file of pretrained weights from elsewhere, '' for none.
+    """
+
+    name: str
+    method: str = ""
+    init: str = ""
+
+    @property
+    def title(self) -> str:
+        """The exact name of an arm for the report."""
+        if self.name == SCRATCH:
+            return "scratch, equal fine-tuning steps"
+        return "scratch, equal total steps" if self.name == TOTAL else self.name
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        arm: Whose.
+        kind: ``PRETRAINING``, ``DEVELOPMENT`` or ``GRID``.
+        fold: Its fold in the study's splits.
+        rate: Fine-tuning rate; 0 for a pretraining.
+        labels, subset: Of a grid cell; for a development run ``subset`` is its number.
+    """
+
+    arm: Arm
+    kind: str
+    fold: int
+    rate: float = 0.0
+    labels: int = 0
+    subset: int = 0
+
+    @property
+    def name(self) -> str:
+        if self.kind == PRETRAINING:
+            return PRETRAINING
+        if self.kind == DEVELOPMENT:
+            return f"development_{self.subset}_rate_{self.rate:g}"
+        return f"labels_{self.labels}_subset_{self.subset}"
+
+
+@dataclass
+class Grid:
+    """All runs of a study and where they are."""
+
+    folder: Path
+    protocol: Protocol
+    cases: Cases
+    arms: list[Arm]
+    device: str = "cpu"
+    keep_checkpoints: bool = False
+    finetuner: str = FINETUNER
+    failed: dict[Cell, Path] = field(default_factory=dict)
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.folder / "nnUNet_preprocessed" / self.protocol.dataset
+
+    @cached_property
+    def folds(self) -> list[dict[str, list[str]]]:
+        """nnU-Net's splits: 0 pretrains, then the development runs, then the grid."""
+        c = self.cases
+        seen = sorted([*c.pool, *c.held_out]) if self.protocol.transductive else c.pool
+        folds = [{"train": seen, "val": []}]
+        folds += [{"train": train, "val": c.development} for train in c.development_subsets]
+        return folds + [{"train": train, "val": c.held_out} for train in c.subsets.values()]
+
+    def plans_name(self, cell: Cell) -> str:
+        base = f"{self.protocol.plans}_study"
+        if cell.kind == PRETRAINING:
+            return base
+        total = "_total" if cell.arm.name == TOTAL else ""
+        return f"{base}{total}_rate_{cell.rate:g}"
+
+    def pretrained_arms(self) -> list[Arm]:
+        return [arm for arm in self.arms if arm.method]
+
+    def pretraining(self, arm: Arm) -> Cell:
+        return Cell(arm, PRETRAINING, 0)
+
+    def development(self, arm: Arm) -> list[Cell]:
+        """The runs by which an arm's rate is chosen."""
+        if arm.name == TOTAL:
+            return []
+        runs = range(len(self.cases.development_subsets))
+        return [Cell(arm, DEVELOPMENT, 1 + run, rate, subset=run) for run in runs for rate in self.protocol.rates]
+
+    def grid(self, arm: Arm, rate: float) -> list[Cell]:
+        """An arm's runs that are compared."""
+        first = 1 + len(self.cases.development_subsets)
+        places = [
+            (labels, subset, fold)
+            for fold, (labels, subset) in enumerate(self.cases.subsets, first)
+            if arm.name != TOTAL or (labels == self.protocol.primary_labels and subset < self.protocol.total_baseline)
+        ]
+        return [Cell(arm, GRID, fold, rate, labels, subset) for labels, subset, fold in places]
+
+    def rate(self, arm: Arm) -> float:
+        """The rate with the best mean Dice on development cases at the primary step; scratch's for both baselines."""
+        chosen_by = next(a for a in self.arms if a.name == SCRATCH) if arm.name == TOTAL else arm
+        runs = self.development(chosen_by)
+        if not runs:
+            return self.protocol.rates[0]
+        scores: dict[float, list[float]] = {}
+        for cell in runs:
+            frame = self.metrics(cell)
+            at_step = frame[frame["step"] == self.protocol.primary_step]
+            scores.setdefault(cell.rate, []).append(at_step.groupby("organ")["dice"].mean().mean())
+        return max(scores, key=lambda rate: sum(scores[rate]) / len(scores[rate]))
+
+    def fold_folder(self, cell: Cell) -> Path:
+        trainer = METHODS[cell.arm.method].trainer if cell.kind == PRETRAINING else self.finetuner
+        run = f"{trainer}__{self.plans_name(cell)}__{self.protocol.configuration}"
+        return self.folder / "results" / cell.arm.name / self.protocol.dataset / run / f"fold_{cell.fold}"
+
+    def metrics_file(self, cell: Cell) -> Path:
+        return self.folder / "cells" / cell.arm.name / f"{cell.name}.csv"
+
+    def log_file(self, cell: Cell) -> Path:
+        return self.folder / "logs" / cell.arm.name / f"{cell.name}.txt"
+
+    def metrics(self, cell: Cell) -> pd.DataFrame:
+        """Columns step, case, organ, dice, nsd of a run that is done."""
+        return pd.read_csv(self.metrics_file(cell))
+
+    def weights(self, arm: Arm) -> Path | None:
+        """The file an arm is fine-tuned from."""
+        if arm.init:
+            return Path(arm.init)
+        return self.fold_folder(self.pretraining(arm)) / "checkpoint_final.pth" if arm.method else None
+
+    def done(self, cell: Cell) -> bool:
+        if cell.kind == PRETRAINING:
+            return (self.fold_folder(cell) / "pretraining_summary.json").is_file()
+        return self.metrics_file(cell).is_file()
+
+    def ready(self) -> Iterator[Cell]:
+        """Runs that are not done and whose conditions are met, the most wanted first."""
+        for arm in self.pretrained_arms():
+            if not self.done(self.pretraining(arm)):
+                yield self.pretraining(arm)
+        usable = [arm for arm in self.arms if not arm.method or self.done(self.pretraining(arm))]
+        for arm in usable:
+            yield from (cell for cell in self.development(arm) if not self.done(cell))
+        cells = [cell for arm in usable if self.rate_is_known(arm) for cell in self.grid(arm, self.rate(arm))]
+        p = self.protocol
+        # pairs are completed one after the other, the primary endpoint's first, the long baseline last
+        cells.sort(key=lambda c: (c.arm.name == TOTAL, c.labels != p.primary_labels, c.labels, c.subset))
+        yield from (cell for cell in cells if not self.done(cell))
+
+    def rate_is_known(self, arm: Arm) -> bool:
+        if arm.name == TOTAL:
+            return self.total_steps() > 0 and self.rate_is_known(self.arms[0])
+        return all(self.done(cell) for cell in self.development(arm))
+
+    def all_cells(self) -> list[Cell]:
+        """Every run, done or not; grid cells of arms whose rate is still unknown with the first rate."""
+        cells = [self.pretraining(arm) for arm in self.pretrained_arms()]
+        for arm in self.arms:
+            cells += self.development(arm)
+            cells += self.grid(arm, self.rate(arm) if self.rate_is_known(arm) else self.protocol.rates[0])
+        return cells
+
+    def pretraining_steps(self, arm: Arm) -> int:
+        """Steps of an arm's pretraining; 0 if unknown or not finished."""
+        summary = self.fold_folder(self.pretraining(arm)) / "pretraining_summary.json" if arm.method else Path()
+        return int(read_json(summary)["steps"]) if summary.is_file() else 0
+
+    def total_steps(self) -> int:
+        """Fine-tuning steps and the longest pretraining's; 0 until all pretrainings are finished."""
+        steps = [self.pretraining_steps(arm) for arm in self.pretrained_arms()]
+        return self.protocol.steps + max(steps) if steps and all(steps) else 0
+
+    def last_step(self, cell: Cell) -> int:
+        """The step at which a fine-tuning ends."""
+        return self.total_steps() if cell.arm.name == TOTAL else self.protocol.steps
+
+    def write_plans(self, cell: Cell) -> None:
+        """Write the plans of a fine-tuning: the study's own with the run's length, snapshots and rate."""
+        name, p = self.plans_name(cell), self.protocol
+        if cell.kind == PRETRAINING:
+            return
+        plans = read_json(self.preprocessed / f"{p.plans}_study.json")
+        section, last = plans.get(PLANS_KEY, {}), self.last_step(cell)
+        snapshots = [last] if cell.arm.name == TOTAL else p.snapshots
+        own = {"steps": last, "snapshots": snapshots, "learning_rate": cell.rate, "seed": p.seed}
+        section = {**section, "finetune": {**FINETUNE, **section.get("finetune", {}), **own}}
+        write_json({**plans, "plans_name": name, PLANS_KEY: section}, self.preprocessed / f"{name}.json")
+
+    def command(self, cell: Cell) -> list[str]:
+        """The run's command; it goes on where an interrupted one stopped."""
+        trainer = METHODS[cell.arm.method].trainer if cell.kind == PRETRAINING else self.finetuner
+        p = self.protocol
+        words = ["nnUNetv2_train", p.dataset, p.configuration, str(cell.fold), "-tr", trainer]
+        words += ["-p", self.plans_name(cell), "-device", self.device]
+        kept = self.fold_folder(cell)
+        if any((kept / f"checkpoint_{name}.pth").is_file() for name in ("final", "latest", "best")):
+            return [*words, "--c"]
+        weights = self.weights(cell.arm) if cell.kind != PRETRAINING else None
+        return [*words, "-pretrained_weights", str(weights)] if weights else words
+
+    def shown_command(self, cell: Cell) -> str:
+        """The command of a run from its start, with its results root, for the report."""
+        weights = self.weights(cell.arm) if cell.kind != PRETRAINING else None
+        words = [word for word in self.command(cell) if word != "--c"]
+        if weights and "-pretrained_weights" not in words:
+            words += ["-pretrained_weights", str(weights)]
+        line = f"nnUNet_results={self.folder / 'results' / cell.arm.name} {shlex.join(words)}"
+        return line.replace(str(self.folder), "$STUDY")
+
+
+def arms_of(methods: list[str], inits: list[str], total_baseline: int) -> list[Arm]:
+    """The arms that the command line names; scratch is always the first.
+
+    Raises:
+        UserError: For an unknown method or a file that does not exist.
+    """
+    known = {method.trainer.removeprefix("nnsslTrainer_"): name for name, method in METHODS.items()}
+    arms = [Arm(SCRATCH)]
+    for name in methods:
+        if name == SCRATCH:
+            continue
+        if name not in known:
+            raise UserError(f"--methods: unknown method '{name}'; known: scratch, {', '.join(known)}")
+        arms.append(Arm(name, method=known[name]))
+    for word in inits:
+        name, _, file = word.partition("=")
+        if not file or not Path(file).is_file():
+            raise UserError(f"--init {word}: expected NAME=FILE with a file that exists")
+        if not name.replace("_", "").replace("-", "").isalnum() or name in (SCRATCH, TOTAL):
+            raise UserError(f"--init {word}: the name may have letters, digits, - and _, and is not {SCRATCH}")
+        arms.append(Arm(name, init=str(Path(file).resolve())))
+    if len({arm.name for arm in arms}) != len(arms):
+        raise UserError("two arms have the same name; give each --methods and --init once")
+    if total_baseline and any(arm.method for arm in arms):
+        arms.append(Arm(TOTAL))
+    return arms

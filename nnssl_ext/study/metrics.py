@@ -1,0 +1,101 @@
+"""Dice and normalised surface Dice of a fold's predictions, case by case and class by class."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import SimpleITK
+import torch
+
+from nnssl_ext.study.results import case_dice
+
+#: Tolerances of the Medical Segmentation Decathlon in mm, by task (Antonelli et al., Nature Communications 13:4128).
+DECATHLON_TOLERANCE = {
+    "BrainTumour": 5.0,
+    "Heart": 4.0,
+    "Liver": 7.0,
+    "Hippocampus": 1.0,
+    "Prostate": 4.0,
+    "Lung": 2.0,
+    "Pancreas": 5.0,
+    "HepaticVessel": 3.0,
+    "Spleen": 3.0,
+    "Colon": 4.0,
+}
+#: For every other data set.
+TOLERANCE = 2.0
+
+
+def tolerance_of(dataset: str) -> float:
+    """The surface tolerance in mm of ``DatasetXXX_NAME``: the Decathlon's for its tasks, else ``TOLERANCE``."""
+    return DECATHLON_TOLERANCE.get(re.sub(r"^Dataset\d{3}_", "", dataset), TOLERANCE)
+
+
+def fold_metrics(validation: Path, truth: Path, dataset_json: Mapping[str, Any], tolerance: float) -> pd.DataFrame:
+    """Columns case, organ, dice, nsd of a validation folder; NaN where neither side has the class.
+
+    Args:
+        validation: With the predictions and nnU-Net's summary.json.
+        truth: gt_segmentations.
+        dataset_json: The data set's.
+        tolerance: In mm.
+    """
+    frame = case_dice(validation, dict(dataset_json))
+    classes = {name: value for name, value in dataset_json["labels"].items() if name not in ("background", "ignore")}
+    frame["nsd"] = np.nan
+    for case, rows in frame.groupby("case", sort=False):
+        predicted, spacing = _read(validation / str(case))
+        expected, _ = _read(truth / str(case))
+        ignored = expected == dataset_json["labels"].get("ignore", -1)
+        for row, organ in rows["organ"].items():
+            labels = np.atleast_1d(classes[organ])
+            ours, theirs = (np.isin(volume, labels) & ~ignored for volume in (predicted, expected))
+            frame.loc[row, "nsd"] = normalised_surface_dice(ours, theirs, spacing, tolerance)
+    return frame
+
+
+def normalised_surface_dice(
+    predicted: np.ndarray, expected: np.ndarray, spacing: tuple[float, ...], tolerance: float
+) -> float:
+    """Share of both surfaces that lies within ``tolerance`` of the other (Nikolov et al., arXiv 1809.04430), by MONAI.
+
+    Args:
+        predicted, expected: (D, H, W) bool.
+        spacing: In mm, D H W.
+        tolerance: In mm.
+
+    Returns:
+        In [0, 1]; NaN if both are empty, 0 if one is.
+    """
+    if not predicted.any() or not expected.any():
+        return float("nan") if predicted.any() == expected.any() else 0.0
+    from monai.metrics import compute_surface_dice  # takes seconds to import
+
+    # an empty border: a surface at the edge of the image is one too
+    a, b = (torch.from_numpy(np.pad(mask, 1))[None, None].float() for mask in (predicted, expected))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = compute_surface_dice(a, b, [tolerance], include_background=True, spacing=spacing, use_subvoxels=True)
+    return float(value.item())
+
+
+def run_scores(frame: pd.DataFrame, value: str, by: list[str]) -> pd.Series:
+    """A run's score: the mean over cases of each class, then over classes, as nnU-Net's foreground mean.
+
+    Args:
+        frame: Rows of one metric per case and organ.
+        value: ``dice`` or ``nsd``.
+        by: Columns that name a run.
+    """
+    return frame.groupby([*by, "organ"])[value].mean().groupby(level=by).mean()
+
+
+def _read(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
+    image = SimpleITK.ReadImage(str(path))
+    return SimpleITK.GetArrayFromImage(image), tuple(reversed(image.GetSpacing()))

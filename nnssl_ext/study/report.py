@@ -1,0 +1,234 @@
+"""The report of a study: one self-contained HTML file, a Markdown twin, and the table of all numbers."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import SimpleITK
+
+from nnssl_ext.files import replaced_on_success
+from nnssl_ext.recipe import read_json
+from nnssl_ext.study import pictures
+from nnssl_ext.study.analysis import Analysis, Comparison, count, interval, load_results
+from nnssl_ext.study.grid import GRID, PRETRAINING, Arm, Grid
+from nnssl_ext.study.page import Page, Section, Table, render, render_markdown
+from nnssl_ext.study.protocol import SCRATCH, TOTAL
+from nnssl_ext.training.state import revision, versions
+
+
+def write_report(grid: Grid) -> Path:
+    """Write report.html, report.md and results.csv of the runs that are done."""
+    results = load_results(grid)
+    with replaced_on_success(grid.folder / "results.csv") as temporary:
+        results.to_csv(temporary, index=False)
+    dice, nsd = Analysis(grid, results), Analysis(grid, results, "nsd")
+    p = grid.protocol
+    page = Page(
+        title="Does pretraining pay?",
+        subtitle=f"{p.dataset}, {p.configuration}, plans {p.plans}; {count(len(grid.cases.held_out), 'held-out case')}",
+        answers=[dice.answer(arm) for arm in dice.tested_arms],
+        caution=_caution(grid),
+        warnings=_warnings(grid),
+        sections=[
+            *_sections_of_numbers(grid, dice, nsd),
+            *_slices(grid, dice),
+            _protocol(grid),
+            _cost(grid),
+            _commands(grid),
+        ],
+    )
+    render_markdown(grid.folder / "report.md", page)
+    return render(grid.folder / "report.html", page)
+
+
+def _caution(grid: Grid) -> str:
+    p = grid.protocol
+    return (
+        f"The endpoint was fixed before the runs: Dice at {count(p.primary_labels, 'label')} after "
+        f"{p.primary_step} steps. The unit is the paired run (label subset and seed), tested by exact sign flips; "
+        f"intervals belong to the same test. Every arm is fine-tuned for {p.steps} steps."
+    )
+
+
+def _warnings(grid: Grid) -> list[str]:
+    found = []
+    if grid.protocol.transductive:
+        found.append("Transductive: pretraining saw the images (not the labels) of the held-out cases.")
+    missing = [cell for cell in grid.all_cells() if not grid.done(cell)]
+    if missing:
+        found.append(f"{len(missing)} of {len(grid.all_cells())} runs are not done; what follows is without them.")
+    for cell, log in grid.failed.items():
+        found.append(f"Failed: {cell.arm.name} {cell.name}; its log is {log.relative_to(grid.folder)}.")
+    for arm in grid.arms:
+        if arm.init:
+            found.append(f"{arm.name} comes from a file: which images it has seen is not known to this study.")
+    return found
+
+
+def _sections_of_numbers(grid: Grid, dice: Analysis, nsd: Analysis) -> list[Section]:
+    p, arms = grid.protocol, dice.tested_arms
+    budgets = p.labels
+    against = [SCRATCH, *(a.name for a in arms if a.method == "masked_autoencoder")]
+    rows = [
+        comparison_row(c)
+        for base in against
+        for arm in arms
+        if arm.name != base
+        for c in dice.compare(arm.name, base, budgets, p.primary_step)
+    ]
+    rows += [comparison_row(c) for arm in arms if (c := dice.primary(arm.name, TOTAL))]
+    head = ["arm", "against", "labels", "steps", "arm's Dice", "other's", "difference (points) [95 %]", "p", "p, Holm"]
+    head.append("p over cases*")
+    saved = []
+    for arm in arms:
+        s = dice.saved(arm.name)
+        labels = f"{100 * s.share:.0f} % ({s.labels} of {s.everything})" if s.share is not None else "none shown"
+        saved += [
+            [arm.name, labels, str(budget), str(p.steps), str(dice.reached(arm.name, budget) or "not reached")]
+            for budget in budgets
+            if dice.score(arm.name, budget, p.steps)
+        ]
+    surface = [comparison_row(c) for arm in arms for c in nsd.compare(arm.name, SCRATCH, budgets, p.primary_step)]
+    names = [arm.name for arm in grid.arms]
+    return [
+        Section(
+            "Dice, with and without pretraining",
+            ["* Wilcoxon over held-out cases, given these networks: it says nothing about other runs."],
+            Table(head, rows),
+            [
+                pictures.with_intervals(
+                    f"After {p.primary_step} steps",
+                    "labelled cases",
+                    {name: {n: list(dice.score(name, n, p.primary_step).values()) for n in budgets} for name in names},
+                ),
+                pictures.with_intervals(
+                    f"At {count(p.primary_labels, 'label')}",
+                    "fine-tuning steps",
+                    {name: dice.curve(name, p.primary_labels) for name in names},
+                ),
+            ],
+        ),
+        Section(
+            "Labels and steps saved",
+            [
+                "Labels: the smallest budget whose lower limit against scratch with all cases lies above -0.5 points. "
+                "Steps: the first snapshot at which the arm's mean is scratch's at the end of the same budget."
+            ],
+            Table(["arm", "labels saved", "labels", "scratch's steps", "arm's steps"], saved),
+        ),
+        Section(
+            f"Normalised surface Dice at {p.tolerance:g} mm", table=Table([*head[:4], "arm's", *head[5:]], surface)
+        ),
+        Section("Per class", table=_per_class(grid, dice)),
+    ]
+
+
+def comparison_row(c: Comparison) -> list[str]:
+    """The cells of one comparison."""
+    return [
+        c.arm,
+        "scratch, equal total steps" if c.against == TOTAL else c.against,
+        str(c.labels),
+        str(c.step),
+        f"{c.arm_mean:.3f}",
+        f"{c.against_mean:.3f}",
+        f"{100 * c.effect.mean:+.1f} {interval(c.effect)}, n = {c.effect.pairs}",
+        f"{c.effect.p:.3f}",
+        f"{c.adjusted:.3f}",
+        f"{c.cases:.3f}",
+    ]
+
+
+def _per_class(grid: Grid, dice: Analysis) -> Table:
+    p, frame = grid.protocol, dice.results
+    names = [arm.name for arm in grid.arms if arm.name != TOTAL]
+    frame = frame[(frame.labels == p.primary_labels) & (frame.step == p.primary_step)]
+    means = frame.groupby(["organ", "arm"], sort=False)["dice"].mean() if len(frame) else pd.Series(dtype=float)
+    rows = [
+        [str(organ), *(f"{means[organ, name]:.3f}" if (organ, name) in means.index else "" for name in names)]
+        for organ in dict.fromkeys(frame["organ"])
+    ]
+    return Table([f"class, {count(p.primary_labels, 'label')}, {p.primary_step} steps", *names], rows)
+
+
+def _slices(grid: Grid, dice: Analysis) -> list[Section]:
+    """The best, median and worst held-out case of the first tested arm's first run, with the outlines of all arms."""
+    p = grid.protocol
+    shown = [
+        arm for arm in grid.arms if arm.name != TOTAL and 0 in dice.score(arm.name, p.primary_labels, p.primary_step)
+    ]
+    if len(shown) < 2:
+        return []
+    frame = dice.results
+    frame = frame[(frame.labels == p.primary_labels) & (frame.step == p.primary_step) & (frame.subset == 0)]
+    order = frame[frame.arm == shown[1].name].groupby("case")["dice"].mean().sort_values(ascending=False)
+    overlays = []
+    for title, place in {"best": 0, "median": len(order) // 2, "worst": len(order) - 1}.items():
+        case = str(order.index[place])
+        outlines = {"truth": _read(grid.preprocessed / "gt_segmentations" / case)}
+        outlines |= {arm.name: _read(_prediction(grid, arm, case)) for arm in shown}
+        image = _image(grid, case, outlines["truth"])
+        overlays.append(pictures.Overlay(f"{title}: {case.split('.')[0]} ({order.iloc[place]:.2f})", image, outlines))
+    text = f"By {shown[1].name}'s Dice, first label subset, {count(p.primary_labels, 'label')}, {p.primary_step} steps."
+    return [Section("Held-out cases", [text], images=[pictures.slices(overlays)])]
+
+
+def _prediction(grid: Grid, arm: Arm, case: str) -> Path:
+    p = grid.protocol
+    cell = next(c for c in grid.grid(arm, grid.rate(arm)) if c.labels == p.primary_labels and c.subset == 0)
+    step = "validation" if p.primary_step == grid.last_step(cell) else f"validation_step_{p.primary_step:06d}"
+    return grid.fold_folder(cell) / step / case
+
+
+def _image(grid: Grid, case: str, like: np.ndarray) -> np.ndarray:
+    """The raw image behind a held-out case, or an empty one where nnUNet_raw is not at hand."""
+    ending = read_json(grid.preprocessed / "dataset.json")["file_ending"]
+    name = case.removesuffix(ending)
+    raw = Path(os.environ.get("nnUNet_raw", "")) / grid.protocol.dataset / "imagesTr" / f"{name}_0000{ending}"
+    return _read(raw) if raw.is_file() else np.zeros(like.shape, np.float32)
+
+
+def _read(path: Path) -> np.ndarray:
+    return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+
+
+def _protocol(grid: Grid) -> Section:
+    cases, rows = grid.cases, [[name, str(value)] for name, value in asdict(grid.protocol).items()]
+    rows += [
+        ["cases held out", ", ".join(cases.held_out)],
+        ["cases on which rates were chosen", ", ".join(cases.development)],
+        ["cases to draw labels from", str(len(cases.pool))],
+    ]
+    rows += [[f"rate of {arm.title}", f"{grid.rate(arm):g}"] for arm in grid.arms if grid.rate_is_known(arm)]
+    return Section("Protocol", table=Table(["what", "value"], rows))
+
+
+def _cost(grid: Grid) -> Section:
+    rows = []
+    for arm in grid.arms:
+        cells = [cell for cell in grid.all_cells() if cell.arm == arm and cell.kind != PRETRAINING and grid.done(cell)]
+        seconds = sum(read_json(grid.metrics_file(cell).with_suffix(".json"))["seconds"] for cell in cells)
+        summary = grid.fold_folder(grid.pretraining(arm)) / "pretraining_summary.json" if arm.method else None
+        before = read_json(summary) if summary and summary.is_file() else {"steps": 0, "hours": 0.0}
+        rows.append(
+            [arm.title, str(before["steps"]), f"{before['hours']:.2f}", str(len(cells)), f"{seconds / 3600:.2f}"]
+        )
+    made = ", ".join(f"{name} {number}" for name, number in versions().items())
+    text = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {grid.device}; {made}; {revision()}"
+    head = ["arm", "pretraining steps", "pretraining hours", "fine-tunings", "their hours"]
+    return Section("Cost", [text.rstrip("; ")], Table(head, rows))
+
+
+def _commands(grid: Grid) -> Section:
+    cells = [cell for cell in grid.all_cells() if cell.kind != GRID or grid.rate_is_known(cell.arm)]
+    lines = [
+        f"STUDY=.../{grid.folder.name}",
+        'export nnUNet_preprocessed="$STUDY/nnUNet_preprocessed" nnUNet_extTrainer="$(nnssl_ext trainers)"',
+        *map(grid.shown_command, cells),
+    ]
+    return Section("Every command", code="\n".join(lines))

@@ -1,0 +1,86 @@
+"""How often a study with run-to-run effects finds a gain that is there, and one that is not.
+
+    python -m nnssl_ext.study.simulation
+
+prints the table of docs/study.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from nnssl_ext.study.statistics import case_wilcoxon, sign_flip_ps
+
+#: A study calls a gain one at this two-sided p.
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class TruthModel:
+    """What makes the Dice of a case under a run; all in Dice.
+
+    Attributes:
+        gain: The true effect of pretraining.
+        subset: Deviation over label subsets, shared by both sides of a pair.
+        run: Deviation of each single run (initial values, order, augmentation), shared by all its cases.
+        case: Deviation over held-out cases, shared by all runs.
+        noise: Deviation of a case within a run.
+        cases: Held-out cases.
+    """
+
+    gain: float
+    subset: float = 0.02
+    run: float = 0.01
+    case: float = 0.04
+    noise: float = 0.01
+    cases: int = 16
+
+    def draw(self, pairs: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Dice of scratch and of the pretrained arm, each (pairs, cases)."""
+        easy = generator.normal(0, self.case, self.cases) + generator.normal(0, self.subset, (pairs, 1))
+        sides = [
+            easy + generator.normal(0, self.run, (pairs, 1)) + generator.normal(0, self.noise, (pairs, self.cases))
+            for _ in range(2)
+        ]
+        return sides[0], sides[1] + self.gain
+
+
+def simulate(truth: TruthModel, *, pairs: int, repetitions: int, seed: int) -> float:
+    """Share of simulated studies whose sign-flip test over paired runs says that the sides differ."""
+    generator = np.random.default_rng(seed)
+    studies = np.empty((repetitions, pairs))
+    for study in studies:
+        scratch, pretrained = truth.draw(pairs, generator)
+        study[:] = pretrained.mean(1) - scratch.mean(1)
+    return float(np.mean(sign_flip_ps(studies) <= ALPHA))
+
+
+def case_level_false_alarms(truth: TruthModel, *, seeds: int, repetitions: int, seed: int) -> float:
+    """The same for the practice of averaging a few seeds and testing over cases, which a true null does not survive."""
+    generator = np.random.default_rng(seed)
+    found = 0
+    for _ in range(repetitions):
+        scratch, pretrained = truth.draw(seeds, generator)
+        found += case_wilcoxon(pretrained.mean(0) - scratch.mean(0)) <= ALPHA
+    return found / repetitions
+
+
+def table(repetitions: int = 1000, seed: int = 0) -> list[str]:
+    """The rows of a Markdown table: share of studies that call a gain, per true gain and number of pairs."""
+    numbers, gains = (6, 8, 12, 16), (0.0, 0.005, 0.01, 0.015, 0.02, 0.03)
+    rows = [
+        "| true gain (points) | " + " | ".join(f"{n} pairs" for n in numbers) + " | 3 seeds averaged, over cases |",
+        "|---|" + "---|" * (len(numbers) + 1),
+    ]
+    for gain in gains:
+        truth = replace(TruthModel(0.0), gain=gain)
+        shares = [simulate(truth, pairs=n, repetitions=repetitions, seed=seed) for n in numbers]
+        shares.append(case_level_false_alarms(truth, seeds=3, repetitions=repetitions, seed=seed))
+        rows.append(f"| {100 * gain:g} | " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |")
+    return rows
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))

@@ -1,0 +1,168 @@
+"""A label-efficiency study, from the command line's words to its report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnssl_ext.environment import dataset_folder
+from nnssl_ext.errors import UserError
+from nnssl_ext.methods import METHODS, SCHEMAS
+from nnssl_ext.recipe import assignments_recipe, derive_plans, load_recipe, read_json, write_json
+from nnssl_ext.settings import split_sections
+from nnssl_ext.study.grid import FINETUNER, Arm, Grid
+from nnssl_ext.study.protocol import Protocol, draw_cases, keep_protocol
+from nnssl_ext.training.finetune_parts import finetune_settings
+from nnssl_ext.training.preflight import check_plans
+
+
+@dataclass
+class Study:
+    """One study; ``prepare`` it, then run its grid.
+
+    Args:
+        folder: All of it goes there.
+        protocol: What defines it.
+        arms: What is compared; scratch first.
+        device: ``cpu`` or ``cuda``.
+        keep_checkpoints: Keep the checkpoints of fine-tunings, which nobody reads again.
+        finetuner: The trainer of every arm.
+    """
+
+    folder: Path
+    protocol: Protocol
+    arms: list[Arm]
+    device: str = "cpu"
+    keep_checkpoints: bool = False
+    finetuner: str = FINETUNER
+    source: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.source = dataset_folder(self.protocol.dataset)
+
+    def prepare(self) -> Grid:
+        """Check everything, then write the protocol, the links, the plans and the splits.
+
+        Raises:
+            UserError: One line about the first thing that cannot work; nothing is written then.
+        """
+        plans = self._checked_plans()
+        held_out, pool = held_out_and_pool(self.source, self._data, self.protocol.fold)
+        cases = draw_cases(self.protocol, held_out, pool, classes_of(self._data, pool))
+        grid = Grid(self.folder, self.protocol, cases, self.arms, self.device, self.keep_checkpoints, self.finetuner)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        keep_protocol(self.protocol, self.folder / "study.json")
+        grid.preprocessed.mkdir(parents=True, exist_ok=True)
+        for name in (self._data.name, "gt_segmentations"):
+            link = grid.preprocessed / name
+            if not link.is_symlink():
+                link.symlink_to((self.source / name).resolve(), target_is_directory=True)
+        for name in ("dataset.json", "dataset_fingerprint.json"):
+            write_json(read_json(self.source / name), grid.preprocessed / name)
+        write_json(grid.folds, grid.preprocessed / "splits_final.json")
+        write_json(plans, grid.preprocessed / f"{plans['plans_name']}.json")
+        return grid
+
+    @property
+    def _data(self) -> Path:
+        return data_folder(self.source, self.protocol.plans, self.protocol.configuration)
+
+    def _checked_plans(self) -> dict:
+        p = self.protocol
+        plans = read_json(self.source / f"{p.plans}.json")
+        recipes = [assignments_recipe([word]) if "=" in word else load_recipe(word) for word in p.overlays]
+        for recipe in recipes:
+            split_sections(recipe.settings, SCHEMAS, recipe.name)
+            for name in ("steps", "snapshots", "learning_rate", "seed"):
+                if name in recipe.settings.get("finetune", {}):
+                    raise UserError(f"{recipe.name}: finetune.{name} is the study's own; it has an option for it")
+        derived = derive_plans(plans, f"{p.plans}_study", recipes, [p.configuration])
+        dataset_json = read_json(self.source / "dataset.json")
+        for arm in self.arms:
+            if arm.method:
+                check_plans(METHODS[arm.method], derived, p.configuration, dataset_json)
+        finetune_settings(derived)
+        return derived
+
+
+def data_folder(source: Path, plans: str, configuration: str) -> Path:
+    """The preprocessed cases of a data set's plans and configuration.
+
+    Raises:
+        UserError: If there are no such plans or configuration.
+    """
+    file = source / f"{plans}.json"
+    if not file.is_file():
+        raise UserError(f"{source.name} has no plans '{plans}'; plan it first, or name others with -p")
+    content = read_json(file)
+    known = content["configurations"]
+    if configuration not in known:
+        raise UserError(f"plans {plans} have no configuration '{configuration}'; they have {', '.join(known)}")
+    return source / PlansManager(content).get_configuration(configuration).data_identifier
+
+
+def pool_size(dataset: str, plans: str, configuration: str, fold: int) -> int:
+    """How many cases of a data set are not held out: what ``all`` labels are."""
+    source = dataset_folder(dataset)
+    return len(held_out_and_pool(source, data_folder(source, plans, configuration), fold)[1])
+
+
+def held_out_and_pool(source: Path, data: Path, fold: int) -> tuple[list[str], list[str]]:
+    """The validation and training cases of a data set's fold, as nnU-Net splits it; nothing is written.
+
+    Raises:
+        UserError: If there is no such fold or data.
+    """
+    if not data.is_dir():
+        raise UserError(f"no preprocessed data in {data}; run nnUNetv2_preprocess or nnUNetv2_plan_and_preprocess")
+    file = source / "splits_final.json"
+    if file.is_file():
+        splits = read_json(file, list)
+    else:
+        cases = sorted(infer_dataset_class(str(data)).get_identifiers(str(data)))
+        splits = generate_crossval_split(list(np.sort(cases)), seed=12345, n_splits=5)
+    if fold >= len(splits):
+        raise UserError(f"--fold {fold}: {source.name} has {len(splits)} folds")
+    held_out, pool = ([str(case) for case in splits[fold][part]] for part in ("val", "train"))
+    shared = set(held_out) & set(pool)
+    if shared or not held_out:
+        raise UserError(
+            f"fold {fold} of {source.name} holds out {len(held_out)} cases, {len(shared)} of them trained on"
+        )
+    return held_out, pool
+
+
+def classes_of(data: Path, cases: Sequence[str]) -> dict[str, set]:
+    """For each case the classes it shows, as nnU-Net's preprocessing noted them."""
+    dataset = infer_dataset_class(str(data))(str(data), list(cases))
+    found = {}
+    for case in cases:
+        try:
+            _, _, _, properties = dataset.load_case(case)
+        except Exception as error:  # damaged files raise anything
+            raise UserError(f"case '{case}' in {data} cannot be read ({error}); preprocess it again") from error
+        found[case] = {name for name, places in properties["class_locations"].items() if len(places)}
+    return found
+
+
+def locked(folder: Path) -> FileLock:
+    """A lock on a study's folder, released when this process ends, however it ends.
+
+    Raises:
+        UserError: If another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"another process works on the study in {os.fspath(folder)}; wait for it or stop it") from error
+    return lock

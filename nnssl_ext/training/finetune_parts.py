@@ -1,0 +1,75 @@
+"""The parts of a fine-tuning: its settings, which parameters learn when, and the weights that are written."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from nnssl_ext.errors import UserError
+from nnssl_ext.methods import SCHEMAS
+from nnssl_ext.networks.backbone import HEADS
+from nnssl_ext.settings import PLANS_KEY, CommonSettings, FinetuneSettings, split_sections
+
+#: Peak rates where the settings name none.
+PEAK = {"sgd": 1e-2, "adamw": 1e-3}
+
+
+def finetune_settings(plans: dict) -> tuple[CommonSettings, FinetuneSettings]:
+    """The checked settings of a plans file.
+
+    Raises:
+        UserError: For an unknown setting, and for steps that lie beyond the end.
+    """
+    where = f"plans {plans['plans_name']}"
+    common, sections = split_sections(plans.get(PLANS_KEY, {}), SCHEMAS, where)
+    settings: FinetuneSettings = sections["finetune"]
+    late = [step for step in settings.snapshots if step > settings.steps]
+    if late:
+        raise UserError(f"{where}: finetune.snapshots has {late}, beyond finetune.steps={settings.steps}")
+    for name in ("warm_up", "head_only_steps", "freeze_encoder_steps"):
+        if getattr(settings, name) >= settings.steps:
+            raise UserError(f"{where}: finetune.{name}={getattr(settings, name)} leaves none of {settings.steps} steps")
+    return common, settings
+
+
+def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The parameters of a segmentation network: its encoder's, its heads', and the rest (``decoder``)."""
+    groups: dict[str, list[nn.Parameter]] = {"encoder": [], "decoder": [], "heads": []}
+    for name, parameter in network.named_parameters():
+        name = f".{name.removeprefix('module.').removeprefix('_orig_mod.')}"
+        part = "heads" if HEADS in name else "encoder" if name.startswith(".encoder.") else "decoder"
+        groups[part].append(parameter)
+    return groups
+
+
+def frozen_parts(settings: FinetuneSettings, step: int) -> tuple[str, ...]:
+    """The parts that the step after ``step`` others leaves as they are."""
+    if step < settings.head_only_steps:
+        return ("encoder", "decoder")
+    return ("encoder",) if step < settings.freeze_encoder_steps else ()
+
+
+def moving_average(network: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of a network's weights, which starts with short memory: the decay of update t is at
+    most (1 + t) / (10 + t)."""
+
+    def average(averaged: torch.Tensor, new: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
+        t = float(count)
+        return torch.lerp(new, averaged, min(decay, (1 + t) / (10 + t)))
+
+    return AveragedModel(network, avg_fn=average)
+
+
+class OtherWeights:
+    """Within the block the network holds other weights."""
+
+    def __init__(self, network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+        self.network, self.weights = network, weights
+
+    def __enter__(self) -> None:
+        self.before = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+        self.network.load_state_dict(self.weights)
+
+    def __exit__(self, *_: object) -> None:
+        self.network.load_state_dict(self.before)

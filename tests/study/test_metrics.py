@@ -1,0 +1,69 @@
+"""Dice as nnU-Net's, surface Dice as the Decathlon's."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK
+
+from nnssl_ext.study.metrics import fold_metrics, normalised_surface_dice, run_scores, tolerance_of
+
+
+def cube(shift: int, size: int = 20) -> np.ndarray:
+    mask = np.zeros((size,) * 3, dtype=bool)
+    mask[5 + shift : 15 + shift, 5:15, 5:15] = True
+    return mask
+
+
+def test_surface_dice_of_a_shifted_cube() -> None:
+    assert normalised_surface_dice(cube(0), cube(0), (1.0, 1.0, 1.0), 0.5) == pytest.approx(1.0)
+    # two of six faces are off by 2 mm, the others only near their edges
+    far = normalised_surface_dice(cube(0), cube(2), (1.0, 1.0, 1.0), 1.0)
+    assert 0.55 < far < 0.75
+    assert normalised_surface_dice(cube(0), cube(2), (1.0, 1.0, 1.0), 2.1) == pytest.approx(1.0)
+    # the same shift in voxels is twice as many millimetres along a thick axis
+    assert normalised_surface_dice(cube(0), cube(2), (2.0, 1.0, 1.0), 2.1) < 0.9
+
+
+def test_surface_dice_at_the_edge_of_the_image() -> None:
+    whole = np.ones((8, 8, 8), dtype=bool)
+    assert normalised_surface_dice(whole, whole, (1.0, 1.0, 1.0), 1.0) == pytest.approx(1.0)
+
+
+def test_surface_dice_without_a_class() -> None:
+    nothing = np.zeros((8, 8, 8), dtype=bool)
+    assert np.isnan(normalised_surface_dice(nothing, nothing, (1.0,) * 3, 1.0))
+    assert normalised_surface_dice(nothing, cube(0), (1.0,) * 3, 1.0) == 0.0
+
+
+def test_tolerances() -> None:
+    assert tolerance_of("Dataset004_Hippocampus") == 1.0
+    assert tolerance_of("Dataset002_Heart") == 4.0
+    assert tolerance_of("Dataset802_LeftAtrium") == 2.0
+
+
+def test_fold_metrics_reads_regions_and_ignores_the_ignored(tmp_path: Path) -> None:
+    truth, predicted = tmp_path / "truth", tmp_path / "validation"
+    for folder in (truth, predicted):
+        folder.mkdir()
+    expected = cube(0).astype(np.uint8) + cube(0, 20) * 0
+    expected[:2] = 3
+    found = cube(2).astype(np.uint8)
+    found[:2] = 1  # where nothing is to be judged
+    for folder, volume in ((truth, expected), (predicted, found)):
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(volume), str(folder / "a.nii.gz"))
+    rows = [{"prediction_file": str(predicted / "a.nii.gz"), "metrics": {"(1, 2)": {"Dice": 0.8}}}]
+    (predicted / "summary.json").write_text(json.dumps({"metric_per_case": rows}))
+    labels = {"background": 0, "whole": [1, 2], "ignore": 3}
+    frame = fold_metrics(predicted, truth, {"labels": labels}, 1.0)
+    assert frame["organ"].tolist() == ["whole"]
+    assert frame["dice"].tolist() == [0.8]
+    assert frame["nsd"][0] == pytest.approx(normalised_surface_dice(cube(2), cube(0), (1.0,) * 3, 1.0))
+
+
+def test_a_runs_score_is_the_mean_of_class_means() -> None:
+    rows = [("r", "a", "x", 1.0), ("r", "b", "x", 0.5), ("r", "a", "y", np.nan), ("r", "b", "y", 0.25)]
+    frame = pd.DataFrame(rows, columns=["run", "case", "organ", "dice"])
+    assert run_scores(frame, "dice", ["run"]).tolist() == [pytest.approx((0.75 + 0.25) / 2)]

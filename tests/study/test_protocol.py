@@ -1,0 +1,90 @@
+"""Who is seen by which stage, decided before the first run."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from nnssl_ext.errors import UserError
+from nnssl_ext.study.protocol import Protocol, draw_cases, keep_protocol, load_protocol
+
+PROTOCOL = Protocol(
+    dataset="Dataset900_Phantom",
+    configuration="3d_fullres",
+    plans="nnUNetPlans",
+    overlays=[],
+    labels=[1, 2, 8, 20],
+    subsets=4,
+    steps=600,
+    snapshots=[300, 600],
+    primary_labels=2,
+    primary_step=300,
+    rates=[0.01, 0.001],
+    development_runs=3,
+    total_baseline=0,
+    fold=0,
+    transductive=False,
+    tolerance=2.0,
+    seed=0,
+)
+POOL = [f"case_{n:02d}" for n in range(20)]
+HELD_OUT = ["test_1", "test_0"]
+ALL = {case: {1, 2} for case in POOL}
+
+
+def test_subsets_are_nested_and_pairs_differ() -> None:
+    cases = draw_cases(PROTOCOL, HELD_OUT, POOL, ALL)
+    assert cases.held_out == sorted(HELD_OUT)
+    for subset in range(4):
+        nested = [set(cases.subsets[labels, subset]) for labels in PROTOCOL.labels]
+        assert [len(part) for part in nested] == PROTOCOL.labels
+        assert all(small < large for small, large in pairwise(nested))
+        assert nested[-1] == set(POOL)
+    assert len({tuple(cases.subsets[2, subset]) for subset in range(4)}) > 1
+    assert not set(HELD_OUT) & set().union(*map(set, cases.subsets.values()))
+
+
+def test_rates_are_chosen_on_cases_that_those_runs_do_not_train_on() -> None:
+    cases = draw_cases(PROTOCOL, HELD_OUT, POOL, ALL)
+    assert len(cases.development_subsets) == 3
+    assert len(cases.development) == 4
+    for train in cases.development_subsets:
+        assert len(train) == PROTOCOL.primary_labels
+        assert not set(train) & set(cases.development)
+    assert not set(cases.development) & set(HELD_OUT)
+    assert draw_cases(replace(PROTOCOL, rates=[0.01]), HELD_OUT, POOL, ALL).development_subsets == []
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    assert draw_cases(PROTOCOL, HELD_OUT, POOL, ALL) == draw_cases(PROTOCOL, HELD_OUT, POOL[::-1], ALL)
+    assert draw_cases(PROTOCOL, HELD_OUT, POOL, ALL) != draw_cases(replace(PROTOCOL, seed=1), HELD_OUT, POOL, ALL)
+
+
+def test_every_class_is_in_the_smallest_subset() -> None:
+    rare = {case: {1, 2} if case in POOL[:3] else {1} for case in POOL}
+    cases = draw_cases(PROTOCOL, HELD_OUT, POOL, rare)
+    assert all(cases.subsets[1, subset][0] in POOL[:3] for subset in range(4))
+    apart = {case: {1 + n % 2} for n, case in enumerate(POOL)}
+    with pytest.raises(UserError, match=r"no 1 of 20 cases .* all of the classes \[1, 2\]"):
+        draw_cases(PROTOCOL, HELD_OUT, POOL, apart)
+    pairs = draw_cases(replace(PROTOCOL, labels=[2, 20]), HELD_OUT, POOL, apart)
+    assert all(len({int(c[-1]) % 2 for c in pairs.subsets[2, s]}) == 2 for s in range(4))
+
+
+def test_too_many_labels_are_refused() -> None:
+    with pytest.raises(UserError, match="20 cases to train on"):
+        draw_cases(replace(PROTOCOL, labels=[2, 21]), HELD_OUT, POOL, ALL)
+
+
+def test_a_protocol_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "study.json"
+    keep_protocol(PROTOCOL, path)
+    keep_protocol(PROTOCOL, path)
+    assert load_protocol(path) == PROTOCOL
+    with pytest.raises(UserError, match="holds a study with primary_step 300, this one has 600"):
+        keep_protocol(replace(PROTOCOL, primary_step=600), path)
+    assert load_protocol(path) == PROTOCOL
+    path.write_text("{}")
+    with pytest.raises(UserError, match="is no study of this version"):
+        load_protocol(path)

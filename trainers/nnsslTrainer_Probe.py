@@ -1,0 +1,5 @@
+"""nnUNetv2_train ... -tr nnsslTrainer_Probe"""
+
+from nnssl_ext.training.probe import nnsslTrainer_Probe
+
+__all__ = ["nnsslTrainer_Probe"]
