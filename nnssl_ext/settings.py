@@ -67,6 +67,9 @@ class CommonSettings:
         "Of the network's arithmetic; auto is bfloat16 where the hardware has it, float16 on older GPUs, else float32.",
         choices=PRECISIONS,
     )
+    start_from: str | None = setting(
+        None, "checkpoint_final.pth of a run of the same method and network, possibly with another crop, to go on from."
+    )
     images: str | None = setting(
         None, "Folder of labelled 2-D images, CLASS/IMAGE.png or .jpg, for methods that learn from such."
     )

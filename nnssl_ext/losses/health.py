@@ -1,11 +1,15 @@
 """Whether features have collapsed.
 
-N samples, F features. Both centre the features first: a large common mean would hide a collapse.
+N samples, F features, K prototypes. Deviation and rank centre the features first: a large common mean would hide a
+collapse.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -25,3 +29,34 @@ def effective_rank(features: Tensor) -> Tensor:
     shares = values / total.clamp_min(1e-12)
     entropy = -(shares * shares.clamp_min(1e-12).log()).sum()
     return torch.where(total > 1e-6, entropy.exp(), torch.zeros_like(total))
+
+
+def off_diagonal_cosine(features: Tensor) -> Tensor:
+    """Mean cosine of the features of two different samples, (N, F) -> (): 1 when all point the same way."""
+    unit = F.normalize(features.float(), dim=1)
+    number = len(unit)
+    similar = unit @ unit.T
+    return (similar.sum() - similar.diagonal().sum()) / max(1, number * (number - 1))
+
+
+def retrieval_accuracy(first: Tensor, second: Tensor) -> Tensor:
+    """How often a sample's first view is nearest to its own second view among all second views: 2 x (N, F) -> ().
+
+    Nearest by the cosine of centred features. Chance is 1 / N.
+    """
+    centred = [F.normalize((view - view.mean(0)).float(), dim=1) for view in (first, second)]
+    nearest = (centred[0] @ centred[1].T).argmax(1)
+    return (nearest == torch.arange(len(first), device=first.device)).float().mean()
+
+
+def entropies(distributions: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean entropy of (N, K) as a share of log K, and the information in nats that a target has on its sample.
+
+    The information is the entropy of the mean minus the mean entropy: 0 when all samples have the same target, be it
+    one prototype or all of them, and at most log N.
+    """
+    def entropy(p: Tensor) -> Tensor:
+        return -(p * p.clamp_min(1e-30).log()).sum(-1)
+
+    each = entropy(distributions.float()).mean()
+    return each / math.log(distributions.shape[1]), entropy(distributions.float().mean(0)) - each

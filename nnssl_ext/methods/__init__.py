@@ -1,7 +1,8 @@
 """The registry of methods: a new one is its file and a line here."""
 
-from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, Readable
+from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, ParameterGroup, Readable
 from nnssl_ext.methods.contrastive_predictive_coding import ContrastivePredictiveCoding
+from nnssl_ext.methods.dino import DINO
 from nnssl_ext.methods.exemplar import Exemplar
 from nnssl_ext.methods.jigsaw import Jigsaw
 from nnssl_ext.methods.masked_autoencoder import MaskedAutoencoder
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Method]] = {
         RelativePatchLocation,
         Exemplar,
         VariableDimensionTransform,
+        DINO,
     )
 }
 
@@ -29,4 +31,4 @@ METHODS: dict[str, type[Method]] = {
 SCHEMAS: dict[str, type] = {name: method.Settings for name, method in METHODS.items()}
 SCHEMAS["finetune"] = FinetuneSettings
 
-__all__ = ["METHODS", "SCHEMAS", "Geometry", "Method", "OptimiserRecipe", "Readable"]
+__all__ = ["METHODS", "SCHEMAS", "Geometry", "Method", "OptimiserRecipe", "ParameterGroup", "Readable"]

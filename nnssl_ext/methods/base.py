@@ -28,6 +28,7 @@ class Geometry:
         strides: Cumulative stride of each encoder stage, per axis.
         image_classes: Classes of the 2-D images, for methods that learn from them.
         image_chance: Accuracy of always answering the most frequent of them.
+        batch_size: Samples a step over all processes; 0 before it is known.
         case_size: Edges in voxels that at least nine in ten cases have; None, before cases are known, is the crop.
     """
 
@@ -38,6 +39,7 @@ class Geometry:
     case_size: tuple[int, int, int] | None = None
     image_classes: tuple[str, ...] = ()
     image_chance: float = 0.0
+    batch_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class OptimiserRecipe:
         schedule: ``constant``, ``poly`` (exponent 0.9, as nnU-Net) or ``cosine``, to zero at the end.
         warm_up: Share of all steps over which the rate rises linearly.
         clip: Largest norm of the gradient.
+        final_weight_decay: What the weight decay reaches at the end, along a cosine; None leaves it as it is.
     """
 
     name: str
@@ -59,6 +62,22 @@ class OptimiserRecipe:
     schedule: str
     warm_up: float = 0.0
     clip: float = 12.0
+    final_weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that are optimised alike.
+
+    Attributes:
+        parameters: Those that take a gradient.
+        rate: Multiple of the learning rate.
+        decay: Multiple of the weight decay.
+    """
+
+    parameters: list[nn.Parameter]
+    rate: float = 1.0
+    decay: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +103,7 @@ class Method(nn.Module, ABC):
         readable: The number a person can read.
         needs_images: Whether samples are 2-D images of ``nnssl_ext.images``.
         deep_supervision: Whether the objective uses the network's coarser outputs.
+        patience: Epochs in a row in which ``diagnose`` finds a collapse before the run stops.
     """
 
     name: ClassVar[str]
@@ -94,6 +114,7 @@ class Method(nn.Module, ABC):
     readable: ClassVar[Readable]
     needs_images: ClassVar[bool] = False
     deep_supervision: ClassVar[bool] = True
+    patience: int = 5
 
     def __init__(self, backbone: Backbone, settings: Any, geometry: Geometry) -> None:
         super().__init__()
@@ -124,6 +145,10 @@ class Method(nn.Module, ABC):
     def optimiser(self) -> OptimiserRecipe:
         """How to optimise the trainable parameters."""
 
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The parameters to optimise; all alike where a method does not say otherwise."""
+        return [ParameterGroup([parameter for parameter in self.parameters() if parameter.requires_grad])]
+
     @abstractmethod
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Augmented views and the pretext target, without gradient, on ``random.device``; every draw from it."""
@@ -131,6 +156,17 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """``loss`` and its named terms, each (B,), on the device; in evaluation also the readable number."""
+
+    def before_step(self, progress: float) -> None:
+        """Called before each optimiser step with the share of the training that is done, in [0, 1)."""
+
+    def end_validation(self) -> dict[str, float]:
+        """What can be measured only on all validation crops together, equal in all processes; called after them."""
+        return {}
+
+    def diagnose(self, measures: dict[str, float]) -> str:
+        """The sign by which a validation's means and measures show a collapse, and what to change; '' if none."""
+        return ""
 
     def after_step(self, progress: float) -> None:
         """Called after each optimiser step with the share of the training that is done, in [0, 1]."""

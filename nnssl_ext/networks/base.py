@@ -79,6 +79,19 @@ class Backbone(ABC):
             # what the network keeps out of every training stays out of this one
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
 
+    def layers(self) -> list[list[nn.Parameter]]:
+        """The encoder's parameters, stage by stage from the input on, for rates that differ with depth."""
+        seen: set[int] = set()
+        result = []
+        for stages in range(1, len(self.strides) + 1):
+            result.append([p for p in self.encoder_parameters(stages) if id(p) not in seen])
+            seen.update(id(parameter) for parameter in result[-1])
+        return result
+
+    def is_head(self, name: str) -> bool:
+        """Whether a tensor of the network's state belongs to the outputs: its shape depends on the number of classes."""
+        return HEADS in f".{name}"
+
     def equalise_input_channels(self) -> None:
         """Give all input channels the same kernels, their mean: they stay equal under inputs that are."""
         weight = self.stem.weight

@@ -59,6 +59,14 @@ class ViTBackbone(Backbone):
     def encoder_parameters(self, stages: int | None = None) -> Iterable[nn.Parameter]:
         return self.encoder.parameters()
 
+    def layers(self) -> list[list[nn.Parameter]]:
+        """What makes tokens, then block by block; the last norm belongs to the last block."""
+        encoder = self.encoder
+        blocks = [list(block.parameters()) for block in encoder.blocks]
+        blocks[-1] += list(encoder.norm.parameters())
+        first = [encoder.cls_token, encoder.pos_embed, encoder.mask_token, *encoder.patch_embed.parameters()]
+        return [first, *blocks]
+
     def crop_problem(self, size: Sequence[int]) -> str:
         return edges_problem(size, self.encoder.patch, self.encoder.patch, "token grid")
 

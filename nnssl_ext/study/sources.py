@@ -20,7 +20,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import write_json
 
 #: Test cases taken from a Decathlon task: a fifth of its labelled cases, and no more than this.
-MOST_TEST_CASES = 20
+MOST_TEST_CASES = 10
 
 
 class Source(ABC):

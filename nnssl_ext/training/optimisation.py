@@ -6,20 +6,39 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
 
-from nnssl_ext.methods import OptimiserRecipe
+from nnssl_ext.methods import OptimiserRecipe, ParameterGroup
 
 
 def build_optimiser(
-    recipe: OptimiserRecipe, parameters: Iterable[nn.Parameter], learning_rate: float
+    recipe: OptimiserRecipe, groups: Iterable[ParameterGroup], learning_rate: float
 ) -> torch.optim.Optimizer:
-    """The optimiser of a recipe over the parameters that take a gradient."""
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    """The optimiser of a recipe over groups of parameters; each group remembers its multiples for ``set_rates``."""
+    optimised = [
+        {"params": group.parameters, "rate": group.rate, "decay": group.decay, "weight_decay": 0.0} for group in groups
+    ]
     if recipe.name == "sgd":
-        return torch.optim.SGD(trainable, learning_rate, momentum=0.99, nesterov=True, weight_decay=recipe.weight_decay)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.name]
-    return kind(trainable, learning_rate, weight_decay=recipe.weight_decay)
+        optimiser: torch.optim.Optimizer = torch.optim.SGD(optimised, learning_rate, momentum=0.99, nesterov=True)
+    else:
+        optimiser = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.name](optimised, learning_rate)
+    set_rates(optimiser, recipe, learning_rate, 0, 1)
+    return optimiser
+
+
+def set_rates(optimiser: torch.optim.Optimizer, recipe: OptimiserRecipe, peak: float, step: int, steps: int) -> None:
+    """Learning rate and weight decay of every group for one step."""
+    rate, decay = learning_rate_at(recipe, peak, step, steps), weight_decay_at(recipe, step, steps)
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group.get("rate", 1.0)
+        group["weight_decay"] = decay * group.get("decay", 1.0)
+
+
+def weight_decay_at(recipe: OptimiserRecipe, step: int, steps: int) -> float:
+    """From the recipe's weight decay along half a cosine to its final one."""
+    if recipe.final_weight_decay is None:
+        return recipe.weight_decay
+    share = (1 - math.cos(math.pi * step / max(1, steps))) / 2
+    return recipe.weight_decay + (recipe.final_weight_decay - recipe.weight_decay) * share
 
 
 def learning_rate_at(recipe: OptimiserRecipe, peak: float, step: int, steps: int) -> float:

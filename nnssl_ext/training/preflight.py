@@ -116,11 +116,12 @@ def check_plans(
     with torch.device("meta"):
         backbone = target_backbone(manager, config, channels, 2)
     crop_size = tuple(common.crop_size or config.patch_size)
-    geometry = Geometry(crop_size, tuple(config.spacing), channels, tuple(backbone.strides))
+    batch_size = common.batch_size or config.batch_size
+    geometry = Geometry(crop_size, tuple(config.spacing), channels, tuple(backbone.strides), batch_size=batch_size)
     problem = backbone.crop_problem(geometry.crop_size)
     if problem:
         raise UserError(f"{where}, configuration '{configuration}': {problem}")
-    return common, settings, geometry, common.batch_size or config.batch_size
+    return common, settings, geometry, batch_size
 
 
 def target_backbone(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -11,8 +12,9 @@ from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
 from nnssl_ext.networks import contract
-from nnssl_ext.networks.backbone import HEADS
+from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.provenance import hardware, revision, versions
+from nnssl_ext.transfer.adaptations import positions
 
 if TYPE_CHECKING:
     from nnssl_ext.training.trainer import PretrainingTrainer
@@ -66,16 +68,47 @@ def restore(trainer: PretrainingTrainer, content: dict[str, Any], source: str) -
     trainer.step = own["counters"]["step"]
 
 
+def start_from(method: Method, path: Path) -> None:
+    """Take over what a finished run of the same method has learned, heads, teacher and centres included.
+
+    The crop may be another one: positions are resized to the network's grid.
+
+    Raises:
+        UserError: If the file is damaged, another method's, or another network's.
+    """
+    own = checkpoint.load(path).get("nnssl_ext", {})
+    if own.get("method") != method.name:
+        raise UserError(f"start_from={path} is a run of {own.get('method')}, this is {method.name}; name a run of it")
+    mine, theirs = method.state_dict(), dict(own["state"])
+    for name, tensor in mine.items():
+        if name.endswith("backbone.pos_embed") and name in theirs and theirs[name].shape != tensor.shape:
+            theirs[name] = _resized_positions(theirs[name], tensor)
+    wrong = sorted(k for k in {*mine, *theirs} if k not in mine or k not in theirs or mine[k].shape != theirs[k].shape)
+    if wrong:
+        raise UserError(
+            f"start_from={path} belongs to another network or other heads: '{wrong[0]}' differs, and {len(wrong) - 1} "
+            f"more tensors; plan with the same recipe"
+        )
+    method.load_state_dict(theirs)
+
+
+def _resized_positions(table: Tensor, like: Tensor) -> Tensor:
+    """Learned positions of a cubic grid of tokens for another cubic grid."""
+    edges = [round((rows.shape[1] - 1) ** (1 / 3)) for rows in (table, like)]
+    return positions(table, [edges[0]] * 3, [edges[1]] * 3, prefix=1)
+
+
 def network_weights(method: Method, heads: dict[str, Tensor]) -> dict[str, Tensor]:
     """The complete state dict of the data set's own network: all that was pretrained, under every alias, and fresh
     heads of the data set's width where the method trained heads of its own."""
     weights = method.exported.state_dict()
-    return {**{k: v for k, v in weights.items() if not (heads and HEADS in f".{k}")}, **heads}
+    return {**{k: v for k, v in weights.items() if not (heads and method.backbone.is_head(k))}, **heads}
 
 
 def fresh_heads(network: nn.Module) -> dict[str, Tensor]:
     """The heads of a newly built network of the data set's width, under every alias."""
-    return {k: v for k, v in network.state_dict().items() if HEADS in f".{k}"}
+    backbone = backbone_of(network)
+    return {k: v for k, v in network.state_dict().items() if backbone.is_head(k)}
 
 
 def own_section(trainer: PretrainingTrainer) -> dict[str, Any]:
@@ -88,7 +121,8 @@ def own_section(trainer: PretrainingTrainer) -> dict[str, Any]:
         "settings": {"common": asdict(checked.common), method.name: asdict(checked.settings)},
         "identity": identity(trainer),
         "state": method.state_dict(),
-        "trained": [name for name, p in method.exported.named_parameters() if p.requires_grad],
+        # a teacher is written instead of the network, under the same names
+        "trained": [name for name, p in method.network.named_parameters() if p.requires_grad],
         "counters": {"step": trainer.step, "samples": trainer.step * checked.batch_size},
         "training_cases": checked.training_cases,
         "versions": versions(),
@@ -102,7 +136,7 @@ def identity(trainer: PretrainingTrainer) -> dict[str, Any]:
     method, checked, plans = trainer.method_class, trainer.checked, trainer.plans_manager.plans
     common = {k: v for k, v in asdict(checked.common).items() if k not in FREE}
     geometry = asdict(checked.geometry)
-    del geometry["strides"]  # the architecture says them
+    del geometry["strides"], geometry["batch_size"]  # said elsewhere
     if not method.crops(checked.settings, checked.geometry).fits_cases:
         del geometry["case_size"]
     if not method.needs_images:

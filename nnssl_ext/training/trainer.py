@@ -26,10 +26,11 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
 from nnssl_ext.networks.target import target_network
 from nnssl_ext.training import state
+from nnssl_ext.training.collapse import stop_when_collapsed
 from nnssl_ext.training.distributed import mean_over_samples, rank, rank_device, world
 from nnssl_ext.training.engine import engine, mixed_precision
 from nnssl_ext.training.log import PretrainingLog
-from nnssl_ext.training.optimisation import build_optimiser, learning_rate_at
+from nnssl_ext.training.optimisation import build_optimiser, set_rates
 from nnssl_ext.training.preflight import check_run, target_backbone
 from nnssl_ext.training.samples import Unreadable, sample_loaders
 from nnssl_ext.training.summary import print_summary
@@ -102,7 +103,7 @@ class PretrainingTrainer(nnUNetTrainer):
         self.recipe = self.method.optimiser()
         self.initial_lr = self.recipe.learning_rate if common.learning_rate is None else common.learning_rate
         self.weight_decay = self.recipe.weight_decay
-        self.optimizer = build_optimiser(self.recipe, self.method.parameters(), self.initial_lr)
+        self.optimizer = build_optimiser(self.recipe, self.method.parameter_groups(), self.initial_lr)
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         self.logger.update_config({"hparas": {"method": self.method.name, "initial_lr": self.initial_lr}})
         self.was_initialized = True
@@ -128,6 +129,15 @@ class PretrainingTrainer(nnUNetTrainer):
 
     def get_dataloaders(self) -> tuple[Iterator[CropBatch], Iterable[CropBatch]]:
         return sample_loaders(self)
+
+    def on_train_start(self) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        source = self.checked.common.start_from
+        if source is not None and self.step == 0:
+            state.start_from(self.method, Path(source))
+            self.print_to_log_file(f"Starting from {source}")
+        super().on_train_start()
 
     def run_training(self) -> None:
         self.on_train_start()
@@ -156,9 +166,8 @@ class PretrainingTrainer(nnUNetTrainer):
         """One optimiser step; the terms stay on the device, so that nothing waits for them."""
         common = self.checked.common
         steps = self.num_epochs * self.num_iterations_per_epoch
-        rate = learning_rate_at(self.recipe, self.initial_lr, self.step, steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rates(self.optimizer, self.recipe, self.initial_lr, self.step, steps)
+        self.method.before_step(self.step / steps)
         # dropout and the like draw from torch's own generator: the same at each step, however often we restarted
         torch.manual_seed(step_seed(common.seed, self.step))
         self.optimizer.zero_grad(set_to_none=True)
@@ -200,14 +209,17 @@ class PretrainingTrainer(nnUNetTrainer):
     def on_train_epoch_end(self, train_outputs: list[dict[str, Tensor]]) -> None:
         means = mean_over_samples(train_outputs)
         self._refuse_non_finite(means["loss"])
-        self.logger.log("lrs", self.optimizer.param_groups[0]["lr"], self.current_epoch)
+        self.logger.log("lrs", max(group["lr"] for group in self.optimizer.param_groups), self.current_epoch)
         self._log_means("train", means)
 
     def on_validation_epoch_start(self) -> None:
         self.method.eval()
 
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Tensor]]) -> None:
-        self._log_means("val", mean_over_samples(val_outputs))
+        measures = {**mean_over_samples(val_outputs), **self.method.end_validation()}
+        sign = self.method.diagnose(measures)
+        self._log_means("val", measures)
+        stop_when_collapsed(self, sign)
 
     def _log_means(self, prefix: str, means: dict[str, float]) -> None:
         self.logger.log(f"{prefix}_losses", means.pop("loss"), self.current_epoch)

@@ -100,19 +100,26 @@ def fitted(matrix: np.ndarray, size: Sequence[int], room: np.ndarray) -> np.ndar
 
 
 def part(
-    box: SourceBox, size: Sequence[int], view: np.ndarray, place: Sequence[float] | np.ndarray = (0.0, 0.0, 0.0)
+    box: SourceBox,
+    size: Sequence[int],
+    view: np.ndarray,
+    place: Sequence[float] | np.ndarray = (0.0, 0.0, 0.0),
+    *,
+    view_size: Sequence[int] | None = None,
 ) -> SourceBox:
     """A view within the region that was read for a crop: never anything outside it, so never padding.
 
     Args:
         box: What was read.
-        size: Edges of the crop and of the view, in voxels.
+        size: Edges of the crop, in voxels.
         view: (3, 3), from voxels of the view to voxels of the crop; shrunk where it would leave the crop.
         place: Where the room that is left is used, in [-1, 1] per axis; 0 is the middle.
+        view_size: Edges of the view; None for those of the crop.
     """
+    edges = size if view_size is None else view_size
     room = reach(box.matrix, size)
-    matrix = fitted(box.matrix @ view, size, room)
-    left = np.maximum(room - reach(matrix, size), 0)
+    matrix = fitted(box.matrix @ view, edges, room)
+    left = np.maximum(room - reach(matrix, edges), 0)
     return SourceBox(box.data, matrix, box.centre + np.asarray(place) * left, box.case)
 
 

@@ -1,0 +1,125 @@
+"""How a method sees Primus, the transformer that nnU-Net's own trainers build.
+
+Wald et al., "Primus: Enforcing Attention Usage for 3D Medical Image Segmentation", arXiv 2503.01835. Its plans say
+nothing of it: the plans' ``nnssl_ext.target_trainer`` names the trainer that builds it.
+
+B batch, C channel, D H W voxels, d h w tokens per axis, N = d h w tokens, E width of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from dynamic_network_architectures.architectures.primus import Primus
+from timm.layers import build_rotary_pos_embed
+from torch import Tensor, nn
+
+from nnssl_ext.networks.base import Backbone, edges_problem
+
+#: Edges of an image from which a token's edges are measured; every published token divides it.
+PROBE = 32
+
+
+class PrimusBackbone(Backbone):
+    """A ``Primus`` of any version; its encoder has one stage, the tokens. Images may have another grid than its own.
+
+    Args:
+        network: The network; it is looked at, not owned.
+    """
+
+    network: Primus
+
+    def __init__(self, network: Primus) -> None:
+        super().__init__(network)
+        stem = self.stem.weight
+        with torch.no_grad():
+            tokens = network.down_projection(stem.new_zeros(1, stem.shape[1], PROBE, PROBE, PROBE))
+        self.token = tuple(PROBE // edge for edge in tokens.shape[2:])
+
+    @property
+    def strides(self) -> list[tuple[int, ...]]:
+        return [self.token]
+
+    @property
+    def channels(self) -> list[int]:
+        return [self.network.embed_dim]
+
+    @property
+    def stem(self) -> nn.Conv3d:
+        return next(module for module in self.network.down_projection.modules() if isinstance(module, nn.Conv3d))
+
+    def features(self, image: Tensor, stages: int | None = None) -> list[Tensor]:
+        """The normed tokens as a map, [(B, E, d, h, w)]; positions are resized to the image's grid."""
+        network, eva = self.network, self.network.eva
+        tokens = network.down_projection(image)
+        grid = tokens.shape[2:]
+        tokens = tokens.flatten(2).transpose(1, 2)
+        registers = 0
+        if network.register_tokens is not None:
+            registers = network.register_tokens.shape[1]
+            tokens = torch.cat([network.register_tokens.expand(len(tokens), -1, -1), tokens], 1)
+        if eva.pos_embed is not None:
+            tokens = tokens + self._positions(grid, registers)
+        tokens, rotary = eva.pos_drop(tokens), self._rotary(grid)
+        for block in eva.blocks:
+            tokens = block(tokens, rope=rotary)
+        return [eva.norm(tokens)[:, registers:].transpose(1, 2).unflatten(2, grid)][:stages]
+
+    def encoder_parameters(self, stages: int | None = None) -> Iterable[nn.Parameter]:
+        return [parameter for layer in self.layers() for parameter in layer]
+
+    def layers(self) -> list[list[nn.Parameter]]:
+        """What makes tokens, then block by block; the last norm belongs to the last block."""
+        network, eva = self.network, self.network.eva
+        first = [*network.down_projection.parameters(), eva.pos_embed, network.register_tokens]
+        blocks = [list(block.parameters()) for block in eva.blocks]
+        blocks[-1] += list(eva.norm.parameters())
+        return [[parameter for parameter in first if parameter is not None], *blocks]
+
+    def is_head(self, name: str) -> bool:
+        """Its whole decoder: the widths depend on the number of classes."""
+        return name.startswith("up_projection.")
+
+    def crop_problem(self, size: Sequence[int]) -> str:
+        return edges_problem(size, self.token, self.token, "token grid")
+
+    def freeze_coarse_heads(self) -> None:
+        """There is one output."""
+
+    def set_deep_supervision(self, enabled: bool) -> None:
+        """There is one output."""
+
+    def drop_depth_strides(self) -> None:
+        raise ValueError("Primus's tokens have fixed edges: its strides cannot be dropped; use a U-Net")
+
+    def _positions(self, grid: Sequence[int], registers: int) -> Tensor:
+        """(1, registers + N, E) learned positions of a token grid; as they are on the network's own."""
+        eva = self.network.eva
+        own = tuple(eva.rope.ref_feat_shape) if eva.rope is not None else tuple(grid)
+        if tuple(grid) == own:
+            return eva.pos_embed
+        prefix, places = eva.pos_embed[:, :registers], eva.pos_embed[:, registers:]
+        volume = places.transpose(1, 2).unflatten(2, own)
+        resized = F.interpolate(volume.float(), size=tuple(grid), mode="trilinear", align_corners=False)
+        return torch.cat([prefix, resized.flatten(2).transpose(1, 2).to(prefix.dtype)], 1)
+
+    def _rotary(self, grid: Sequence[int]) -> Tensor | None:
+        """Rotary positions of a grid, stretched to the extent of the network's own."""
+        rope = self.network.eva.rope
+        if rope is None or tuple(grid) == tuple(rope.ref_feat_shape):
+            return None if rope is None else rope.get_embed()
+        values = build_rotary_pos_embed(
+            feat_shape=list(grid),
+            dim=rope.dim,
+            max_res=rope.max_res,
+            temperature=rope.temperature,
+            linear_bands=rope.linear_bands,
+            in_pixels=rope.in_pixels,
+            ref_feat_shape=list(rope.ref_feat_shape),
+            grid_offset=rope.grid_offset,
+            grid_indexing=rope.grid_indexing,
+            device=rope.pos_embed.device,
+        )
+        return torch.cat(values, -1)

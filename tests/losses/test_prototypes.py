@@ -1,0 +1,158 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnssl_ext.losses import prototypes as module
+from nnssl_ext.losses.prototypes import (
+    Targets,
+    koleo,
+    moved_centre,
+    prototype_cross_entropy,
+    sinkhorn_bias,
+    target_distributions,
+)
+
+#: What DINOv2's own losses (Apache-2.0) answered for these inputs.
+RECORDED = json.loads((Path(__file__).parent / "data" / "dinov2_losses.json").read_text())
+TEACHER, STUDENT = torch.tensor(RECORDED["teacher"]), torch.tensor(RECORDED["student"])  # views, samples, K
+AXES = torch.eye(TEACHER.shape[-1])  # as prototypes, they make vectors their own logits
+COLD, WARM = RECORDED["teacher_temperature"], RECORDED["student_temperature"]
+
+
+def targets(vectors: Tensor, bias: Tensor) -> Targets:
+    return Targets(vectors, AXES, bias, COLD)
+
+
+def softmax_bias(vectors: Tensor) -> Tensor:
+    return -moved_centre(torch.zeros(len(AXES)), vectors, AXES, 0.9) / COLD
+
+
+def image_loss(student: Tensor, teacher: Tensor, bias: Tensor, pairs: Tensor) -> float:
+    """Views first, as recorded -> the mean over samples of the sum over pairs."""
+    wanted = targets(teacher.transpose(0, 1), bias)
+    return prototype_cross_entropy(student.transpose(0, 1), AXES, wanted, pairs, WARM).mean().item()
+
+
+def test_image_level_equals_dinov2() -> None:
+    everyone = TEACHER.flatten(0, 1)
+    softmax, sinkhorn = softmax_bias(everyone), sinkhorn_bias(everyone, AXES, COLD)
+    assert torch.allclose(-softmax * COLD, torch.tensor(RECORDED["centre"]), atol=1e-6)
+    for bias, name in ((softmax, "softmax"), (sinkhorn, "sinkhorn")):
+        found = target_distributions(targets(everyone[:, None], bias))[:, 0]
+        assert torch.allclose(found, torch.tensor(RECORDED[f"{name}_targets"]), atol=1e-5)
+        local = image_loss(STUDENT[2:], TEACHER, bias, torch.ones(4, 2))
+        assert local == pytest.approx(RECORDED[f"image_{name}_local"], rel=1e-5)
+    crossed = image_loss(STUDENT[:2], TEACHER, softmax, 1 - torch.eye(2)) / 2
+    assert crossed == pytest.approx(RECORDED["image_softmax_global"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sinkhorn"])
+def test_hidden_cells_equal_dinov2(name: str) -> None:
+    teacher, student = torch.tensor(RECORDED["cell_teacher"]), torch.tensor(RECORDED["cell_student"])
+    mask = torch.tensor(RECORDED["mask"], dtype=torch.bool)
+    bias = softmax_bias(teacher) if name == "softmax" else sinkhorn_bias(teacher, AXES, COLD)
+    wanted = targets(teacher[:, None], bias)
+    rows = prototype_cross_entropy(student[:, None], AXES, wanted, torch.ones(1, 1), WARM)
+    weight = (1 / mask.sum(1).clamp_min(1))[:, None].expand_as(mask)[mask]
+    assert (rows * weight).sum().item() / len(mask) == pytest.approx(RECORDED[f"cells_{name}"], rel=1e-5)
+
+
+def test_koleo_equals_dinov2() -> None:
+    features = torch.tensor(RECORDED["features"])
+    loss = koleo(features, features, torch.arange(len(features))).mean().item()
+    assert loss == pytest.approx(RECORDED["koleo"], rel=1e-5)
+
+
+def drawn(samples: int = 7, views: int = 3, width: int = 8, prototypes: int = 40) -> tuple[Tensor, Tensor, Targets]:
+    generator = torch.Generator().manual_seed(0)
+
+    def unit(*shape: int) -> Tensor:
+        return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+    student, own = unit(samples, views, width).requires_grad_(), unit(prototypes, width).requires_grad_()
+    bias = torch.randn(prototypes, generator=generator)
+    return student, own, Targets(unit(samples, 2, width), unit(prototypes, width), bias, 0.06)
+
+
+def plain(student: Tensor, own: Tensor, wanted: Targets, pairs: Tensor, temperature: float) -> Tensor:
+    """The same as one writes it down, all logits at once."""
+    logs = (student @ own.T / temperature).log_softmax(-1)
+    return -torch.einsum("st,ntk,nsk->n", pairs, target_distributions(wanted), logs)
+
+
+@pytest.mark.parametrize("elements", [1, 500, 1 << 24])
+def test_pieces_equal_the_whole_in_value_and_gradient(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ELEMENTS", elements)
+    pairs = torch.tensor([[0.0, 0.2], [0.2, 0.0], [0.3, 0.3]])
+    weight = torch.linspace(0.5, 2, 7)
+    results = []
+    for function in (prototype_cross_entropy, plain):
+        student, own, wanted = drawn()
+        loss = function(student, own, wanted, pairs, 0.1)
+        (loss * weight).sum().backward()
+        results.append((loss, student.grad, own.grad))
+    for found, expected in zip(*results, strict=True):
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_no_logits_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, own, wanted = drawn(samples=64, prototypes=512)
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        prototype_cross_entropy(student, own, wanted, torch.ones(3, 2), 0.1)
+    assert kept and max(kept) <= own.numel() < 64 * 3 * 512
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        plain(student, own, wanted, torch.ones(3, 2), 0.1)
+    assert max(kept) >= 64 * 3 * 512
+
+
+def test_mixed_precision_is_near_and_finite() -> None:
+    student, own, wanted = drawn()
+    exact = prototype_cross_entropy(student, own, wanted, torch.ones(3, 2), 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = prototype_cross_entropy(student, own, wanted, torch.ones(3, 2), 0.1)
+    loss.sum().backward()
+    assert loss.dtype == torch.float32
+    assert torch.allclose(loss, exact, rtol=0.03)
+    assert student.grad is not None and student.grad.isfinite().all()
+
+
+def test_no_hidden_cell_is_a_zero_gradient_and_moves_no_centre() -> None:
+    student, own, wanted = drawn()
+    none = wanted._replace(vectors=wanted.vectors[:0])
+    loss = prototype_cross_entropy(student[:0], own, none, torch.ones(3, 2), 0.1)
+    loss.sum().backward()
+    assert loss.shape == (0,)
+    assert own.grad is not None and (own.grad == 0).all()
+    centre = torch.arange(40.0)
+    assert torch.equal(moved_centre(centre, none.vectors[:, 0], own.detach(), 0.9), centre)
+    assert sinkhorn_bias(none.vectors[:, 0], own.detach(), 0.05).isfinite().all()
+
+
+def test_sinkhorn_uses_all_prototypes_alike() -> None:
+    vectors, own = drawn(samples=400, prototypes=20)[0].detach()[:, 0], drawn(prototypes=20)[1].detach()
+    vectors = F.normalize(vectors + 2, dim=-1)  # all to one side: a few prototypes would get nearly everything
+    for bias, fair in ((torch.zeros(20), False), (sinkhorn_bias(vectors, own, 0.05, iterations=20), True)):
+        used = target_distributions(Targets(vectors[:, None], own, bias, 0.05)).mean((0, 1))
+        assert (used.max() < 1.1 / 20) == fair
+
+
+def test_koleo_of_equal_and_of_single_vectors_is_finite() -> None:
+    same = torch.ones(4, 8).requires_grad_()
+    loss = koleo(same, same, torch.arange(4))
+    loss.sum().backward()
+    assert loss.isfinite().all() and same.grad is not None and same.grad.isfinite().all()
+    half = torch.full((4, 8), 3e4, dtype=torch.float16)
+    assert koleo(half, half, torch.arange(4)).isfinite().all()
+    alone = torch.randn(1, 8)
+    assert koleo(alone, alone, torch.zeros(1, dtype=torch.int64)) == 0
