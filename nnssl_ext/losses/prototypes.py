@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 #: Logits that are held at once; more samples are computed piece by piece.
-ELEMENTS = 1 << 24
+ELEMENTS = 1 << 25
 
 
 class Targets(NamedTuple):
@@ -36,25 +36,50 @@ class Targets(NamedTuple):
     bias: Tensor
     temperature: Tensor | float
 
+    def to(self, dtype: torch.dtype) -> Targets:
+        """With prototypes of another type, in which logits are computed."""
+        return self._replace(prototypes=self.prototypes.to(dtype))
+
 
 def prototype_cross_entropy(
-    student: Tensor, prototypes: Tensor, targets: Targets, pairs: Tensor, temperature: float
-) -> Tensor:
-    """Sum over pairs of vectors of the cross-entropy of the student's distribution under the teacher's, (N,) float32.
+    student: Tensor,
+    directions: Tensor,
+    targets: Targets,
+    pairs: Tensor,
+    temperature: float,
+    *,
+    weight: Tensor | None = None,
+    moving: Tensor | float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the student's distributions under the teacher's, over weighted pairs of vectors.
 
-    Neither pass holds more than ``ELEMENTS`` logits: the backward pass computes them again.
+    Never more than ``ELEMENTS`` logits are held, and none for the backward pass: the forward pass computes the gradient
+    of the total as it goes, which needs no logit a second time.
 
     Args:
-        student: (N, S, E).
-        prototypes: (K, E) of the student.
+        student: (N, S, E), on the unit sphere.
+        directions: (K, E) of the student's prototypes, of any length.
         targets: The teacher's side, which gets no gradient.
         pairs: (S, T) weight of each pair.
         temperature: The student's.
+        weight: (N,) of each sample in the total; None is 1.
+        moving: Factor of the directions' gradient.
+
+    Returns:
+        The total (), through which gradients flow, and what each sample gives to it (N,), without gradient; float32.
     """
     kind = student.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else student.dtype
-    loss: Tensor = _PrototypeCrossEntropy.apply(student, prototypes, *targets, pairs, temperature, dtype)
-    return loss
+    weight = student.new_ones(len(student), dtype=torch.float32) if weight is None else weight
+    total, rows = _PrototypeCrossEntropy.apply(
+        student, directions, *targets, pairs, temperature, weight, moving, dtype, torch.is_grad_enabled()
+    )
+    return total, rows
+
+
+def carried(rows: Tensor, total: Tensor) -> Tensor:
+    """``rows`` (B,) without gradient, whose sum has the gradient of ``total`` ()."""
+    return rows + (total - total.detach()) / max(1, len(rows))
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
@@ -62,42 +87,59 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
     def forward(
         context: Any,
         student: Tensor,
-        prototypes: Tensor,
+        directions: Tensor,
         teacher: Tensor,
         teacher_prototypes: Tensor,
         bias: Tensor,
         teacher_temperature: Tensor | float,
         pairs: Tensor,
         temperature: float,
+        weight: Tensor,
+        moving: Tensor | float,
         dtype: torch.dtype,
-    ) -> Tensor:
-        context.save_for_backward(student, prototypes, teacher, teacher_prototypes, bias, pairs)
-        context.temperatures, context.dtype = (teacher_temperature, temperature), dtype
-        targets = Targets(teacher, teacher_prototypes, bias, teacher_temperature)
-        loss = torch.empty(len(student), dtype=torch.float32, device=student.device)
-        mass = pairs.sum(1)  # (S,)
-        for rows in _pieces(student, teacher, prototypes):
-            logits = _logits(student[rows], prototypes, temperature, dtype)  # (n, S, K)
-            wanted = _wanted(targets, rows, pairs, dtype)
-            loss[rows] = (logits.logsumexp(-1) * mass).sum(1) - torch.linalg.vecdot(wanted, logits).sum(1)
-        return loss
+        with_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        targets = Targets(teacher, teacher_prototypes, bias, teacher_temperature).to(dtype)
+        length = directions.float().norm(dim=1, keepdim=True)
+        prototypes = directions / length
+        low = prototypes.to(dtype)
+        if pairs.shape == (1, 1):  # one weight for all is a weight of the samples
+            weight = weight * pairs[0, 0]
+        losses = torch.empty(len(student), dtype=torch.float32, device=student.device)
+        to_student = torch.empty_like(student) if with_gradient else None
+        to_prototypes = torch.zeros_like(prototypes)
+        mass = pairs.sum(1)[:, None]
+        for rows in _pieces(student, teacher, directions):
+            logs = _logits(student[rows], low, temperature).log_softmax(-1)  # (n, S, K)
+            wanted = _wanted(targets, rows, pairs)
+            losses[rows] = -torch.einsum("nsk,nsk->n", wanted, logs) * weight[rows]
+            if to_student is not None:
+                probable = logs.exp_() if pairs.shape == (1, 1) else logs.exp_().mul_(mass)
+                flat = probable.sub_(wanted).flatten(0, 1).to(dtype)
+                scale = (weight[rows] / temperature)[:, None, None]
+                to_student[rows] = (flat @ low).view_as(student[rows]) * scale
+                _add_product(to_prototypes, flat.T, (student[rows] * scale).flatten(0, 1).to(dtype))
+        # what changes a prototype's length changes nothing
+        along = torch.linalg.vecdot(to_prototypes, prototypes)[:, None]
+        to_directions = to_prototypes.addcmul_(along, prototypes, value=-1).mul_(moving / length)
+        context.gradients = to_student, to_directions
+        context.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        student, prototypes, teacher, teacher_prototypes, bias, pairs = context.saved_tensors
-        (teacher_temperature, temperature), dtype = context.temperatures, context.dtype
-        targets = Targets(teacher, teacher_prototypes, bias, teacher_temperature)
-        upstream = gradients[0] / temperature
-        to_student = torch.empty_like(student)
-        to_prototypes = torch.zeros_like(prototypes)
-        mass = pairs.sum(1)[:, None]
-        for rows in _pieces(student, teacher, prototypes):
-            piece = _logits(student[rows], prototypes, temperature, dtype).softmax(-1)
-            piece = piece.mul_(mass).sub_(_wanted(targets, rows, pairs, dtype)).mul_(upstream[rows, None, None])
-            flat = piece.flatten(0, 1).to(dtype)
-            to_student[rows] = (flat @ prototypes.to(dtype)).view_as(student[rows]).to(student.dtype)
-            to_prototypes += (flat.T @ student[rows].flatten(0, 1).to(dtype)).to(prototypes.dtype)
-        return to_student, to_prototypes, None, None, None, None, None, None, None
+        to_student, to_directions = context.gradients
+        context.gradients = None
+        upstream = gradients[0]
+        return to_student.mul_(upstream), to_directions.mul_(upstream), *(None,) * 10
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total`` += left @ right, in float32 whatever the factors' type."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _pieces(student: Tensor, teacher: Tensor, prototypes: Tensor) -> list[slice]:
@@ -106,20 +148,24 @@ def _pieces(student: Tensor, teacher: Tensor, prototypes: Tensor) -> list[slice]
     return [slice(low, low + step) for low in range(0, len(student), step)]
 
 
-def _logits(vectors: Tensor, prototypes: Tensor, temperature: Tensor | float, dtype: torch.dtype) -> Tensor:
-    # without autocast, so that both passes compute the same
-    with torch.autocast(vectors.device.type, enabled=False):
-        scaled = vectors.flatten(0, -2).to(dtype) @ (prototypes / temperature).to(dtype).T
-    return scaled.float().unflatten(0, vectors.shape[:-1])
+def _logits(
+    vectors: Tensor, prototypes: Tensor, temperature: Tensor | float, bias: Tensor | None = None
+) -> Tensor:
+    """(n, S, E) against (K, E) -> (n, S, K) float32, multiplied in the prototypes' type."""
+    scaled = (vectors.flatten(0, -2) / temperature).to(prototypes.dtype)
+    if bias is not None and prototypes.dtype == bias.dtype:
+        logits = torch.addmm(bias, scaled, prototypes.T)
+    else:
+        logits = (scaled @ prototypes.T).float()
+        logits = logits if bias is None else logits.add_(bias)
+    return logits.unflatten(0, vectors.shape[:-1])
 
 
-def _wanted(targets: Targets, rows: slice, pairs: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, S, K), for each of the student's vectors the weighted sum of its targets."""
-    logits = _logits(targets.vectors[rows], targets.prototypes, targets.temperature, dtype)
-    distributions = logits.add_(targets.bias).softmax(-1)  # (n, T, K)
-    if pairs.shape == (1, 1):
-        return distributions.mul_(pairs[0, 0])
-    return torch.einsum("st,ntk->nsk", pairs, distributions)
+def _wanted(targets: Targets, rows: slice, pairs: Tensor) -> Tensor:
+    """(n, S, K), for each of the student's vectors the weighted sum of its targets; of a single pair the target."""
+    logits = _logits(targets.vectors[rows], targets.prototypes, targets.temperature, targets.bias)
+    distributions = logits.softmax(-1)  # (n, T, K)
+    return distributions if pairs.shape == (1, 1) else torch.einsum("st,ntk->nsk", pairs, distributions)
 
 
 def target_distributions(targets: Targets) -> Tensor:

@@ -88,6 +88,7 @@ class DINO(Method):
         self.cells = self.student.reader.cells(geometry.crop_size)
         self.register_buffer("image_centre", torch.zeros(settings.prototypes))
         self.register_buffer("cell_centre", torch.zeros(settings.prototypes))
+        self.updates = [torch.zeros(()), torch.zeros(())]
         self.register_buffer("image_mean", torch.zeros(settings.bottleneck))
         self.register_buffer("cell_mean", torch.zeros(settings.bottleneck))
         # the student's views in rows, the teacher's in columns: every pair but a view with itself
@@ -221,9 +222,9 @@ class DINO(Method):
         features, said = pooled.split([self.student.reader.image_width, self.settings.bottleneck], -1)
         targets = self._targets("image", said.flatten(0, 1)[:, None])
         entropy, information = entropies(target_distributions(targets)[:, 0])
-        first, second = features.unbind(1)
+        first = features[:, 0]
         measures = {
-            "view_retrieval": retrieval_accuracy(first, second),
+            "view_retrieval": retrieval_accuracy(*said.unbind(1)),
             "teacher_entropy": entropy,
             "target_information": information,
             "feature_deviation": feature_deviation(features.flatten(0, 1)),
@@ -262,7 +263,9 @@ class DINO(Method):
         if self.training and self.centring == "sphere":
             with torch.no_grad():
                 mean = self._mean(level)
-                mean.copy_(moved_centre(mean, said.flatten(0, 1), torch.eye(said.shape[-1]), self.settings.centre_momentum))
+                self.updates[level == "cell"] += 1
+                momentum = torch.minimum(1 - 1 / self.updates[level == "cell"], torch.tensor(self.settings.centre_momentum))
+                mean.copy_(moved_centre(mean, said.flatten(0, 1), torch.eye(said.shape[-1]), momentum))
         if self.training and self.centring == "softmax":
             with torch.no_grad():
                 centre = self._centre(level)

@@ -82,7 +82,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(input_channels, width, triple(patch), triple(patch))
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.proj(image).flatten(2).transpose(1, 2)
+        # what the convolution computes, as one matrix product: faster, above all backwards
+        grid = [edge // step for edge, step in zip(image.shape[2:], self.proj.stride, strict=True)]
+        cut = [size for pair in zip(grid, self.proj.stride, strict=True) for size in pair]
+        patches = image.unflatten(4, cut[4:]).unflatten(3, cut[2:4]).unflatten(2, cut[:2])
+        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # (B, N, C voxels)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionTransformer(nn.Module):

@@ -1,14 +1,17 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnssl_ext.losses import prototypes as module
 from nnssl_ext.losses.prototypes import (
     Targets,
+    carried,
     koleo,
     moved_centre,
     prototype_cross_entropy,
@@ -34,7 +37,9 @@ def softmax_bias(vectors: Tensor) -> Tensor:
 def image_loss(student: Tensor, teacher: Tensor, bias: Tensor, pairs: Tensor) -> float:
     """Views first, as recorded -> the mean over samples of the sum over pairs."""
     wanted = targets(teacher.transpose(0, 1), bias)
-    return prototype_cross_entropy(student.transpose(0, 1), AXES, wanted, pairs, WARM).mean().item()
+    total, rows = prototype_cross_entropy(student.transpose(0, 1), AXES, wanted, pairs, WARM)
+    assert total.item() == pytest.approx(rows.sum().item())
+    return rows.mean().item()
 
 
 def test_image_level_equals_dinov2() -> None:
@@ -56,9 +61,9 @@ def test_hidden_cells_equal_dinov2(name: str) -> None:
     mask = torch.tensor(RECORDED["mask"], dtype=torch.bool)
     bias = softmax_bias(teacher) if name == "softmax" else sinkhorn_bias(teacher, AXES, COLD)
     wanted = targets(teacher[:, None], bias)
-    rows = prototype_cross_entropy(student[:, None], AXES, wanted, torch.ones(1, 1), WARM)
     weight = (1 / mask.sum(1).clamp_min(1))[:, None].expand_as(mask)[mask]
-    assert (rows * weight).sum().item() / len(mask) == pytest.approx(RECORDED[f"cells_{name}"], rel=1e-5)
+    total, _ = prototype_cross_entropy(student[:, None], AXES, wanted, torch.ones(1, 1), WARM, weight=weight)
+    assert total.item() / len(mask) == pytest.approx(RECORDED[f"cells_{name}"], rel=1e-5)
 
 
 def test_koleo_equals_dinov2() -> None:
@@ -80,7 +85,7 @@ def drawn(samples: int = 7, views: int = 3, width: int = 8, prototypes: int = 40
 
 def plain(student: Tensor, own: Tensor, wanted: Targets, pairs: Tensor, temperature: float) -> Tensor:
     """The same as one writes it down, all logits at once."""
-    logs = (student @ own.T / temperature).log_softmax(-1)
+    logs = (student @ F.normalize(own, dim=-1).T / temperature).log_softmax(-1)
     return -torch.einsum("st,ntk,nsk->n", pairs, target_distributions(wanted), logs)
 
 
@@ -89,50 +94,56 @@ def test_pieces_equal_the_whole_in_value_and_gradient(elements: int, monkeypatch
     monkeypatch.setattr(module, "ELEMENTS", elements)
     pairs = torch.tensor([[0.0, 0.2], [0.2, 0.0], [0.3, 0.3]])
     weight = torch.linspace(0.5, 2, 7)
-    results = []
-    for function in (prototype_cross_entropy, plain):
-        student, own, wanted = drawn()
-        loss = function(student, own, wanted, pairs, 0.1)
-        (loss * weight).sum().backward()
-        results.append((loss, student.grad, own.grad))
-    for found, expected in zip(*results, strict=True):
-        assert torch.allclose(found, expected, atol=1e-5)
+    student, own, wanted = drawn()
+    expected = plain(student, own, wanted, pairs, 0.1) * weight
+    (3 * expected.sum()).backward()
+    for moving in (1.0, 0.0):
+        again, its = student.detach().requires_grad_(), own.detach().requires_grad_()
+        total, rows = prototype_cross_entropy(again, its, wanted, pairs, 0.1, weight=weight, moving=moving)
+        (3 * carried(rows, total)).sum().backward()
+        assert torch.allclose(rows, expected, atol=1e-5)
+        assert not rows.requires_grad
+        assert torch.allclose(again.grad, student.grad, atol=1e-5)
+        assert torch.allclose(its.grad, moving * own.grad, atol=1e-5)
 
 
-def test_no_logits_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_logits_are_kept_or_held_together(monkeypatch: pytest.MonkeyPatch) -> None:
     student, own, wanted = drawn(samples=64, prototypes=512)
-    kept: list[int] = []
+    monkeypatch.setattr(module, "ELEMENTS", 4 * 5 * 512)
+    largest: list[int] = []
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor.numel())
-        return tensor
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            largest.append(max((t.numel() for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, Tensor)), default=0))
+            return result
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        prototype_cross_entropy(student, own, wanted, torch.ones(3, 2), 0.1)
-    assert kept and max(kept) <= own.numel() < 64 * 3 * 512
-    kept.clear()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with Watch():
+        prototype_cross_entropy(student, own, wanted, torch.ones(3, 2), 0.1)[0].backward()
+    assert max(largest) <= 4 * 3 * 512
+    largest.clear()
+    with Watch():
         plain(student, own, wanted, torch.ones(3, 2), 0.1)
-    assert max(kept) >= 64 * 3 * 512
+    assert max(largest) >= 64 * 3 * 512
 
 
 def test_mixed_precision_is_near_and_finite() -> None:
     student, own, wanted = drawn()
-    exact = prototype_cross_entropy(student, own, wanted, torch.ones(3, 2), 0.1)
+    _, exact = prototype_cross_entropy(student, own, wanted, torch.ones(3, 2), 0.1)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = prototype_cross_entropy(student, own, wanted, torch.ones(3, 2), 0.1)
-    loss.sum().backward()
-    assert loss.dtype == torch.float32
-    assert torch.allclose(loss, exact, rtol=0.03)
+        total, rows = prototype_cross_entropy(student, own, wanted, torch.ones(3, 2), 0.1)
+    total.backward()
+    assert rows.dtype == torch.float32
+    assert torch.allclose(rows, exact, rtol=0.03)
     assert student.grad is not None and student.grad.isfinite().all()
 
 
 def test_no_hidden_cell_is_a_zero_gradient_and_moves_no_centre() -> None:
     student, own, wanted = drawn()
     none = wanted._replace(vectors=wanted.vectors[:0])
-    loss = prototype_cross_entropy(student[:0], own, none, torch.ones(3, 2), 0.1)
-    loss.sum().backward()
-    assert loss.shape == (0,)
+    total, rows = prototype_cross_entropy(student[:0], own, none, torch.ones(3, 2), 0.1)
+    total.backward()
+    assert rows.shape == (0,)
     assert own.grad is not None and (own.grad == 0).all()
     centre = torch.arange(40.0)
     assert torch.equal(moved_centre(centre, none.vectors[:, 0], own.detach(), 0.9), centre)

@@ -1,0 +1,124 @@
+"""Forward and backward of one student step of 3DINO, and of the same tokens through the bare blocks and heads.
+
+``OMP_NUM_THREADS=2 python benchmarks/dino_step.py --repeats 5``
+
+A ViT-S (384 wide, 12 blocks, 6 heads, tokens of 16 voxels) on 4 volumes: 2 global crops of 96 and 8 local crops of 48
+each, half of the global ones with 20 to 75 % of their tokens hidden; heads 2048-256-65536 on both levels; float32. The
+teacher's vectors are given to both sides: what is timed is the student. Bare is the same blocks on the same embedded
+tokens, the same heads on as many rows and the product with the prototypes, and their backward pass; no embedding, no
+targets, no loss but a sum. The two take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnssl_ext.losses.prototypes import Targets, koleo, prototype_cross_entropy
+from nnssl_ext.networks.backbone import backbone_of
+from nnssl_ext.networks.distillation import DistilledNetwork, reader_of
+from nnssl_ext.networks.vit import ViTUNETR
+from nnssl_ext.views.multicrop import draw_cell_masks
+from nnssl_ext.views.random import BatchRandom
+
+VOLUMES, LOCALS, PROTOTYPES = 4, 8, 65536
+
+
+class Step:
+    """One student step on fixed input."""
+
+    def __init__(self, prototypes: int = PROTOTYPES) -> None:
+        torch.manual_seed(0)
+        network = ViTUNETR(input_channels=1, num_classes=2, embed_dim=384, depth=12, num_heads=6, drop_path=0.0)
+        reader = reader_of(backbone_of(network), 16)
+        self.student = DistilledNetwork(reader, hidden=2048, bottleneck=256, prototypes=prototypes)
+        self.whole = torch.randn(VOLUMES * 2, 1, 96, 96, 96)
+        self.local = torch.randn(VOLUMES * LOCALS, 1, 48, 48, 48)
+        random = BatchRandom(0, 0, range(VOLUMES), torch.device("cpu"))
+        self.hidden = draw_cell_masks(random, 2, 216, 0.5, (0.2, 0.75)).flatten(0, 1)
+        self.row = self.hidden.flatten().nonzero()[:, 0]
+        self.pairs = torch.ones(2 + LOCALS, 2)
+        self.pairs[:2].fill_diagonal_(0)
+        self.pairs /= self.pairs.sum()
+        self.directions = F.normalize(torch.randn(prototypes, 256), dim=-1)
+        self.said = F.normalize(torch.randn(VOLUMES, 2, 256), dim=-1)
+        self.said_of_cells = F.normalize(torch.randn(len(self.row), 1, 256), dim=-1)
+
+    def ours(self) -> Tensor:
+        """The loss as the method computes it."""
+        student = self.student
+        features, cells = student.reader(self.whole, self.hidden)
+        local, _ = student.reader(self.local)
+        own = torch.cat([student.image_head(v).unflatten(0, (VOLUMES, -1)) for v in (features, local)], 1)
+        own_of_cells = student.cell_head(cells.flatten(0, 1)[self.row])[:, None]
+        bias = self.directions.new_zeros(len(self.directions))
+        image, _ = prototype_cross_entropy(
+            own, student.image_head.directions, Targets(self.said, self.directions, bias, 0.05), self.pairs, 0.1
+        )
+        cell, _ = prototype_cross_entropy(
+            own_of_cells,
+            student.cell_head.directions,
+            Targets(self.said_of_cells, self.directions, bias, 0.05),
+            torch.ones(1, 1),
+            0.1,
+        )
+        views = features.unflatten(0, (VOLUMES, 2)).unbind(1)
+        spread = sum(koleo(view, view, torch.arange(VOLUMES)).mean() for view in views)
+        return image + cell + 0.1 * spread
+
+    def bare(self) -> Tensor:
+        """The same tokens through the same blocks and heads."""
+        encoder = self.student.reader.network.backbone
+        ends = []
+        with torch.no_grad():
+            inputs = [encoder.embed(self.whole, self.hidden), encoder.embed(self.local)]
+        for tokens in inputs:
+            tokens = tokens.requires_grad_()
+            for block in encoder.blocks:
+                tokens = block(tokens)
+            ends.append(tokens)
+        image = self.student.image_head.mlp(torch.cat([end[:, 0] for end in ends]))
+        cell = self.student.cell_head.mlp(ends[0][:, 1:].flatten(0, 1)[self.row])
+        heads = (self.student.image_head, image), (self.student.cell_head, cell)
+        return torch.stack([(vectors @ head.directions.T).sum() for head, vectors in heads]).sum()
+
+
+def timed(function: Callable[[], Tensor], step: Step) -> tuple[float, float]:
+    """CPU and wall seconds of a forward and a backward pass."""
+    step.student.zero_grad(set_to_none=True)
+    wall, cpu = time.perf_counter(), time.process_time()
+    function().backward()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--prototypes", type=int, default=PROTOTYPES)
+    arguments = parser.parse_args()
+    step = Step(arguments.prototypes)
+    times: dict[str, list[tuple[float, float]]] = {"ours": [], "bare": []}
+    for repeat in range(arguments.repeats + 1):
+        for name in times:
+            measured = timed(getattr(step, name), step)
+            if repeat:  # the first is the warm-up
+                times[name].append(measured)
+    ratios = [a[0] / b[0] for a, b in zip(times["ours"], times["bare"], strict=True)]
+    result = {
+        f"{name} {kind}": [round(min(v), 2), round(statistics.median(v), 2), round(max(v), 2)]
+        for name, rows in times.items()
+        for kind, v in zip(("CPU s", "wall s"), zip(*rows, strict=True), strict=True)
+    }
+    result["ratio of CPU s"] = [round(f(ratios), 3) for f in (min, statistics.median, max)]
+    print(json.dumps({"threads": torch.get_num_threads(), "hidden cells": len(step.row), **result}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
