@@ -36,7 +36,7 @@ def weights_after(environment: Environment, kind: str, trainer: str, name: str, 
 
 
 @pytest.mark.parametrize("kind", OWN_NETWORKS)
-@pytest.mark.parametrize("method", ["volume_fusion", "masked_autoencoder", "rotation", "exemplar"])
+@pytest.mark.parametrize("method", ["volume_fusion", "masked_autoencoder", "rotation", "exemplar", "dino"])
 def test_hand_over(with_data: Data, method: str, kind: str) -> None:
     """Every tensor but the heads reaches the stock trainer, and it is what was learned."""
     environment, trainer = with_data(kind), METHODS[method].trainer

@@ -55,6 +55,7 @@ def entropies(distributions: Tensor) -> tuple[Tensor, Tensor]:
     The information is the entropy of the mean minus the mean entropy: 0 when all samples have the same target, be it
     one prototype or all of them, and at most log N.
     """
+
     def entropy(p: Tensor) -> Tensor:
         return -(p * p.clamp_min(1e-30).log()).sum(-1)
 

@@ -148,9 +148,7 @@ def _pieces(student: Tensor, teacher: Tensor, prototypes: Tensor) -> list[slice]
     return [slice(low, low + step) for low in range(0, len(student), step)]
 
 
-def _logits(
-    vectors: Tensor, prototypes: Tensor, temperature: Tensor | float, bias: Tensor | None = None
-) -> Tensor:
+def _logits(vectors: Tensor, prototypes: Tensor, temperature: Tensor | float, bias: Tensor | None = None) -> Tensor:
     """(n, S, E) against (K, E) -> (n, S, K) float32, multiplied in the prototypes' type."""
     scaled = (vectors.flatten(0, -2) / temperature).to(prototypes.dtype)
     if bias is not None and prototypes.dtype == bias.dtype:

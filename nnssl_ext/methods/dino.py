@@ -29,6 +29,7 @@ from nnssl_ext.losses.health import (
 )
 from nnssl_ext.losses.prototypes import (
     Targets,
+    carried,
     koleo,
     moved_centre,
     prototype_cross_entropy,
@@ -48,9 +49,13 @@ from nnssl_ext.views.spatial import SpatialRange
 GLOBALS = 2
 #: From this many samples a step on, Sinkhorn has enough of them to balance prototypes.
 SINKHORN_BATCH = 256
-#: A sign of collapse: a target says less than this of its image, in nats; uniform targets are told from equal ones by
-#: their entropy, as a share of the largest.
-LEAST_INFORMATION, MOST_ENTROPY = 0.01, 0.9
+#: Signs of collapse: targets of images and of cells both say less than this, in nats (uniform ones are told from equal
+#: ones by their entropy, as a share of the largest); directions in which images differ; mean cosine of their features.
+LEAST_INFORMATION, MOST_ENTROPY, LEAST_RANK, MOST_COSINE = 0.005, 0.9, 1.5, 0.9999
+#: Cells of a view that are looked at in a validation, about.
+SEEN_CELLS = 32
+#: The total, through which gradients flow, and what each sample gives to it.
+Distilled = tuple[Tensor, Tensor]
 #: Fewer samples in a validation tell nothing of a collapse.
 FEWEST_SAMPLES = 4
 
@@ -63,7 +68,7 @@ class DINO(Method):
     title = "3DINO"
     citation = "Xu et al., npj Digital Medicine 2025; Oquab et al., TMLR 2024, arXiv:2304.07193"
     Settings = DINOSettings
-    readable = Readable("view_retrieval", "Views nearest to the other view of their sample")
+    readable = Readable("hidden_cells", "Hidden cells told from the others of their view")
     deep_supervision = False
 
     settings: DINOSettings
@@ -88,9 +93,6 @@ class DINO(Method):
         self.cells = self.student.reader.cells(geometry.crop_size)
         self.register_buffer("image_centre", torch.zeros(settings.prototypes))
         self.register_buffer("cell_centre", torch.zeros(settings.prototypes))
-        self.updates = [torch.zeros(()), torch.zeros(())]
-        self.register_buffer("image_mean", torch.zeros(settings.bottleneck))
-        self.register_buffer("cell_mean", torch.zeros(settings.bottleneck))
         # the student's views in rows, the teacher's in columns: every pair but a view with itself
         pairs = torch.ones(GLOBALS + settings.local_crops, GLOBALS)
         pairs[:GLOBALS].fill_diagonal_(0)
@@ -101,7 +103,7 @@ class DINO(Method):
         batch = geometry.batch_size
         automatic = "sinkhorn" if batch >= SINKHORN_BATCH else "softmax"
         self.centring = automatic if settings.centring == "auto" else settings.centring
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._seen: list[tuple[Tensor, ...]] = []
 
     @classmethod
     def crops(cls, settings: DINOSettings, geometry: Geometry) -> CropRequest:
@@ -188,16 +190,18 @@ class DINO(Method):
             own = torch.cat([own, student.image_head(local).unflatten(0, (number, -1))], 1)
         own_of_cells = student.cell_head(own_cells.flatten(0, 1)[row])
 
-        image = self._distil("image", own, said, self.pairs)
-        per_cell = self._distil("cell", own_of_cells[:, None], said_of_cells[:, None], self.pairs.new_ones(1, 1))
-        cell = image.new_zeros(number).index_add(0, views["owner"], per_cell * views["weight"])
+        image_total, image = self._distil("image", own, said, self.pairs)
+        one = self.pairs.new_ones(1, 1)
+        cell_total, per_cell = self._distil("cell", own_of_cells[:, None], said_of_cells[:, None], one, views["weight"])
+        cell = image.new_zeros(number).index_add(0, views["owner"], per_cell)
         spread = self._spread(own_features.float().unflatten(0, (number, GLOBALS)), views["index"])
-        settings = self.settings
-        loss = image + settings.cell_weight * cell + settings.koleo_weight * spread
         if not self.training:
-            seen = torch.cat([features.float().unflatten(0, (number, GLOBALS)), said], -1)
-            self._seen.append((gather_samples(seen, views["index"])[0], self.image_centre.clone()))
-        return {"loss": loss, "image": image, "cells": cell, "spread": spread}
+            everywhere = teacher.cell_head(cells[:, :: max(1, cells.shape[1] // SEEN_CELLS)])
+            told = told_cells(own_of_cells, said_of_cells, views, number)
+            self._remember(views["index"], features.float(), said, everywhere, told)
+        settings = self.settings
+        loss = carried(image, image_total) + settings.cell_weight * carried(cell, cell_total)
+        return {"loss": loss + settings.koleo_weight * spread, "image": image, "cells": cell, "spread": spread}
 
     def before_step(self, progress: float) -> None:
         first, last = self.settings.teacher_temperature
@@ -214,69 +218,73 @@ class DINO(Method):
         torch._foreach_lerp_([theirs for theirs, _ in pairs], [mine for _, mine in pairs], 1 - momentum)
 
     def end_validation(self) -> dict[str, float]:
-        """Retrieval, health and the teacher's entropy over the global views of all validation crops."""
-        seen, self._seen = self._seen, []
-        if not seen:
+        """What students tell of hidden cells, retrieval, health and the targets, over all validation crops."""
+        if not self._seen:
             return {}
-        pooled = torch.cat([values for values, _ in seen])  # (n, 2, F + E)
-        features, said = pooled.split([self.student.reader.image_width, self.settings.bottleneck], -1)
-        targets = self._targets("image", said.flatten(0, 1)[:, None])
-        entropy, information = entropies(target_distributions(targets)[:, 0])
-        first = features[:, 0]
-        measures = {
+        features, said, cells, told = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+        self._seen.clear()
+        right, number, expected = told.sum(0).unbind()
+        measures = {"hidden_cells": right / number.clamp_min(1), "chance": expected / number.clamp_min(1)}
+        for level, vectors in (("image", said), ("cell", cells)):
+            distributions = target_distributions(self._targets(level, vectors.flatten(0, 1)[:, None]))[:, 0]
+            measures[f"{level}_entropy"], measures[f"{level}_information"] = entropies(distributions)
+        measures |= {
             "view_retrieval": retrieval_accuracy(*said.unbind(1)),
-            "teacher_entropy": entropy,
-            "target_information": information,
             "feature_deviation": feature_deviation(features.flatten(0, 1)),
-            "effective_rank": effective_rank(first),
-            "off_diagonal_cosine": off_diagonal_cosine(first),
+            "effective_rank": effective_rank(features[:, 0]),
+            "off_diagonal_cosine": off_diagonal_cosine(features[:, 0]),
         }
-        return {name: value.item() for name, value in measures.items()} | {
-            "chance": 1 / len(first),
-            "samples": float(len(first)),
-        }
+        return {name: value.item() for name, value in measures.items()} | {"samples": float(len(said))}
 
     def diagnose(self, measures: dict[str, float]) -> str:
         if measures.get("samples", 0) < FEWEST_SAMPLES:
             return ""
-        entropy, information = measures["teacher_entropy"], measures["target_information"]
-        if information >= LEAST_INFORMATION:
-            return ""
-        now = self.settings.teacher_temperature
+        informed = max(measures["image_information"], measures["cell_information"])
+        if informed < LEAST_INFORMATION:
+            return self._targets_collapsed(max(measures["image_entropy"], measures["cell_entropy"]), informed)
+        rank, cosine = measures["effective_rank"], measures["off_diagonal_cosine"]
+        if rank < LEAST_RANK or cosine > MOST_COSINE:
+            return (
+                f"the features of all images are alike (effective rank {rank:.2f}, mean cosine {cosine:.5f}); raise "
+                f"dino.koleo_weight (now {self.settings.koleo_weight}) or lower learning_rate"
+            )
+        return ""
+
+    def _targets_collapsed(self, entropy: float, information: float) -> str:
+        now, said = self.settings.teacher_temperature, f"entropy {entropy:.3f} of the largest, {information:.4f} nats"
         if entropy > MOST_ENTROPY:
             return (
-                f"the teacher's targets are uniform for every image (entropy {entropy:.3f} of the largest, information "
-                f"{information:.4f} nats); lower dino.teacher_temperature (now {now}), or lower learning_rate"
+                f"the teacher's targets are uniform whatever it sees ({said} of information); lower "
+                f"dino.teacher_temperature (now {now}) or learning_rate"
             )
         return (
-            f"every image has the same target (entropy {entropy:.3f} of the largest, information {information:.4f} nats); "
-            f"let targets be centred (dino.centring, dino.centre_momentum below 1) or raise dino.teacher_temperature "
-            f"(now {now})"
+            f"the teacher's targets are the same whatever it sees ({said} of information); let them be centred "
+            f"(dino.centring, dino.centre_momentum below 1) or raise dino.teacher_temperature (now {now})"
         )
 
-    def _distil(self, level: str, own: Tensor, said: Tensor, pairs: Tensor) -> Tensor:
-        """Cross-entropy of (N, S, E) under the targets of (N, T, E), summed over weighted pairs: (N,)."""
-        moving = self._head(self.student, level).prototypes
-        prototypes = torch.lerp(moving.detach(), moving, self.prototypes_move)
+    def _remember(self, index: Tensor, features: Tensor, said: Tensor, cells: Tensor, told: Tensor) -> None:
+        """Keep what a validation batch of all processes showed."""
+        number = len(said)
+        parts = features.unflatten(0, (number, -1)), said, cells.unflatten(0, (number, -1)).flatten(1, 2), told
+        self._seen.append(tuple(gather_samples(part, index)[0] for part in parts))
+
+    def _distil(self, level: str, own: Tensor, said: Tensor, pairs: Tensor, weight: Tensor | None = None) -> Distilled:
+        """Cross-entropy of (N, S, E) under the targets of (N, T, E), over weighted pairs: its total, and (N,)."""
         targets = self._targets(level, said)
-        loss = prototype_cross_entropy(own, prototypes, targets, pairs, self.settings.student_temperature)
-        if self.training and self.centring == "sphere":
-            with torch.no_grad():
-                mean = self._mean(level)
-                self.updates[level == "cell"] += 1
-                momentum = torch.minimum(1 - 1 / self.updates[level == "cell"], torch.tensor(self.settings.centre_momentum))
-                mean.copy_(moved_centre(mean, said.flatten(0, 1), torch.eye(said.shape[-1]), momentum))
+        directions, temperature = self._head(self.student, level).directions, self.settings.student_temperature
+        result = prototype_cross_entropy(
+            own, directions, targets, pairs, temperature, weight=weight, moving=self.prototypes_move
+        )
         if self.training and self.centring == "softmax":
             with torch.no_grad():
                 centre = self._centre(level)
-                centre.copy_(moved_centre(centre, said.flatten(0, 1), targets.prototypes, self.settings.centre_momentum))
-        return loss
+                centre.copy_(
+                    moved_centre(centre, said.flatten(0, 1), targets.prototypes, self.settings.centre_momentum)
+                )
+        return result
 
     def _targets(self, level: str, said: Tensor) -> Targets:
         prototypes, temperature = self._head(self.teacher, level).prototypes, self.teacher_temperature
-        if self.centring == "sphere":
-            said = nn.functional.normalize(said - self._mean(level), dim=-1)
-            return Targets(said, prototypes, torch.zeros_like(prototypes[:, 0]), temperature)
         if self.centring == "sinkhorn":
             bias = sinkhorn_bias(said.flatten(0, 1), prototypes, temperature)
         else:
@@ -304,12 +312,28 @@ class DINO(Method):
     def _centre(self, level: str) -> Tensor:
         return self.image_centre if level == "image" else self.cell_centre
 
-    def _mean(self, level: str) -> Tensor:
-        return self.image_mean if level == "image" else self.cell_mean
-
     def _paired(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What of the teacher follows what of the student."""
         for theirs, mine in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
             if mine.requires_grad:
                 yield theirs, mine
         yield from zip(self.teacher.buffers(), self.student.buffers(), strict=True)
+
+
+def told_cells(own: Tensor, said: Tensor, views: dict[str, Tensor], samples: int) -> Tensor:
+    """How often the student's vector of a hidden cell is nearest to the teacher's of that cell, of all in its view.
+
+    Args:
+        own, said: (M, E) of the student and of the teacher.
+        views: What ``DINO.views`` made.
+        samples: B.
+
+    Returns:
+        (B, 3): how often, of how many, and how often one would be by chance.
+    """
+    view = views["row"] // views["hidden"].shape[-1]
+    same = view[:, None] == view
+    nearest = (own @ said.T).masked_fill(~same, -2.0)
+    right = nearest.argmax(1) == torch.arange(len(own), device=own.device) if len(own) else view.bool()
+    counts = torch.stack([right.float(), torch.ones_like(right.float()), 1 / same.sum(1).clamp_min(1)], 1)
+    return counts.new_zeros(samples, 3).index_add(0, views["owner"], counts)

@@ -90,7 +90,7 @@ class DINOSettings(TrainingSettings):
         "auto",
         "What keeps all prototypes in use; auto is softmax below 256 samples a step, sinkhorn from there on.",
         source="sinkhorn in 3DINO",
-        choices=("auto", "softmax", "sinkhorn", "sphere"),
+        choices=("auto", "softmax", "sinkhorn"),
     )
     centre_momentum: float = setting(0.9, "Of the moving mean that softmax centring subtracts.", low=0, high=1)
     momentum: float = setting(0.992, "Of the teacher at first; 1 at the end.", source=XU, low=0, high=1)
@@ -139,7 +139,7 @@ def local_size(settings: DINOSettings, geometry: Geometry) -> Triple:
     ]
     if wrong:
         raise UserError(
-            f"dino.local_size {settings.local_size} does not fit the network: edges must be multiples of {list(total)}, "
-            f"at least {least}; use {legal}"
+            f"dino.local_size {settings.local_size} does not fit the network: edges must be multiples of "
+            f"{list(total)}, at least {least}; use {legal}"
         )
     return triple(settings.local_size)

@@ -89,7 +89,7 @@ class Backbone(ABC):
         return result
 
     def is_head(self, name: str) -> bool:
-        """Whether a tensor of the network's state belongs to the outputs: its shape depends on the number of classes."""
+        """Whether a tensor of the network's state belongs to the outputs, whose shapes depend on the classes."""
         return HEADS in f".{name}"
 
     def equalise_input_channels(self) -> None:

@@ -1,8 +1,8 @@
 """A vision transformer for volumes, and the segmentation network that plans can name around it.
 
 The encoder is the one of Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv 2010.11929, in the form
-and with the tensor names of Oquab et al., "DINOv2", TMLR 2024, arXiv 2304.07193: pre-norm blocks, LayerScale, drop-path,
-a CLS token, learned absolute positions. The decoder is UNETR's (``nnssl_ext.networks.unetr``).
+and with the tensor names of Oquab et al., "DINOv2", TMLR 2024, arXiv 2304.07193: pre-norm blocks, LayerScale,
+drop-path, a CLS token, learned absolute positions. The decoder is UNETR's (``nnssl_ext.networks.unetr``).
 
 B batch, C channel, D H W voxels, d h w tokens per axis, N = d h w tokens, E width of a token.
 """

@@ -24,7 +24,11 @@ def stop_when_collapsed(trainer: PretrainingTrainer, sign: str) -> None:
     Raises:
         UserError: With the sign, after ``Method.patience`` epochs in a row.
     """
-    log, epoch, patience = trainer.logger.local_logger.my_fantastic_logging, trainer.current_epoch, trainer.method.patience
+    log, epoch, patience = (
+        trainer.logger.local_logger.my_fantastic_logging,
+        trainer.current_epoch,
+        trainer.method.patience,
+    )
     if not sign and KEY not in log:
         return
     log.setdefault(KEY, [0.0] * epoch)
@@ -33,5 +37,5 @@ def stop_when_collapsed(trainer: PretrainingTrainer, sign: str) -> None:
         trainer.print_to_log_file(f"Sign of a collapse: {sign}")
     if patience and sum(log[KEY][-patience:]) == patience:
         raise UserError(
-            f"the features have collapsed ({patience} epochs in a row): {sign}; checkpoints of earlier epochs are intact"
+            f"the features have collapsed ({patience} epochs in a row): {sign}; earlier checkpoints are intact"
         )

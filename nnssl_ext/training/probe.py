@@ -25,25 +25,28 @@ class ProbeNetwork(nn.Module):
     """A frozen encoder and its linear head.
 
     Args:
-        network: A segmentation network; its encoder is taken over, under the same names.
+        network: A segmentation network; all of it but its decoder is taken over, under the same names.
         outputs: Classes.
     """
 
     def __init__(self, network: nn.Module, outputs: int) -> None:
         super().__init__()
-        backbone = backbone_of(network)
-        self.encoder = backbone.encoder.requires_grad_(False)
-        self.decoder = LinearHead(backbone.channels, outputs)
+        self.backbone_view = backbone_of(network)
+        network.requires_grad_(False)
+        for name, module in network.named_children():
+            if name != "decoder" and not self.backbone_view.is_head(f"{name}."):
+                self.add_module(name, module)
+        self.decoder = LinearHead(self.backbone_view.channels, outputs)
 
     def train(self, mode: bool = True) -> ProbeNetwork:
         super().train(mode)
-        self.encoder.eval()
+        self.backbone_view.network.eval()
         return self
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, channels, D, H, W) -> (B, C, D, H, W)."""
         with torch.no_grad():
-            features = self.encoder(image)
+            features = self.backbone_view.features(image)
         return self.decoder(features, image.shape[2:])
 
 

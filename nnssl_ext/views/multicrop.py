@@ -76,9 +76,7 @@ def cut_views(
     return torch.stack(views, 1)
 
 
-def draw_cell_masks(
-    random: BatchRandom, views: int, cells: int, probability: float, ratio: Sequence[float]
-) -> Tensor:
+def draw_cell_masks(random: BatchRandom, views: int, cells: int, probability: float, ratio: Sequence[float]) -> Tensor:
     """Which cells of which views are hidden: (B, V, N) bool on the CPU.
 
     Args:

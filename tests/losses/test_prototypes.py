@@ -97,12 +97,16 @@ def test_pieces_equal_the_whole_in_value_and_gradient(elements: int, monkeypatch
     student, own, wanted = drawn()
     expected = plain(student, own, wanted, pairs, 0.1) * weight
     (3 * expected.sum()).backward()
+    assert student.grad is not None
+    assert own.grad is not None
     for moving in (1.0, 0.0):
         again, its = student.detach().requires_grad_(), own.detach().requires_grad_()
         total, rows = prototype_cross_entropy(again, its, wanted, pairs, 0.1, weight=weight, moving=moving)
         (3 * carried(rows, total)).sum().backward()
         assert torch.allclose(rows, expected, atol=1e-5)
         assert not rows.requires_grad
+        assert again.grad is not None
+        assert its.grad is not None
         assert torch.allclose(again.grad, student.grad, atol=1e-5)
         assert torch.allclose(its.grad, moving * own.grad, atol=1e-5)
 
@@ -115,7 +119,12 @@ def test_no_logits_are_kept_or_held_together(monkeypatch: pytest.MonkeyPatch) ->
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = function(*args, **(kwargs or {}))
-            largest.append(max((t.numel() for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, Tensor)), default=0))
+            largest.append(
+                max(
+                    (t.numel() for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, Tensor)),
+                    default=0,
+                )
+            )
             return result
 
     with Watch():
@@ -135,7 +144,8 @@ def test_mixed_precision_is_near_and_finite() -> None:
     total.backward()
     assert rows.dtype == torch.float32
     assert torch.allclose(rows, exact, rtol=0.03)
-    assert student.grad is not None and student.grad.isfinite().all()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
 
 
 def test_no_hidden_cell_is_a_zero_gradient_and_moves_no_centre() -> None:
@@ -144,7 +154,8 @@ def test_no_hidden_cell_is_a_zero_gradient_and_moves_no_centre() -> None:
     total, rows = prototype_cross_entropy(student[:0], own, none, torch.ones(3, 2), 0.1)
     total.backward()
     assert rows.shape == (0,)
-    assert own.grad is not None and (own.grad == 0).all()
+    assert own.grad is not None
+    assert (own.grad == 0).all()
     centre = torch.arange(40.0)
     assert torch.equal(moved_centre(centre, none.vectors[:, 0], own.detach(), 0.9), centre)
     assert sinkhorn_bias(none.vectors[:, 0], own.detach(), 0.05).isfinite().all()
@@ -162,7 +173,9 @@ def test_koleo_of_equal_and_of_single_vectors_is_finite() -> None:
     same = torch.ones(4, 8).requires_grad_()
     loss = koleo(same, same, torch.arange(4))
     loss.sum().backward()
-    assert loss.isfinite().all() and same.grad is not None and same.grad.isfinite().all()
+    assert loss.isfinite().all()
+    assert same.grad is not None
+    assert same.grad.isfinite().all()
     half = torch.full((4, 8), 3e4, dtype=torch.float16)
     assert koleo(half, half, torch.arange(4)).isfinite().all()
     alone = torch.randn(1, 8)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Geometry
-from nnssl_ext.methods.dino import DINO
+from nnssl_ext.methods.dino import DINO, told_cells
 from nnssl_ext.methods.dino_settings import DINOSettings, local_size
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom
 from tests.conftest import Environment
@@ -21,8 +21,17 @@ KINDS = ["plain", "residual", "anisotropic", *OWN_NETWORKS]
 SMALL = replace(
     DINOSettings(), local_crops=2, hidden=16, bottleneck=8, prototypes=32, cell_stride=4, freeze_prototypes=0.0
 )
+LEARNING = replace(
+    SMALL,
+    hidden=128,
+    bottleneck=64,
+    prototypes=256,
+    mask_probability=1.0,
+    mask_ratio=[0.2, 0.5],
+    teacher_temperature=[0.03, 0.03],
+)
 #: Nothing that keeps the targets apart: they are never centred and hardly sharpened.
-BROKEN = replace(SMALL, centre_momentum=1.0, teacher_temperature=[1.0, 1.0])
+BROKEN = replace(LEARNING, centre_momentum=1.0, teacher_temperature=[1.0, 1.0])
 
 
 @pytest.fixture
@@ -93,7 +102,8 @@ def test_no_and_all_cells_hidden_one_and_two_samples(
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
             # every parameter takes part, or several GPUs would wait for each other
-            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
 
 
 def test_global_views_are_one_call_and_local_views_another(folder: Path) -> None:
@@ -114,14 +124,15 @@ def test_the_student_does_not_see_hidden_cells_and_the_teacher_does(folder: Path
     place = int(views["row"][0])
     number = views["hidden"].shape[2]
     d, h, w = (int(i) for i in torch.unravel_index(torch.tensor(place % number), method.cells))
-    box = (slice(d * cell[0], (d + 1) * cell[0]), slice(h * cell[1], (h + 1) * cell[1]), slice(w * cell[2], (w + 1) * cell[2]))
+    box = tuple(slice(i * edge, (i + 1) * edge) for i, edge in zip((d, h, w), cell, strict=True))
+    there: Any = (0, place // number, slice(None), *box)
     seen = views.get("seen", views["global"])
     if method.student.reader.hides_voxels:
-        hidden = seen[0, place // number, :, *box]
+        hidden = seen[there]
         assert torch.allclose(hidden, hidden[:, :1, :1, :1].expand_as(hidden))
-        assert views["global"][0, place // number, :, *box].std() > 0
+        assert views["global"][there].std() > 0
     changed = {name: value.clone() for name, value in views.items()}
-    changed["global"][0, place // number, :, *box] += 1.0
+    changed["global"][there] += 1.0
     features = [
         method.student.reader.eval()(v.get("seen", v["global"]).flatten(0, 1), v["hidden"].flatten(0, 1))[0]
         for v in (views, changed)
@@ -154,7 +165,9 @@ def test_the_teacher_follows_and_is_what_is_written(folder: Path) -> None:
 
 
 def test_schedules() -> None:
-    method = build(DINO, replace(SMALL, teacher_temperature=[0.04, 0.07], temperature_warm_up=0.5, freeze_prototypes=0.1))
+    method = build(
+        DINO, replace(SMALL, teacher_temperature=[0.04, 0.07], temperature_warm_up=0.5, freeze_prototypes=0.1)
+    )
     for progress, temperature, moves in ((0.0, 0.04, 0.0), (0.25, 0.055, 1.0), (0.5, 0.07, 1.0), (0.9, 0.07, 1.0)):
         method.before_step(progress)
         assert method.teacher_temperature.item() == pytest.approx(temperature)
@@ -168,7 +181,8 @@ def test_frozen_prototypes_get_no_gradient_but_take_part(folder: Path) -> None:
         method.zero_grad()
         method(views_of(folder, method, [0, 1]))["loss"].sum().backward()
         gradient = method.student.image_head.directions.grad
-        assert gradient is not None and bool((gradient != 0).any()) == moves
+        assert gradient is not None
+        assert bool((gradient != 0).any()) == moves
 
 
 def test_centring_follows_the_batch_size() -> None:
@@ -228,12 +242,14 @@ def test_a_sample_looks_the_same_in_any_batch(folder: Path) -> None:
 
 def test_it_learns_and_its_health_is_told(tmp_path: Path) -> None:
     folder = write_anatomy(tmp_path)
-    method = build(DINO, SMALL)
-    losses = trained(folder, method, 40)
-    assert sum(losses[-8:]) < sum(losses[:8])
+    method = build(DINO, LEARNING)
+    untrained = validated(folder, method)["hidden_cells"]
+    trained(folder, method, 80, 1e-3)
     measures = validated(folder, method)
-    assert {"view_retrieval", "chance", "teacher_entropy", "feature_deviation", "effective_rank", "off_diagonal_cosine"} <= set(measures)
-    assert measures["samples"] == 16 and measures["chance"] == 1 / 16
+    health = {"image_entropy", "cell_entropy", "feature_deviation", "effective_rank", "off_diagonal_cosine"}
+    assert health | {"view_retrieval", "image_information", "cell_information"} <= set(measures)
+    assert measures["samples"] == 16
+    assert measures["hidden_cells"] > max(untrained, 5 * measures["chance"])
     assert method.diagnose(measures) == ""
 
 
@@ -242,15 +258,36 @@ def test_a_broken_run_shows_its_sign(tmp_path: Path) -> None:
     method = build(DINO, BROKEN)
     trained(folder, method, 10)
     sign = method.diagnose(validated(folder, method))
-    assert "targets are uniform" in sign and "dino.teacher_temperature" in sign
-    # every image the same, but sharply
-    method = build(DINO, SMALL).eval()
+    assert "targets are uniform" in sign
+    assert "dino.teacher_temperature" in sign
+    # every image and every cell the same, but sharply
+    method = build(DINO, LEARNING)
     with torch.no_grad():
-        method.teacher.image_head.mlp[-1].weight.zero_()
-        method.teacher.image_head.mlp[-1].bias.copy_(torch.arange(8.0))
-    assert "all images have the same target" in method.diagnose(validated(folder, method))
+        for head in (method.teacher.image_head, method.teacher.cell_head):
+            head.mlp[-1].weight.zero_()
+            head.mlp[-1].bias.copy_(head.directions[0])
+    assert "the same whatever it sees" in method.diagnose(validated(folder, method))
+    # the same features of every image
+    method = build(DINO, LEARNING)
+    with torch.no_grad():
+        method.teacher.reader.voxel[0].weight.zero_()
+    assert "features of all images are alike" in method.diagnose(validated(folder, method))
     # one validation sample tells nothing
-    assert method.diagnose({"samples": 2.0, "teacher_entropy": 1.0, "target_information": 0.0}) == ""
+    assert method.diagnose({"samples": 2.0, "image_information": 0.0, "cell_information": 0.0}) == ""
+
+
+def test_told_cells_counts_within_the_view() -> None:
+    hidden = torch.zeros(2, 2, 4, dtype=torch.bool)
+    hidden[0, 0, :3] = hidden[1, 1, 2:] = True
+    row = hidden.flatten().nonzero()[:, 0]
+    said = torch.eye(5)
+    own = said[[0, 2, 1, 3, 0]]  # right, swapped, swapped, right, and a cell of the other sample: not a candidate
+    views = {"hidden": hidden, "row": row, "owner": row // 8}
+    found = told_cells(own, said, views, 2)
+    assert found[0].tolist() == pytest.approx([1, 3, 1])
+    assert found[1, 1:].tolist() == pytest.approx([2, 1])
+    none = {"hidden": hidden & False, "row": row[:0], "owner": row[:0]}
+    assert told_cells(own[:0], said[:0], none, 2).tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
 def test_low_precision_stays_finite(folder: Path) -> None:

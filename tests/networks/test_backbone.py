@@ -38,7 +38,7 @@ def test_features_have_the_strides_and_channels_it_names(kind: str) -> None:
 def test_the_first_stages_alone(kind: str) -> None:
     net, image = network(kind), torch.randn(1, 1, 16, 16, 16)
     backbone = backbone_of(net)
-    whole = backbone.encoder(image)
+    whole = net.get_submodule("encoder")(image)
     for expected, found in zip(whole, backbone.features(image), strict=True):
         assert torch.equal(expected, found)
     part = backbone.features(image, 2)

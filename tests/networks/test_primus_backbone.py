@@ -21,7 +21,7 @@ def test_features_are_what_its_own_decoder_gets(kind: type[nn.Module]) -> None:
     backbone = backbone_of(network)
     assert backbone.strides == [(8, 8, 8)]
     seen: list[Tensor] = []
-    network.up_projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    network.get_submodule("up_projection").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     network(image)
     (features,) = backbone.features(image)
     assert features.shape == (2, *backbone.channels, 2, 3, 2)
@@ -36,7 +36,7 @@ def test_other_grids_stretch_the_positions() -> None:
     corners = [(0, 0, 0), (-1, 0, -1), (-1, -1, -1)]
     native, fine = (backbone.features(torch.ones(1, 1, *size))[0] for size in ((16, 24, 16), (32, 48, 32)))
     for corner in corners:
-        here, there = native[0, :, *corner], fine[0, :, *corner]
+        here, there = (maps[(0, slice(None), *corner)] for maps in (native, fine))
         others = native[0].flatten(1).T
         assert (others - there).norm(dim=1).argmin() == (others - here).norm(dim=1).argmin()
 

@@ -1,12 +1,13 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import nn
 
-from nnssl_ext.methods import OptimiserRecipe
-from nnssl_ext.training.optimisation import build_optimiser, learning_rate_at
+from nnssl_ext.methods import OptimiserRecipe, ParameterGroup
+from nnssl_ext.training.optimisation import build_optimiser, learning_rate_at, set_rates, weight_decay_at
 
 
 def recipe(schedule: str, warm_up: float = 0.0, name: str = "adamw") -> OptimiserRecipe:
@@ -38,12 +39,23 @@ def test_constant_and_zero() -> None:
 @pytest.mark.parametrize(
     ("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
 )
-def test_frozen_parameters_are_left_out(name: str, kind: type) -> None:
+def test_each_kind_of_optimiser(name: str, kind: type) -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    module[0].requires_grad_(False)
-    optimiser = build_optimiser(recipe("constant", name=name), module.parameters(), 0.1)
+    optimiser = build_optimiser(recipe("constant", name=name), [ParameterGroup(list(module[1].parameters()))], 0.1)
     assert type(optimiser) is kind
     (group,) = optimiser.param_groups
     assert [id(p) for p in group["params"]] == [id(p) for p in module[1].parameters()]
     assert group["weight_decay"] == 0.01
     assert group["lr"] == 0.1
+
+
+def test_groups_keep_their_multiples_of_rate_and_decay() -> None:
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [ParameterGroup([parameters[0]]), ParameterGroup([parameters[1]], rate=0.5, decay=0.0)]
+    rising = replace(recipe("constant"), final_weight_decay=0.11)
+    optimiser = build_optimiser(rising, groups, 0.2)
+    for step, decay in ((0, 0.01), (50, 0.06), (100, 0.11)):
+        assert weight_decay_at(rising, step, 100) == pytest.approx(decay)
+        set_rates(optimiser, rising, 0.2, step, 100)
+        assert [g["lr"] for g in optimiser.param_groups] == pytest.approx([0.2, 0.1])
+        assert [g["weight_decay"] for g in optimiser.param_groups] == pytest.approx([decay, 0.0])

@@ -11,13 +11,13 @@ from nnssl_ext import checkpoint
 from nnssl_ext.cli import main
 from nnssl_ext.training.probe import ProbeNetwork
 from tests.conftest import Environment
-from tests.datasets import dataset_name
+from tests.datasets import OWN_NETWORKS, dataset_name
 from tests.networks.test_backbone import network
 
 Data = Callable[[str], Environment]
 
 
-@pytest.mark.parametrize("kind", ["plain", "residual"])
+@pytest.mark.parametrize("kind", ["plain", "residual", *OWN_NETWORKS])
 def test_only_the_head_learns(kind: str) -> None:
     torch.manual_seed(0)
     whole = network(kind, 2, 3)
@@ -26,9 +26,9 @@ def test_only_the_head_learns(kind: str) -> None:
     output = probe(image)
     assert output.shape == (1, 3, 16, 16, 16)
     output.square().mean().backward()
-    assert all(p.grad is None for p in probe.encoder.parameters())
-    assert all(p.grad is not None and p.grad.any() for p in probe.decoder.parameters())
-    assert not probe.encoder.training
+    for name, parameter in probe.named_parameters():
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == name.startswith("decoder."), name
+    assert not any(module.training for module in probe.backbone_view.network.modules())
     # every tensor but the head is found in the whole network under the same name
     names = {k for k in probe.state_dict() if ".seg_layers." not in k}
     assert names

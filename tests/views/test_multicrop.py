@@ -19,8 +19,14 @@ def places(scale: float = 1.0) -> SourceBox:
     return SourceBox(torch.from_numpy(grid), np.eye(3) * scale, (np.asarray(edges) - 1) / 2)
 
 
-def kind(size: tuple[int, int, int], area: tuple[float, float], depth: tuple[float, float], **turns: float) -> ViewKind:
-    return ViewKind(3, size, area, depth, SpatialRange((1.0, 1.0, 1.0), **turns))
+def kind(
+    size: tuple[int, int, int],
+    area: tuple[float, float],
+    depth: tuple[float, float],
+    flip: float = 0.0,
+    rot90: float = 0.0,
+) -> ViewKind:
+    return ViewKind(3, size, area, depth, SpatialRange((1.0, 1.0, 1.0), flip, rot90))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.5])
@@ -33,8 +39,10 @@ def test_views_show_the_share_that_was_asked_for_and_no_padding(size: tuple[int,
     # from the first voxel's centre to the last's, as a share of the region's
     first, last = views[..., 0, 0, 0], views[..., -1, -1, -1]
     share = (last - first) / (torch.tensor(box.data.shape[1:]) - 1)
-    assert (share[..., 0] > 0.19).all() and (share[..., 0] < 0.51).all()
-    assert (share[..., 1:] > 0.39).all() and (share[..., 1:] < 0.71).all()
+    assert (share[..., 0] > 0.19).all()
+    assert (share[..., 0] < 0.51).all()
+    assert (share[..., 1:] > 0.39).all()
+    assert (share[..., 1:] < 0.71).all()
     assert torch.allclose(share[..., 1], share[..., 2], atol=1e-3)
     assert share.flatten(0, 1).std(0).min() > 0.03
     # coordinates run on linearly to the border: nothing outside was read
@@ -68,12 +76,15 @@ def test_masks_hide_what_was_asked_for() -> None:
     assert masks.shape == (200, 2, 100)
     assert 0.4 < (share > 0).float().mean() < 0.6
     hiding = share[share > 0]
-    assert hiding.min() >= 0.2 and hiding.max() <= 0.75
+    assert hiding.min() >= 0.2
+    assert hiding.max() <= 0.75
     assert hiding.mean().item() == pytest.approx(0.475, abs=0.04)
     assert masks.float().mean((0, 1)).std() < 0.05  # no place is preferred
 
 
-@pytest.mark.parametrize(("probability", "ratio", "expected"), [(0.0, (0.5, 0.5), 0), (1.0, (1.0, 1.0), 8), (1, (0, 0), 1)])
+@pytest.mark.parametrize(
+    ("probability", "ratio", "expected"), [(0.0, (0.5, 0.5), 0), (1.0, (1.0, 1.0), 8), (1, (0, 0), 1)]
+)
 def test_none_all_and_at_least_one(probability: float, ratio: tuple[float, float], expected: int) -> None:
     masks = draw_cell_masks(BatchRandom(0, 2, range(5), CPU), 2, 8, probability, ratio)
     assert (masks.sum(-1) == expected).all()

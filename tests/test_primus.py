@@ -1,0 +1,57 @@
+"""Primus, which nnU-Net's own trainers build: pretrained through ``target_trainer``, loaded by the stock trainer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from nnunetv2.run.run_training import maybe_load_checkpoint
+from nnunetv2.training.nnUNetTrainer.primus import primus_trainers
+
+from nnssl_ext import checkpoint
+from nnssl_ext.methods import METHODS
+from nnssl_ext.networks.backbone import backbone_of
+from tests.conftest import Environment
+from tests.training.test_trainer import pretrain, trainer_for
+
+Data = Callable[[str], Environment]
+STOCK = "nnUNet_Primus_S_Trainer"
+SMALL = {"local_crops": 1, "hidden": 16, "bottleneck": 8, "prototypes": 64}
+
+
+@pytest.fixture
+def two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock's own class, with 2 of 12 blocks."""
+    build = primus_trainers.Primus
+
+    def small(
+        channels: int, width: int, patch: Any, outputs: int, _: int, heads: int, *rest: Any, **options: Any
+    ) -> Any:
+        return build(channels, width, patch, outputs, 2, heads, *rest, **options)
+
+    monkeypatch.setattr(primus_trainers, "Primus", small)
+
+
+@pytest.mark.usefixtures("two_blocks")
+@pytest.mark.parametrize("method", ["dino", "masked_autoencoder", "rotation"])
+def test_the_stock_trainer_loads_what_was_learned(with_data: Data, method: str) -> None:
+    environment, trainer = with_data("plain"), METHODS[method].trainer
+    settings = {"epochs": 1, "target_trainer": STOCK, "dino": {**SMALL, "momentum": 0.5}}
+    environment.write_plans("plain", "primus", settings)
+    file = pretrain(environment, "plain", "primus", trainer=trainer) / "checkpoint_final.pth"
+    weights = checkpoint.load(file)["network_weights"]
+
+    stock = trainer_for("plain", "primus", STOCK)
+    maybe_load_checkpoint(stock, False, False, str(file))
+    fresh = trainer_for("plain", "primus", STOCK)
+    fresh.initialize()
+    loaded = stock.network.state_dict()
+    assert set(loaded) == set(weights)
+    assert all(torch.equal(loaded[name], weights[name]) for name in loaded)
+    backbone = backbone_of(stock.network)
+    heads = {name for name in loaded if backbone.is_head(name)}
+    assert {name: value.shape for name, value in loaded.items()} == {
+        name: value.shape for name, value in fresh.network.state_dict().items()
+    }
+    trained = set(checkpoint.load(file)["nnssl_ext"]["trained"])
+    assert trained >= {name for name, _ in stock.network.named_parameters()} - heads
