@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,11 +56,12 @@ def test_positions_of_another_grid_are_resized(with_data: Data) -> None:
     trainer.initialize()
     name = "student.reader.network.backbone.pos_embed"
     old = checkpoint.load(file)["nnssl_ext"]["state"][name]
-    encoder = trainer.method.student.reader.network.backbone
-    for network in (encoder, trainer.method.teacher.reader.network.backbone):
+    method: Any = trainer.method
+    encoder = method.student.reader.network.backbone
+    for network in (encoder, method.teacher.reader.network.backbone):
         network.position_grid = (4, 4, 4)
         network.pos_embed = torch.nn.Parameter(torch.zeros(1, 65, old.shape[2]))
-    start_from(trainer.method, file)
+    start_from(method, file)
     assert torch.equal(encoder.pos_embed[:, 0], old[:, 0])
     assert torch.allclose(encoder.pos_embed[:, 1:].mean(1), old[:, 1:].mean(1), atol=0.02)
     assert encoder.pos_embed.std() > 0
