@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 
 from nnssl_ext import __version__
-from nnssl_ext.cli import corpus, demo, doctor, methods, phantom, plan, probe, study, train, trainers
+from nnssl_ext.cli import corpus, demo, doctor, methods, msd, phantom, plan, probe, study, train, trainers
 
-COMMANDS = (trainers, plan, corpus, train, study, probe, demo, doctor, phantom, methods)
+COMMANDS = (trainers, plan, corpus, train, study, probe, demo, doctor, msd, phantom, methods)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -34,6 +34,8 @@ from nnssl_ext.recipe import read_json, write_json
 KEEP_SECONDS = 60
 #: Files that are named when too many are of no use.
 SHOWN = 20
+#: Of a corpus's dataset.json: the data set whose network is pretrained.
+TARGET_KEY = "nnssl_ext_target"
 #: What of a configuration decides how a case looks after preprocessing.
 PREPROCESSING = (
     "preprocessor_name",
@@ -127,7 +129,10 @@ class Corpus:
             for case in manifest.forget(item):
                 self._remove(case)
         limit.check()
-        target = Target(scratch / f"{self.plans}.json", self.configuration, scratch / "dataset.json", scratch)
+        contents = scratch / "contents.json"
+        write_json(manifest.contents(), contents)
+        plans, dataset_json = scratch / f"{self.plans}.json", scratch / "dataset.json"
+        target = Target(plans, self.configuration, dataset_json, scratch, contents)
         records: dict[str, CaseRecord] = {}
         kept_at = time.monotonic()
         bar = tqdm(total=len(new), desc="Preprocessing", unit="file", disable=not new)
@@ -165,16 +170,16 @@ class Corpus:
     def _take(self, manifest: Manifest, result: Prepared, records: dict[str, CaseRecord]) -> None:
         """Move a prepared case to its place, unless its content is there already."""
         entry = result.entry
-        if entry.status == KEPT and result.folder is not None and result.record is not None:
-            twin = manifest.case_of(entry.content)
-            if twin:
-                entry.status, entry.reason, entry.case = DUPLICATE, f"same content as case {twin}", ""
-            else:
-                # the data last: a case is one when its data is there
-                for suffix in (".pkl", "_seg.b2nd", ".b2nd"):
-                    name = f"{entry.case}{suffix}"
-                    (result.folder / name).replace(self.data / name)
-                records[entry.case] = result.record
+        twin = manifest.case_of(entry.content) if entry.status == KEPT else ""
+        if twin:
+            entry.status, entry.reason, entry.case = DUPLICATE, f"same content as case {twin}", ""
+        elif result.folder is not None and result.record is not None:
+            # the data last: a case is one when its data is there
+            for suffix in (".pkl", "_seg.b2nd", ".b2nd"):
+                name = f"{entry.case}{suffix}"
+                (result.folder / name).replace(self.data / name)
+            records[entry.case] = result.record
+        if result.folder is not None:
             shutil.rmtree(result.folder)
         manifest.add(entry)
 
@@ -210,6 +215,7 @@ class Corpus:
             **labels,
             "numTraining": manifest.counts()[KEPT],
             "file_ending": self.target_json["file_ending"],
+            TARGET_KEY: self.like.name,
         }
         properties = self._plans["foreground_intensity_properties_per_channel"]
         write_json(dataset_json, folder / "dataset.json")

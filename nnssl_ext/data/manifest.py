@@ -105,6 +105,10 @@ class Manifest:
         """The case that has this content; empty if there is none."""
         return self._kept.get(content, "")
 
+    def contents(self) -> list[str]:
+        """Of all cases."""
+        return list(self._kept)
+
     def knows(self, item: Item, cases: set[str]) -> bool:
         """Whether an item was read as it is now, and what was made of it is there."""
         found = self.entries.get(item.files, [])

@@ -42,12 +42,14 @@ class Target:
         configuration: Of the plans.
         dataset_json: File of the corpus's dataset.json.
         scratch: Folder for unfinished cases.
+        contents: File that lists what earlier calls have made: it is not preprocessed again.
     """
 
     plans: Path
     configuration: str
     dataset_json: Path
     scratch: Path
+    contents: Path
 
 
 @dataclass
@@ -82,9 +84,12 @@ def prepare(item: Item, target: Target) -> list[Prepared]:
             if isinstance(volumes, Unusable):
                 raise volumes
             _describe(entry, volumes)
+            entry.status = KEPT
+            if entry.content in _contents(target):
+                continue
             folder = Path(tempfile.mkdtemp(dir=target.scratch))
             results[-1].record = _preprocess(volumes, folder / entry.case, target, item.normalization)
-            results[-1].folder, entry.status = folder, KEPT
+            results[-1].folder = folder
         except Unusable as verdict:
             _leave_out(entry, verdict)
         except Exception as error:  # whatever a strange file does to ITK or nnU-Net
@@ -158,6 +163,11 @@ def _managers(target: Target, scheme: str) -> tuple[PlansManager, ConfigurationM
         plans = with_normalization(plans, target.configuration, scheme)
     manager = PlansManager(plans)
     return manager, manager.get_configuration(target.configuration)
+
+
+@lru_cache
+def _contents(target: Target) -> frozenset[str]:
+    return frozenset(read_json(target.contents, list))
 
 
 @lru_cache
