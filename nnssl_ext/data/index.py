@@ -88,7 +88,8 @@ class CaseIndex:
         known = known or {}
         stats = list_cases(folder)
         cases = list(stats)
-        keys = np.array([(s.st_size, s.st_mtime_ns) for s in stats.values()], dtype=np.int64).reshape(-1, 2)
+        keys = np.array(list(stats.values()), dtype=np.int64).reshape(-1, 2)
+        del stats
         path = folder.parent / f"nnssl_ext_index_{folder.name}.npz"
         table: dict[str, Any] = {
             "shape": np.zeros((len(cases), 4), dtype=np.int64),
@@ -138,6 +139,10 @@ def _take_over(path: Path, cases: list[str], keys: np.ndarray, table: dict[str, 
     # a case with a problem is looked at again: it may have been repaired in place
     usable = np.append(earlier["problem"] == "", False)  # row -1: not there
     same = (np.append(earlier["keys"], [[-1, -1]], axis=0)[old] == keys).all(axis=1) & usable[old]
+    if same.all() and np.array_equal(old, np.arange(len(earlier["cases"]))):
+        # nothing has changed, as at nearly every start: no second copy of a large corpus
+        table.update({name: earlier[name] for name in table})
+        return []
     for name in table:
         table[name][same] = earlier[name][old[same]]
     return np.flatnonzero(~same).tolist()

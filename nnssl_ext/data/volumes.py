@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import SimpleITK
 
@@ -84,6 +85,8 @@ def read_file(path: str, canonical: bool = False) -> list[Volume]:
     try:
         reader.ReadImageInformation()
         _check_header(reader)
+        if path.endswith((".nii", ".nii.gz")):
+            _check_nifti(path)
         image = reader.Execute()
     except RuntimeError as error:
         raise Unusable(f"cannot be read: {reason(error)}") from error
@@ -144,6 +147,16 @@ def _check_header(reader: SimpleITK.ImageFileReader) -> None:
         raise Unusable(f"has {components} values per voxel")
     if int(np.prod([int(n) for n in size], dtype=object)) > MOST_VOXELS or min(size) < 1:
         raise Unusable(f"has size {size}; at most {MOST_VOXELS} voxels are read")
+
+
+def _check_nifti(path: str) -> None:
+    """ITK fills what is missing of a truncated NIfTI file, and replaces NaN, without a word; nibabel does neither."""
+    try:
+        voxels = nibabel.Nifti1Image.from_filename(path).dataobj.get_unscaled()
+    except Exception as error:  # gzip, zlib and nibabel each have their own
+        raise Unusable(f"cannot be read: {reason(error)}") from error
+    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
+        raise Unusable("holds NaN or infinite values")
 
 
 def _series(folder: str, series: str, canonical: bool) -> Volume:
