@@ -135,7 +135,7 @@ class Corpus:
         target = Target(plans, self.configuration, dataset_json, scratch, contents)
         records: dict[str, CaseRecord] = {}
         kept_at = time.monotonic()
-        bar = tqdm(total=len(new), desc="Preprocessing", unit="file", disable=not new)
+        bar = tqdm(total=len(new), desc="Preprocessing", unit="file", disable=not new or not sys.stderr.isatty())
         try:
             with bar:
                 for results in self._results(new, target):
