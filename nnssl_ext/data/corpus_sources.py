@@ -53,9 +53,9 @@ class Item:
     def stamp(self) -> list[int]:
         """Number of files, their bytes and the latest change: what differs when the files do."""
         files = [Path(name) for name in self.files]
-        if self.dicom:
-            files = [path for path in files[0].iterdir() if path.is_file()]
         try:
+            if self.dicom:
+                files = [path for path in files[0].iterdir() if path.is_file()]
             stats = [path.stat() for path in files]
         except OSError:  # a dangling link; reading it will say so
             return [0, 0, 0]
@@ -118,18 +118,23 @@ def items_of(source: str, wishes: Wishes) -> list[Item]:
         UserError: If there is nothing that could be read, or its channels do not fit.
     """
     path = _path(source)
-    if path.is_dir() and any((path / part).is_dir() for part in IMAGE_FOLDERS) and (path / "dataset.json").is_file():
-        content = _dataset_json(path)
-        if "modality" in content and "channel_names" not in content:
-            items = list(_decathlon(source, path, content["modality"], wishes))
-        else:
-            items = list(_nnunet(source, path, content, wishes))
-    else:
-        items = list(_walk(source, path, wishes))
+    try:
+        items = list(_found(source, path, wishes))
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error}") from error
     if not items:
         raise UserError(f"{source}: no image found in {path}; expected {', '.join(SUFFIXES)} or DICOM files")
     scheme = of_source(wishes.normalization, source)
     return [replace(item, normalization=scheme) for item in items] if scheme else items
+
+
+def _found(source: str, path: Path, wishes: Wishes) -> Iterator[Item]:
+    if path.is_dir() and any((path / part).is_dir() for part in IMAGE_FOLDERS) and (path / "dataset.json").is_file():
+        content = _dataset_json(path)
+        if "modality" in content and "channel_names" not in content:
+            return _decathlon(source, path, content["modality"], wishes)
+        return _nnunet(source, path, content, wishes)
+    return _walk(source, path, wishes)
 
 
 def _path(source: str) -> Path:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
 import re
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -62,20 +66,28 @@ class Prepared:
 
 
 def start_worker() -> None:
-    """One process per core is enough: no threads inside, and no warnings about every odd header."""
+    """No threads inside, no warnings about every odd header, and no life of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is for the first process, which ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def prepare(item: Item, target: Target) -> list[Prepared]:
     """Read an item and preprocess the cases it makes; files that are no use come back as entries, never as errors."""
-    stamp = item.stamp()
-    results = []
+    results: list[Prepared] = []
     try:
+        stamp = item.stamp()
         sha256 = file_digest(list(item.files)) if not item.dicom else _folder_digest(item.files[0])
     except OSError as error:
-        sha256, failure = "", Unusable(f"cannot be read: {error.strerror}")
-        return [Prepared(_entry(item, stamp, sha256, failure))]
+        return [Prepared(_entry(item, [0, 0, 0], "", Unusable(f"cannot be read: {error.strerror}")))]
     for group, volumes in _read(item, _managers(target, item.normalization)[0]):
         entry = _entry(item, stamp, sha256)
         entry.channels = item.channels(group) if group else item.channels()
@@ -131,7 +143,8 @@ def _describe(entry: Entry, volumes: list[Volume]) -> None:
     digests = [volume.digest() for volume in volumes]
     entry.content = hashlib.sha256(b"".join(digests)).hexdigest()
     stem = re.sub(r"\.(nii\.gz|nii|nrrd|mha)$", "", Path(entry.files[0]).name)
-    entry.case = f"{re.sub(r'[^A-Za-z0-9]+', '-', stem)[:40].strip('-')}_{entry.content[:12]}"
+    name = re.sub(r"[^A-Za-z0-9]+", "-", stem)[:40].strip("-") or "case"
+    entry.case = f"{name}_{entry.content[:12]}"
 
 
 def _preprocess(volumes: list[Volume], output: Path, target: Target, scheme: str) -> CaseRecord:

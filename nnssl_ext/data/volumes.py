@@ -88,7 +88,9 @@ def read_file(path: str, canonical: bool = False) -> list[Volume]:
         if path.endswith((".nii", ".nii.gz")):
             _check_nifti(path)
         image = reader.Execute()
-    except RuntimeError as error:
+    except Unusable:
+        raise
+    except Exception as error:  # a strange file may raise anything
         raise Unusable(f"cannot be read: {reason(error)}") from error
     if image.GetDimension() == 3:
         return [_volume(image, canonical)]
@@ -106,7 +108,7 @@ def read_series(folder: str, canonical: bool = False) -> Iterator[Volume | Unusa
             yield _series(folder, series, canonical)
         except Unusable as verdict:
             yield verdict
-        except RuntimeError as error:
+        except Exception as error:
             yield Unusable(f"series {series} cannot be read: {reason(error)}")
 
 
@@ -152,7 +154,8 @@ def _check_header(reader: SimpleITK.ImageFileReader) -> None:
 def _check_nifti(path: str) -> None:
     """ITK fills what is missing of a truncated NIfTI file, and replaces NaN, without a word; nibabel does neither."""
     try:
-        voxels = nibabel.Nifti1Image.from_filename(path).dataobj.get_unscaled()
+        image: Any = nibabel.load(path)
+        voxels = image.dataobj.get_unscaled()
     except Exception as error:  # gzip, zlib and nibabel each have their own
         raise Unusable(f"cannot be read: {reason(error)}") from error
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():

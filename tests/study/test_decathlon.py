@@ -202,3 +202,21 @@ def test_predict_says_what_is_missing(environment: Environment, predictions: Pat
         main(["msd", "predict", "Task04", "-c", "3d_fullres", "-o", str(predictions)])
     with pytest.raises(UserError, match="no test images in"):
         main(["msd", "predict", "Task05", "-c", "3d_fullres", "-o", str(predictions)])
+
+
+def test_predict_calls_stock_with_every_fold(
+    environment: Environment, predictions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = environment.results / DATASET / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    for fold in range(5):
+        (model / f"fold_{fold}").mkdir(parents=True)
+        (model / f"fold_{fold}" / "checkpoint_final.pth").touch()
+    called: list[list[str]] = []
+    monkeypatch.setattr("nnssl_ext.study.decathlon.run_stock", lambda words, *_, **__: called.append(words))
+    for more in ([], ["-f", "0"]):
+        main(["msd", "predict", "Task04", "-c", "3d_fullres", "-o", "OUT", "-device", "cpu", *more])
+    images = environment.root / "raw" / DATASET / "imagesTs"
+    expected = f"nnUNetv2_predict -d 4 -i {images} -o OUT -c 3d_fullres -p nnUNetPlans -tr nnUNetTrainer -f"
+    assert [" ".join(words) for words in called] == [
+        f"{expected} {folds} -device cpu --continue_prediction" for folds in ("0 1 2 3 4", "0")
+    ]
