@@ -21,6 +21,17 @@ from nnssl_ext.files import replaced_on_success
 #: Raised when the meaning of what stands under ``nnssl_ext`` changes.
 FORMAT = 1
 
+#: nnU-Net's checkpoints keep their log in numpy scalars; these names, and no others, may be loaded beside tensors.
+NUMPY_SCALARS: list[Any] = [
+    np.dtype,
+    np.float32,
+    np.float64,
+    np.float64(0).__reduce__()[0],  # numpy's own constructor, wherever it lives
+    type(np.dtype(np.float32)),
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.int64)),
+]
+
 
 def plain(value: Any, memory: dict[Any, Tensor] | None = None) -> Any:
     """``value`` with numpy's scalars and arrays turned into Python's, tensors on the CPU, mappings into dicts.
@@ -73,7 +84,7 @@ def save(content: Mapping[str, Any], path: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(
             f"checkpoint {path} could not be written ({error}); what was there before is untouched. "
-            f"Free some space or give write permission, then go on with --c"
+            f"Free some space or give write permission, then try again (a training goes on with --c)"
         ) from error
 
 
@@ -92,6 +103,16 @@ def load(path: Path) -> dict[str, Any]:
             f"checkpoint {path} is damaged or no pretraining checkpoint ({type(error).__name__}); "
             f"delete it to go on from an earlier one"
         ) from error
+    verify(content, path)
+    return content
+
+
+def verify(content: Any, path: Path) -> None:
+    """Look at what was read from ``path``: is it ours, of this format, and undamaged.
+
+    Raises:
+        UserError: If not.
+    """
     own = content.get("nnssl_ext") if isinstance(content, dict) else None
     if not isinstance(own, dict) or not isinstance(content.get("network_weights"), dict):
         raise UserError(f"{path} is no pretraining checkpoint of nnssl_ext")
@@ -99,4 +120,3 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} has format {own.get('format')!r}, this nnssl_ext reads {FORMAT}; use its own version")
     if digest(content["network_weights"]) != own.get("weights_sha256"):
         raise UserError(f"checkpoint {path} is damaged: its weights do not match their sha256")
-    return content

@@ -67,6 +67,10 @@ class CommonSettings:
         "Of the network's arithmetic; auto is bfloat16 where the hardware has it, float16 on older GPUs, else float32.",
         choices=PRECISIONS,
     )
+    images: str | None = setting(
+        None, "Folder of labelled 2-D images, CLASS/IMAGE.png or .jpg, for methods that learn from such."
+    )
+    most_unreadable: float = setting(0.05, "Share of unreadable images above which a run stops.", low=0, high=1)
     target_trainer: str = setting("nnUNetTrainer", "The trainer whose network is pretrained: it builds it.")
 
 

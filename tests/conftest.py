@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.datasets import QUICK, dataset_name, make_dataset, make_labelled
+from tests.images import make_images
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -42,7 +43,11 @@ class Environment:
         return json.loads((self.dataset(kind) / f"{name}.json").read_text())
 
     def write_plans(self, kind: str, name: str, settings: dict, change: Callable[[dict], None] | None = None) -> None:
-        plans = {**self.plans(kind), "plans_name": name, "nnssl_ext": {**QUICK, **settings}}
+        images = self.root / "images"
+        if not images.exists():
+            make_images(images, classes=2, each=4)
+        content = {**QUICK, "images": str(images), **settings}
+        plans = {**self.plans(kind), "plans_name": name, "nnssl_ext": content}
         if change:
             change(plans)
         (self.dataset(kind) / f"{name}.json").write_text(json.dumps(plans))

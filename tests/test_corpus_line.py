@@ -11,7 +11,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_ext.training.preflight import target_network
 from tests.conftest import Environment
-from tests.images import volume, write_image, write_series
+from tests.volumes import volume, write_image, write_series
 
 PLANS = "nnUNetPlans_quick"
 TRAINER = "nnsslTrainer_VolumeFusion"

@@ -6,9 +6,23 @@ import argparse
 from collections.abc import Sequence
 
 from nnssl_ext import __version__
-from nnssl_ext.cli import corpus, demo, doctor, methods, msd, phantom, plan, probe, study, train, trainers
+from nnssl_ext.cli import (
+    corpus,
+    demo,
+    doctor,
+    export,
+    methods,
+    msd,
+    phantom,
+    plan,
+    probe,
+    study,
+    train,
+    trainers,
+    transfer,
+)
 
-COMMANDS = (trainers, plan, corpus, train, study, probe, demo, doctor, msd, phantom, methods)
+COMMANDS = (trainers, plan, corpus, train, transfer, export, study, probe, demo, doctor, msd, phantom, methods)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

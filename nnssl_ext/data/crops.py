@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset
 from nnssl_ext.data.cases import open_case
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.views.random import CASES, CROPS, sample_generator
-from nnssl_ext.views.spatial import SourceBox, SpatialRange, reach
+from nnssl_ext.views.spatial import SourceBox, SpatialRange, fitted, reach
 
 #: How often a crop is drawn again for more body, or because it is constant.
 BODY_TRIES, CONSTANT_TRIES = 8, 32
@@ -26,11 +27,23 @@ BODY_TRIES, CONSTANT_TRIES = 8, 32
 
 @dataclass(frozen=True)
 class Crop:
-    """One crop of a sample: its edges in voxels, what may be done to it, and whether it is from another case."""
+    """One crop of a sample.
+
+    Attributes:
+        size: Its edges in voxels.
+        spatial: What may be done to it.
+        other_case: Whether it is from another case.
+        scale: Voxels of the case per voxel of the crop: 0.5 magnifies twofold.
+        fit: Whether a case that is smaller is magnified further, so that the crop is never padded.
+        centred: Whether it lies about the body's centre.
+    """
 
     size: tuple[int, int, int]
     spatial: SpatialRange
     other_case: bool = False
+    scale: float = 1.0
+    fit: bool = False
+    centred: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,8 +53,29 @@ class CropRequest:
     crops: tuple[Crop, ...]
 
     @property
+    def fits_cases(self) -> bool:
+        """Whether the size of the cases decides about the crops."""
+        return any(crop.fit for crop in self.crops)
+
+    @property
     def fewest_cases(self) -> int:
         return 2 if any(crop.other_case for crop in self.crops) else 1
+
+
+class Sample(NamedTuple):
+    """What a worker read for one sample.
+
+    Attributes:
+        number: Its global index.
+        boxes: One for each crop of the request.
+        failure: Why there are none, '' if there are.
+        skipped: Names of what could not be read and was replaced.
+    """
+
+    number: int
+    boxes: list[SourceBox]
+    failure: str = ""
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass
@@ -51,9 +85,11 @@ class CropBatch:
     indices: list[int]
     boxes: list[list[SourceBox]]
     failure: str = ""
+    skipped: tuple[str, ...] = ()
 
     def pin_memory(self) -> CropBatch:
-        return CropBatch(self.indices, [[box.pin_memory() for box in row] for row in self.boxes], self.failure)
+        boxes = [[box.pin_memory() for box in row] for row in self.boxes]
+        return CropBatch(self.indices, boxes, self.failure, self.skipped)
 
     @property
     def cases(self) -> list[str]:
@@ -87,8 +123,8 @@ class CropDataset(Dataset):
     def __repr__(self) -> str:
         return f"CropDataset({len(self.cases)} cases, {len(self.request.crops)} crops a sample)"
 
-    def __getitem__(self, sample: int) -> tuple[int, list[SourceBox], str]:
-        """(index, boxes, failure): a case that cannot be read is reported, not raised, so that it can be named."""
+    def __getitem__(self, sample: int) -> Sample:
+        """A case that cannot be read is reported, not raised, so that it can be named."""
         own, other = self.draw_cases(sample)
         generator = sample_generator(self.seed, self.stream + CROPS, sample)
         boxes: list[SourceBox] = []
@@ -98,8 +134,8 @@ class CropDataset(Dataset):
                 case = other if crop.other_case else own
                 boxes.append(self._read(case, crop, generator))
         except Exception as error:  # damaged files raise anything
-            return sample, [], f"case '{case}' in {self.folder}: {type(error).__name__}: {error}"
-        return sample, boxes, ""
+            return Sample(sample, [], f"case '{case}' in {self.folder}: {type(error).__name__}: {error}")
+        return Sample(sample, boxes)
 
     def draw_cases(self, sample: int) -> tuple[str, str]:
         """A sample's own case, each case once before any comes again, and a partner that is another case."""
@@ -113,8 +149,11 @@ class CropDataset(Dataset):
         record, data = self.index[case], open_case(self.folder, case)
         volume = np.asarray(data.shape[1:])
         for _ in range(CONSTANT_TRIES):
-            matrix = crop.spatial.draw(generator, crop.size)
-            centre = draw_centre(generator, volume, crop.size, record.body)
+            matrix, edges = crop.spatial.draw(generator, crop.size) * crop.scale, crop.size
+            if crop.fit:
+                matrix = fitted(matrix, crop.size, (volume - 1) / 2)
+                edges = tuple(np.ceil(2 * reach(matrix, crop.size) - 1e-6).astype(int) + 1)
+            centre = (body_centre if crop.centred else draw_centre)(generator, volume, edges, record.body)
             half = reach(matrix, crop.size)
             low = np.clip(np.floor(centre - half + 1e-6), 0, volume - 1).astype(int)
             high = np.clip(np.ceil(centre + half - 1e-6) + 1, low + 1, volume).astype(int)
@@ -150,11 +189,23 @@ def draw_centre(
     return best + (edges - 1) / 2
 
 
-def collate(samples: list[tuple[int, list[SourceBox], str]]) -> CropBatch:
+def body_centre(
+    generator: np.random.Generator, volume: np.ndarray, size: Sequence[int], body: np.ndarray
+) -> np.ndarray:
+    """The centre (3,) of a crop about the body's centre, off by up to an eighth of the crop, within the volume."""
+    edges = np.asarray(size)
+    middle = np.argwhere(body).mean(0) + 0.5 if body.any() else np.asarray(body.shape) / 2
+    wanted = middle / body.shape * volume - edges / 2 + generator.uniform(-0.125, 0.125, 3) * edges
+    low = np.clip(np.rint(wanted), 0, np.maximum(volume - edges, 0))
+    return low + (edges - 1) / 2
+
+
+def collate(samples: list[Sample]) -> CropBatch:
     """Samples to a batch; boxes keep their own sizes. One failure makes the batch a failure."""
-    failure = next((text for _, _, text in samples if text), "")
-    boxes = [] if failure else [list(row) for row in zip(*(row for _, row, _ in samples), strict=True)]
-    return CropBatch([index for index, _, _ in samples], boxes, failure)
+    failure = next((sample.failure for sample in samples if sample.failure), "")
+    boxes = [] if failure else [list(row) for row in zip(*(sample.boxes for sample in samples), strict=True)]
+    skipped = tuple(name for sample in samples for name in sample.skipped)
+    return CropBatch([sample.number for sample in samples], boxes, failure, skipped)
 
 
 def _body_share(body: np.ndarray, volume: np.ndarray, low: np.ndarray, edges: np.ndarray) -> float:

@@ -9,6 +9,7 @@ import blosc2
 from torch.utils.data import DataLoader, Sampler
 
 from nnssl_ext.data.crops import CropBatch, CropDataset, collate
+from nnssl_ext.data.images import ImageDataset
 
 #: Without a batch for this long a worker hangs: no box read takes minutes.
 TIMEOUT_SECONDS = 600
@@ -39,7 +40,9 @@ class Shard(Sampler[list[int]]):
         return max(0, self.last - self.first)
 
 
-def crop_loader(dataset: CropDataset, shard: Shard, *, workers: int, pin_memory: bool) -> DataLoader[CropBatch]:
+def crop_loader(
+    dataset: CropDataset | ImageDataset, shard: Shard, *, workers: int, pin_memory: bool
+) -> DataLoader[CropBatch]:
     """The loader of a shard; ``workers`` 0 reads in this process. The order never depends on ``workers``."""
     return DataLoader(
         dataset,

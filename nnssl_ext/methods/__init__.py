@@ -1,11 +1,29 @@
 """The registry of methods: a new one is its file and a line here."""
 
 from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, Readable
+from nnssl_ext.methods.contrastive_predictive_coding import ContrastivePredictiveCoding
+from nnssl_ext.methods.exemplar import Exemplar
+from nnssl_ext.methods.jigsaw import Jigsaw
 from nnssl_ext.methods.masked_autoencoder import MaskedAutoencoder
+from nnssl_ext.methods.relative_patch_location import RelativePatchLocation
+from nnssl_ext.methods.rotation import Rotation
+from nnssl_ext.methods.variable_dimension_transform import VariableDimensionTransform
 from nnssl_ext.methods.volume_fusion import VolumeFusion
 from nnssl_ext.settings import FinetuneSettings
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (VolumeFusion, MaskedAutoencoder)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        VolumeFusion,
+        MaskedAutoencoder,
+        ContrastivePredictiveCoding,
+        Rotation,
+        Jigsaw,
+        RelativePatchLocation,
+        Exemplar,
+        VariableDimensionTransform,
+    )
+}
 
 #: The settings schema of every section in the plans: one per method, and the fine-tuner's.
 SCHEMAS: dict[str, type] = {name: method.Settings for name, method in METHODS.items()}

@@ -12,23 +12,32 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from nnssl_ext.data.crops import CropBatch, CropRequest
+from nnssl_ext.data.images import ImageRequest
 from nnssl_ext.networks.backbone import UNetBackbone
 from nnssl_ext.views.random import BatchRandom
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a method is told of the data.
+    """What a method is told of the data and of the network's strides.
 
     Attributes:
         crop_size: Edges of the crop the network is fed with, in voxels.
         spacing: Voxel edges in mm, in the same order.
         channels: Channels of a case.
+        strides: Cumulative stride of each encoder stage, per axis.
+        image_classes: Classes of the 2-D images, for methods that learn from them.
+        image_chance: Accuracy of always answering the most frequent of them.
+        case_size: Edges in voxels that at least nine in ten cases have; None, before cases are known, is the crop.
     """
 
     crop_size: tuple[int, int, int]
     spacing: tuple[float, float, float]
     channels: int
+    strides: tuple[tuple[int, ...], ...] = ()
+    case_size: tuple[int, int, int] | None = None
+    image_classes: tuple[str, ...] = ()
+    image_chance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class Method(nn.Module, ABC):
         title, citation: For people.
         Settings: The dataclass of its settings.
         readable: The number a person can read.
+        needs_images: Whether samples are 2-D images of ``nnssl_ext.images``.
         deep_supervision: Whether the objective uses the network's coarser outputs.
     """
 
@@ -82,6 +92,7 @@ class Method(nn.Module, ABC):
     citation: ClassVar[str]
     Settings: ClassVar[type]
     readable: ClassVar[Readable]
+    needs_images: ClassVar[bool] = False
     deep_supervision: ClassVar[bool] = True
 
     def __init__(self, backbone: UNetBackbone, settings: Any, geometry: Geometry) -> None:
@@ -98,7 +109,7 @@ class Method(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def crops(cls, settings: Any, geometry: Geometry) -> CropRequest:
+    def crops(cls, settings: Any, geometry: Geometry) -> CropRequest | ImageRequest:
         """What one sample is made of."""
 
     @abstractmethod

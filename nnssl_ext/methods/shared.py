@@ -1,4 +1,4 @@
-"""Settings that most methods share: how crops are turned and look, and how the objective is optimised."""
+"""Settings that methods share: how crops look and are turned, and how the objective is optimised."""
 
 from __future__ import annotations
 
@@ -11,25 +11,31 @@ from nnssl_ext.views.spatial import SpatialRange
 
 
 @dataclass(frozen=True)
-class SharedSettings:
-    """Views and optimisation; a method's settings derive from it and may have other defaults."""
+class TrainingSettings:
+    """Intensity views and optimisation; a method's settings derive from it and may have other defaults."""
 
-    flip: float = setting(0.5, "Chance of a mirror, per axis and crop.", source="nnU-Net", low=0, high=1)
-    rot90: float = setting(0.3, "Chance of quarter turns in a plane of equal edges and spacing.", low=0, high=1)
-    affine: float = setting(0.3, "Chance of a rotation and zoom, per crop.", source="nnU-Net", low=0, high=1)
-    rotation: float = setting(15.0, "Largest angle about each axis in degrees.", low=0, high=180)
-    zoom: list[float] = setting([0.8, 1.25], "Range of the magnification.", low=0.1, high=10, length=2)
     intensity: IntensitySettings = field(default_factory=IntensitySettings)
     optimiser: str = setting("adamw", "Optimiser.", choices=("adam", "adamw", "sgd"))
     weight_decay: float = setting(1e-5, "Weight decay.", low=0)
     schedule: str = setting("cosine", "How the learning rate falls.", choices=("constant", "poly", "cosine"))
     warm_up: float = setting(0.02, "Share of the steps with a rising learning rate.", low=0, high=0.9)
 
+    def recipe(self, learning_rate: float) -> OptimiserRecipe:
+        """The optimiser, with the method's own peak learning rate."""
+        return OptimiserRecipe(self.optimiser, learning_rate, self.weight_decay, self.schedule, self.warm_up)
+
+
+@dataclass(frozen=True)
+class SharedSettings(TrainingSettings):
+    """The same, and spatial views."""
+
+    flip: float = setting(0.5, "Chance of a mirror, per axis and crop.", source="nnU-Net", low=0, high=1)
+    rot90: float = setting(0.3, "Chance of quarter turns in a plane of equal edges and spacing.", low=0, high=1)
+    affine: float = setting(0.3, "Chance of a rotation and zoom, per crop.", source="nnU-Net", low=0, high=1)
+    rotation: float = setting(15.0, "Largest angle about each axis in degrees.", low=0, high=180)
+    zoom: list[float] = setting([0.8, 1.25], "Range of the magnification.", low=0.1, high=10, length=2)
+
     def spatial(self, geometry: Geometry) -> SpatialRange:
         """What may be done to a crop."""
         zoom = (self.zoom[0], self.zoom[1])
         return SpatialRange(geometry.spacing, self.flip, self.rot90, self.affine, self.rotation, zoom)
-
-    def recipe(self, learning_rate: float) -> OptimiserRecipe:
-        """The optimiser, with the method's own peak learning rate."""
-        return OptimiserRecipe(self.optimiser, learning_rate, self.weight_decay, self.schedule, self.warm_up)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet, ResidualUNet
 from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
 from torch import Tensor, nn
@@ -39,9 +40,43 @@ class UNetBackbone:
         """Channels of each encoder stage."""
         return list(self.encoder.output_channels)
 
-    def features(self, image: Tensor) -> list[Tensor]:
-        """Feature maps of the encoder, finest first: (B, C, D, H, W) -> [(B, channels[i], *edges / strides[i])]."""
-        return self.encoder(image)
+    def features(self, image: Tensor, stages: int | None = None) -> list[Tensor]:
+        """Feature maps of the encoder's first stages (None: of all), finest first.
+
+        (B, C, D, H, W) -> [(B, channels[i], *edges / strides[i])].
+        """
+        maps, stem = [], getattr(self.encoder, "stem", None)
+        image = image if stem is None else stem(image)
+        for stage in self.encoder.stages[:stages]:
+            image = stage(image)
+            maps.append(image)
+        return maps
+
+    def train_encoder_only(self, stages: int | None = None) -> None:
+        """Take the decoder, and the encoder's stages after the first ``stages``, out of the training."""
+        parts = [self.encoder.stages[:stages], getattr(self.encoder, "stem", None)]
+        # the decoder holds the encoder too, so tensors are told apart by themselves and not by name
+        trained = {id(p) for part in parts if part is not None for p in part.parameters()}
+        for parameter in self.network.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+
+    def drop_depth_strides(self) -> None:
+        """Make every stride of the encoder along the first axis one; no weight depends on a stride."""
+        for module in self.encoder.modules():
+            if isinstance(module, nn.Conv3d):
+                module.stride = (1, *module.stride[1:])
+            elif isinstance(module, (nn.AvgPool3d, nn.MaxPool3d)):
+                kernel, stride = (
+                    size if isinstance(size, (tuple, list)) else (size,) * 3
+                    for size in (module.kernel_size, module.stride)
+                )
+                module.kernel_size, module.stride = (1, *kernel[1:]), (1, *stride[1:])
+
+    def equalise_input_channels(self) -> None:
+        """Give all input channels the same kernels, their mean: they stay equal under inputs that are."""
+        first = next(module for module in self.encoder.modules() if isinstance(module, nn.Conv3d))
+        with torch.no_grad():
+            first.weight.copy_(first.weight.mean(1, keepdim=True).expand_as(first.weight).clone())
 
     def set_deep_supervision(self, enabled: bool) -> None:
         """Whether the network returns all its outputs, full resolution first, or only the first."""

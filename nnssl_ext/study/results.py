@@ -9,19 +9,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from nnssl_ext.checkpoint import NUMPY_SCALARS
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json
-
-#: nnU-Net's checkpoints keep their log in numpy scalars; these names, and no others, may be loaded beside tensors.
-NUMPY_SCALARS: list[Any] = [
-    np.dtype,
-    np.float32,
-    np.float64,
-    np.float64(0).__reduce__()[0],  # numpy's own constructor, wherever it lives
-    type(np.dtype(np.float32)),
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.int64)),
-]
 
 
 def case_dice(validation: Path, dataset_json: dict) -> pd.DataFrame:

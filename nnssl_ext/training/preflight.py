@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import nn
 
 from nnssl_ext.data.cases import shorten
+from nnssl_ext.data.images import ImageFolder
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.environment import worker_count
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import SCHEMAS, Geometry, Method
 from nnssl_ext.networks.backbone import UNetBackbone, backbone_of
+from nnssl_ext.networks.target import target_network
 from nnssl_ext.recipe import read_json
 from nnssl_ext.settings import PLANS_KEY, CommonSettings, split_sections
 from nnssl_ext.training.distributed import rank, world
@@ -41,6 +41,7 @@ class Checked:
         batch_size: Samples a step over all processes.
         index: The cases.
         training_cases: How many of them this fold trains on.
+        images: The 2-D images, for methods that learn from them.
     """
 
     common: CommonSettings
@@ -49,6 +50,7 @@ class Checked:
     batch_size: int
     index: CaseIndex
     training_cases: int
+    images: ImageFolder | None = None
 
 
 def check_run(
@@ -73,6 +75,10 @@ def check_run(
     manager = PlansManager(plans)
     base = Path(str(nnUNet_preprocessed)) / manager.dataset_name
     index = _index(base / manager.get_configuration(configuration).data_identifier, geometry.channels)
+    geometry = replace(geometry, case_size=index.common_size())
+    images = _images(method, common) if method.needs_images else None
+    if images is not None:
+        geometry = replace(geometry, image_classes=images.classes, image_chance=images.chance)
     fewest = method.crops(settings, geometry).fewest_cases
     cases = _training_cases(base, index.cases, fold)
     if cases < fewest:
@@ -83,7 +89,7 @@ def check_run(
     if not nnUNet_results.is_set():
         raise UserError("nnUNet_results is not set; export it as nnU-Net's documentation says")
     _check_results_folder(Path(str(nnUNet_results)))
-    return Checked(common, settings, geometry, batch_size, index, cases)
+    return Checked(common, settings, geometry, batch_size, index, cases, images)
 
 
 def check_plans(
@@ -105,37 +111,15 @@ def check_plans(
         )
     common, sections = split_sections(plans.get(PLANS_KEY, {}), SCHEMAS, where)
     settings = sections[method.name]
-    geometry = Geometry(
-        tuple(common.crop_size or config.patch_size),
-        tuple(config.spacing),
-        determine_num_input_channels(manager, config, dataset_json),
-    )
+    channels = determine_num_input_channels(manager, config, dataset_json)
     with torch.device("meta"):
-        backbone = target_backbone(manager, config, geometry.channels, 2)
+        backbone = target_backbone(manager, config, channels, 2)
+    crop_size = tuple(common.crop_size or config.patch_size)
+    geometry = Geometry(crop_size, tuple(config.spacing), channels, tuple(backbone.strides))
     problem = backbone.crop_problem(geometry.crop_size)
     if problem:
         raise UserError(f"{where}, configuration '{configuration}': {problem}")
     return common, settings, geometry, common.batch_size or config.batch_size
-
-
-def target_network(
-    plans_manager: PlansManager,
-    configuration_manager: ConfigurationManager,
-    input_channels: int,
-    outputs: int,
-    deep_supervision: bool = True,
-) -> nn.Module:
-    """The network that the plans' target trainer builds."""
-    name = plans_manager.plans.get(PLANS_KEY, {}).get("target_trainer", "nnUNetTrainer")
-    try:
-        target = recursive_find_trainer_class_by_name(name)
-    except RuntimeError as error:
-        raise UserError(
-            f"plans {plans_manager.plans_name}: target_trainer '{name}' was not found by nnU-Net"
-        ) from error
-    return target.build_network_architecture(
-        plans_manager, configuration_manager, input_channels, outputs, deep_supervision
-    )
 
 
 def target_backbone(
@@ -146,6 +130,15 @@ def target_backbone(
         return backbone_of(target_network(plans_manager, configuration_manager, input_channels, outputs))
     except ValueError as error:
         raise UserError(f"plans {plans_manager.plans_name}: {error}") from error
+
+
+def _images(method: type[Method], common: CommonSettings) -> ImageFolder:
+    if common.images is None:
+        raise UserError(
+            f"{method.title} learns from labelled 2-D images: set nnssl_ext.images to a folder of them, "
+            f"CLASS/IMAGE.png or .jpg (nnssl_ext plan ... images=FOLDER)"
+        )
+    return ImageFolder(Path(common.images))
 
 
 def _index(folder: Path, channels: int) -> CaseIndex:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from dataclasses import asdict
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from nnssl_ext import __version__, checkpoint
+from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
+from nnssl_ext.networks import contract
 from nnssl_ext.networks.backbone import HEADS
-from nnssl_ext.resources import PACKAGE
+from nnssl_ext.provenance import hardware, revision, versions
 
 if TYPE_CHECKING:
     from nnssl_ext.training.trainer import PretrainingTrainer
 
 #: Common settings that a continued run may change: they change neither the data nor a step.
-FREE = ("save_every", "validation_iterations", "epochs")
+FREE = ("save_every", "validation_iterations", "epochs", "images", "most_unreadable")
 
 
 def collect(trainer: PretrainingTrainer) -> dict[str, Any]:
@@ -96,6 +93,7 @@ def own_section(trainer: PretrainingTrainer) -> dict[str, Any]:
         "training_cases": checked.training_cases,
         "versions": versions(),
         "revision": revision(),
+        "hardware": hardware(),
     }
 
 
@@ -103,6 +101,12 @@ def identity(trainer: PretrainingTrainer) -> dict[str, Any]:
     """What a checkpoint and the run that continues it must have in common, as JSON values."""
     method, checked, plans = trainer.method_class, trainer.checked, trainer.plans_manager.plans
     common = {k: v for k, v in asdict(checked.common).items() if k not in FREE}
+    geometry = asdict(checked.geometry)
+    del geometry["strides"]  # the architecture says them
+    if not method.crops(checked.settings, checked.geometry).fits_cases:
+        del geometry["case_size"]
+    if not method.needs_images:
+        del geometry["image_classes"], geometry["image_chance"]
     return _jsonlike(
         {
             "method": method.name,
@@ -110,7 +114,7 @@ def identity(trainer: PretrainingTrainer) -> dict[str, Any]:
             "configuration": trainer.configuration_name,
             "fold": trainer.fold,
             "architecture": trainer.configuration_manager.configuration["architecture"],
-            "geometry": asdict(checked.geometry),
+            "geometry": geometry,
             "batch_size": checked.batch_size,
             "settings": {**common, method.name: asdict(checked.settings)},
         }
@@ -134,55 +138,16 @@ def refuse_other_run(stored: dict[str, Any], mine: dict[str, Any], source: str) 
 
 def adaptation_plan(trainer: PretrainingTrainer) -> dict[str, Any]:
     """The contract by which nnU-Net's nnUNetv2_train_pretrained and nnssl read a pretrained checkpoint."""
-    network, geometry = trainer.method.exported, trainer.checked.geometry
-    plain_configuration = trainer.configuration_manager.configuration
-    architecture = plain_configuration["architecture"]
-    configuration = {
-        **plain_configuration,
-        "patch_size": list(geometry.crop_size),
-        "spacing": list(geometry.spacing),
-    }
-    return {
-        "architecture_plans": {
-            "arch_class_name": architecture["network_class_name"].rsplit(".", 1)[-1],
-            "arch_kwargs": architecture["arch_kwargs"],
-            "arch_kwargs_requiring_import": architecture["_kw_requires_import"],
-        },
-        "pretrain_plan": {
-            "plans_name": trainer.plans_manager.plans_name,
-            "configurations": {trainer.configuration_name: configuration},
-        },
-        "pretrain_num_input_channels": geometry.channels,
-        "recommended_downstream_patchsize": list(geometry.crop_size),
-        "key_to_encoder": getattr(network, "key_to_encoder", "encoder.stages"),
-        "key_to_stem": getattr(network, "key_to_stem", "encoder.stem"),
-        "keys_to_in_proj": list(getattr(network, "keys_to_in_proj", ())),
-        "key_to_lpe": getattr(network, "key_to_lpe", None),
-    }
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Versions of what made a checkpoint."""
-    found = {"nnssl_ext": __version__, "python": platform.python_version()}
-    for package in ("nnunetv2", "torch", "dynamic-network-architectures", "batchgenerators"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
-@cache
-def revision() -> str:
-    """The git revision of a checkout; '' for an installed package."""
-    if not (PACKAGE.parent / ".git").exists():
-        return ""
-    command = ["git", "-C", str(PACKAGE.parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    geometry = trainer.checked.geometry
+    return contract.adaptation_plan(
+        trainer.method.exported,
+        plans_name=trainer.plans_manager.plans_name,
+        configuration_name=trainer.configuration_name,
+        configuration=trainer.configuration_manager.configuration,
+        patch_size=geometry.crop_size,
+        spacing=geometry.spacing,
+        channels=geometry.channels,
+    )
 
 
 def _jsonlike(value: Any) -> Any:

@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nnssl_ext import checkpoint
-from nnssl_ext.data.crops import CropBatch, CropDataset
-from nnssl_ext.data.loader import Shard, crop_loader
-from nnssl_ext.environment import worker_count
+from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
+from nnssl_ext.networks.target import target_network
 from nnssl_ext.training import state
 from nnssl_ext.training.distributed import mean_over_samples, rank, rank_device, world
 from nnssl_ext.training.engine import engine, mixed_precision
 from nnssl_ext.training.log import PretrainingLog
 from nnssl_ext.training.optimisation import build_optimiser, learning_rate_at
-from nnssl_ext.training.preflight import check_run, target_backbone, target_network
+from nnssl_ext.training.preflight import check_run, target_backbone
+from nnssl_ext.training.samples import Unreadable, sample_loaders
 from nnssl_ext.training.summary import print_summary
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom, step_seed
 
@@ -72,6 +72,8 @@ class PretrainingTrainer(nnUNetTrainer):
         self.inference_allowed_mirroring_axes = (0, 1, 2)
         self.logger.local_logger = PretrainingLog(self.method_class.readable)
         self.step = 0
+        images = self.checked.images
+        self.unreadable = Unreadable(len(images or ()), common.most_unreadable, self.print_to_log_file)
         self.print_to_log_file(f"Pretraining with {self.method_class.title}: {self.method_class.citation}\n")
 
     def initialize(self) -> None:
@@ -125,25 +127,7 @@ class PretrainingTrainer(nnUNetTrainer):
         """Stock draws a picture with a package that nobody has any more, and logs that it could not."""
 
     def get_dataloaders(self) -> tuple[Iterator[CropBatch], Iterable[CropBatch]]:
-        """One iterator over all training batches that are left, and a loader of the validation batches."""
-        train_cases, val_cases = self.do_split()
-        if self.fold == "all":
-            self.print_to_log_file("Fold 'all': the objective is validated on crops of the training cases.")
-        request = self.method.crops(self.checked.settings, self.checked.geometry)
-        if len(val_cases) < request.fewest_cases:
-            self.print_to_log_file(f"{len(val_cases)} validation cases are too few: using training cases instead.")
-            val_cases = train_cases
-        seed, index = self.checked.common.seed, self.checked.index
-        workers, pin = worker_count(), self.device.type == "cuda"
-        steps = self.num_iterations_per_epoch
-        left = Shard(self.current_epoch * steps, self.num_epochs * steps, self.batch_size, rank(), world())
-        validation = Shard(0, self.num_val_iterations_per_epoch, self.batch_size, rank(), world())
-        train = CropDataset(index, train_cases, request, seed)
-        val = CropDataset(index, val_cases, request, seed, VALIDATION)
-        return (
-            iter(crop_loader(train, left, workers=workers, pin_memory=pin)),
-            crop_loader(val, validation, workers=min(1, workers), pin_memory=pin),
-        )
+        return sample_loaders(self)
 
     def run_training(self) -> None:
         self.on_train_start()
@@ -201,7 +185,8 @@ class PretrainingTrainer(nnUNetTrainer):
 
     def _terms(self, batch: CropBatch, stream: int) -> dict[str, Tensor]:
         if batch.failure:
-            raise UserError(f"{batch.failure}; repair or remove the case, then go on with --c")
+            raise UserError(f"{batch.failure}; repair or remove it, then go on with --c")
+        self.unreadable.note(batch.skipped)
         random = BatchRandom(self.checked.common.seed, stream, batch.indices, self.device)
         with torch.no_grad():
             views = self.method.views(batch, random)

@@ -46,6 +46,17 @@ def lower_resolution(batch: Tensor, zoom: Tensor, spacing: Sequence[float]) -> T
     return batch
 
 
+def thicken(batch: Tensor, axis: Tensor, zoom: Tensor) -> Tensor:
+    """Sample one axis of each sample down to ``zoom`` (B,) of its resolution and back up; 1 = none; ``axis`` (B,)."""
+    for sample in torch.nonzero(zoom != 1).flatten().tolist():
+        volume = batch[sample][None]
+        size = list(volume.shape[2:])
+        size[int(axis[sample])] = max(1, round(size[int(axis[sample])] * float(zoom[sample])))
+        small = F.interpolate(volume, size=size, mode="nearest-exact")
+        batch[sample] = F.interpolate(small, size=volume.shape[2:], mode="trilinear")[0]
+    return batch
+
+
 def ring(batch: Tensor, cut: Tensor) -> Tensor:
     """Gibbs ringing: drop the spatial frequencies outside an ellipsoid of ``cut`` (B, C) times Nyquist; 0 = none."""
     for sample, channel in torch.nonzero(cut).tolist():

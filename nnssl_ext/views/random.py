@@ -47,6 +47,10 @@ class BatchRandom:
     def __len__(self) -> int:
         return len(self._generators)
 
+    def generator(self, sample: int) -> np.random.Generator:
+        """The generator of one sample, for draws that are made sample by sample."""
+        return self._generators[sample]
+
     def uniform(self, low: float, high: float, shape: tuple[int, ...] = ()) -> Tensor:
         """(B, *shape) float32 on the CPU."""
         draws = [g.uniform(low, high, shape) for g in self._generators]

@@ -42,16 +42,14 @@ class SpatialRange:
     def draw(self, generator: np.random.Generator, size: Sequence[int]) -> np.ndarray:
         """Draw one matrix (3, 3) for a crop with edges ``size``."""
         matrix = np.diag(np.where(generator.random(3) < self.flip, -1.0, 1.0))
-        turn, plane_at, quarters = generator.random(), generator.random(), int(generator.integers(1, 4))
+        quarter, plane_at, quarters = generator.random(), generator.random(), int(generator.integers(1, 4))
         planes = self._square_planes(size)
-        if planes and turn < self.rot90:
+        if planes and quarter < self.rot90:
             matrix = matrix @ _quarter_turn(planes[int(plane_at * len(planes))], quarters)
         bend, zoom = generator.random(), generator.uniform(*self.zoom)
-        angles = np.deg2rad(generator.uniform(-self.rotation, self.rotation, 3))
+        angles = generator.uniform(-self.rotation, self.rotation, 3)
         if bend < self.affine and (self.rotation or self.zoom != (1.0, 1.0)):
-            spacing = np.asarray(self.spacing)
-            rotation = _rotation(np.where(self._turning_axes(), angles, 0.0))
-            matrix = (rotation * spacing[None, :] / spacing[:, None]) @ matrix / zoom
+            matrix = turn(np.where(self.turning_axes(), angles, 0.0), self.spacing) @ matrix / zoom
         return matrix
 
     def _square_planes(self, size: Sequence[int]) -> list[tuple[int, int]]:
@@ -61,7 +59,8 @@ class SpatialRange:
             if size[a] == size[b] and abs(self.spacing[a] / self.spacing[b] - 1) < 0.01
         ]
 
-    def _turning_axes(self) -> np.ndarray:
+    def turning_axes(self) -> np.ndarray:
+        """(3,) bool: about which axes a crop may be turned by any angle."""
         spacing = np.asarray(self.spacing)
         if spacing.max() / spacing.min() < ANISOTROPY_LIMIT:
             return np.ones(3, bool)
@@ -91,6 +90,36 @@ class SourceBox:
 def reach(matrix: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """Half extents (3,) in voxels of the source region that a crop with edges ``size`` needs around its centre."""
     return np.abs(matrix) @ ((np.asarray(size) - 1) / 2)
+
+
+def fitted(matrix: np.ndarray, size: Sequence[int], room: np.ndarray) -> np.ndarray:
+    """``matrix``, shrunk alike along all axes until a crop of ``size`` reaches no farther than ``room`` (3,)."""
+    half = reach(matrix, size)
+    wanted = half > room
+    return matrix * (room[wanted] / half[wanted]).min(initial=1.0)
+
+
+def part(
+    box: SourceBox, size: Sequence[int], view: np.ndarray, place: Sequence[float] | np.ndarray = (0.0, 0.0, 0.0)
+) -> SourceBox:
+    """A view within the region that was read for a crop: never anything outside it, so never padding.
+
+    Args:
+        box: What was read.
+        size: Edges of the crop and of the view, in voxels.
+        view: (3, 3), from voxels of the view to voxels of the crop; shrunk where it would leave the crop.
+        place: Where the room that is left is used, in [-1, 1] per axis; 0 is the middle.
+    """
+    room = reach(box.matrix, size)
+    matrix = fitted(box.matrix @ view, size, room)
+    left = np.maximum(room - reach(matrix, size), 0)
+    return SourceBox(box.data, matrix, box.centre + np.asarray(place) * left, box.case)
+
+
+def turn(angles: Sequence[float] | np.ndarray, spacing: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The matrix (3, 3) in voxels of a rotation in mm by ``angles`` (3,) in degrees about the three axes."""
+    edges = np.asarray(spacing)
+    return _rotation(np.deg2rad(angles)) * edges[None, :] / edges[:, None]
 
 
 def cut(box: SourceBox, size: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.data.preparation import Prepared, Target
 from nnssl_ext.errors import UserError
 from tests.conftest import Environment
-from tests.images import SHAPE, volume, write_bad_files, write_image, write_series
+from tests.volumes import SHAPE, volume, write_bad_files, write_image, write_series
 
 NAME = "Dataset851_Open"
 WithData = Callable[[str], Environment]

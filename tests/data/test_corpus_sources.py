@@ -12,7 +12,7 @@ from nnssl_ext.data.corpus_sources import Wishes, items_of
 from nnssl_ext.errors import UserError
 from tests.conftest import Environment
 from tests.data.test_corpus import data, make
-from tests.images import volume, write_image
+from tests.volumes import volume, write_image
 
 WithData = Callable[[str], Environment]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnssl_ext.data.crops import Crop, CropDataset, CropRequest, collate, draw_centre
+from nnssl_ext.data.crops import Crop, CropDataset, CropRequest, body_centre, collate, draw_centre
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.data.loader import Shard, crop_loader
 from nnssl_ext.views.random import VALIDATION
@@ -59,7 +59,7 @@ def test_a_sample_is_a_pure_function_of_seed_stream_and_index(folder: Path) -> N
 def test_a_crop_is_the_voxels_of_its_case(folder: Path) -> None:
     """Along each axis the crop is a run of the case's own voxels, with equal padding where the case is too small."""
     for sample in range(12):
-        _, boxes, failure = dataset(folder, STILL)[sample]
+        _, boxes, failure, _ = dataset(folder, STILL)[sample]
         assert not failure
         for box in boxes:
             crop, inside = cut(box, (16, 16, 16), torch.device("cpu"))
@@ -77,7 +77,7 @@ def test_a_crop_is_the_voxels_of_its_case(folder: Path) -> None:
 
 def test_only_the_box_is_read(folder: Path) -> None:
     for sample in range(20):
-        _, boxes, _ = dataset(folder, STILL)[sample]
+        boxes = dataset(folder, STILL)[sample].boxes
         for box in boxes:
             assert all(edge <= 16 for edge in box.data.shape[1:])
 
@@ -131,3 +131,39 @@ def test_batches_do_not_depend_on_workers_or_ranks(folder: Path) -> None:
         together = dict(pair for shard in shards for pair in zip(*shard[step], strict=True))
         assert together == dict(zip(indices, sums, strict=True))
     assert len(Shard(2, 6, 3)) == 4
+
+
+@pytest.mark.parametrize("spatial", [STILL, TURNING])
+def test_a_fitting_crop_is_never_padded_and_keeps_its_shape(folder: Path, spatial: SpatialRange) -> None:
+    """Cases of the folder are as thin as 9 voxels; the crop has 16, magnified twofold."""
+    index = CaseIndex.build(folder)
+    magnified = Crop((16, 20, 16), spatial, scale=0.5, fit=True)
+    padded = Crop((16, 20, 16), spatial)
+    scales = set()
+    for sample in range(40):
+        boxes = CropDataset(index, index.cases, CropRequest((magnified, padded)), 0)[sample][1]
+        assert cut(boxes[0], magnified.size, torch.device("cpu"))[1].all()
+        scales.add(round(float(np.abs(np.linalg.det(boxes[0].matrix))) ** (1 / 3), 3))
+        if boxes[1].case == "c2":
+            assert not cut(boxes[1], padded.size, torch.device("cpu"))[1].all()
+    if spatial is STILL:
+        assert scales == {0.5}
+        for box in (CropDataset(index, ["c2"], _large(), 0)[n].boxes[0] for n in range(5)):
+            np.testing.assert_allclose(box.matrix, np.eye(3) * 8 / 15)  # 9 voxels, shrunk alike along all axes
+            assert cut(box, (16, 16, 16), torch.device("cpu"))[1].all()
+
+
+def _large() -> CropRequest:
+    return CropRequest((Crop((16, 16, 16), STILL, fit=True),))
+
+
+def test_crops_about_the_body() -> None:
+    volume, body = np.array([40, 40, 40]), np.zeros((10, 10, 10), bool)
+    body[6:8, 2:4, 5] = True  # about voxels 28, 12, 22
+    centres = np.stack([body_centre(np.random.default_rng(n), volume, (16, 16, 16), body) for n in range(100)])
+    assert (abs(centres - np.array([28, 12, 22])) <= 16 / 8 + 1).all()
+    assert (centres.std(0) > 0.5).all()
+    assert (centres - 7.5 >= 0).all()
+    assert (centres + 7.5 <= 39).all()
+    whole = body_centre(np.random.default_rng(0), volume, (40, 40, 40), np.zeros_like(body))
+    assert whole.tolist() == [19.5] * 3

@@ -31,6 +31,24 @@ def test_features_have_the_strides_and_channels_it_names(kind: str) -> None:
         assert tuple(feature.shape[2:]) == tuple(n // s for n, s in zip(size, stride, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["plain", "residual", "anisotropic"])
+def test_the_first_stages_alone(kind: str) -> None:
+    net, image = network(kind), torch.randn(1, 1, 16, 16, 16)
+    backbone = backbone_of(net)
+    whole = backbone.encoder(image)
+    for expected, found in zip(whole, backbone.features(image), strict=True):
+        assert torch.equal(expected, found)
+    part = backbone.features(image, 2)
+    assert len(part) == 2
+    assert torch.equal(part[1], whole[1])
+    backbone.train_encoder_only(2)
+    part[1].sum().backward()
+    named = dict(net.named_parameters())
+    assert {n for n, p in named.items() if p.requires_grad} == {n for n, p in named.items() if p.grad is not None}
+    assert not any(p.requires_grad for n, p in named.items() if n.startswith(("decoder.", "encoder.stages.2")))
+    assert any(p.requires_grad for n, p in named.items() if n.startswith("encoder.stages.1"))
+
+
 def runs(backbone: UNetBackbone, size: tuple[int, int, int]) -> bool:
     try:
         outputs = backbone.network.train()(torch.randn(1, 1, *size))

@@ -15,7 +15,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.study.decathlon import DECATHLON_TOLERANCE, TASKS, find_task, unpack
 from nnssl_ext.study.metrics import tolerance_of
 from tests.conftest import Environment
-from tests.images import volume, write_image
+from tests.volumes import volume, write_image
 from tests.test_download import Server, server
 
 __all__ = ["server"]

@@ -99,11 +99,11 @@ def test_what_it_writes_predicts_with_stock_alone(with_data: Data) -> None:
     assert content["trainer_name"] == "nnUNetTrainer"
     assert content["nnssl_ext"]["step"] == 8
 
-    images = environment.root / "images"
+    images = environment.root / "to_predict"
     images.mkdir()
     image = environment.dataset("labelled") / "imagesTr" / "case_00_0000.nii.gz"
     (images / image.name).write_bytes(image.read_bytes())
-    where = ["-i", "images", "-o", "out", "-d", "817", "-c", "3d_fullres", "-p", "run", "-tr", NAME]
+    where = ["-i", "to_predict", "-o", "out", "-d", "817", "-c", "3d_fullres", "-p", "run", "-tr", NAME]
     # no variable names our trainers: prediction must not need them
     how = ["-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1"]
     environment.run("nnUNetv2_predict", *where, *how, variables={"nnUNet_extTrainer": ""})

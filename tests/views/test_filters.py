@@ -5,7 +5,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from nnssl_ext.views.filters import blur, lower_resolution, ring, sharpen, shift_histogram
+from nnssl_ext.views.filters import blur, lower_resolution, ring, sharpen, shift_histogram, thicken
 
 View = Callable[[Tensor, Tensor], Tensor]
 ISOTROPIC = (1.0, 1.0, 1.0)
@@ -91,3 +91,13 @@ def test_histogram_shift_keeps_order_and_range() -> None:
     torch.testing.assert_close(bent.amin(), volume.amin())
     straight = torch.linspace(0, 1, 6).expand(1, 1, 6)
     torch.testing.assert_close(shift_histogram(volume.clone(), straight, torch.tensor([[True]])), volume)
+
+
+def test_one_axis_of_a_sample_becomes_thick() -> None:
+    batch = torch.randn(3, 2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    before = batch.clone()
+    thicken(batch, torch.tensor([0, 2, 1]), torch.tensor([0.5, 1.0, 0.25]))
+    assert torch.equal(batch[1], before[1])
+    for sample, axis in ((0, 0), (2, 1)):
+        rough = [batch[sample].diff(dim=a).abs().mean().item() for a in (1, 2, 3)]
+        assert rough[axis] < 0.7 * min(r for a, r in enumerate(rough) if a != axis)

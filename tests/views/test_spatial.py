@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import map_coordinates
 
-from nnssl_ext.views.spatial import SourceBox, SpatialRange, cut, cut_batch, reach
+from nnssl_ext.views.spatial import SourceBox, SpatialRange, cut, cut_batch, part, reach, turn
 
 CPU = torch.device("cpu")
 ISOTROPIC = (1.0, 1.0, 1.0)
@@ -120,3 +120,27 @@ def test_one_slice_is_enough() -> None:
     assert torch.isfinite(crop).all()
     assert inside[0, 1].all()
     assert not inside[0, 0].any()
+
+
+def test_a_part_never_leaves_what_was_read() -> None:
+    generator = np.random.default_rng(0)
+    data = volume((1, 20, 22, 18))
+    box = SourceBox(data, np.eye(3) * 0.8, np.array([9.0, 11.0, 8.0]), "a")
+    assert part(box, (16, 16, 16), np.eye(3)).centre.tolist() == [9.0, 11.0, 8.0]
+    np.testing.assert_array_equal(part(box, (16, 16, 16), np.eye(3)).matrix, box.matrix)
+    room = reach(box.matrix, (16, 16, 16))
+    for _ in range(50):
+        view = turn(generator.uniform(-40, 40, 3), (1, 2, 1)) * generator.uniform(0.5, 1.5)
+        found = part(box, (16, 16, 16), view, generator.uniform(-1, 1, 3))
+        assert (abs(found.centre - box.centre) + reach(found.matrix, (16, 16, 16)) <= room + 1e-9).all()
+        assert found.case == "a"
+    zoomed = part(box, (16, 16, 16), np.eye(3) / 2, (1, -1, 0))
+    np.testing.assert_allclose(zoomed.centre - box.centre, [3, -3, 0])
+
+
+def test_a_turn_is_a_rotation_in_millimetres() -> None:
+    spacing = np.array([4.0, 1.0, 1.0])
+    matrix = turn((0, 90, 0), spacing)
+    millimetres = matrix * spacing[:, None] / spacing[None, :]
+    np.testing.assert_allclose(millimetres @ millimetres.T, np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(abs(millimetres), [[0, 0, 1], [0, 1, 0], [1, 0, 0]], atol=1e-12)

@@ -1,0 +1,198 @@
+"""Folders of labelled 2-D images, ``class/image.png``, as samples: torchvision's ImageFolder layout, any size, grey or
+colour.
+
+C colours, H W pixels.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from nnssl_ext.data.crops import Sample
+from nnssl_ext.errors import UserError
+from nnssl_ext.views.random import CASES, CROPS, VALIDATION, sample_generator
+from nnssl_ext.views.spatial import SourceBox
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+#: One in this many images of each class is kept for validation.
+VALIDATION_SHARE = 20
+#: How many other images are tried in the place of one that cannot be read.
+SUBSTITUTES = 8
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One random resized crop of an image per sample (Szegedy et al., CVPR 2015).
+
+    Attributes:
+        size: Edges H, W of the crop in pixels.
+        area: Least and largest share of the image's area that it shows.
+        aspect: Least and largest ratio of its edges in the image.
+        flip: Chance of a left-right mirror.
+    """
+
+    size: tuple[int, int]
+    area: tuple[float, float] = (0.2, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    #: It needs no case at all.
+    fewest_cases = 0
+    fits_cases = False
+
+
+class ImageFolder:
+    """The images below a folder, one subfolder per class.
+
+    Args:
+        folder: With ``class/image.png`` or ``.jpg``; classes are numbered in the order of their names.
+
+    Raises:
+        UserError: If there are fewer than two classes, or a class without images.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        except OSError as error:
+            raise UserError(f"nnssl_ext.images: cannot read the folder {folder}: {error.strerror}") from error
+        if len(names) < 2:
+            raise UserError(
+                f"nnssl_ext.images: {folder} has {len(names)} subfolders, expected one for each of two or more "
+                f"classes: CLASS/IMAGE.png or .jpg"
+            )
+        self.classes = tuple(names)
+        #: Paths relative to the folder, class by class.
+        self.files = [self._list(name) for name in names]
+
+    def __repr__(self) -> str:
+        return f"ImageFolder({len(self)} images of {len(self.classes)} classes in {self.folder})"
+
+    def __len__(self) -> int:
+        return sum(map(len, self.files))
+
+    @cached_property
+    def training(self) -> list[str]:
+        """Images to learn from."""
+        return [name for files in self.files for place, name in enumerate(files) if place % VALIDATION_SHARE]
+
+    @cached_property
+    def validation(self) -> list[str]:
+        """Images of every class that are kept apart; those of small classes are one each."""
+        return [name for files in self.files for name in files[::VALIDATION_SHARE]]
+
+    @property
+    def chance(self) -> float:
+        """Accuracy on the validation images of always answering the most frequent class."""
+        counts = [len(files[::VALIDATION_SHARE]) for files in self.files]
+        return max(counts) / sum(counts)
+
+    def label(self, name: str) -> int:
+        """The class number of an image."""
+        return self.classes.index(name.split("/", 1)[0])
+
+    def _list(self, name: str) -> list[str]:
+        below = self.folder / name
+        files = sorted(path.relative_to(self.folder).as_posix() for path in below.rglob("*") if _is_image(path))
+        if len(files) < 2:
+            raise UserError(
+                f"nnssl_ext.images: class '{name}' in {self.folder} has {len(files)} images, expected at least two "
+                f"(one is for validation): .png or .jpg"
+            )
+        return files
+
+
+@dataclass
+class ImageDataset(Dataset):
+    """Samples by global index, each one region of an image as uint8, for ``torch.utils.data.DataLoader``.
+
+    Args:
+        images: The folder.
+        request: What one sample is.
+        seed: The run's seed.
+        stream: 0, or ``VALIDATION``: other images, and other draws.
+    """
+
+    images: ImageFolder
+    request: ImageRequest
+    seed: int
+    stream: int = 0
+
+    def __post_init__(self) -> None:
+        self.names = self.images.validation if self.stream == VALIDATION else self.images.training
+
+    def __repr__(self) -> str:
+        return f"ImageDataset({len(self.names)} images)"
+
+    def __getitem__(self, sample: int) -> Sample:
+        """An image that cannot be read is named, and another takes its place."""
+        skipped = []
+        turn, place = divmod(sample, len(self.names))
+        order = _shuffled(self.seed, self.stream, turn, len(self.names))
+        substitutes = sample_generator(self.seed, self.stream + CASES, sample)
+        row = int(order[place])
+        for _ in range(SUBSTITUTES):
+            name = self.names[row]
+            try:
+                box = self._read(name, sample)
+            except Exception:  # damaged images raise anything
+                skipped.append(name)
+                row = int(substitutes.integers(len(self.names)))
+                continue
+            return Sample(sample, [box], "", tuple(skipped))
+        listed = ", ".join(skipped)
+        return Sample(sample, [], f"{len(skipped)} images in a row cannot be read: {listed}", tuple(skipped))
+
+    def _read(self, name: str, sample: int) -> SourceBox:
+        generator = sample_generator(self.seed, self.stream + CROPS, sample)
+        with Image.open(self.images.folder / name) as image:
+            low, high = draw_region(generator, image.height, image.width, self.request)
+            flip = generator.random() < self.request.flip
+            # averaging while reading: what is left is at least as fine as the crop
+            factor = max(1, int(min((high - low) / self.request.size)))
+            region = eight_bit(image).crop((int(low[1]), int(low[0]), int(high[1]), int(high[0]))).reduce(factor)
+        pixels = np.array(region)  # (H, W, C)
+        edges = np.array(pixels.shape[:2])
+        scale = (edges - 1) / np.maximum(np.asarray(self.request.size) - 1, 1)
+        matrix = np.diag([1.0, scale[0], -scale[1] if flip else scale[1]])
+        data = torch.from_numpy(pixels.transpose(2, 0, 1)[:, None].copy())
+        return SourceBox(data, matrix, np.array([0.0, *((edges - 1) / 2)]), name)
+
+
+def draw_region(
+    generator: np.random.Generator, height: int, width: int, request: ImageRequest
+) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest corner and the end (2,) of a random region of an image, in pixels; within it, at least one pixel."""
+    area = generator.uniform(*request.area) * height * width
+    ratio = np.exp(generator.uniform(*np.log(request.aspect)))
+    edges = np.sqrt([area / ratio, area * ratio])
+    edges = np.clip(np.rint(edges), 1, [height, width]).astype(int)
+    low = generator.integers(0, np.array([height, width]) - edges + 1)
+    return low, low + edges
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """An image in three colours of eight bits; grey values of more bits are stretched to their range."""
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image, dtype=np.float64)
+        low, high = values.min(), values.max()
+        image = Image.fromarray(((values - low) / max(high - low, 1e-12) * 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.is_file()
+
+
+@lru_cache(maxsize=4)
+def _shuffled(seed: int, stream: int, turn: int, number: int) -> np.ndarray:
+    return np.random.default_rng((seed, stream, 1 << 8, turn)).permutation(number)

@@ -1,0 +1,174 @@
+"""Exemplar: two views of one crop are nearer to each other than to crops of other cases.
+
+Dosovitskiy et al., "Discriminative Unsupervised Feature Learning with Exemplar Convolutional Neural Networks", TPAMI
+2016; as a triplet loss in 3-D Taleb et al., "3D Self-Supervised Methods for Medical Imaging", NeurIPS 2020, arXiv
+2006.03829. Encoder only.
+
+B batch (G over all processes), C channel, D H W voxels, E embedding. A sample is three images: anchor, positive, and a
+crop of another case, so that there is a negative at any batch size.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
+from nnssl_ext.losses.gather import gather_samples
+from nnssl_ext.losses.triplet import plain_triplet, semi_hard_triplet, squared_distances
+from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
+from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
+from nnssl_ext.methods.shared import SharedSettings
+from nnssl_ext.networks.backbone import UNetBackbone
+from nnssl_ext.networks.heads import GridHead
+from nnssl_ext.settings import setting
+from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
+from nnssl_ext.views.layout import standardise
+from nnssl_ext.views.random import BatchRandom
+from nnssl_ext.views.spatial import SourceBox, SpatialRange, cut_batch, part
+
+TALEB = "Taleb et al. 2020"
+
+
+@dataclass(frozen=True)
+class ExemplarIntensitySettings(IntensitySettings):
+    """Stronger intensity views: the histogram of a crop must not identify it."""
+
+    gamma_probability: float = setting(0.8, "Chance of a gamma curve, per channel.", low=0, high=1)
+    noise_probability: float = setting(0.3, "Chance of Gaussian noise, per sample.", low=0, high=1)
+    blur_probability: float = setting(0.2, "Chance of a Gaussian blur, per channel.", source="nnU-Net", low=0, high=1)
+    histogram_probability: float = setting(
+        0.8, "Chance of a histogram shift, per channel.", source="3DINO", low=0, high=1
+    )
+
+
+@dataclass(frozen=True)
+class ExemplarSettings(SharedSettings):
+    """Settings of exemplar."""
+
+    flip: float = setting(0.0, "Chance of a mirror, per axis and view.", low=0, high=1)
+    rot90: float = setting(0.0, "Chance of quarter turns in a plane of equal edges and spacing.", low=0, high=1)
+    affine: float = setting(1.0, "Chance of a rotation and zoom, per view.", low=0, high=1)
+    zoom: list[float] = setting(
+        [1.0, 1.4], "Range of the magnification; the view is a part of the crop.", low=1, high=10, length=2
+    )
+    intensity: ExemplarIntensitySettings = field(default_factory=ExemplarIntensitySettings)
+    standardise: bool = setting(True, "Zero mean and unit deviation per view.")
+    margin: float = setting(1.0, "Margin in squared distance.", source=TALEB, low=0.01)
+    mining: str = setting(
+        "semi_hard",
+        "The negative: semi-hard among crops of other cases in the batch, or the given crop.",
+        source=f"given in {TALEB}",
+        choices=("semi_hard", "given"),
+    )
+    shared_head: bool = setting(
+        True,
+        "One head for all three images; with three the loss falls without the encoder.",
+        source=f"three in {TALEB}",
+    )
+    normalise: bool = setting(True, "Embeddings on the unit sphere.", source="FaceNet")
+    clean_positive: bool = setting(
+        False,
+        "The positive is not augmented, and told from the anchor by that alone.",
+        source=f"true in {TALEB}",
+    )
+    hidden: list[int] = setting([256], "Widths of the head's layers.", low=1)
+    embedding: int = setting(128, "Width of an embedding.", low=1)
+
+
+class Exemplar(EncoderMethod):
+    """See the module's docstring."""
+
+    name = "exemplar"
+    trainer = "nnsslTrainer_Exemplar"
+    title = "Exemplar"
+    citation = "Taleb et al., NeurIPS 2020, arXiv:2006.03829; Dosovitskiy et al., TPAMI 2016, arXiv:1406.6909"
+    Settings = ExemplarSettings
+    readable = Readable("triplet_accuracy", "Negatives that are farther than the positive")
+
+    settings: ExemplarSettings
+
+    def __init__(self, backbone: UNetBackbone, settings: ExemplarSettings, geometry: Geometry) -> None:
+        super().__init__(backbone, settings, geometry)
+        self.heads = nn.ModuleList(
+            GridHead(channels=self.channels, hidden=settings.hidden, outputs=settings.embedding)
+            for _ in range(1 if settings.shared_head else 3)
+        )
+
+    @classmethod
+    def crops(cls, settings: ExemplarSettings, geometry: Geometry) -> CropRequest:
+        crop = Crop(geometry.crop_size, SpatialRange(geometry.spacing), fit=True)
+        return CropRequest((crop, Crop(crop.size, crop.spatial, other_case=True, fit=True)))
+
+    def optimiser(self) -> OptimiserRecipe:
+        return self.settings.recipe(1e-3)
+
+    def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
+        """``image`` (B, 3, C, D, H, W), ``case`` (B, 3) which case each is of, ``index`` (B,)."""
+        own, other = batch.boxes
+        images = [
+            self._view(own, random),
+            self._clean(own, random) if self.settings.clean_positive else self._view(own, random),
+            self._view(other, random),
+        ]
+        case = [[zlib.crc32(box.case.encode()) for box in row] for row in (own, own, other)]
+        return {
+            "image": torch.stack(images, 1),
+            "case": torch.tensor(case, device=random.device).T,
+            "index": sample_index(batch.indices, random.device),
+        }
+
+    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``loss``; in evaluation ``triplet_accuracy``, its ``chance`` and health; each (B,)."""
+        features = self.encode(views["image"])
+        embedded = self.embed(features)
+        anchor, positive, negative = embedded.unbind(1)
+        everyone, _ = gather_samples(embedded, views["index"])  # (G, 3, E)
+        cases, _ = gather_samples(views["case"], views["index"])
+        candidates = everyone.flatten(0, 1)
+        allowed = views["case"][:, :1] != cases.flatten()[None]  # (B, 3 G)
+        margin = self.settings.margin
+        if self.settings.mining == "given":
+            loss = plain_triplet(anchor, positive, negative, margin)
+        else:
+            loss = (
+                semi_hard_triplet(anchor, positive, candidates, allowed, margin)
+                + semi_hard_triplet(positive, anchor, candidates, allowed, margin)
+            ) / 2
+        result = {"loss": loss}
+        if not self.training:
+            near = ((anchor.float() - positive.float()) ** 2).sum(1, keepdim=True)
+            farther = (squared_distances(anchor, candidates) > near) & allowed
+            result["triplet_accuracy"] = farther.sum(1) / allowed.sum(1)
+            result |= {"chance": torch.full_like(loss, 0.5), **self.health(embedded, views["index"])}
+        return result
+
+    def embed(self, features: Tensor) -> Tensor:
+        """(B, 3, 8 F) -> (B, 3, E)."""
+        if self.settings.shared_head:
+            embedded = self.heads[0](features)
+        else:
+            embedded = torch.stack([head(features[:, place]) for place, head in enumerate(self.heads)], 1)
+        return F.normalize(embedded.float(), dim=-1) if self.settings.normalise else embedded.float()
+
+    def _view(self, boxes: list[SourceBox], random: BatchRandom) -> Tensor:
+        """A part of each crop, turned and changed: (B, C, D, H, W)."""
+        size, spacing = self.geometry.crop_size, self.geometry.spacing
+        spatial = self.settings.spatial(self.geometry)
+        views = [
+            part(box, size, spatial.draw(random.generator(b), size), random.generator(b).uniform(-1, 1, 3))
+            for b, box in enumerate(boxes)
+        ]
+        image, _ = cut_batch(views, size, random.device)
+        IntensityDraw.draw(self.settings.intensity, random, image.shape[1], spacing).apply(image, random)
+        return standardise(image) if self.settings.standardise else image
+
+    def _clean(self, boxes: list[SourceBox], random: BatchRandom) -> Tensor:
+        size = self.geometry.crop_size
+        image, _ = cut_batch([part(box, size, np.eye(3)) for box in boxes], size, random.device)
+        return standardise(image) if self.settings.standardise else image

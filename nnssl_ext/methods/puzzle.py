@@ -1,0 +1,89 @@
+"""What objectives on patches of one window share: the layout's settings and the patches.
+
+B batch, N patches, C channel, D H W voxels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
+from nnssl_ext.methods.base import Geometry, OptimiserRecipe
+from nnssl_ext.methods.shared import TrainingSettings
+from nnssl_ext.settings import setting
+from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
+from nnssl_ext.views.layout import cut_patches, standardise
+from nnssl_ext.views.random import BatchRandom
+from nnssl_ext.views.spatial import SpatialRange, cut_batch
+
+
+@dataclass(frozen=True)
+class PatchIntensitySettings(IntensitySettings):
+    """Intensity views of each patch by itself; standardising makes brightness and contrast moot."""
+
+    gamma_probability: float = setting(0.5, "Chance of a gamma curve, per channel.", source="0.3 in nnU-Net")
+    brightness_probability: float = setting(0.0, "Chance of scaled brightness, per channel.", low=0, high=1)
+    contrast_probability: float = setting(0.3, "Chance of stretched contrast, per channel.", low=0, high=1)
+    noise_probability: float = setting(0.2, "Chance of Gaussian noise, per sample.", low=0, high=1)
+
+
+@dataclass(frozen=True)
+class PuzzleSettings(TrainingSettings):
+    """How patches are read and look."""
+
+    zoom: float = setting(2.0, "Largest magnification of the window, so that small cases hold it.", low=1, high=8)
+    standardise: bool = setting(
+        True, "Zero mean and unit deviation per patch.", source="intensity drifts tell where a patch is from"
+    )
+    intensity: PatchIntensitySettings = field(default_factory=PatchIntensitySettings)
+    embedding: int = setting(128, "Width of a patch's vector.", low=1)
+    hidden: list[int] = setting([512], "Widths of the head's layers.", low=1)
+
+    def peak(self) -> OptimiserRecipe:
+        """The optimiser of all puzzles."""
+        return self.recipe(1e-3)
+
+
+@dataclass(frozen=True)
+class SpacedSettings(PuzzleSettings):
+    """The same, for patches that lie apart from each other."""
+
+    gap: float = setting(
+        0.25, "Least distance of neighbours, as a share of a patch's edge.", source="nearer edges match", low=0, high=2
+    )
+    jitter: float = setting(0.125, "How far a patch may be moved, as a share of its edge.", low=0, high=1)
+
+
+def window_request(window: tuple[int, int, int], zoom: float, geometry: Geometry) -> CropRequest:
+    """One window, never turned: which way is up is what patches are told by; never padded."""
+    return CropRequest((Crop(window, SpatialRange(geometry.spacing), scale=1 / zoom, fit=True),))
+
+
+def read_patches(
+    settings: PuzzleSettings,
+    geometry: Geometry,
+    batch: CropBatch,
+    random: BatchRandom,
+    window: tuple[int, int, int],
+    starts: Tensor,
+    size: tuple[int, int, int],
+) -> Tensor:
+    """Patches as the network sees them: (B, N, C, *size).
+
+    Args:
+        settings, geometry: The method's.
+        batch: Windows that were read.
+        random: One stream per sample.
+        window: Edges of the window.
+        starts: (B, N, 3) lowest voxel of each patch.
+        size: Edges of a patch.
+    """
+    image, _ = cut_batch(batch.boxes[0], window, random.device)
+    patches = cut_patches(image, starts, size)
+    # each patch looks different: to the intensity views patches are channels
+    merged = patches.flatten(1, 2)
+    IntensityDraw.draw(settings.intensity, random, merged.shape[1], geometry.spacing).apply(merged, random)
+    patches = merged.view_as(patches)
+    return standardise(patches) if settings.standardise else patches

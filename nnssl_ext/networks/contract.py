@@ -1,0 +1,59 @@
+"""The contract by which nnU-Net's nnUNetv2_train_pretrained and nnssl read a pretrained checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+#: Primus is built by its trainers, not by plans; its published sizes go by the width of their tokens.
+PRIMUS_SIZES = {396: "PrimusS", 792: "PrimusB", 864: "PrimusM", 1056: "PrimusL"}
+
+
+def adaptation_plan(
+    network: nn.Module,
+    *,
+    plans_name: str,
+    configuration_name: str,
+    configuration: Mapping[str, Any],
+    patch_size: Sequence[int],
+    spacing: Sequence[float],
+    channels: int,
+) -> dict[str, Any]:
+    """What stands under ``nnssl_adaptation_plan``.
+
+    Args:
+        network: The network whose weights are written.
+        plans_name, configuration_name, configuration: The plans it was built from.
+        patch_size: Edges in voxels of what it was trained on.
+        spacing: Millimetres per voxel of the same.
+        channels: Of the image.
+    """
+    architecture = _architecture(network, configuration["architecture"])
+    return {
+        "architecture_plans": architecture,
+        "pretrain_plan": {
+            "plans_name": plans_name,
+            "configurations": {
+                configuration_name: {**configuration, "patch_size": list(patch_size), "spacing": list(spacing)}
+            },
+        },
+        "pretrain_num_input_channels": channels,
+        # nnU-Net's DynamicPretrainedTrainer takes 3x3x3 kernels for granted where this is not said
+        "architecture_kwargs": architecture["arch_kwargs"],
+        "recommended_downstream_patchsize": list(patch_size),
+        "key_to_encoder": getattr(network, "key_to_encoder", "encoder.stages"),
+        "key_to_stem": getattr(network, "key_to_stem", "encoder.stem"),
+        "keys_to_in_proj": list(getattr(network, "keys_to_in_proj", ())),
+        "key_to_lpe": getattr(network, "key_to_lpe", None),
+    }
+
+
+def _architecture(network: nn.Module, planned: Mapping[str, Any]) -> dict[str, Any]:
+    name = planned["network_class_name"].rsplit(".", 1)[-1]
+    kwargs, requiring_import = planned["arch_kwargs"], planned["_kw_requires_import"]
+    own = type(network).__name__
+    if own != name and hasattr(network, "key_to_encoder"):  # a trainer that builds something else than the plans say
+        name, kwargs, requiring_import = PRIMUS_SIZES.get(getattr(network, "embed_dim", 0), own), {}, []
+    return {"arch_class_name": name, "arch_kwargs": kwargs, "arch_kwargs_requiring_import": requiring_import}

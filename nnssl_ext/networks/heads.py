@@ -1,0 +1,67 @@
+"""Heads that turn a feature map into one vector.
+
+B batch, C channel, D H W voxels of a feature map.
+
+Global average pooling right after an instance norm hides nearly everything: the norm has just made every channel's
+mean the same. So a 2 x 2 x 2 grid is kept, which tells where in the crop a feature is strong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GRID = 2
+
+
+def grid_features(features: Tensor) -> Tensor:
+    """(B, C, D, H, W) -> (B, 8 C): means over the eight octants of a feature map."""
+    return F.adaptive_avg_pool3d(features, GRID).flatten(1)
+
+
+class GridHead(nn.Sequential):
+    """Layers over the octants of a feature map: (B, 8 C) -> (B, outputs).
+
+    Args:
+        channels: C of the feature map.
+        hidden: Widths of the layers between.
+        outputs: Width of the result.
+    """
+
+    def __init__(self, *, channels: int, hidden: Sequence[int], outputs: int) -> None:
+        super().__init__(*layers([GRID**3 * channels, *hidden, outputs]))
+
+
+class VoxelHead(nn.Module):
+    """A layer at every voxel of a feature map, then the mean over voxels, then a linear layer.
+
+    The layer before pooling is what lets the mean tell crops apart: after an instance norm the plain mean cannot.
+
+    Args:
+        channels: C of the feature map.
+        hidden: Width of the layer at every voxel.
+        outputs: Width of the result.
+    """
+
+    def __init__(self, *, channels: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.voxel = nn.Sequential(nn.Conv3d(channels, hidden, 1), nn.GELU())
+        self.linear = nn.Linear(hidden, outputs)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, D, H, W) -> (B, outputs), and the pooled features (B, hidden)."""
+        pooled = self.voxel(features).mean((2, 3, 4))
+        return self.linear(pooled), pooled
+
+
+def layers(widths: Sequence[int]) -> list[nn.Module]:
+    """Linear layers of these widths, with a norm over features and GELU between."""
+    parts: list[nn.Module] = []
+    for place, (inputs, outputs) in enumerate(pairwise(widths)):
+        if place:
+            parts += [nn.LayerNorm(inputs), nn.GELU()]
+        parts.append(nn.Linear(inputs, outputs))
+    return parts

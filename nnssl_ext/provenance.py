@@ -1,0 +1,45 @@
+"""What made a file: versions and the revision of the code."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from nnssl_ext import __version__
+from nnssl_ext.resources import PACKAGE
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of what made a checkpoint."""
+    found = {"nnssl_ext": __version__, "python": platform.python_version()}
+    for package in ("nnunetv2", "torch", "dynamic-network-architectures", "batchgenerators"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+@cache
+def revision() -> str:
+    """The git revision of a checkout; '' for an installed package."""
+    if not (PACKAGE.parent / ".git").exists():
+        return ""
+    command = ["git", "-C", str(PACKAGE.parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def hardware() -> str:
+    """What the run computes on, as a model card says it; no names of machines."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}"

@@ -1,0 +1,194 @@
+"""A finished pretraining, made ready to be given away: a Hugging Face folder, safetensors, nnU-Net's zip."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Template
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnssl_ext import checkpoint
+from nnssl_ext.errors import UserError
+from nnssl_ext.networks.target import target_network
+from nnssl_ext.recipe import read_json, write_json
+from nnssl_ext.transfer.hub import CONFIG, PLAN, SAFETENSORS, WEIGHTS
+from nnssl_ext.transfer.names import canonical_weights
+
+#: What is given away of our section; heads, teachers and the data position are for the run that continues.
+GIVEN = (
+    "format",
+    "method",
+    "title",
+    "settings",
+    "trained",
+    "counters",
+    "training_cases",
+    "versions",
+    "revision",
+    "hardware",
+)
+#: Of the files that nnUNetv2_export_model_to_zip packs, those that every training writes.
+PACKED = ("progress.png", "../plans.json", "../dataset.json", "../dataset_fingerprint.json")
+
+
+def finished_run(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint of a pretraining run, by itself or in its fold folder, and its content.
+
+    Raises:
+        UserError: If there is none, or it is no pretraining run's.
+    """
+    file = path / WEIGHTS if path.is_dir() else path
+    content = checkpoint.load(file)
+    if "method" not in content["nnssl_ext"] or "init_args" not in content:
+        raise UserError(f"{file} was not written by a pretraining run (by nnssl_ext transfer or export?)")
+    return file, content
+
+
+def export_folder(content: Mapping[str, Any], folder: Path, name: str, licence: str, safetensors: bool) -> None:
+    """Write the folder that is uploaded to Hugging Face; it is there completely or not at all.
+
+    Args:
+        content: Of a pretraining checkpoint.
+        folder: Must not exist.
+        name: Of the model, for the card.
+        licence: Hugging Face's word for it, such as cc-by-4.0; '' leaves a line to be filled in.
+        safetensors: Whether to write the weights in that format too.
+
+    Raises:
+        UserError: If the folder exists or cannot be written.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists; give another name with -o, or remove it")
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from error
+    try:
+        given = {key: value for key, value in content["nnssl_ext"].items() if key in GIVEN}
+        kept = ("network_weights", "nnssl_adaptation_plan", "citations", "trainer_name")
+        checkpoint.save({**{key: content[key] for key in kept}, "nnssl_ext": given}, temporary / WEIGHTS)
+        plan = {**content["nnssl_adaptation_plan"], "citations": content["citations"]}
+        write_json(plan, temporary / PLAN)
+        write_json(_config(content), temporary / CONFIG)
+        (temporary / "README.md").write_text(model_card(content, name, licence))
+        if safetensors:
+            _save_safetensors(content, temporary / SAFETENSORS)
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {folder}: {error.strerror}") from error
+        raise
+
+
+def model_card(content: Mapping[str, Any], name: str, licence: str) -> str:
+    """The README of a model on Hugging Face, from what the run recorded."""
+    own, plan, arguments = content["nnssl_ext"], content["nnssl_adaptation_plan"], content["init_args"]
+    configuration = _configuration(plan)
+    weights = canonical_weights(content["network_weights"], "the checkpoint")
+    template = Template((Path(__file__).parent / "model_card.md.j2").read_text(), keep_trailing_newline=True)
+    return template.render(
+        name=name,
+        licence=licence,
+        title=own["title"],
+        architecture=plan["architecture_plans"]["arch_class_name"],
+        citations=[text for entry in content["citations"] for text in entry.get("apa_citations", ())],
+        parameters=f"{sum(tensor.numel() for tensor in weights.values()):,}",
+        dataset=arguments["plans"]["dataset_name"],
+        fold=arguments["fold"],
+        training_cases=own["training_cases"],
+        channels=plan["pretrain_num_input_channels"],
+        spacing=" x ".join(f"{edge:g}" for edge in configuration["spacing"]),
+        patch_size=" x ".join(map(str, configuration["patch_size"])),
+        normalisation=", ".join(configuration["normalization_schemes"]),
+        steps=f"{own['counters']['step']:,}",
+        batch_size=own["counters"]["samples"] // max(own["counters"]["step"], 1),
+        seed=own["settings"]["common"]["seed"],
+        hardware=own.get("hardware", "not recorded"),
+        revision=own["revision"],
+        versions=", ".join(f"{package} {number}" for package, number in own["versions"].items()),
+        command=training_command(content),
+        settings=json.dumps(own["settings"], indent=2),
+    )
+
+
+def training_command(content: Mapping[str, Any]) -> str:
+    """The command that made a checkpoint."""
+    return shlex.join(["nnUNetv2_train", *_identity(content), "-tr", content["trainer_name"], *_plans_option(content)])
+
+
+def prepare_zip(file: Path, content: Mapping[str, Any]) -> str:
+    """Add what nnUNetv2_export_model_to_zip wants beside a pretraining run; returns the command that packs it.
+
+    Stock packs validation/summary.json of every fold; a pretraining has no segmentation to validate, so its own
+    summary is put there.
+
+    Raises:
+        UserError: If something else that stock packs is missing.
+    """
+    fold = file.parent
+    missing = [str(fold / name) for name in PACKED if not (fold / name).is_file()]
+    if missing:
+        raise UserError(f"nnUNetv2_export_model_to_zip will miss {missing[0]}; export from nnUNet_results itself")
+    summary = fold / "validation" / "summary.json"
+    if not summary.exists():
+        own = fold / "pretraining_summary.json"
+        summary.parent.mkdir(exist_ok=True)
+        note = {"pretraining": read_json(own) if own.is_file() else {}}
+        write_json({"metric_per_case": [], "mean": {}, "foreground_mean": {}, **note}, summary)
+    dataset, configuration, number = _identity(content)
+    words = ["nnUNetv2_export_model_to_zip", "-d", dataset, "-c", configuration, "-f", number]
+    words += ["-tr", content["trainer_name"], *_plans_option(content), "-chk", file.name]
+    return shlex.join([*words, "-o", f"{content['trainer_name']}.zip"])
+
+
+def _identity(content: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Data set, configuration and fold, as the command line names them."""
+    arguments = content["init_args"]
+    number = int(arguments["plans"]["dataset_name"][len("Dataset") :].split("_")[0])
+    return str(number), arguments["configuration"], str(arguments["fold"])
+
+
+def _plans_option(content: Mapping[str, Any]) -> list[str]:
+    name = content["init_args"]["plans"]["plans_name"]
+    return [] if name == "nnUNetPlans" else ["-p", name]
+
+
+def _config(content: Mapping[str, Any]) -> dict[str, Any]:
+    plan = content["nnssl_adaptation_plan"]
+    configuration = _configuration(plan)
+    return {
+        "model_type": "nnssl_ext",
+        "architectures": [plan["architecture_plans"]["arch_class_name"]],
+        "method": content["nnssl_ext"]["method"],
+        "num_channels": plan["pretrain_num_input_channels"],
+        "patch_size": configuration["patch_size"],
+        "spacing": configuration["spacing"],
+        "normalization_schemes": configuration["normalization_schemes"],
+    }
+
+
+def _configuration(plan: Mapping[str, Any]) -> dict[str, Any]:
+    return next(iter(plan["pretrain_plan"]["configurations"].values()))
+
+
+def _save_safetensors(content: Mapping[str, Any], path: Path) -> None:
+    from safetensors.torch import save_model
+
+    arguments = content["init_args"]
+    manager = PlansManager(arguments["plans"])
+    configuration = manager.get_configuration(arguments["configuration"])
+    channels = determine_num_input_channels(manager, configuration, arguments["dataset_json"])
+    outputs = manager.get_label_manager(arguments["dataset_json"]).num_segmentation_heads
+    network = target_network(manager, configuration, channels, outputs)
+    network.load_state_dict(content["network_weights"])
+    # a U-Net names one tensor up to four times; the format holds each once and save_model notes the other names
+    save_model(network, str(path))

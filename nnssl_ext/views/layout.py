@@ -1,0 +1,150 @@
+"""Where the patches of a puzzle lie: the layout solver, shared by jigsaw, relative patch location and CPC.
+
+B batch, N patches, C channel, D H W voxels. A method reads one window; its patches are cut out of it. A patch has two
+voxels per axis at the encoder's stage that is read, which every encoder can take: an instance norm and a residual
+skip fail or are silently wrong at one. The deepest stage is wanted; a window that is larger than the cases is read
+magnified, up to a limit; it is never padded, because padding tells where a patch is from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from nnssl_ext.errors import UserError
+from nnssl_ext.views.random import BatchRandom
+
+#: A patch whose longest edge is shorter shows nothing.
+SMALLEST_EDGE = 8
+
+Edges = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Patches on a grid, apart from each other and jittered.
+
+    Attributes:
+        cells: Patches along each axis.
+        patch: Their edges in voxels.
+        gap: Least distance of neighbours, in voxels.
+        jitter: How far a patch may be moved from its place, in voxels.
+        stages: How many encoder stages are read, and so trained.
+        zoom: Magnification of the window.
+    """
+
+    cells: Edges
+    patch: Edges
+    gap: Edges
+    jitter: Edges
+    stages: int
+    zoom: float
+
+    @property
+    def window(self) -> Edges:
+        """Edges of the window that holds all patches."""
+        return _edges(
+            n * (p + j) + (n - 1) * g for n, p, g, j in zip(self.cells, self.patch, self.gap, self.jitter, strict=True)
+        )
+
+    def starts(self, random: BatchRandom) -> Tensor:
+        """Lowest voxel of each patch in its window, jitter drawn: (B, N, 3), on the CPU."""
+        pitch = torch.tensor([p + g + j for p, g, j in zip(self.patch, self.gap, self.jitter, strict=True)])
+        cells = torch.tensor(list(product(*map(range, self.cells))))
+        moved = [random.integers(0, jitter, (len(cells),)) for jitter in self.jitter]
+        return cells * pitch + torch.stack(moved, -1)
+
+
+def cut_patches(window: Tensor, starts: Tensor, patch: Sequence[int]) -> Tensor:
+    """(B, C, *window), (B, N, 3) -> (B, N, C, *patch)."""
+    depth, height, width = patch
+    return torch.stack(
+        [
+            torch.stack([image[:, z : z + depth, y : y + height, x : x + width] for z, y, x in places])
+            for image, places in zip(window, starts.tolist(), strict=True)
+        ]
+    )
+
+
+def standardise(patches: Tensor) -> Tensor:
+    """Zero mean and unit deviation per patch and channel over the last three axes; a constant patch becomes zero."""
+    deviation, mean = torch.std_mean(patches, (-3, -2, -1), keepdim=True, correction=0)
+    return (patches - mean) / deviation.clamp_min(1e-3)
+
+
+def patch_sizes(strides: Sequence[Sequence[int]]) -> Iterator[tuple[int, Edges]]:
+    """(stages, patch) from the deepest stage up, while patches show anything."""
+    for stages in range(len(strides), 0, -1):
+        patch = _edges(2 * stride for stride in strides[stages - 1])
+        if max(patch) >= SMALLEST_EDGE:
+            yield stages, patch
+
+
+def magnification(window: Sequence[int], case_size: Sequence[int]) -> float:
+    """How far a window must be magnified so that cases of this size hold it; 1 where they do anyway."""
+    return max(1.0, *(edge / case for edge, case in zip(window, case_size, strict=True)))
+
+
+def solve_layout(
+    strides: Sequence[Sequence[int]],
+    case_size: Sequence[int],
+    *,
+    title: str,
+    gap: float,
+    jitter: float,
+    most_zoom: float,
+    fewest: int,
+    most_voxels: float = math.inf,
+    choices: Sequence[int] = (1, 2, 3),
+) -> Layout:
+    """The layout with most patches at the deepest stage at which it fits.
+
+    Args:
+        strides: Cumulative stride of each encoder stage.
+        case_size: Edges that cases have.
+        title: The method, for the message.
+        gap, jitter: Shares of a patch's edge, rounded up to voxels.
+        most_zoom: Largest magnification.
+        fewest: Fewest patches that make a task.
+        most_voxels: Most voxels of all patches together, if there is a smaller grid.
+        choices: Patches along an axis to choose from.
+
+    Raises:
+        UserError: If nothing fits.
+    """
+    for stages, patch in patch_sizes(strides):
+        found: list[Layout] = []
+        apart, moved = _edges(math.ceil(gap * p) for p in patch), _edges(math.ceil(jitter * p) for p in patch)
+        for cells in product(choices, repeat=3):
+            layout = Layout(_edges(cells), patch, apart, moved, stages, 1.0)
+            zoom = magnification(layout.window, case_size)
+            if zoom <= most_zoom and math.prod(cells) >= fewest:
+                found.append(Layout(layout.cells, patch, apart, moved, stages, zoom))
+        affordable = [layout for layout in found if math.prod(layout.cells + patch) <= most_voxels]
+        if affordable:
+            return max(affordable, key=lambda layout: (math.prod(layout.cells), -layout.zoom, layout.cells))
+        if found:
+            return min(found, key=lambda layout: (math.prod(layout.cells), layout.zoom))
+    raise nothing_fits(title, f"{fewest} patches", strides, case_size, most_zoom)
+
+
+def nothing_fits(
+    title: str, what: str, strides: Sequence[Sequence[int]], case_size: Sequence[int], most_zoom: float
+) -> UserError:
+    """The error line of a solver that found no layout."""
+    smallest = min((patch for _, patch in patch_sizes(strides)), default=None)
+    least = f"of {smallest} voxels " if smallest else ""
+    return UserError(
+        f"{title} needs {what} {least}side by side, but cases of {tuple(case_size)} voxels hold none even magnified "
+        f"{most_zoom:g} times; use larger cases, a higher zoom, or a method without patches (rotation, exemplar)"
+    )
+
+
+def _edges(values: Iterable[int]) -> Edges:
+    depth, height, width = values
+    return depth, height, width

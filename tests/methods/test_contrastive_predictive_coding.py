@@ -1,0 +1,132 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+
+from nnssl_ext.data.crops import CropDataset, CropRequest, collate
+from nnssl_ext.data.index import CaseIndex
+from nnssl_ext.errors import UserError
+from nnssl_ext.losses.contrastive import hits
+from nnssl_ext.methods.contrastive_predictive_coding import (
+    ContrastivePredictiveCoding,
+    ContrastivePredictiveCodingSettings,
+)
+from nnssl_ext.methods.puzzle import PatchIntensitySettings
+from nnssl_ext.views.random import VIEWS, BatchRandom
+from tests.methods.helpers import CPU, batch_of, build, views_of, write_cases
+
+NO_VIEWS = PatchIntensitySettings(gamma_probability=0, contrast_probability=0, noise_probability=0)
+OURS = ContrastivePredictiveCodingSettings()
+BARE = replace(OURS, intensity=NO_VIEWS, standardise=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_cases(tmp_path)
+
+
+def test_rows_come_in_the_direction_that_is_drawn_and_the_skipped_one_is_not_read(folder: Path) -> None:
+    method = build(ContrastivePredictiveCoding, BARE)
+    batch = batch_of(folder, method, list(range(40)))
+    views = method.views(batch, BatchRandom(0, VIEWS, batch.indices, CPU))
+    assert set(views["direction"].tolist()) == set(range(6))
+    assert views["patches"].shape[1] == 4 * method.columns == 16
+    one = build(ContrastivePredictiveCoding, replace(BARE, directions="one"))
+    assert set(views_of(folder, one, list(range(10)))["direction"].tolist()) == {0}
+
+
+@pytest.mark.parametrize("loss", ["infonce", "bce"])
+@pytest.mark.parametrize("aggregator", ["gru", "convolution"])
+def test_every_combination_learns_on_one_batch(folder: Path, aggregator: str, loss: str) -> None:
+    method = build(ContrastivePredictiveCoding, replace(BARE, aggregator=aggregator, loss=loss))
+    views = views_of(folder, method, [0, 1])
+    chance = math.log(32) if loss == "infonce" else math.log(2)
+    optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 3e-3)
+    for _ in range(25):
+        value = method(views)["loss"].mean()
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+    assert value.item() < 0.5 * chance
+
+
+def test_prediction_sees_nothing_of_what_it_predicts(folder: Path) -> None:
+    method = build(ContrastivePredictiveCoding, BARE)
+    views = views_of(folder, method, [0])
+    seen: list[torch.Tensor] = []
+    method.predict.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    method(views)
+    views["patches"][:, -method.targets :] = torch.randn_like(views["patches"][:, -method.targets :])
+    method(views)
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_all_patches_of_the_batch_are_candidates_and_accuracy_is_within_a_window(folder: Path) -> None:
+    method = build(ContrastivePredictiveCoding, BARE).eval()
+    for parameter in method.predict.parameters():
+        torch.nn.init.zeros_(parameter)
+    with torch.no_grad():
+        result = method(views_of(folder, method, [0, 1, 2]))
+    # cosines with a zero vector are zero: all candidates are equal
+    torch.testing.assert_close(result["loss"], torch.full((3,), math.log(3 * 16)))
+    torch.testing.assert_close(result["accuracy"], torch.full((3,), 1 / 8))
+    torch.testing.assert_close(result["batch_accuracy"], torch.full((3,), 1 / 48))
+    torch.testing.assert_close(result["chance"], torch.full((3,), 1 / 8))
+
+
+def accuracy_from_padding(folder: Path, fit: bool) -> tuple[float, float]:
+    """How often a predicted patch is found by its share of zeros alone; on noise, where nothing else is to be found.
+
+    The share that is expected at a place is known from other windows of the same direction. Returns it and chance.
+    """
+    method = build(ContrastivePredictiveCoding, replace(BARE, directions="one"))
+    (crop,) = method.crops(method.settings, method.geometry).crops
+    index = CaseIndex.build(folder)
+    # as published, the window is cut where it falls, in its own resolution, and padded
+    request = CropRequest((crop if fit else replace(crop, fit=False, scale=1.0),))
+    data = CropDataset(index, index.cases, request, 0)
+    batch = collate([data[i] for i in range(80)])
+    patches = method.views(batch, BatchRandom(0, VIEWS, batch.indices, CPU))["patches"]
+    share = (patches[:, -method.targets :] == 0).float().mean((2, 3, 4, 5))  # (80, T)
+    expected = share[:40].mean(0)
+    scores = -(share[40:, None] - expected[None, :, None]).abs().flatten(0, 1)
+    right = torch.arange(method.targets).repeat(40)
+    return hits(scores, right).mean().item(), 1 / method.targets
+
+
+def test_padding_gives_the_published_task_away_and_not_ours(tmp_path: Path) -> None:
+    for case in range(4):
+        noise = np.random.default_rng(case).standard_normal((2, 20, 20, 20)).astype(np.float32)
+        blosc2.asarray(noise, urlpath=str(tmp_path / f"c{case}.b2nd"), mode="w")
+    accuracy, chance = accuracy_from_padding(tmp_path, fit=False)
+    assert accuracy > 1.5 * chance
+    accuracy, chance = accuracy_from_padding(tmp_path, fit=True)
+    assert accuracy == pytest.approx(chance)
+
+
+def copied(skipped: int) -> float:
+    """Share of predicted voxels that the context shows already."""
+    method = build(ContrastivePredictiveCoding, replace(BARE, skipped_rows=1))
+    rows = replace(method.rows, rows=replace(method.rows.rows, skipped=skipped))
+    starts = rows.starts(torch.arange(6), torch.zeros(6, 3))
+    shown = torch.zeros(6, *(2 * edge for edge in rows.window))
+    for sample, places in enumerate(starts[:, : -method.targets].tolist()):
+        for z, y, x in places:
+            shown[sample, z : z + rows.patch[0], y : y + rows.patch[1], x : x + rows.patch[2]] = 1
+    asked = [
+        shown[sample, z : z + rows.patch[0], y : y + rows.patch[1], x : x + rows.patch[2]].mean()
+        for sample, places in enumerate(starts[:, -method.targets :].tolist())
+        for z, y, x in places
+    ]
+    return torch.stack(asked).mean().item()
+
+
+def test_overlapping_rows_can_be_copied_unless_one_is_skipped() -> None:
+    assert copied(0) > 0.2
+    assert copied(1) == 0
+    with pytest.raises(UserError, match="context and prediction share voxels; skip more rows or overlap less"):
+        build(ContrastivePredictiveCoding, replace(OURS, skipped_rows=0))

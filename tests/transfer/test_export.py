@@ -1,0 +1,137 @@
+"""What is given away can be taken by everyone it is meant for."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from safetensors.torch import load_model
+
+from nnssl_ext import __version__
+from nnssl_ext.cli import main
+from nnssl_ext.errors import UserError
+from nnssl_ext.provenance import hardware
+from nnssl_ext.transfer.read import read_source
+from tests.conftest import Environment
+from tests.training.test_trainer import pretrain
+from tests.transfer.test_command import stock_network, transferred
+
+Data = Callable[[str], Environment]
+
+
+def run_of(with_data: Data, kind: str = "residual") -> Path:
+    environment = with_data(kind)
+    environment.write_plans(kind, "quick", {"seed": 7})
+    return pretrain(environment, kind, "quick")
+
+
+def test_hugging_face_folder(with_data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, folder = run_of(with_data), tmp_path / "model"
+    assert main(["export", str(run), "-o", str(folder), "--name", "My model", "--safetensors"]) == 0
+    assert "fill in the licence" in capsys.readouterr().out
+    files = {"README.md", "adaptation_plan.json", "checkpoint_final.pth", "config.json", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == files
+
+    content = torch.load(folder / "checkpoint_final.pth", weights_only=True)
+    original = torch.load(run / "checkpoint_final.pth", weights_only=True)
+    plan = json.loads((folder / "adaptation_plan.json").read_text())
+    assert {**content["nnssl_adaptation_plan"], "citations": content["citations"]} == plan
+    for name, tensor in original["network_weights"].items():
+        assert torch.equal(content["network_weights"][name], tensor)
+    # what only the run itself needs is not given away
+    assert not {"optimizer_state", "init_args", "logging"} & set(content)
+    assert not {"state", "identity"} & set(content["nnssl_ext"])
+
+    # stock takes the checkpoint as it is, and our own reader takes the folder
+    load_pretrained_weights(stock_network("residual"), str(folder / "checkpoint_final.pth"))
+    assert read_source(str(folder)).kind == "nnssl_ext, VolumeFusion"
+    assert transferred(folder, "residual").is_file()
+
+    # safetensors: one name for each tensor, all of them back in a live network
+    network = stock_network("residual")
+    load_model(network, folder / "model.safetensors")
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, original["network_weights"][name]), name
+
+
+def test_the_model_card_is_filled_from_the_run(with_data: Data, tmp_path: Path) -> None:
+    run = run_of(with_data, "two_channel")
+    main(["export", str(run), "-o", str(tmp_path / "model"), "--licence", "cc-by-4.0"])
+    card = (tmp_path / "model" / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["license"] == "cc-by-4.0"
+    assert "FILL IN" not in card
+    rows = dict(line.strip("| ").split(" | ", 1) for line in card.splitlines() if " | " in line.strip("| "))
+    assert rows["Training cases"] == "4 (Dataset814_Twochannel, fold 0)"
+    assert rows["Input channels"] == "2"
+    assert rows["Spacing"] == "1 x 1 x 1 mm"
+    assert rows["Crop"] == "16 x 16 x 16 voxels"
+    assert rows["Normalisation"] == "ZScoreNormalization, ZScoreNormalization"
+    assert rows["Steps"] == "6 of 2 samples"
+    assert rows["Seed"] == "7"
+    assert rows["Hardware"] == hardware()
+    assert f"nnssl_ext {__version__}" in rows["Versions"]
+    parameters = sum(p.numel() for p in stock_network("two_channel").parameters())
+    assert rows["Network"] == f"PlainConvUNet, {parameters:,} parameters"
+    assert "    nnUNetv2_train 814 3d_fullres 0 -tr nnsslTrainer_VolumeFusion -p quick\n" in card
+    main(["export", str(run), "-o", str(tmp_path / "open")])
+    assert (tmp_path / "open" / "README.md").read_text().count("FILL IN") == 2
+
+
+def test_stocks_own_zip(with_data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """nnUNetv2_export_model_to_zip packs a pretraining run, and installed elsewhere it is a source again."""
+    run, environment = run_of(with_data), with_data("residual")
+    words = ["-d", "812", "-c", "3d_fullres", "-f", "0", "-tr", "nnsslTrainer_VolumeFusion", "-p", "quick"]
+    environment.run("nnUNetv2_export_model_to_zip", *words, "-o", str(tmp_path / "before.zip"), status=1)
+    capsys.readouterr()
+    assert main(["export", str(run), "--zip"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].split()
+    assert command[:-1] == ["nnUNetv2_export_model_to_zip", *words, "-chk", "checkpoint_final.pth", "-o"]
+    environment.run(*command)
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    variables = {"nnUNet_results": str(elsewhere)}
+    environment.run(
+        "nnUNetv2_install_pretrained_model_from_zip", str(environment.root / command[-1]), variables=variables
+    )
+    installed = elsewhere / run.relative_to(environment.results)
+    assert read_source(str(installed)).weights.keys() == read_source(str(run)).weights.keys()
+    summary = json.loads((installed / "validation" / "summary.json").read_text())
+    assert summary["pretraining"]["steps"] == 6
+
+
+def test_refused(with_data: Data, tmp_path: Path) -> None:
+    run = run_of(with_data)
+    (tmp_path / "there").mkdir()
+    again = transferred(run, "residual")
+    cases = [
+        ([str(run)], "nothing to do"),
+        ([str(tmp_path / "absent"), "-o", "x"], "cannot read checkpoint"),
+        ([str(run), "-o", str(tmp_path / "there")], "exists; give another name"),
+        ([str(run), "-o", str(tmp_path / "no" / "x")], "cannot write"),
+        ([str(again), "-o", str(tmp_path / "x")], "was not written by a pretraining run"),
+    ]
+    for words, message in cases:
+        with pytest.raises(UserError, match=message):
+            main(["export", *words])
+    (run / "progress.png").unlink()
+    with pytest.raises(UserError, match=r"will miss .*progress\.png"):
+        main(["export", str(run), "--zip"])
+    assert not (run / "validation").exists()
+    assert not (tmp_path / "x").exists()
+
+
+def test_half_an_export_is_none(with_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(with_data)
+
+    def full(*_: object) -> None:
+        raise UserError("no space left")
+
+    monkeypatch.setattr("nnssl_ext.transfer.export._save_safetensors", full)
+    with pytest.raises(UserError, match="no space left"):
+        main(["export", str(run), "-o", str(tmp_path / "model"), "--safetensors"])
+    assert not [path for path in tmp_path.iterdir() if "model" in path.name]
