@@ -29,8 +29,10 @@ def write_image(path: Path, array: np.ndarray, spacing: tuple[float, ...] = (1.0
     return path
 
 
-def write_series(folder: Path, array: np.ndarray, *, uid: str = "1.2.3", modality: str = "MR", skip: int = -1) -> None:
-    """Write a DICOM series, one file per slice of 2 mm; ``skip`` leaves a slice out."""
+def write_series(
+    folder: Path, array: np.ndarray, *, uid: str = "1.2.3", modality: str = "MR", skip: int = -1, turned: int = -1
+) -> None:
+    """Write a DICOM series, a file per slice of 2 mm; ``skip`` leaves one out, ``turned`` turns one in its plane."""
     folder.mkdir(parents=True, exist_ok=True)
     writer = SimpleITK.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
@@ -46,7 +48,7 @@ def write_series(folder: Path, array: np.ndarray, *, uid: str = "1.2.3", modalit
             "0020|000e": uid,
             "0020|0013": str(number),
             "0020|0032": f"0\\0\\{2 * number}",
-            "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0020|0037": "0\\1\\0\\-1\\0\\0" if number == turned else "1\\0\\0\\0\\1\\0",
             "0018|0050": "2",
         }
         for tag, value in tags.items():

@@ -37,9 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--like", required=True, metavar="DATASET", help="the target (name or ID), planned and preprocessed")
     add("-c", default="3d_fullres", metavar="CONFIGURATION", help="of the target's plans (3d_fullres)")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="the target's plans (nnUNetPlans)")
-    add("--channels", nargs="+", default=[], metavar="[SOURCE=]NAME,NAME", help="channels to take, by name")
-    add("--normalization", nargs="+", default=[], metavar="SOURCE=SCHEME", help="instead of the plan's, by source")
+    add(
+        "--channels",
+        action="append",
+        default=[],
+        metavar="NAMES",
+        help="A,B or SOURCE=A,B: take these; may be repeated",
+    )
+    add("--normalization", action="append", default=[], metavar="SOURCE=SCHEME", help="not the plan's; may be repeated")
     add("--max-failures", type=float, default=5.0, metavar="PERCENT", help="volumes that may be of no use (5)")
+    add("--retry", action="store_true", help="read again what an earlier call could not use")
     add("-np", type=int, default=None, metavar="N", help="processes (nnU-Net's default, at most one per core)")
 
 
@@ -63,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     wishes = Wishes(corpus.channels, channels, schemes)
     unused_words(wishes, arguments.sources)
     items = {item.files: item for source in arguments.sources for item in items_of(source, wishes)}
-    manifest = corpus.add(list(items.values()), arguments.max_failures)
+    manifest = corpus.add(list(items.values()), arguments.max_failures, arguments.retry)
     _report(corpus, manifest)
 
 

@@ -25,7 +25,7 @@ from nnssl_ext.data.cases import list_cases
 from nnssl_ext.data.corpus_sources import Item
 from nnssl_ext.data.index import CaseIndex, CaseRecord
 from nnssl_ext.data.manifest import DUPLICATE, KEPT, UNUSABLE, VERSION, Entry, Manifest
-from nnssl_ext.data.preparation import Prepared, Target, prepare, start_worker
+from nnssl_ext.data.preparation import NotWrittenError, Prepared, Target, prepare, start_worker
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import lock_file
 from nnssl_ext.recipe import read_json, write_json
@@ -71,7 +71,9 @@ class Corpus:
         self._plans = read_json(self.like / f"{self.plans}.json")
         known = self._plans["configurations"]
         if self.configuration not in known:
-            raise UserError(f"plans {self.plans} of {self.like.name} have no '{self.configuration}'; they have {known}")
+            raise UserError(
+                f"plans {self.plans} of {self.like.name} have no '{self.configuration}'; they have {', '.join(known)}"
+            )
         manager = PlansManager(self._plans).get_configuration(self.configuration)
         if len(manager.patch_size) != 3 or manager.previous_stage_name is not None:
             raise UserError(f"configuration '{self.configuration}' is 2-D or a cascade stage; give 3d_fullres")
@@ -92,12 +94,13 @@ class Corpus:
         """The plan's schemes, one per channel."""
         return self._configuration["normalization_schemes"]
 
-    def add(self, items: Sequence[Item], max_failures: float) -> Manifest:
+    def add(self, items: Sequence[Item], max_failures: float, retry: bool = False) -> Manifest:
         """Preprocess the items that are not in the corpus yet.
 
         Args:
             items: Of all sources.
             max_failures: Percentage of volumes that may be of no use.
+            retry: Read again what was of no use.
 
         Raises:
             UserError: If more are; the cases made by then stay, and a later call goes on from them.
@@ -111,7 +114,7 @@ class Corpus:
             self.data.mkdir(exist_ok=True)
             scratch.mkdir()
             try:
-                self._fill(manifest, items, scratch, max_failures)
+                self._fill(manifest, items, scratch, max_failures, retry)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
             if not manifest.counts()[KEPT]:
@@ -119,20 +122,18 @@ class Corpus:
             self._describe(self.folder, manifest)
         return manifest
 
-    def _fill(self, manifest: Manifest, items: Sequence[Item], scratch: Path, max_failures: float) -> None:
-        self._describe(scratch, manifest)
+    def _fill(self, manifest: Manifest, items: Sequence[Item], scratch: Path, max_failures: float, retry: bool) -> None:
         cases = set(list_cases(self.data))
-        new = [item for item in items if not manifest.knows(item, cases)]
+        new = [item for item in items if not manifest.knows(item, cases, retry)]
         known = {item.files for item in items} - {item.files for item in new}
-        limit = Limit(max_failures, [e for files in known for e in manifest.entries[files]], len(items))
+        limit = Limit(max_failures, len(items))
+        for files in known:
+            limit.count(manifest.entries[files])
         for item in new:
             for case in manifest.forget(item):
                 self._remove(case)
         limit.check()
-        contents = scratch / "contents.json"
-        write_json(manifest.contents(), contents)
-        plans, dataset_json = scratch / f"{self.plans}.json", scratch / "dataset.json"
-        target = Target(plans, self.configuration, dataset_json, scratch, contents)
+        target = self._target(manifest, scratch)
         records: dict[str, CaseRecord] = {}
         kept_at = time.monotonic()
         bar = tqdm(total=len(new), desc="Preprocessing", unit="file", disable=not new or not sys.stderr.isatty())
@@ -141,7 +142,7 @@ class Corpus:
                 for results in self._results(new, target):
                     for result in results:
                         self._take(manifest, result, records)
-                        limit.count(result.entry)
+                    limit.count([result.entry for result in results])
                     bar.update()
                     limit.check()
                     if time.monotonic() - kept_at > KEEP_SECONDS:
@@ -149,23 +150,37 @@ class Corpus:
                         kept_at = time.monotonic()
         finally:
             self._keep(manifest, records)
+        for case in set(list_cases(self.data)) - manifest.cases():  # of a killed call whose files have changed since
+            self._remove(case)
+
+    def _target(self, manifest: Manifest, scratch: Path) -> Target:
+        """What the workers read, written once."""
+        self._describe(scratch, manifest)
+        contents = scratch / "contents.json"
+        write_json(manifest.contents(), contents)
+        plans, dataset_json = scratch / f"{self.plans}.json", scratch / "dataset.json"
+        return Target(plans, self.configuration, dataset_json, scratch, contents)
 
     def _results(self, items: Sequence[Item], target: Target) -> Iterator[list[Prepared]]:
         """What became of each item, in the items' order, so that of duplicates the first is kept."""
         work = partial(prepare, target=target)
-        if self.processes == 1 or len(items) < 2:
-            yield from map(work, items)
-            return
-        pool = ProcessPoolExecutor(self.processes, get_context("spawn"), start_worker)
+        pool = None
         try:
-            yield from pool.map(work, items)
-        except BrokenProcessPool as error:
+            if self.processes == 1 or len(items) < 2:
+                yield from map(work, items)
+            else:
+                pool = ProcessPoolExecutor(self.processes, get_context("spawn"), start_worker)
+                yield from pool.map(work, items)
+        except NotWrittenError as error:
+            raise UserError(f"{error}; make room and call again, it goes on where it stopped") from error
+        except (BrokenProcessPool, MemoryError) as error:
             raise UserError(
                 "a worker process was ended, most likely for want of memory; call again with a smaller -np, it goes "
                 "on where it stopped"
             ) from error
         finally:
-            pool.shutdown(cancel_futures=True)
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
 
     def _take(self, manifest: Manifest, result: Prepared, records: dict[str, CaseRecord]) -> None:
         """Move a prepared case to its place, unless its content is there already."""
@@ -229,25 +244,29 @@ class Limit:
 
     Args:
         percent: Of all volumes.
-        entries: Of those that earlier calls have read.
-        items: How many items there are in all, read or not.
+        items: How many items there are in all, read or not. One may hold several volumes, as a DICOM folder does: the
+            number of volumes is projected from the items that were read.
     """
 
-    def __init__(self, percent: float, entries: Sequence[Entry], items: int) -> None:
-        self.percent, self.total = percent, items
-        self.unusable = [entry for entry in entries if entry.status == UNUSABLE]
+    def __init__(self, percent: float, items: int) -> None:
+        self.percent, self.items = percent, items
+        self.read = self.volumes = 0
+        self.unusable: list[Entry] = []
 
-    def count(self, entry: Entry) -> None:
-        if entry.status == UNUSABLE:
-            self.unusable.append(entry)
+    def count(self, entries: Sequence[Entry]) -> None:
+        """Take note of what became of one item."""
+        self.read += 1
+        self.volumes += len(entries)
+        self.unusable += [entry for entry in entries if entry.status == UNUSABLE]
 
     def check(self) -> None:
         """Raises UserError, and lists them, when there are too many."""
-        if len(self.unusable) <= self.percent / 100 * self.total:
+        total = round(self.volumes * self.items / max(1, self.read))
+        if len(self.unusable) <= self.percent / 100 * total:
             return
         for entry in self.unusable[:SHOWN]:
             print(f"  {entry}", file=sys.stderr)
         raise UserError(
-            f"{len(self.unusable)} of {self.total} volumes cannot be used, more than --max-failures "
-            f"{self.percent:g}; mend or remove them, or allow more; a later call goes on from what was made so far"
+            f"{len(self.unusable)} of {total} volumes cannot be used, more than --max-failures {self.percent:g}; mend "
+            f"or remove them, or allow more; a later call goes on from what was made so far"
         )

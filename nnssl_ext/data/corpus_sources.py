@@ -199,7 +199,8 @@ def _decathlon(source: str, path: Path, modality: Any, wishes: Wishes) -> Iterat
 
 def _walk(source: str, path: Path, wishes: Wishes) -> Iterator[Item]:
     """Every image file below a folder is a case of one channel; so is every DICOM series."""
-    groups = wishes.groups(source, ("",)) if len(wishes.target_names) > 1 else ((0,),)
+    named = len(wishes.target_names) > 1 or of_source(wishes.channels, source)
+    groups = wishes.groups(source, ("",)) if named else ((0,),)
     if path.is_file():
         yield Item(source, (str(path),), groups=groups)
         return
@@ -209,7 +210,7 @@ def _walk(source: str, path: Path, wishes: Wishes) -> Iterator[Item]:
         images = [file for file in files if file.name.endswith(SUFFIXES)]
         for file in images:
             yield Item(source, (str(file),), groups=groups)
-        if not images and any(is_dicom(file) for file in files[:3]):
+        if not images and any(map(is_dicom, files)):
             yield Item(source, (folder,), groups=groups, dicom=True)
 
 

@@ -69,6 +69,7 @@ class Manifest:
         self.path, self.head = path, head
         self.entries: dict[tuple[str, ...], list[Entry]] = {}
         self._kept: dict[str, str] = {}
+        self._twins: dict[str, list[Entry]] = {}
 
     @classmethod
     def load(cls, path: Path, head: dict[str, Any]) -> Manifest:
@@ -100,6 +101,8 @@ class Manifest:
         self.entries.setdefault(tuple(entry.files), []).append(entry)
         if entry.status == KEPT:
             self._kept[entry.content] = entry.case
+        elif entry.status == DUPLICATE:
+            self._twins.setdefault(entry.content, []).append(entry)
 
     def case_of(self, content: str) -> str:
         """The case that has this content; empty if there is none."""
@@ -109,8 +112,18 @@ class Manifest:
         """Of all cases."""
         return list(self._kept)
 
-    def knows(self, item: Item, cases: set[str]) -> bool:
-        """Whether an item was read as it is now, and what was made of it is there."""
+    def cases(self) -> set[str]:
+        """Identifiers of all cases."""
+        return set(self._kept.values())
+
+    def knows(self, item: Item, cases: set[str], retry: bool = False) -> bool:
+        """Whether an item was read as it is now, and what was made of it is there.
+
+        Args:
+            item: Any.
+            cases: That are there.
+            retry: What was of no use counts as not read.
+        """
         found = self.entries.get(item.files, [])
         read = {name for entry in found for name in entry.channels}
         if not found or read != set(item.channels()):
@@ -120,19 +133,26 @@ class Manifest:
             entry.stamp == stamp
             and entry.normalization == item.normalization
             and (entry.status != KEPT or entry.case in cases)
+            and not (retry and entry.status == UNUSABLE)
             for entry in found
         )
 
     def forget(self, item: Item) -> list[str]:
         """Drop an item's entries; returns the cases that nothing stands behind any more."""
-        dropped = [entry for entry in self.entries.pop(item.files, []) if entry.status == KEPT]
+        dropped = self.entries.pop(item.files, [])
+        for entry in dropped:
+            if entry.status == DUPLICATE:
+                self._twins[entry.content].remove(entry)
         orphans = []
         for entry in dropped:
+            if entry.status != KEPT:
+                continue
             del self._kept[entry.content]
-            twin = next((e for e in self.all() if e.status == DUPLICATE and e.content == entry.content), None)
-            if twin is None:
+            twins = self._twins.get(entry.content)
+            if not twins:
                 orphans.append(entry.case)
             else:  # the same volume from elsewhere
+                twin = twins.pop(0)
                 twin.status, twin.reason, twin.case = KEPT, "", entry.case
                 self._kept[twin.content] = twin.case
         return orphans

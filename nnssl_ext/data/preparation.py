@@ -37,6 +37,10 @@ from nnssl_ext.data.volumes import (
 from nnssl_ext.recipe import read_json
 
 
+class NotWrittenError(Exception):
+    """A case could not be written; a plain exception, so that it passes between processes as it is."""
+
+
 @dataclass(frozen=True)
 class Target:
     """Where a worker finds how to preprocess, and where it puts what it makes.
@@ -81,7 +85,12 @@ def _end_with_parent() -> None:
 
 
 def prepare(item: Item, target: Target) -> list[Prepared]:
-    """Read an item and preprocess the cases it makes; files that are no use come back as entries, never as errors."""
+    """Read an item and preprocess the cases it makes; files that are no use come back as entries, never as errors.
+
+    Raises:
+        NotWrittenError: If a case cannot be written.
+        MemoryError: If there is too little.
+    """
     results: list[Prepared] = []
     try:
         stamp = item.stamp()
@@ -104,6 +113,8 @@ def prepare(item: Item, target: Target) -> list[Prepared]:
             results[-1].folder = folder
         except Unusable as verdict:
             _leave_out(entry, verdict)
+        except (NotWrittenError, MemoryError):  # not the file's fault
+            raise
         except Exception as error:  # whatever a strange file does to ITK or nnU-Net
             _leave_out(entry, Unusable(f"cannot be preprocessed: {type(error).__name__}: {reason(error)}"))
     return results
@@ -165,7 +176,10 @@ def _preprocess(volumes: list[Volume], output: Path, target: Target, scheme: str
         raise Unusable(f"{record.problem} once it is normalised and resampled")
     case[2]["class_locations"] = {}  # nobody has labelled anything
     preprocessor.run_case = lambda *_: case  # stock saves what stock read; this was read by us
-    preprocessor.run_case_save(str(output), [], None, plans, configuration, dataset_json)
+    try:
+        preprocessor.run_case_save(str(output), [], None, plans, configuration, dataset_json)
+    except Exception as error:  # blosc2 and pickle each have their own
+        raise NotWrittenError(f"cannot write to {target.scratch.parent}: {reason(error)}") from error
     return record
 
 

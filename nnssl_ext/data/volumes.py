@@ -21,6 +21,10 @@ SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 MOST_VOXELS = 2**31
 #: Slices of a DICOM series may lie unevenly by this part of their distance.
 UNEVEN = 0.05
+#: An image has more different values than this; a map of labels seldom has.
+FEW_VALUES = 16
+#: Voxels of an image that are looked at first to tell.
+SAMPLE = 100_000
 #: DICOM modalities that are no images.
 NO_IMAGES = ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG")
 
@@ -54,7 +58,7 @@ class Volume:
     series: str = ""
 
     def check(self) -> None:
-        """Raises Unusable for what no method could learn from."""
+        """Raises Unusable for what no method could learn from, NotAnImage for maps of labels."""
         if min(self.array.shape) < 2:
             raise Unusable(f"has one slice only: shape {self.array.shape}")
         if not all(np.isfinite(self.spacing)) or min(self.spacing) <= 0:
@@ -63,6 +67,9 @@ class Volume:
             raise Unusable("holds NaN or infinite values")
         if (self.array == self.array[:1, :1, :1]).all():
             raise Unusable("is constant: zero variance")
+        voxels = self.array.ravel()
+        if all(len(np.unique(some)) <= FEW_VALUES for some in (voxels[:: max(1, voxels.size // SAMPLE)], voxels)):
+            raise NotAnImage(f"has only {len(np.unique(voxels))} different values, as a map of labels has")
 
     def digest(self) -> bytes:
         """Of voxels, shape and spacing: equal for equal content, whatever the file format."""
@@ -88,7 +95,7 @@ def read_file(path: str, canonical: bool = False) -> list[Volume]:
         if path.endswith((".nii", ".nii.gz")):
             _check_nifti(path)
         image = reader.Execute()
-    except Unusable:
+    except (Unusable, MemoryError):
         raise
     except Exception as error:  # a strange file may raise anything
         raise Unusable(f"cannot be read: {reason(error)}") from error
@@ -108,6 +115,8 @@ def read_series(folder: str, canonical: bool = False) -> Iterator[Volume | Unusa
             yield _series(folder, series, canonical)
         except Unusable as verdict:
             yield verdict
+        except MemoryError:
+            raise
         except Exception as error:
             yield Unusable(f"series {series} cannot be read: {reason(error)}")
 
@@ -156,6 +165,8 @@ def _check_nifti(path: str) -> None:
     try:
         image: Any = nibabel.load(path)
         voxels = image.dataobj.get_unscaled()
+    except MemoryError:
+        raise
     except Exception as error:  # gzip, zlib and nibabel each have their own
         raise Unusable(f"cannot be read: {reason(error)}") from error
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
@@ -185,16 +196,19 @@ def _series(folder: str, series: str, canonical: bool) -> Volume:
 
 def _check_slices(names: tuple[str, ...], series: str) -> None:
     """A missing, repeated or turned slice would bend the volume unnoticed."""
-    positions, sizes = [], set()
+    positions, sizes, turns = [], set(), set()
     reader = SimpleITK.ImageFileReader()
     for name in names:
         reader.SetFileName(name)
         reader.ReadImageInformation()
         sizes.add(reader.GetSize()[:2])
+        turns.add(tuple(np.round(reader.GetDirection(), 3) + 0.0))
         normal = np.reshape(reader.GetDirection(), (3, 3))[:, 2]
         positions.append(float(normal @ np.asarray(reader.GetOrigin())))
     if len(sizes) > 1:
         raise Unusable(f"series {series} has slices of different sizes")
+    if len(turns) > 1:
+        raise Unusable(f"series {series} has slices that are turned against each other")
     gaps = np.abs(np.diff(positions))
     if gaps.min() <= 0 or gaps.max() - gaps.min() > UNEVEN * gaps.min():
         raise Unusable(f"series {series} has slices {gaps.min():g} to {gaps.max():g} mm apart; one may be missing")

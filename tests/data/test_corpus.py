@@ -18,7 +18,7 @@ from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.data.preparation import Prepared, Target
 from nnssl_ext.errors import UserError
 from tests.conftest import Environment
-from tests.volumes import SHAPE, volume, write_bad_files, write_image, write_series
+from tests.volumes import SHAPE, volume, write_image, write_series
 
 NAME = "Dataset851_Open"
 WithData = Callable[[str], Environment]
@@ -104,6 +104,14 @@ def test_cases_are_what_nnunet_would_have_made(target: Environment, images: Path
     np.testing.assert_allclose(open_case(data(), case)[:], expected, atol=1e-5)
 
 
+def test_plans_of_another_name(target: Environment, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target.write_plans("plain", "nnUNetPlans_small", {})
+    make(images, "-p", "nnUNetPlans_small")
+    assert json.loads((folder() / "nnUNetPlans_small.json").read_text())["dataset_name"] == NAME
+    said = capsys.readouterr().out
+    assert "nnUNetv2_train 851 3d_fullres all -p nnUNetPlans_small -tr nnsslTrainer_VolumeFusion" in said
+
+
 def test_the_index_is_there_before_the_first_training(
     target: Environment, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,36 +125,6 @@ def test_the_index_is_there_before_the_first_training(
         expected = index.examine(data(), case)
         assert (found[case].shape, found[case].problem) == (expected.shape, "")
         np.testing.assert_array_equal(found[case].body, expected.body)
-
-
-def test_bad_files_are_named_and_left_out(
-    target: Environment, images: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    expected = write_bad_files(images / "bad")
-    made = make(images, "--max-failures", "90")
-    assert made["counts"]["kept"] == 4
-    found = files_of(made, "unusable")
-    assert set(found) == set(expected)
-    assert {name: text for name, text in found.items() if expected[name] not in text} == {}
-    said = capsys.readouterr().err
-    assert all(name in said for name in expected)
-
-
-def test_too_many_bad_files_stop_it_and_a_later_call_goes_on(
-    target: Environment, images: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_image(images / "a" / "zero.nii.gz", np.zeros(SHAPE, np.float32))
-    with pytest.raises(UserError, match=r"1 of 5 volumes cannot be used, more than --max-failures 5"):
-        make(images)
-    assert "zero.nii.gz: is constant" in capsys.readouterr().err
-    assert not (folder() / "dataset.json").exists()
-    assert not (folder() / "nnssl_ext_unfinished").exists()
-    with pytest.raises(UserError, match="1 of 5 volumes"):  # known by now: nothing is read again
-        make(images)
-    assert make(images, "--max-failures", "20")["counts"]["kept"] == 4
-    (images / "a" / "zero.nii.gz").unlink()
-    write_image(images / "a" / "zero.nii.gz", volume(9))
-    assert make(images)["counts"] == {"kept": 5, "duplicate": 0, "unusable": 0, "no image": 0}
 
 
 def test_equal_content_is_kept_once_whatever_its_format(target: Environment, images: Path) -> None:
@@ -192,30 +170,6 @@ def test_a_changed_file_replaces_its_case(target: Environment, images: Path) -> 
     assert len(list(data().iterdir())) == 3 * 4
 
 
-def test_an_interrupted_call_goes_on(target: Environment, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare = corpus.prepare
-    done: list[Item] = []
-
-    def stops(item: Item, target: Target) -> list[Prepared]:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(item)
-        return prepare(item, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(corpus, "prepare", stops)
-        with pytest.raises(KeyboardInterrupt):
-            make(images)
-    assert manifest()["counts"]["kept"] == len(list_cases(data())) == 2
-    assert not (folder() / "nnssl_ext_unfinished").exists()
-    # what a killed call leaves: cases that the manifest does not know, and unfinished ones
-    (folder() / "nnssl_ext_unfinished").mkdir()
-    rows = manifest()
-    (folder() / "corpus.json").write_text(json.dumps({**rows, "volumes": rows["volumes"][:1]}))
-    assert make(images)["counts"]["kept"] == 4
-    assert len(list_cases(data())) == 4
-
-
 def test_worker_processes_make_the_same(target: Environment, images: Path) -> None:
     alone = make(images)
     shutil.rmtree(folder())
@@ -228,6 +182,9 @@ def test_dicom_series(target: Environment, tmp_path: Path) -> None:
     write_series(source / "patient1", volume(2), uid="1.2.4", modality="CT")
     write_series(source / "patient2", volume(3), uid="1.2.5", skip=5)
     write_series(source / "patient3", volume(4), uid="1.2.6", modality="SEG")
+    write_series(source / "patient4", volume(6), uid="1.2.7", turned=5)
+    for number in range(4):
+        (source / "patient1" / f"0{number}.txt").write_text("notes")
     made = make(source, "--max-failures", "50")
     kept = {row["series"]: row for row in made["volumes"] if row["status"] == "kept"}
     assert {uid: (row["modality"], row["spacing"]) for uid, row in kept.items()} == {
@@ -235,14 +192,25 @@ def test_dicom_series(target: Environment, tmp_path: Path) -> None:
         "1.2.4": ("CT", [2.0, 1.0, 1.0]),
     }
     assert "one may be missing" in files_of(made, "unusable")["patient2"]
+    assert "turned against each other" in files_of(made, "unusable")["patient4"]
     assert made["counts"]["no image"] == 1
     assert make(source, "--max-failures", "50") == made
 
 
-@pytest.mark.parametrize("command", [["-d", "811"], ["--max-failures", "200"], ["-n", "a__b"], ["-c", "2d"]])
-def test_impossible_words_write_nothing(target: Environment, images: Path, command: list[str]) -> None:
-    with pytest.raises(UserError):
-        make(images, *command)
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("-d 811", "number 811 is taken by Dataset811_Plain"),
+        ("--max-failures 200", "must be between 0 and 100"),
+        ("-n a__b", "-n letters and digits, got 851 and 'a__b'"),
+        ("-c 2d", "is 2-D or a cascade stage"),
+        ("-c 4d", "have no '4d'; they have 2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres$"),
+        ("--channels images=T9", "name which to take"),
+    ],
+)
+def test_impossible_words_write_nothing(target: Environment, images: Path, command: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(*command.split(), images)  # options may stand before the sources
     assert not folder().exists()
 
 

@@ -57,7 +57,7 @@ def test_channels_are_selected_by_name(with_data: WithData, raw: Path, decathlon
     # seen by two names, its T2 is that of case x
     assert channels(make(raw, decathlon, "--channels", "T2")) == ["T2", "T2"]
     # asking for another channel reads the file again
-    made = make(raw, decathlon, "--channels", "T2", f"{decathlon.name}=flair")
+    made = make(raw, decathlon, "--channels", "T2", "--channels", f"{decathlon.name}=flair")
     assert channels(made) == ["FLAIR", "T2", "T2"]
 
 
