@@ -25,8 +25,8 @@ from nnssl_ext.cli import (
 COMMANDS = (trainers, plan, corpus, train, transfer, export, study, probe, demo, doctor, msd, phantom, methods)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; 0 on success, 1 for unusable input, 2 for a wrong command line."""
+def command_line() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
     parser = argparse.ArgumentParser(prog="nnssl_ext", description="Self-supervised pretraining for stock nnU-Net.")
     parser.add_argument("--version", action="version", version=f"nnssl_ext {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -41,5 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    parsed = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; 0 on success, 1 for unusable input, 2 for a wrong command line."""
+    parsed = command_line().parse_args(arguments)
     return parsed.run(parsed) or 0

@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     predict.add_argument("-p", default="nnUNetPlans", metavar="PLANS")
     predict.add_argument("-tr", default="nnUNetTrainer", metavar="TRAINER")
     predict.add_argument("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help="default: all five")
+    predict.add_argument("--disable_tta", action="store_true", help="no mirroring: eight times as fast")
     predict.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"))
 
     submit = commands.add_parser("submit", help="check predictions and write the archive")
@@ -55,13 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _list(_: argparse.Namespace) -> None:
-    from nnssl_ext.study.decathlon import TASKS
+    from nnssl_ext.study.decathlon import tasks_table
 
-    for task in TASKS:
-        print(
-            f"{task.folder}: {', '.join(task.modalities)}; classes {', '.join(task.classes)}; surface tolerance "
-            f"{task.tolerance:g} mm; {task.training} training and {task.test} test cases"
-        )
+    print(tasks_table())
 
 
 def _fetch(arguments: argparse.Namespace) -> None:
@@ -82,15 +79,26 @@ def _convert(arguments: argparse.Namespace) -> None:
     from nnssl_ext.study.decathlon import convert_task, task_of_path, unpack
 
     raw = _variable("nnUNet_raw")
+    raw.mkdir(parents=True, exist_ok=True)
     for path in arguments.tasks:
         task = task_of_path(path)
         target = raw / f"Dataset{int(task[4:6]):03d}_{task[7:]}"
         if target.exists():
             raise UserError(f"{target} is there already; remove it to convert {task} again")
+        _check_number(target.name)
         with tempfile.TemporaryDirectory(dir=raw, prefix=".nnssl_ext_") as folder:
             scratch = Path(folder)
-            source = unpack(path, task, scratch) if path.is_file() else path.resolve()
+            source = unpack(path, task, scratch) if path.is_file() else path.absolute()
             print(convert_task(source, raw, scratch, test_images=True, processes=arguments.np))
+
+
+def _check_number(dataset: str) -> None:
+    """nnU-Net finds data sets by their number, which must be one's own."""
+    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
+    others = sorted(str(name) for name in find_candidate_datasets(int(dataset[7:10])) if name != dataset)
+    if others:
+        raise UserError(f"{dataset} cannot be made: its number is taken by {', '.join(others)}; rename or remove that")
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -107,9 +115,24 @@ def _predict(arguments: argparse.Namespace) -> None:
         raise UserError(f"{model} has no finished fold {', '.join(absent)}; train it, or name the folds with -f")
     words = ["nnUNetv2_predict", "-d", str(task.number), "-i", str(images), "-o", arguments.o, "-c", arguments.c]
     words += ["-p", arguments.p, "-tr", arguments.tr, "-f", *arguments.f, "-device", arguments.device]
-    words += ["--continue_prediction"]
+    words += ["--continue_prediction", *(["--disable_tta"] if arguments.disable_tta else [])]
+    _check_predictor(Path(arguments.o), model, arguments)
     trainers = [str(resource_folder("trainers")), *filter(None, [os.environ.get("nnUNet_extTrainer")])]
     run_stock(words, f"could not predict {task.folder}", {"nnUNet_extTrainer": os.pathsep.join(trainers)}, show=True)
+
+
+def _check_predictor(folder: Path, model: Path, arguments: argparse.Namespace) -> None:
+    """Note which model predicts into a folder, so that no call goes on with another's predictions."""
+    from nnssl_ext.recipe import read_json, write_json
+
+    files = [model / f"fold_{fold}" / "checkpoint_final.pth" for fold in arguments.f]
+    own = {"mirroring": not arguments.disable_tta, "checkpoints": {str(f): f.stat().st_mtime_ns for f in files}}
+    note = folder / "nnssl_ext_predictor.json"
+    known = read_json(note) if note.is_file() else own
+    if known != own or (not note.is_file() and any(folder.glob("*.nii.gz"))):
+        raise UserError(f"{folder} holds predictions of another model, or of other folds; name another -o or empty it")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(own, note)
 
 
 def _submit(arguments: argparse.Namespace) -> None:
@@ -132,7 +155,7 @@ def _submit(arguments: argparse.Namespace) -> None:
     if cases != published:
         print(f"note: {published} test cases of these tasks are published", file=sys.stderr)
     if len(predictions) < len(TASKS):
-        print(f"note: the site ranks all {len(TASKS)} tasks together", file=sys.stderr)
+        print(f"note: the site evaluates archives of all {len(TASKS)} tasks", file=sys.stderr)
 
 
 def _variable(name: str) -> Path:

@@ -4,8 +4,8 @@
         --labels 1 2 4 8 24 all --subsets 8 --steps 600 --snapshots 75 150 300 600 -o STUDY
 
 A fold's validation cases are held out; methods pretrain on the others, whose labels are then taken in nested subsets.
-The report is STUDY/report.html. Called again, it goes on where it stopped; more methods may be added. With --msd it runs
-for tasks of the Decathlon, each in a folder of its own, and says before it starts what that will cost.
+The report is STUDY/report.html. Called again, it goes on where it stopped; more methods may be added. With --msd it
+runs for tasks of the Decathlon, each in a folder of its own, and says before it starts what that will cost.
 """
 
 from __future__ import annotations

@@ -87,6 +87,15 @@ TASKS = (
 )
 
 
+def tasks_table() -> str:
+    """The tasks as a Markdown table."""
+    rows = ["| task | images | classes | surface tolerance, mm | training, test cases |", "|---|---|---|---|---|"]
+    for task in TASKS:
+        cells = (task.folder, ", ".join(task.modalities), ", ".join(task.classes), f"{task.tolerance:g}")
+        rows.append(f"| {' | '.join(cells)} | {task.training}, {task.test} |")
+    return "\n".join(rows)
+
+
 def find_task(word: str) -> Task:
     """A task by its number, "Task04", "Hippocampus" or "Task04_Hippocampus".
 
@@ -171,10 +180,12 @@ def convert_task(source: Path, raw: Path, scratch: Path, *, test_images: bool = 
     unfinished = scratch / "converted"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
+    # whether the number is free is asked of these three folders; the caller knows better
+    roots = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
     run_stock(
         ["nnUNetv2_convert_MSD_dataset", "-i", str(linked), "-np", str(processes)],
         f"could not convert {source}",
-        {"nnUNet_raw": str(unfinished)},
+        dict.fromkeys(roots, str(unfinished)),
     )
     return (unfinished / dataset).replace(raw / dataset)
 
@@ -203,7 +214,7 @@ def task_of_path(path: Path) -> str:
     name = path.name.removesuffix(".tar")
     if not re.fullmatch(r"Task\d\d_\w+", name) or not path.exists():
         state = "does not exist" if not path.exists() else "is not named TaskXX_NAME or TaskXX_NAME.tar"
-        raise UserError(f"--msd {path} {state}; give a Decathlon task's folder or tar file")
+        raise UserError(f"{path} {state}; give a Decathlon task's folder or tar file")
     return name
 
 

@@ -15,8 +15,9 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.study.decathlon import DECATHLON_TOLERANCE, TASKS, find_task, unpack
 from nnssl_ext.study.metrics import tolerance_of
 from tests.conftest import Environment
-from tests.volumes import volume, write_image
+from tests.documents import tested_lines
 from tests.test_download import Server, server
+from tests.volumes import volume, write_image
 
 __all__ = ["server"]
 TASK = "Task04_Hippocampus"
@@ -26,7 +27,7 @@ DATASET = "Dataset004_Hippocampus"
 @pytest.fixture
 def task(tmp_path: Path) -> Path:
     """A Decathlon task of three training and two test cases."""
-    folder = tmp_path / "msd" / TASK
+    folder = tmp_path / "task" / TASK
     for case in range(3):
         image = volume(case)
         write_image(folder / "imagesTr" / f"hippocampus_{case:03d}.nii.gz", image, (1.0, 1.0, 2.0))
@@ -72,7 +73,7 @@ def test_the_ten_tasks() -> None:
 
 
 def test_a_task_is_fetched_and_converted(
-    environment: Environment, task: Path, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    environment: Environment, task: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def apple(archive: tarfile.TarFile) -> None:
         add(archive, f"./._{TASK}")
@@ -81,27 +82,30 @@ def test_a_task_is_fetched_and_converted(
     server.content = pack(task, tmp_path / "task.tar", apple)
     server.cut = len(server.content) // 2 + 1
     md5 = hashlib.md5(server.content).hexdigest()
-    words = ["msd", "fetch", "Task04", "-o", str(tmp_path / "got"), "--url", server.url]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nnssl_ext.download.PAUSE_SECONDS", 0.0)
-        main([*words, "--md5", md5])
-    got = tmp_path / "got" / TASK
+    monkeypatch.chdir(environment.root)
+    monkeypatch.setattr("nnssl_ext.download.time.sleep", lambda _: None)
+    fetch, convert = (line.split()[1:] for line in tested_lines("docs/decathlon.md", "decathlon")[:2])
+    fetch += ["--url", server.url, "--md5", md5]
+    main(fetch)
+    got = environment.root / "msd" / TASK
     assert len(server.asked) == 2
     assert [path.name for path in got.parent.iterdir()] == [TASK]
     assert sorted(str(p.relative_to(got)) for p in got.rglob("*")) == sorted(
         str(p.relative_to(task)) for p in task.rglob("*")
     )
-    main([*words, "--md5", md5])  # there already
+    main(fetch)  # there already
     assert len(server.asked) == 2
 
-    main(["msd", "convert", str(got)])
+    main(convert)
     raw = environment.root / "raw" / DATASET
     assert len(list((raw / "imagesTs").iterdir())) == 2
     assert json.loads((raw / "dataset.json").read_text())["labels"]["Posterior"] == 2
     assert [path.name for path in raw.parent.iterdir()] == [DATASET]
     with pytest.raises(UserError, match="is there already"):
-        main(["msd", "convert", str(got)])
-    capsys.readouterr()
+        main(convert)
+    raw.rename(raw.with_name("Dataset004_Other"))
+    with pytest.raises(UserError, match="its number is taken by Dataset004_Other"):
+        main(convert)
 
 
 def test_the_published_checksum_is_asked_for(task: Path, server: Server, tmp_path: Path) -> None:
@@ -137,12 +141,12 @@ def test_a_hostile_tar_is_refused(task: Path, tmp_path: Path, name: str, kind: b
 def predictions(environment: Environment, task: Path, tmp_path: Path) -> Path:
     """Good predictions of the converted task's test images."""
     main(["msd", "convert", str(task)])
+    folder = tmp_path / "predictions" / "Task04"
     for image in (environment.root / "raw" / DATASET / "imagesTs").iterdir():
-        name = image.name.replace("_0000", "")
         labels = (volume(0) > 50).astype(np.uint8) * 2
-        write_image(tmp_path / "predictions" / name, labels, (1.0, 1.0, 2.0))
-    (tmp_path / "predictions" / "dataset.json").write_text("{}")  # nnU-Net leaves such files there
-    return tmp_path / "predictions"
+        write_image(folder / image.name.replace("_0000", ""), labels, (1.0, 1.0, 2.0))
+    (folder / "dataset.json").write_text("{}")  # nnU-Net leaves such files there
+    return folder
 
 
 def submit(predictions: Path) -> Path:
@@ -151,8 +155,12 @@ def submit(predictions: Path) -> Path:
     return archive
 
 
-def test_the_archive(predictions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with zipfile.ZipFile(submit(predictions)) as archive:
+def test_the_archive(
+    predictions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(tested_lines("docs/decathlon.md", "decathlon")[-1].split()[1:])
+    with zipfile.ZipFile("submission.zip") as archive:
         assert archive.namelist() == [f"{TASK}/hippocampus_007.nii.gz", f"{TASK}/hippocampus_008.nii.gz"]
         archive.extractall(tmp_path / "sent")
     for path in (tmp_path / "sent" / TASK).iterdir():
@@ -162,7 +170,7 @@ def test_the_archive(predictions: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert set(np.unique(SimpleITK.GetArrayFromImage(image))) == {0, 2}
     said = capsys.readouterr().err
     assert "130 test cases of these tasks are published" in said
-    assert "ranks all 10 tasks together" in said
+    assert "evaluates archives of all 10 tasks" in said
 
 
 @pytest.mark.parametrize(
@@ -213,10 +221,18 @@ def test_predict_calls_stock_with_every_fold(
         (model / f"fold_{fold}" / "checkpoint_final.pth").touch()
     called: list[list[str]] = []
     monkeypatch.setattr("nnssl_ext.study.decathlon.run_stock", lambda words, *_, **__: called.append(words))
-    for more in ([], ["-f", "0"]):
-        main(["msd", "predict", "Task04", "-c", "3d_fullres", "-o", "OUT", "-device", "cpu", *more])
+    words = ["msd", "predict", "Task04", "-c", "3d_fullres", "-device", "cpu"]
+    five, one = environment.root / "five", environment.root / "one"
+    main([*words, "-o", str(five)])
+    main([*words, "-o", str(one), "-f", "0", "--disable_tta"])
     images = environment.root / "raw" / DATASET / "imagesTs"
-    expected = f"nnUNetv2_predict -d 4 -i {images} -o OUT -c 3d_fullres -p nnUNetPlans -tr nnUNetTrainer -f"
+    common = "-c 3d_fullres -p nnUNetPlans -tr nnUNetTrainer -f"
     assert [" ".join(words) for words in called] == [
-        f"{expected} {folds} -device cpu --continue_prediction" for folds in ("0 1 2 3 4", "0")
+        f"nnUNetv2_predict -d 4 -i {images} -o {five} {common} 0 1 2 3 4 -device cpu --continue_prediction",
+        f"nnUNetv2_predict -d 4 -i {images} -o {one} {common} 0 -device cpu --continue_prediction --disable_tta",
     ]
+    main([*words, "-o", str(five)])  # goes on
+    for folder in (one, predictions):  # with other folds, or nobody knows whose predictions
+        with pytest.raises(UserError, match="holds predictions of another model"):
+            main([*words, "-o", str(folder)])
+    assert len(called) == 3
