@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.conftest import REPOSITORY
 
 
-def tested_lines(document: str, mark: str) -> list[str]:
+def shown_lines(document: str, mark: str) -> list[str]:
     """The lines of a document's bash block that is marked as tested."""
     text = (REPOSITORY / document).read_text()
     match = re.search(rf"<!-- tested: {mark} -->\n```bash\n(.*?)```", text, re.DOTALL)

@@ -22,7 +22,7 @@ from nnssl_ext.methods import METHODS
 from nnssl_ext.networks.backbone import backbone_of
 from tests.conftest import Environment
 from tests.datasets import KINDS, blob, dataset_name
-from tests.documents import tested_lines
+from tests.documents import shown_lines
 from tests.training.test_trainer import pretrain, trainer_for
 
 Data = Callable[[str], Environment]
@@ -151,7 +151,7 @@ def write_raw(environment: Environment, name: str) -> None:
     (folder / "dataset.json").write_text(json.dumps(content))
 
 
-readme_block = partial(tested_lines, "README.md")
+readme_block = partial(shown_lines, "README.md")
 
 
 def test_the_readmes_phantom(environment: Environment) -> None:

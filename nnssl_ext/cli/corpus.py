@@ -116,6 +116,19 @@ def _report(corpus: Corpus, manifest: Manifest) -> None:
         print(f"left out: {entry}", file=sys.stderr)
     if len(unusable) > SHOWN:
         print(f"left out: {len(unusable) - SHOWN} more, see {manifest.path}", file=sys.stderr)
+    _note_foreign(corpus, manifest)
+    _note_own(corpus, manifest)
+    counts = ", ".join(f"{number} {status}" for status, number in manifest.counts().items() if number)
+    number = int(corpus.folder.name[7:10])
+    plans = f" -p {corpus.plans}" if corpus.plans != "nnUNetPlans" else ""
+    print(f"{corpus.folder}: {counts}")
+    if (corpus.folder / "splits_final.json").is_file():
+        print("note: new cases are not in splits_final.json; fold all takes every case", file=sys.stderr)
+    print(f"pretrain with: nnUNetv2_train {number} {corpus.configuration} all{plans} -tr nnsslTrainer_VolumeFusion")
+
+
+def _note_foreign(corpus: Corpus, manifest: Manifest) -> None:
+    """Images that do not say they are CT may need another normalisation than a CT plan's."""
     foreign = {
         entry.source
         for entry in manifest.all()
@@ -128,10 +141,14 @@ def _report(corpus: Corpus, manifest: Manifest) -> None:
             f"note: {source} is not CT, the plan normalises as CT; --normalization '{source}=ZScoreNormalization'?",
             file=sys.stderr,
         )
-    counts = ", ".join(f"{number} {status}" for status, number in manifest.counts().items() if number)
-    number = int(corpus.folder.name[7:10])
-    plans = f" -p {corpus.plans}" if corpus.plans != "nnUNetPlans" else ""
-    print(f"{corpus.folder}: {counts}")
-    if (corpus.folder / "splits_final.json").is_file():
-        print("note: new cases are not in splits_final.json; fold all takes every case", file=sys.stderr)
-    print(f"pretrain with: nnUNetv2_train {number} {corpus.configuration} all{plans} -tr nnsslTrainer_VolumeFusion")
+
+
+def _note_own(corpus: Corpus, manifest: Manifest) -> None:
+    """A Dice on images that the pretraining has seen is not to be believed."""
+    own = Path(os.environ.get("nnUNet_raw", "")).resolve() / corpus.like.name / "imagesTr"
+    if any(Path(file).parent == own for entry in manifest.all() for file in entry.files):
+        print(
+            f"note: {corpus.like.name}'s own training images are in the corpus, its validation cases among them: their "
+            "Dice after this pretraining is too good",
+            file=sys.stderr,
+        )

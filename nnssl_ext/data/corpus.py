@@ -30,8 +30,10 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.files import lock_file
 from nnssl_ext.recipe import read_json, write_json
 
-#: Seconds between two writings of manifest and index while cases are made: what a killed call does again.
+#: Least seconds between two writings of manifest and index while cases are made: what a killed call does again.
 KEEP_SECONDS = 60
+#: Part of the time that these writings may take, which grow with the corpus.
+KEEP_SHARE = 0.05
 #: Files that are named when too many are of no use.
 SHOWN = 20
 #: Of a corpus's dataset.json: the data set whose network is pretrained.
@@ -135,7 +137,7 @@ class Corpus:
         limit.check()
         target = self._target(manifest, scratch)
         records: dict[str, CaseRecord] = {}
-        kept_at = time.monotonic()
+        keep_at = time.monotonic() + KEEP_SECONDS
         bar = tqdm(total=len(new), desc="Preprocessing", unit="file", disable=not new or not sys.stderr.isatty())
         try:
             with bar:
@@ -145,9 +147,10 @@ class Corpus:
                     limit.count([result.entry for result in results])
                     bar.update()
                     limit.check()
-                    if time.monotonic() - kept_at > KEEP_SECONDS:
+                    if (begin := time.monotonic()) > keep_at:
                         self._keep(manifest, records)
-                        kept_at = time.monotonic()
+                        end = time.monotonic()
+                        keep_at = end + max(KEEP_SECONDS, (end - begin) / KEEP_SHARE)
         finally:
             self._keep(manifest, records)
         for case in set(list_cases(self.data)) - manifest.cases():  # of a killed call whose files have changed since

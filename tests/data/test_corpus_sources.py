@@ -122,6 +122,16 @@ def test_normalization_by_source(with_data: WithData, tmp_path: Path, capsys: py
     capsys.readouterr()
 
 
+def test_the_targets_own_images_are_pointed_out(
+    with_data: WithData, raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_data("plain")
+    make(raw)
+    assert "own training images" not in capsys.readouterr().err
+    make(raw.rename(raw.with_name("Dataset811_Plain")))
+    assert "note: Dataset811_Plain's own training images are in the corpus" in capsys.readouterr().err
+
+
 def test_labels_are_never_read(with_data: WithData, raw: Path) -> None:
     with_data("plain")
     (raw / "labelsTr" / "x.nii.gz").write_text("unreadable")
