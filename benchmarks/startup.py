@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,14 +30,14 @@ DATA = "nnUNetPlans_3d_fullres"
 
 
 def write_cases(root: Path, number: int) -> None:
-    """A preprocessed data set of ``number`` cases: a few made, the others hard links to their files."""
+    """A preprocessed data set of ``number`` cases: a few made, the others copies of their files."""
     from tests.datasets import QUICK, make_dataset
 
     folder = make_dataset(root / "preprocessed", "plain", cases=8)
     data = folder / DATA
     for case in range(8, number):
         for suffix in (".b2nd", "_seg.b2nd", ".pkl"):
-            os.link(data / f"case_{case % 8:02d}{suffix}", data / f"case_{case:06d}{suffix}")
+            shutil.copyfile(data / f"case_{case % 8:02d}{suffix}", data / f"case_{case:06d}{suffix}")
     plans = json.loads((folder / "nnUNetPlans.json").read_text())
     (folder / "nnUNetPlans.json").write_text(json.dumps({**plans, "nnssl_ext": QUICK}))
 
@@ -71,7 +72,9 @@ def peak() -> float:
 def measure(root: Path) -> dict[str, float]:
     """``start`` in a process of its own."""
     command = [sys.executable, __file__, "--start", str(root)]
-    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        sys.exit(finished.stderr)
     return json.loads(finished.stdout.splitlines()[-1])
 
 
