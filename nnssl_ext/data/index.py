@@ -96,11 +96,7 @@ class CaseIndex:
         keys = np.array(list(stats.values()), dtype=np.int64).reshape(-1, 2)
         del stats
         path = folder.parent / f"nnssl_ext_index_{folder.name}.npz"
-        table: dict[str, Any] = {
-            "shape": np.zeros((len(cases), 4), dtype=np.int64),
-            "body": np.zeros((len(cases), CELLS**3 // 8), dtype=np.uint8),
-            "problem": np.full(len(cases), "", dtype=object),
-        }
+        table = _empty_table(len(cases))
         unknown = _take_over(path, cases, keys, table)
         with ThreadPoolExecutor(max(1, workers)) as pool:
             records = pool.map(lambda row: known.get(cases[row]) or examine(folder, cases[row]), unknown)
@@ -128,6 +124,14 @@ class CaseIndex:
         except OSError as error:
             # a data folder may be read-only; the index is then made anew at every start
             warnings.warn(f"the case index {path} could not be kept: {error.strerror}", stacklevel=3)
+
+
+def _empty_table(cases: int) -> dict[str, Any]:
+    return {
+        "shape": np.zeros((cases, 4), dtype=np.int64),
+        "body": np.zeros((cases, CELLS**3 // 8), dtype=np.uint8),
+        "problem": np.full(cases, "", dtype=object),
+    }
 
 
 def _take_over(path: Path, cases: list[str], keys: np.ndarray, table: dict[str, Any]) -> list[int]:
