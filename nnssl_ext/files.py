@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Writing files so that nobody ever sees half of one, and one process at a time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from nnssl_ext.errors import UserError
 
 
 @contextmanager
@@ -30,6 +34,20 @@ def replaced_on_success(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def lock_file(path: Path, work: str) -> FileLock:
+    """A lock, released when this process ends, however it ends; ``work`` says on what, for the message.
+
+    Raises:
+        UserError: If another process has it.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"another process works on {work}; wait for it or stop it") from error
+    return lock
 
 
 def _umask() -> int:

@@ -1,15 +1,19 @@
 """Documents say what is there."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from nnssl_ext import __version__
+from nnssl_ext.cli import command_line
 from nnssl_ext.cli.methods import settings_tables
 from nnssl_ext.methods import METHODS, Method
 from nnssl_ext.recipe import available_recipes
+from nnssl_ext.study.decathlon import tasks_table
 from tests.conftest import REPOSITORY
+from tests.documents import own_commands
 
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
 
@@ -34,6 +38,17 @@ def test_every_method_has_its_places(method: type[Method]) -> None:
 def test_every_recipe_is_in_the_readme() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     assert [name for name in available_recipes() if f"`{name}`" not in readme] == []
+
+
+def test_the_decathlons_tasks_are_documented() -> None:
+    text = (REPOSITORY / "docs" / "decathlon.md").read_text()
+    assert f"<!-- tasks: begin -->\n{tasks_table()}\n<!-- tasks: end -->" in text
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_are_commands(document: Path) -> None:
+    for line in own_commands(document):
+        command_line().parse_args(shlex.split(line, comments=True)[1:])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -2,12 +2,12 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,9 @@ from torch import Tensor
 from nnssl_ext import checkpoint
 from nnssl_ext.methods import METHODS
 from nnssl_ext.networks.backbone import backbone_of
-from tests.conftest import REPOSITORY, Environment
+from tests.conftest import Environment
 from tests.datasets import KINDS, blob, dataset_name
+from tests.documents import shown_lines
 from tests.training.test_trainer import pretrain, trainer_for
 
 Data = Callable[[str], Environment]
@@ -150,12 +151,7 @@ def write_raw(environment: Environment, name: str) -> None:
     (folder / "dataset.json").write_text(json.dumps(content))
 
 
-def readme_block(mark: str) -> list[str]:
-    """The lines of a bash block of the README that is marked as tested."""
-    text = (REPOSITORY / "README.md").read_text()
-    match = re.search(rf"<!-- tested: {mark} -->\n```bash\n(.*?)```", text, re.DOTALL)
-    assert match, mark
-    return match[1].strip().splitlines()
+readme_block = partial(shown_lines, "README.md")
 
 
 def test_the_readmes_phantom(environment: Environment) -> None:

@@ -6,13 +6,27 @@ import argparse
 from collections.abc import Sequence
 
 from nnssl_ext import __version__
-from nnssl_ext.cli import demo, doctor, export, methods, phantom, plan, probe, study, train, trainers, transfer
+from nnssl_ext.cli import (
+    corpus,
+    demo,
+    doctor,
+    export,
+    methods,
+    msd,
+    phantom,
+    plan,
+    probe,
+    study,
+    train,
+    trainers,
+    transfer,
+)
 
-COMMANDS = (trainers, plan, train, transfer, export, study, probe, demo, doctor, phantom, methods)
+COMMANDS = (trainers, plan, corpus, train, transfer, export, study, probe, demo, doctor, msd, phantom, methods)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; 0 on success, 1 for unusable input, 2 for a wrong command line."""
+def command_line() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
     parser = argparse.ArgumentParser(prog="nnssl_ext", description="Self-supervised pretraining for stock nnU-Net.")
     parser.add_argument("--version", action="version", version=f"nnssl_ext {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -27,5 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    parsed = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; 0 on success, 1 for unusable input, 2 for a wrong command line."""
+    parsed = command_line().parse_args(arguments)
     return parsed.run(parsed) or 0

@@ -4,7 +4,8 @@
         --labels 1 2 4 8 24 all --subsets 8 --steps 600 --snapshots 75 150 300 600 -o STUDY
 
 A fold's validation cases are held out; methods pretrain on the others, whose labels are then taken in nested subsets.
-The report is STUDY/report.html. Called again, it goes on where it stopped; more methods may be added.
+The report is STUDY/report.html. Called again, it goes on where it stopped; more methods may be added. With --msd it
+runs for tasks of the Decathlon, each in a folder of its own, and says before it starts what that will cost.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from nnssl_ext.errors import UserError
 
 if TYPE_CHECKING:
     from nnssl_ext.study.protocol import Protocol
+    from nnssl_ext.study.study import Study
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("-d", required=True, metavar="DATASET", help="dataset name or ID, planned and preprocessed")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("-d", metavar="DATASET", help="dataset name or ID, planned and preprocessed")
+    data.add_argument("--msd", nargs="+", metavar="TASK", help="tasks of the Decathlon, planned and preprocessed")
     add("-c", required=True, metavar="CONFIGURATION", help="a 3-D configuration")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="plans to start from (nnUNetPlans)")
     add("-o", required=True, metavar="STUDY", help="folder of the study; all of it goes there")
@@ -43,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0)
     add("--jobs", type=int, default=1, help="runs at a time on each GPU, or on the CPU (1)")
     add("--keep-checkpoints", action="store_true", help="keep the fine-tunings' checkpoints")
+    add("--estimate", action="store_true", help="say what it will cost and stop")
     add("--report-only", action="store_true", help="write the report of the runs that are done and stop")
     add("overlays", nargs="*", metavar="RECIPE|SETTING=VALUE", help="laid over the plans, as in nnssl_ext plan")
 
@@ -50,34 +55,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
-    from nnssl_ext.environment import dataset_folder
-    from nnssl_ext.study.analysis import Analysis, load_results
-    from nnssl_ext.study.grid import arms_of
-    from nnssl_ext.study.report import write_report
-    from nnssl_ext.study.runner import run_grid, slots
-    from nnssl_ext.study.study import Study, locked
+    from nnssl_ext.study.decathlon import find_task
 
-    folder, device = Path(arguments.o).resolve(), arguments.device
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device was found; use -device cpu")
     if arguments.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {arguments.jobs}")
+    folder = Path(arguments.o).resolve()
+    if not arguments.msd:
+        studies = [study_of(arguments, folder, device)]
+    else:
+        studies = []
+        for task in [find_task(word) for word in arguments.msd]:
+            own = argparse.Namespace(**{**vars(arguments), "d": task.dataset})
+            studies.append(study_of(own, folder / task.folder, device))
+    if arguments.estimate or (arguments.msd and not arguments.report_only):
+        _estimate(studies)
+    failures = [] if arguments.estimate else [text for study in studies if (text := _run(study, arguments))]
+    if failures:
+        raise UserError("; ".join(failures))
+
+
+def study_of(arguments: argparse.Namespace, folder: Path, device: str) -> Study:
+    """The study that the command line's words define, of data set ``arguments.d``."""
+    from nnssl_ext.environment import dataset_folder
+    from nnssl_ext.study.grid import arms_of
+    from nnssl_ext.study.study import Study
+
     protocol = protocol_of(arguments, dataset_folder(arguments.d).name)
     arms = arms_of(arguments.methods, arguments.init, protocol.total_baseline)
-    study = Study(folder, protocol, arms, device, arguments.keep_checkpoints)
-    with locked(folder):
+    return Study(folder, protocol, arms, device, arguments.keep_checkpoints)
+
+
+def _estimate(studies: list[Study]) -> None:
+    """Print what each study will cost, and all of them; everything is checked by then."""
+    from nnssl_ext.study.estimate import estimate
+    from nnssl_ext.study.study import locked
+
+    hours = 0.0
+    for study in studies:
+        with locked(study.folder):
+            cost = estimate(study.prepare())
+        hours += cost.hours
+        print(f"{study.protocol.dataset}: {cost}", flush=True)
+    print(f"together: about {hours:.2g} h", flush=True)
+
+
+def _run(study: Study, arguments: argparse.Namespace) -> str:
+    """Run one study and print its answers; returns which runs failed."""
+    from nnssl_ext.study.analysis import Analysis, load_results
+    from nnssl_ext.study.report import write_report
+    from nnssl_ext.study.runner import run_grid, slots
+    from nnssl_ext.study.study import locked
+
+    with locked(study.folder):
         grid = study.prepare()
         if not arguments.report_only:
-            run_grid(grid, slots(device, arguments.jobs))
+            run_grid(grid, slots(study.device, arguments.jobs))
         report = write_report(grid)
     analysis = Analysis(grid, load_results(grid))
     for arm in analysis.tested_arms:
         print(analysis.answer(arm))
-    print(f"the report: {report}")
-    if grid.failed:
-        logs = ", ".join(str(log) for log in grid.failed.values())
-        raise UserError(f"{len(grid.failed)} runs failed and are missing from the report; their logs: {logs}")
+    print(f"the report: {report}", flush=True)
+    if not grid.failed:
+        return ""
+    logs = ", ".join(str(log) for log in grid.failed.values())
+    return f"{len(grid.failed)} runs failed and are missing from the report; their logs: {logs}"
 
 
 def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:

@@ -15,15 +15,19 @@ import numpy as np
 SUFFIXES = (".b2nd", ".npy", ".npz")
 
 
-def list_cases(folder: Path) -> dict[str, os.stat_result]:
-    """Identifiers of the cases in a configuration's preprocessed folder, sorted, with their file's stat."""
-    found: dict[str, dict[str, os.stat_result]] = {}
+def list_cases(folder: Path) -> dict[str, tuple[int, int]]:
+    """Identifiers of the cases in a configuration's preprocessed folder, sorted, with size and mtime of their file."""
+    found: dict[str, tuple[int, int, int]] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             stem, suffix = os.path.splitext(entry.name)
-            if suffix in SUFFIXES and not stem.endswith("_seg"):
-                found.setdefault(stem, {})[suffix] = entry.stat()
-    return {case: _preferred(found[case]) for case in sorted(found)}
+            if suffix not in SUFFIXES or stem.endswith("_seg"):
+                continue
+            rank = SUFFIXES.index(suffix)
+            if stem not in found or rank < found[stem][0]:
+                stat = entry.stat()
+                found[stem] = (rank, stat.st_size, stat.st_mtime_ns)
+    return {case: found[case][1:] for case in sorted(found)}
 
 
 def open_case(folder: Path, case: str) -> Any:
@@ -42,10 +46,6 @@ def open_case(folder: Path, case: str) -> Any:
         return np.load(path, mmap_mode="r")
     with np.load(path) as archive:
         return archive["data"]
-
-
-def _preferred(files: dict[str, os.stat_result]) -> os.stat_result:
-    return next(files[suffix] for suffix in SUFFIXES if suffix in files)
 
 
 def shorten(names: Iterable[str], most: int = 5) -> str:

@@ -8,6 +8,7 @@ beside the configuration's folder, never in it (nnU-Net refuses unknown files th
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,26 +74,32 @@ class CaseIndex:
         return depth, height, width
 
     @classmethod
-    def build(cls, folder: Path, *, workers: int = 1, show_progress: bool = False) -> CaseIndex:
+    def build(
+        cls,
+        folder: Path,
+        *,
+        workers: int = 1,
+        show_progress: bool = False,
+        known: Mapping[str, CaseRecord] | None = None,
+    ) -> CaseIndex:
         """The index of a configuration's preprocessed folder, reading only the cases it does not know yet.
 
         Args:
             folder: ``nnUNet_preprocessed/DatasetXXX_NAME/PLANS_CONFIGURATION``.
             workers: Threads that read.
             show_progress: Draw a progress bar when there is something to read.
+            known: Records of cases that whoever has just written them knows; they are not read.
         """
+        known = known or {}
         stats = list_cases(folder)
         cases = list(stats)
-        keys = np.array([(s.st_size, s.st_mtime_ns) for s in stats.values()], dtype=np.int64).reshape(-1, 2)
+        keys = np.array(list(stats.values()), dtype=np.int64).reshape(-1, 2)
+        del stats
         path = folder.parent / f"nnssl_ext_index_{folder.name}.npz"
-        table: dict[str, Any] = {
-            "shape": np.zeros((len(cases), 4), dtype=np.int64),
-            "body": np.zeros((len(cases), CELLS**3 // 8), dtype=np.uint8),
-            "problem": np.full(len(cases), "", dtype=object),
-        }
+        table = _empty_table(len(cases))
         unknown = _take_over(path, cases, keys, table)
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            records = pool.map(lambda row: examine(folder, cases[row]), unknown)
+            records = pool.map(lambda row: known.get(cases[row]) or examine(folder, cases[row]), unknown)
             progress = tqdm(records, "Looking at new cases", len(unknown), disable=not show_progress or not unknown)
             for row, record in zip(unknown, progress, strict=True):
                 body = np.zeros((CELLS,) * 3, dtype=bool)
@@ -119,6 +126,14 @@ class CaseIndex:
             warnings.warn(f"the case index {path} could not be kept: {error.strerror}", stacklevel=3)
 
 
+def _empty_table(cases: int) -> dict[str, Any]:
+    return {
+        "shape": np.zeros((cases, 4), dtype=np.int64),
+        "body": np.zeros((cases, CELLS**3 // 8), dtype=np.uint8),
+        "problem": np.full(cases, "", dtype=object),
+    }
+
+
 def _take_over(path: Path, cases: list[str], keys: np.ndarray, table: dict[str, Any]) -> list[int]:
     """Copy the rows of unchanged cases from an earlier index; returns the rows that are not known yet."""
     try:
@@ -129,16 +144,17 @@ def _take_over(path: Path, cases: list[str], keys: np.ndarray, table: dict[str, 
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return list(range(len(cases)))
     row_of = {case: row for row, case in enumerate(earlier["cases"].tolist())}
-    unknown = []
-    for row, case in enumerate(cases):
-        old = row_of.get(case)
-        # a case with a problem is looked at again: it may have been repaired in place
-        if old is None or earlier["problem"][old] or not np.array_equal(earlier["keys"][old], keys[row]):
-            unknown.append(row)
-            continue
-        for name in table:
-            table[name][row] = earlier[name][old]
-    return unknown
+    old = np.array([row_of.get(case, -1) for case in cases], dtype=np.int64)
+    # a case with a problem is looked at again: it may have been repaired in place
+    usable = np.append(earlier["problem"] == "", False)  # row -1: not there
+    same = (np.append(earlier["keys"], [[-1, -1]], axis=0)[old] == keys).all(axis=1) & usable[old]
+    if same.all() and np.array_equal(old, np.arange(len(earlier["cases"]))):
+        # nothing has changed, as at nearly every start: no second copy of a large corpus
+        table.update({name: earlier[name] for name in table})
+        return []
+    for name in table:
+        table[name][same] = earlier[name][old[same]]
+    return np.flatnonzero(~same).tolist()
 
 
 def examine(folder: Path, case: str) -> CaseRecord:
@@ -149,9 +165,14 @@ def examine(folder: Path, case: str) -> CaseRecord:
     except Exception as error:  # blosc2 raises RuntimeError, ValueError or KeyError on damaged files
         nothing.problem = f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         return nothing
+    return record_of(data)
+
+
+def record_of(data: np.ndarray) -> CaseRecord:
+    """The record of a case's data (C, D, H, W)."""
     if data.ndim != 4 or 0 in data.shape:
-        nothing.problem = f"has shape {data.shape}, expected (channels, depth, height, width)"
-        return nothing
+        problem = f"has shape {data.shape}, expected (channels, depth, height, width)"
+        return CaseRecord((0, 0, 0, 0), np.zeros((0, 0, 0), dtype=bool), problem)
     record = CaseRecord(data.shape, np.zeros(tuple(min(CELLS, n) for n in data.shape[1:]), dtype=bool))
     if not np.isfinite(data).all():
         record.problem = "holds NaN or infinite values"

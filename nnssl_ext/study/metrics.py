@@ -13,21 +13,9 @@ import pandas as pd
 import SimpleITK
 import torch
 
+from nnssl_ext.study.decathlon import DECATHLON_TOLERANCE
 from nnssl_ext.study.results import case_dice
 
-#: Tolerances of the Medical Segmentation Decathlon in mm, by task (Antonelli et al., Nature Communications 13:4128).
-DECATHLON_TOLERANCE = {
-    "BrainTumour": 5.0,
-    "Heart": 4.0,
-    "Liver": 7.0,
-    "Hippocampus": 1.0,
-    "Prostate": 4.0,
-    "Lung": 2.0,
-    "Pancreas": 5.0,
-    "HepaticVessel": 3.0,
-    "Spleen": 3.0,
-    "Colon": 4.0,
-}
 #: For every other data set.
 TOLERANCE = 2.0
 

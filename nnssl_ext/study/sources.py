@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
 import sys
-import tarfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +14,7 @@ from tqdm import tqdm
 from nnssl_ext.data.phantom import PhantomOptions, write_phantom
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import write_json
+from nnssl_ext.study.decathlon import convert_task, task_of_path, unpack
 
 #: Test cases taken from a Decathlon task: a fifth of its labelled cases, and no more than this.
 MOST_TEST_CASES = 10
@@ -75,11 +72,7 @@ class DecathlonSource(Source):
 
     @cached_property
     def task(self) -> str:
-        name = self.path.name.removesuffix(".tar")
-        if not re.fullmatch(r"Task\d\d_\w+", name) or not self.path.exists():
-            state = "does not exist" if not self.path.exists() else "is not named TaskXX_NAME or TaskXX_NAME.tar"
-            raise UserError(f"--msd {self.path} {state}; give a Decathlon task's folder or tar file")
-        return name
+        return task_of_path(self.path)
 
     @property
     def title(self) -> str:  # type: ignore[override]
@@ -90,26 +83,8 @@ class DecathlonSource(Source):
         return f"Dataset{int(self.task[4:6]):03d}_{self.task[7:]}"
 
     def write_raw(self, root: Path, scratch: Path) -> None:
-        source = self._unpacked(scratch) if self.path.is_file() else self.path
-        for part in ("imagesTr", "labelsTr", "dataset.json"):
-            if not (source / part).exists():
-                raise UserError(f"{source} has no {part}; a Decathlon task has imagesTr, labelsTr and dataset.json")
-        # nnU-Net's converter insists on imagesTs, which not every copy has: a folder of links has one
-        linked = scratch / "linked" / self.task
-        linked.mkdir(parents=True, exist_ok=True)
-        for part in ("imagesTr", "labelsTr", "dataset.json"):
-            if not (linked / part).exists():
-                (linked / part).symlink_to((source / part).resolve())
-        (linked / "imagesTs").mkdir(exist_ok=True)
-        converter = Path(sys.executable).parent / "nnUNetv2_convert_MSD_dataset"
-        finished = subprocess.run(
-            [str(converter), "-i", str(linked), "-np", "2"],
-            env={**os.environ, "nnUNet_raw": str(root)},
-            capture_output=True,
-            text=True,
-        )
-        if finished.returncode:
-            raise UserError(f"nnU-Net could not convert {self.path}: {finished.stderr.strip().splitlines()[-1]}")
+        source = unpack(self.path, self.task, scratch) if self.path.is_file() else self.path
+        convert_task(source, root, scratch)
         write_json(self._splits(root / self.dataset), root / self.dataset / "splits_final.json")
 
     def _splits(self, raw: Path) -> list[dict[str, list[str]]]:
@@ -123,13 +98,3 @@ class DecathlonSource(Source):
             {"train": sorted(rest[: self.labelled]), "val": held_out},
             {"train": sorted(rest), "val": held_out},
         ]
-
-    def _unpacked(self, scratch: Path) -> Path:
-        target = scratch / "unpacked"
-        try:
-            with tarfile.open(self.path) as archive:
-                # the data filter refuses members that would leave the folder
-                archive.extractall(target, filter="data")
-        except (tarfile.TarError, OSError) as error:
-            raise UserError(f"cannot unpack {self.path}: {error}") from error
-        return target / self.task

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
+from nnssl_ext.files import lock_file
 from nnssl_ext.methods import METHODS, SCHEMAS
 from nnssl_ext.recipe import assignments_recipe, derive_plans, load_recipe, read_json, write_json
 from nnssl_ext.settings import split_sections
@@ -160,9 +161,4 @@ def locked(folder: Path) -> FileLock:
         UserError: If another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"another process works on the study in {os.fspath(folder)}; wait for it or stop it") from error
-    return lock
+    return lock_file(folder / ".lock", f"the study in {os.fspath(folder)}")

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnssl_ext.data.corpus import TARGET_KEY
 from nnssl_ext.recipe import write_json
 
 if TYPE_CHECKING:
@@ -53,8 +54,10 @@ def print_summary(trainer: PretrainingTrainer) -> dict[str, Any]:
 
 def next_command(trainer: PretrainingTrainer, file: Path) -> str:
     """The stock command that fine-tunes from these weights."""
-    dataset = trainer.plans_manager.dataset_name
-    words = ["nnUNetv2_train", str(int(dataset[7:10])), trainer.configuration_name, str(trainer.fold)]
+    dataset, fold = trainer.plans_manager.dataset_name, str(trainer.fold)
+    if TARGET_KEY in trainer.dataset_json:  # a corpus has no labels: its weights are for another data set
+        dataset, fold = trainer.dataset_json[TARGET_KEY], "0"
+    words = ["nnUNetv2_train", str(int(dataset[7:10])), trainer.configuration_name, fold]
     if trainer.plans_manager.plans_name != "nnUNetPlans":
         words += ["-p", trainer.plans_manager.plans_name]
     target = trainer.checked.common.target_trainer

@@ -1,0 +1,110 @@
+"""Does the start of a training grow with the number of its cases?
+
+    python benchmarks/startup.py --cases 100 1000 10000
+
+For each number it makes a folder of that many tiny preprocessed cases and starts pretrainings, each in a process of its
+own: once without a case index, then ``--repeats`` times with it, as after ``nnssl_ext corpus``. A start is everything
+between the trainer's class and its first batch: checks (with the index), then network, split and one batch. Times are
+wall-clock, memory is the process's peak beyond what it had after its imports; medians, with the range in brackets. The
+file system's cache is warm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+NAME = "Dataset811_Plain"
+DATA = "nnUNetPlans_3d_fullres"
+
+
+def write_cases(root: Path, number: int) -> None:
+    """A preprocessed data set of ``number`` cases: a few made, the others copies of their files."""
+    from tests.datasets import QUICK, make_dataset
+
+    folder = make_dataset(root / "preprocessed", "plain", cases=8)
+    data = folder / DATA
+    for case in range(8, number):
+        for suffix in (".b2nd", "_seg.b2nd", ".pkl"):
+            shutil.copyfile(data / f"case_{case % 8:02d}{suffix}", data / f"case_{case:06d}{suffix}")
+    plans = json.loads((folder / "nnUNetPlans.json").read_text())
+    (folder / "nnUNetPlans.json").write_text(json.dumps({**plans, "nnssl_ext": QUICK}))
+
+
+def start(root: Path) -> dict[str, float]:
+    """Start one pretraining and read its first batch: seconds and MiB, in this process."""
+    variables = {"nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results", "nnUNet_raw": "raw"}
+    os.environ.update({name: str(root / folder) for name, folder in variables.items()}, nnUNet_n_proc_DA="0")
+    import torch
+
+    from nnssl_ext.training.classes import pretraining_trainer
+
+    folder = root / "preprocessed" / NAME
+    plans, dataset_json = (json.loads((folder / f"{name}.json").read_text()) for name in ("nnUNetPlans", "dataset"))
+    plans["continue_training"] = False  # nnUNetv2_train says so
+    trainer = pretraining_trainer("volume_fusion")
+    before, begin = peak(), time.perf_counter()
+    run = trainer(plans, "3d_fullres", "all", dataset_json, torch.device("cpu"))
+    checked = time.perf_counter()
+    run.initialize()
+    train, _ = run.get_dataloaders()
+    next(train)
+    ready = time.perf_counter()
+    return {"checks": checked - begin, "first batch": ready - checked, "memory": peak() - before}
+
+
+def peak() -> float:
+    """Largest resident size of this process so far in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(root: Path) -> dict[str, float]:
+    """``start`` in a process of its own."""
+    command = [sys.executable, __file__, "--start", str(root)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        sys.exit(finished.stderr)
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def row(number: int, index: str, runs: list[dict[str, float]]) -> str:
+    """A line of the table: medians and ranges."""
+    cells = []
+    for name, digits in (("checks", 3), ("first batch", 3), ("memory", 0)):
+        values = sorted(run[name] for run in runs)
+        spread = f" ({values[0]:.{digits}f} to {values[-1]:.{digits}f})" if len(values) > 1 else ""
+        cells.append(f"{statistics.median(values):.{digits}f}{spread}")
+    return f"| {number:,} | {index} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, nargs="+", default=[100, 1000, 10_000])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.start:
+        print(json.dumps(start(arguments.start)))
+        return
+    print("| cases | index | checks, s | first batch, s | memory, MiB |\n|---|---|---|---|---|")
+    for number in arguments.cases:
+        with tempfile.TemporaryDirectory() as folder:
+            write_cases(Path(folder), number)
+            print(row(number, "made", [measure(Path(folder))]), flush=True)
+            runs = [measure(Path(folder)) for _ in range(arguments.repeats)]
+            print(row(number, "there", runs), flush=True)
+
+
+if __name__ == "__main__":
+    main()

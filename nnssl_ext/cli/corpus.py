@@ -1,0 +1,154 @@
+"""Make a pretraining data set from images without labels, preprocessed like another data set.
+
+    nnssl_ext corpus -d 801 -n OpenBrain --like 4 SOURCE...
+
+A source is an nnU-Net raw data set (a folder, or its name or number in nnUNet_raw), a Decathlon task's folder, a folder
+of NIfTI, NRRD or MHA files, or a folder of DICOM series. Called again, it adds what is new. Then
+
+    nnUNetv2_train 801 3d_fullres all -tr nnsslTrainer_VolumeFusion
+
+pretrains, and the checkpoint fits data set 4. What became of every volume is in corpus.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnssl_ext.errors import UserError
+
+if TYPE_CHECKING:
+    from nnssl_ext.data.corpus import Corpus
+    from nnssl_ext.data.manifest import Manifest
+
+#: Unusable volumes that are named at the end; corpus.json names all.
+SHOWN = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="where the images are")
+    add("-d", required=True, type=int, metavar="NUMBER", help="number of the corpus, 1 to 999")
+    add("-n", required=True, metavar="NAME", help="name of the corpus")
+    add("--like", required=True, metavar="DATASET", help="the target (name or ID), planned and preprocessed")
+    add("-c", default="3d_fullres", metavar="CONFIGURATION", help="of the target's plans (3d_fullres)")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="the target's plans (nnUNetPlans)")
+    add(
+        "--channels",
+        action="append",
+        default=[],
+        metavar="NAMES",
+        help="A,B or SOURCE=A,B: take these; may be repeated",
+    )
+    add("--normalization", action="append", default=[], metavar="SOURCE=SCHEME", help="not the plan's; may be repeated")
+    add("--max-failures", type=float, default=5.0, metavar="PERCENT", help="volumes that may be of no use (5)")
+    add("--retry", action="store_true", help="read again what an earlier call could not use")
+    add("-np", type=int, default=None, metavar="N", help="processes (nnU-Net's default, at most one per core)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from nnunetv2.configuration import default_num_processes
+
+    from nnssl_ext.data.corpus import Corpus
+    from nnssl_ext.data.corpus_sources import Wishes, items_of, unused_words
+    from nnssl_ext.environment import dataset_folder
+
+    if not 0 <= arguments.max_failures <= 100 or (arguments.np is not None and arguments.np < 1):
+        raise UserError("--max-failures must be between 0 and 100, -np at least 1")
+    processes = arguments.np or min(default_num_processes, os.cpu_count() or 1)
+    like = dataset_folder(arguments.like)
+    folder = _folder(arguments.d, arguments.n, like)
+    corpus = Corpus(folder, like, arguments.p, arguments.c, processes)
+    channels = {source: tuple(names.split(",")) for source, names in _choices("--channels", arguments.channels)}
+    schemes = dict(_choices("--normalization", arguments.normalization))
+    for source, scheme in schemes.items():
+        _check_scheme(source, scheme)
+    wishes = Wishes(corpus.channels, channels, schemes)
+    unused_words(wishes, arguments.sources)
+    items = {item.files: item for source in arguments.sources for item in items_of(source, wishes)}
+    manifest = corpus.add(list(items.values()), arguments.max_failures, arguments.retry)
+    _report(corpus, manifest)
+
+
+def _folder(number: int, name: str, like: Path) -> Path:
+    """The corpus's folder; its number must be free, or its own."""
+    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
+    if not 1 <= number <= 999 or not re.fullmatch(r"[A-Za-z0-9]\w*", name) or "__" in name:
+        raise UserError(f"-d takes 1 to 999 and -n letters and digits, got {number} and '{name}'")
+    folder = like.parent / f"Dataset{number:03d}_{name}"
+    others = [str(found) for found in find_candidate_datasets(number) if found != folder.name]
+    if others or folder == like:
+        raise UserError(f"data set number {number} is taken by {', '.join(others) or like.name}; give another -d")
+    return folder
+
+
+def _choices(option: str, words: list[str]) -> list[tuple[str, str]]:
+    """``SOURCE=VALUE`` split at the last sign; without a source it is for all."""
+    found = []
+    for word in words:
+        source, _, value = word.rpartition("=")
+        if not value or (not source and option != "--channels"):
+            raise UserError(f"{option} takes SOURCE=VALUE, got '{word}'")
+        found.append((source, value))
+    return found
+
+
+def _check_scheme(source: str, scheme: str) -> None:
+    from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import (
+        channel_name_to_normalization_mapping,
+    )
+
+    known = sorted({entry.__name__ for entry in channel_name_to_normalization_mapping.values()})
+    if scheme not in known:
+        raise UserError(f"--normalization {source}={scheme}: unknown scheme; known: {', '.join(known)}")
+
+
+def _report(corpus: Corpus, manifest: Manifest) -> None:
+    from nnssl_ext.data.manifest import UNUSABLE
+
+    unusable = [entry for entry in manifest.all() if entry.status == UNUSABLE]
+    for entry in unusable[:SHOWN]:
+        print(f"left out: {entry}", file=sys.stderr)
+    if len(unusable) > SHOWN:
+        print(f"left out: {len(unusable) - SHOWN} more, see {manifest.path}", file=sys.stderr)
+    _note_foreign(corpus, manifest)
+    _note_own(corpus, manifest)
+    counts = ", ".join(f"{number} {status}" for status, number in manifest.counts().items() if number)
+    number = int(corpus.folder.name[7:10])
+    plans = f" -p {corpus.plans}" if corpus.plans != "nnUNetPlans" else ""
+    print(f"{corpus.folder}: {counts}")
+    if (corpus.folder / "splits_final.json").is_file():
+        print("note: new cases are not in splits_final.json; fold all takes every case", file=sys.stderr)
+    print(f"pretrain with: nnUNetv2_train {number} {corpus.configuration} all{plans} -tr nnsslTrainer_VolumeFusion")
+
+
+def _note_foreign(corpus: Corpus, manifest: Manifest) -> None:
+    """Images that do not say they are CT may need another normalisation than a CT plan's."""
+    foreign = {
+        entry.source
+        for entry in manifest.all()
+        if "CTNormalization" in corpus.normalization
+        and not entry.normalization
+        and {entry.modality, *entry.channels} - {"", "CT"}
+    }
+    for source in sorted(foreign):
+        print(
+            f"note: {source} is not CT, the plan normalises as CT; --normalization '{source}=ZScoreNormalization'?",
+            file=sys.stderr,
+        )
+
+
+def _note_own(corpus: Corpus, manifest: Manifest) -> None:
+    """A Dice on images that the pretraining has seen is not to be believed."""
+    own = Path(os.environ.get("nnUNet_raw", "")).resolve() / corpus.like.name / "imagesTr"
+    if any(Path(file).parent == own for entry in manifest.all() for file in entry.files):
+        print(
+            f"note: {corpus.like.name}'s own training images are in the corpus, its validation cases among them: their "
+            "Dice after this pretraining is too good",
+            file=sys.stderr,
+        )

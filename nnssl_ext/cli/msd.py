@@ -1,0 +1,165 @@
+"""The Medical Segmentation Decathlon: fetch its tasks, convert, predict, and make the archive its site takes.
+
+    nnssl_ext msd list
+    nnssl_ext msd fetch Task04 [-o FOLDER] [--url MIRROR]
+    nnssl_ext msd convert FOLDER/Task04_Hippocampus
+    nnssl_ext msd predict Task04 -c 3d_fullres -o PREDICTIONS
+    nnssl_ext msd submit Task04=PREDICTIONS -o submission.zip
+
+Between convert and predict stands nnU-Net: plan, preprocess, pretrain, fine-tune.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from nnssl_ext.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="step", metavar="STEP", required=True)
+
+    commands.add_parser("list", help="the ten tasks, their classes and surface tolerances")
+
+    fetch = commands.add_parser("fetch", help="download, check and unpack tasks; goes on where it was cut")
+    fetch.add_argument("tasks", nargs="+", metavar="TASK", help="Task04, 4, Hippocampus or Task04_Hippocampus")
+    fetch.add_argument("-o", default=".", metavar="FOLDER", help="where TaskXX_NAME goes (here)")
+    fetch.add_argument("--url", help="another mirror's address of the tar file")
+    fetch.add_argument("--md5", help="checksum of that file, where it is not the published one")
+
+    convert = commands.add_parser("convert", help="make nnU-Net raw data sets, by nnU-Net's own converter")
+    convert.add_argument("tasks", nargs="+", type=Path, metavar="TASK", help="a task's folder or tar file")
+    convert.add_argument("-np", type=int, default=2, metavar="N", help="processes (2)")
+
+    predict = commands.add_parser("predict", help="predict a task's test images by nnUNetv2_predict")
+    predict.add_argument("task", metavar="TASK")
+    predict.add_argument("-o", required=True, metavar="FOLDER", help="where the predictions go")
+    predict.add_argument("-c", required=True, metavar="CONFIGURATION")
+    predict.add_argument("-p", default="nnUNetPlans", metavar="PLANS")
+    predict.add_argument("-tr", default="nnUNetTrainer", metavar="TRAINER")
+    predict.add_argument("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help="default: all five")
+    predict.add_argument("--disable_tta", action="store_true", help="no mirroring: eight times as fast")
+    predict.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"))
+
+    submit = commands.add_parser("submit", help="check predictions and write the archive")
+    submit.add_argument("predictions", nargs="+", metavar="TASK=FOLDER")
+    submit.add_argument("-o", required=True, type=Path, metavar="FILE", help="the archive, a .zip")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    {"list": _list, "fetch": _fetch, "convert": _convert, "predict": _predict, "submit": _submit}[arguments.step](
+        arguments
+    )
+
+
+def _list(_: argparse.Namespace) -> None:
+    from nnssl_ext.study.decathlon import tasks_table
+
+    print(tasks_table())
+
+
+def _fetch(arguments: argparse.Namespace) -> None:
+    from nnssl_ext.study.decathlon import fetch_task, find_task
+
+    tasks = [find_task(word) for word in arguments.tasks]
+    if len(tasks) > 1 and (arguments.url or arguments.md5):
+        raise UserError("--url and --md5 are about one task's file; fetch the tasks one by one")
+    root = Path(arguments.o)
+    root.mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        print(fetch_task(task, root, arguments.url, arguments.md5))
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    import tempfile
+
+    from nnssl_ext.study.decathlon import convert_task, task_of_path, unpack
+
+    raw = _variable("nnUNet_raw")
+    raw.mkdir(parents=True, exist_ok=True)
+    for path in arguments.tasks:
+        task = task_of_path(path)
+        target = raw / f"Dataset{int(task[4:6]):03d}_{task[7:]}"
+        if target.exists():
+            raise UserError(f"{target} is there already; remove it to convert {task} again")
+        _check_number(target.name)
+        with tempfile.TemporaryDirectory(dir=raw, prefix=".nnssl_ext_") as folder:
+            scratch = Path(folder)
+            source = unpack(path, task, scratch) if path.is_file() else path.absolute()
+            print(convert_task(source, raw, scratch, test_images=True, processes=arguments.np))
+
+
+def _check_number(dataset: str) -> None:
+    """nnU-Net finds data sets by their number, which must be one's own."""
+    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
+    others = sorted(str(name) for name in find_candidate_datasets(int(dataset[7:10])) if name != dataset)
+    if others:
+        raise UserError(f"{dataset} cannot be made: its number is taken by {', '.join(others)}; rename or remove that")
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from nnssl_ext.resources import resource_folder
+    from nnssl_ext.study.decathlon import find_task, run_stock
+
+    task = find_task(arguments.task)
+    images = _variable("nnUNet_raw") / task.dataset / "imagesTs"
+    if not images.is_dir() or not any(images.glob("*.nii.gz")):
+        raise UserError(f"no test images in {images}; nnssl_ext msd convert makes them from a task with imagesTs")
+    model = _variable("nnUNet_results") / task.dataset / f"{arguments.tr}__{arguments.p}__{arguments.c}"
+    absent = [fold for fold in arguments.f if not (model / f"fold_{fold}" / "checkpoint_final.pth").is_file()]
+    if absent:
+        raise UserError(f"{model} has no finished fold {', '.join(absent)}; train it, or name the folds with -f")
+    words = ["nnUNetv2_predict", "-d", str(task.number), "-i", str(images), "-o", arguments.o, "-c", arguments.c]
+    words += ["-p", arguments.p, "-tr", arguments.tr, "-f", *arguments.f, "-device", arguments.device]
+    words += ["--continue_prediction", *(["--disable_tta"] if arguments.disable_tta else [])]
+    _check_predictor(Path(arguments.o), model, arguments)
+    trainers = [str(resource_folder("trainers")), *filter(None, [os.environ.get("nnUNet_extTrainer")])]
+    run_stock(words, f"could not predict {task.folder}", {"nnUNet_extTrainer": os.pathsep.join(trainers)}, show=True)
+
+
+def _check_predictor(folder: Path, model: Path, arguments: argparse.Namespace) -> None:
+    """Note which model predicts into a folder, so that no call goes on with another's predictions."""
+    from nnssl_ext.recipe import read_json, write_json
+
+    files = [model / f"fold_{fold}" / "checkpoint_final.pth" for fold in arguments.f]
+    own = {"mirroring": not arguments.disable_tta, "checkpoints": {str(f): f.stat().st_mtime_ns for f in files}}
+    note = folder / "nnssl_ext_predictor.json"
+    known = read_json(note) if note.is_file() else own
+    if known != own or (not note.is_file() and any(folder.glob("*.nii.gz"))):
+        raise UserError(f"{folder} holds predictions of another model, or of other folds; name another -o or empty it")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(own, note)
+
+
+def _submit(arguments: argparse.Namespace) -> None:
+    from nnssl_ext.study.decathlon import TASKS, find_task
+    from nnssl_ext.study.submission import Predictions, write_archive
+
+    if arguments.o.suffix != ".zip":
+        raise UserError(f"-o {arguments.o}: the archive is a .zip")
+    predictions = {}
+    for word in arguments.predictions:
+        name, _, folder = word.partition("=")
+        task = find_task(name)
+        if not Path(folder).is_dir() or task.folder in predictions:
+            raise UserError(f"expected each task once as TASK=FOLDER with its predictions, got '{word}'")
+        raw = _variable("nnUNet_raw") / task.dataset
+        predictions[task.folder] = Predictions(task.folder, Path(folder), raw)
+    cases = write_archive([predictions[name] for name in sorted(predictions)], arguments.o)
+    published = sum(task.test for task in TASKS if task.folder in predictions)
+    print(f"{arguments.o}: {len(predictions)} tasks, {cases} cases")
+    if cases != published:
+        print(f"note: {published} test cases of these tasks are published", file=sys.stderr)
+    if len(predictions) < len(TASKS):
+        print(f"note: the site evaluates archives of all {len(TASKS)} tasks", file=sys.stderr)
+
+
+def _variable(name: str) -> Path:
+    value = os.environ.get(name)
+    if not value:
+        raise UserError(f"{name} is not set; export it as nnU-Net's documentation says")
+    return Path(value)

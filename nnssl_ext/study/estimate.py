@@ -1,0 +1,90 @@
+"""What a study will cost: its steps, times the seconds that a few real steps of its network take."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnssl_ext.methods import SCHEMAS
+from nnssl_ext.recipe import read_json
+from nnssl_ext.settings import PLANS_KEY, CommonSettings, split_sections
+from nnssl_ext.study.grid import PRETRAINING, Grid
+from nnssl_ext.study.protocol import TOTAL
+from nnssl_ext.training.engine import mixed_precision
+from nnssl_ext.training.preflight import target_network
+
+#: Steps before the clock starts, and on it.
+WARM_UP, TIMED = 1, 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The part of a study that is not done yet.
+
+    Attributes:
+        runs: How many trainings.
+        steps: Of all of them.
+        seconds_per_step: Of the network alone, on one device; reading, augmentation and prediction come on top.
+    """
+
+    runs: int
+    steps: int
+    seconds_per_step: float
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.seconds_per_step / 3600
+
+    def __str__(self) -> str:
+        return (
+            f"{self.runs} runs, {self.steps:,} steps at {self.seconds_per_step:.3g} s: about {self.hours:.2g} h on one "
+            f"device, without reading and prediction"
+        )
+
+
+def estimate(grid: Grid) -> Estimate:
+    """What the runs of a prepared grid that are not done will take."""
+    plans = read_json(grid.preprocessed / f"{grid.protocol.plans}_study.json")
+    common, _ = split_sections(plans.get(PLANS_KEY, {}), SCHEMAS, "the study's plans")
+    pretraining = common.epochs * common.iterations_per_epoch
+    runs, steps = 0, 0
+    for cell in grid.all_cells():
+        if grid.done(cell):
+            continue
+        runs += 1
+        steps += pretraining if cell.kind == PRETRAINING else grid.protocol.steps
+        steps += pretraining if cell.arm.name == TOTAL else 0
+    dataset_json = read_json(grid.preprocessed / "dataset.json")
+    seconds = seconds_per_step(plans, grid.protocol.configuration, dataset_json, common, torch.device(grid.device))
+    return Estimate(runs, steps, seconds)
+
+
+def seconds_per_step(
+    plans: dict, configuration: str, dataset_json: dict, common: CommonSettings, device: torch.device
+) -> float:
+    """Seconds of a forward and backward pass of the plan's network at its patch and batch size, on noise."""
+    manager = PlansManager(plans)
+    config = manager.get_configuration(configuration)
+    channels = determine_num_input_channels(manager, config, dataset_json)
+    outputs = manager.get_label_manager(dataset_json).num_segmentation_heads
+    network = target_network(manager, config, channels, outputs).to(device)
+    batch = torch.randn(config.batch_size, channels, *config.patch_size, device=device)
+    dtype = mixed_precision(device, common.precision)
+    begin = 0.0
+    for step in range(WARM_UP + TIMED):
+        if step == WARM_UP:
+            begin = _now(device)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            output = network(batch)
+        sum(level.float().square().mean() for level in output).backward()
+    return (_now(device) - begin) / TIMED
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
