@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-from nnssl_ext.checkpoint import NUMPY_SCALARS
 from nnssl_ext.errors import UserError
+from nnssl_ext.foreign import load_tensors
 from nnssl_ext.recipe import read_json
 
 
@@ -38,8 +37,7 @@ def training_log(checkpoint_file: Path) -> dict[str, list[float]]:
         UserError: If the file cannot be read without executing pickles.
     """
     try:
-        with torch.serialization.safe_globals(NUMPY_SCALARS):
-            content = torch.load(checkpoint_file, map_location="cpu", weights_only=True)
+        content = load_tensors(checkpoint_file)
     except Exception as error:
         raise UserError(f"cannot read the log of {checkpoint_file}: {error}") from error
     return {key: [_mean(value) for value in values] for key, values in content["logging"].items()}

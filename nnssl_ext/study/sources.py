@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from nnssl_ext.data.phantom import PhantomOptions, write_phantom
 from nnssl_ext.errors import UserError
+from nnssl_ext.foreign import unpack_tar
 from nnssl_ext.recipe import write_json
 
 #: Test cases taken from a Decathlon task: a fifth of its labelled cases, and no more than this.
@@ -127,9 +129,7 @@ class DecathlonSource(Source):
     def _unpacked(self, scratch: Path) -> Path:
         target = scratch / "unpacked"
         try:
-            with tarfile.open(self.path) as archive:
-                # the data filter refuses members that would leave the folder
-                archive.extractall(target, filter="data")
-        except (tarfile.TarError, OSError) as error:
+            unpack_tar(self.path, target)
+        except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
             raise UserError(f"cannot unpack {self.path}: {error}") from error
         return target / self.task

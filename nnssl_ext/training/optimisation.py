@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +17,15 @@ def build_optimiser(
 ) -> torch.optim.Optimizer:
     """The optimiser of a recipe over the parameters that take a gradient."""
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    # fused optimisers can skip a step on the device, without the host waiting for the verdict (training/guards.py)
+    options: dict[str, Any] = {
+        "weight_decay": recipe.weight_decay,
+        "fused": True if all(p.is_cuda for p in trainable) else None,
+    }
     if recipe.name == "sgd":
-        return torch.optim.SGD(trainable, learning_rate, momentum=0.99, nesterov=True, weight_decay=recipe.weight_decay)
+        return torch.optim.SGD(trainable, learning_rate, momentum=0.99, nesterov=True, **options)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.name]
-    return kind(trainable, learning_rate, weight_decay=recipe.weight_decay)
+    return kind(trainable, learning_rate, **options)
 
 
 def learning_rate_at(recipe: OptimiserRecipe, peak: float, step: int, steps: int) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnssl_ext.recipe import write_json
+from nnssl_ext.training.distributed import world
 
 if TYPE_CHECKING:
     from nnssl_ext.training.trainer import PretrainingTrainer
@@ -53,11 +54,22 @@ def print_summary(trainer: PretrainingTrainer) -> dict[str, Any]:
 
 def next_command(trainer: PretrainingTrainer, file: Path) -> str:
     """The stock command that fine-tunes from these weights."""
+    return shlex.join([*_command(trainer, trainer.checked.common.target_trainer), "-pretrained_weights", str(file)])
+
+
+def continue_command(trainer: PretrainingTrainer) -> str:
+    """The stock command that goes on with this run."""
+    words = _command(trainer, type(trainer).__name__)
+    if trainer.device.type != "cuda":
+        words += ["-device", trainer.device.type]
+    if world() > 1:
+        words += ["-num_gpus", str(world())]
+    return shlex.join([*words, "--c"])
+
+
+def _command(trainer: PretrainingTrainer, trainer_name: str) -> list[str]:
     dataset = trainer.plans_manager.dataset_name
     words = ["nnUNetv2_train", str(int(dataset[7:10])), trainer.configuration_name, str(trainer.fold)]
     if trainer.plans_manager.plans_name != "nnUNetPlans":
         words += ["-p", trainer.plans_manager.plans_name]
-    target = trainer.checked.common.target_trainer
-    if target != "nnUNetTrainer":
-        words += ["-tr", target]
-    return shlex.join([*words, "-pretrained_weights", str(file)])
+    return [*words, "-tr", trainer_name] if trainer_name != "nnUNetTrainer" else words
