@@ -19,8 +19,8 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.files import replaced_on_success
 from nnssl_ext.foreign import load_tensors
 
-#: Raised when the meaning of what stands under ``nnssl_ext`` changes.
-FORMAT = 1
+#: Raised when the meaning of what stands under ``nnssl_ext`` changes; 1 had no ``content_sha256``.
+FORMAT = 2
 
 
 def plain(value: Any, memory: dict[Any, Tensor] | None = None) -> Any:
@@ -137,11 +137,11 @@ def verify(content: Any, path: Path) -> None:
     own = content.get("nnssl_ext") if isinstance(content, dict) else None
     if not isinstance(own, dict) or not isinstance(content.get("network_weights"), dict):
         raise UserError(f"{path} is no pretraining checkpoint of nnssl_ext")
-    if own.get("format") != FORMAT:
+    if own.get("format") not in (1, FORMAT):
         raise UserError(f"{path} has format {own.get('format')!r}, this nnssl_ext reads {FORMAT}; use its own version")
     try:
         whole = digest(content["network_weights"]) == own.get("weights_sha256")
-        if whole and "content_sha256" in own:
+        if whole and own["format"] > 1:
             whole = content_digest(content) == own["content_sha256"]
     except Exception:  # what is no state dict raises anything
         whole = False

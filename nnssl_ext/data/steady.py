@@ -101,8 +101,9 @@ class _Crew:
     def __enter__(self) -> _Crew:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.problem:  # a stopped process would not end on being asked
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # torch asks its workers to end and waits, for ever where one is stopped or hangs
+        if self.problem or kind is not None:
             for process in self.processes:
                 with suppress(OSError, ValueError):
                     process.kill()

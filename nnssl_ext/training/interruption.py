@@ -5,7 +5,6 @@ The run ends after the step it is in, with a checkpoint from which ``--c`` goes 
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -16,11 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nnssl_ext.errors import UserError
+from nnssl_ext.environment import time_limit
 from nnssl_ext.training.distributed import world
 
-#: Of ``nnssl_ext train --max-time``; it goes before the setting of the same name. Hours.
-VARIABLE = "nnssl_ext_max_time"
 #: Processes ask each other whether one of them was told to end once in so many steps.
 ASK_EVERY = 8
 
@@ -76,21 +73,3 @@ class Interruption:
         wish = torch.tensor(float(bool(self.reason)), device=self.device)
         dist.all_reduce(wish, dist.ReduceOp.MAX)
         return (self.reason or "another process's signal") if wish.item() else ""
-
-
-def time_limit(hours: float | None) -> float | None:
-    """The limit in hours: the variable's, else the setting's.
-
-    Raises:
-        UserError: If the variable is no positive number.
-    """
-    text = os.environ.get(VARIABLE, "")
-    if not text:
-        return hours
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise UserError(f"--max-time (or {VARIABLE}) must be a positive number of hours, got '{text}'")
-    return value
