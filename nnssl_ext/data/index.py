@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 from zlib import crc32
 
 import numpy as np
@@ -104,7 +103,11 @@ class CaseIndex:
             "body": np.zeros((len(cases), CELLS**3 // 8), dtype=np.uint8),
             "problem": np.full(len(cases), "", dtype=object),
         }
-        unknown = _take_over(path, cases, keys, table)
+        fresh = {name: column.copy() for name, column in table.items()}
+        try:
+            unknown = _take_over(path, cases, keys, table)
+        except Exception:  # a damaged index raises anything; it is made anew
+            table, unknown = fresh, list(range(len(cases)))
         with ThreadPoolExecutor(max(1, workers)) as pool:
             records = pool.map(lambda row: examine(folder, cases[row]), unknown)
             progress = tqdm(records, "Looking at new cases", len(unknown), disable=not show_progress or not unknown)
@@ -135,13 +138,10 @@ class CaseIndex:
 
 def _take_over(path: Path, cases: list[str], keys: np.ndarray, table: dict[str, Any]) -> list[int]:
     """Copy the rows of unchanged cases from an earlier index; returns the rows that are not known yet."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            if int(stored["version"]) != VERSION:
-                return list(range(len(cases)))
-            earlier = {name: stored[name] for name in ("cases", "keys", *table)}
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-        return list(range(len(cases)))
+    with np.load(path, allow_pickle=False) as stored:
+        if int(stored["version"]) != VERSION:
+            return list(range(len(cases)))
+        earlier = {name: stored[name] for name in ("cases", "keys", *table)}
     row_of = {case: row for row, case in enumerate(earlier["cases"].tolist())}
     unknown = []
     for row, case in enumerate(cases):

@@ -37,10 +37,10 @@ def training_log(checkpoint_file: Path) -> dict[str, list[float]]:
         UserError: If the file cannot be read without executing pickles.
     """
     try:
-        content = load_tensors(checkpoint_file)
-    except Exception as error:
-        raise UserError(f"cannot read the log of {checkpoint_file}: {error}") from error
-    return {key: [_mean(value) for value in values] for key, values in content["logging"].items()}
+        logging = load_tensors(checkpoint_file)["logging"]
+        return {key: [_mean(value) for value in values] for key, values in logging.items()}
+    except Exception as error:  # damaged files raise anything
+        raise UserError(f"cannot read the log of {checkpoint_file}: {type(error).__name__}: {error}") from error
 
 
 def _mean(value: Any) -> float:
