@@ -1,6 +1,7 @@
 """Data that is damaged, vanishes or changes under a run: named, left out up to a share, then the run stops."""
 
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.training.trainer import PretrainingTrainer
 from tests.conftest import Environment
+from tests.data.test_steady import fault
 from tests.training.test_bad_input import cases, replace_case
 from tests.training.test_interruption import same_run
 from tests.training.test_trainer import TRAINER, pretrain
@@ -94,6 +96,20 @@ def test_a_case_that_goes_bad_amid_the_run(with_data: Data, monkeypatch: pytest.
     environment.write_plans("plain", "whole", RUN)
     broken = pretrain(environment, "plain", "strict", "all", c=True)
     same_run(pretrain(environment, "plain", "whole", "all"), broken)
+
+
+def test_a_worker_that_is_killed_amid_the_run_changes_nothing(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    environment = with_data("plain")
+    for plans in ("whole", "broken"):
+        environment.write_plans("plain", plans, RUN)
+    whole = pretrain(environment, "plain", "whole", "all")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    fault(monkeypatch, tmp_path / "flag", 7, signal.SIGKILL)
+    broken = pretrain(environment, "plain", "broken", "all")
+    assert "was killed by signal 9 while reading sample 7 (case_" in log_of(broken)
+    same_run(whole, broken)
 
 
 def test_another_data_set_under_a_continued_run_is_refused(with_data: Data) -> None:
