@@ -157,13 +157,12 @@ def same(first: Path, second: Path) -> bool:
 
 def told(result: Result) -> str:
     """A line about a run."""
-    half = len(result.memory_mib) // 2
-    early, late = result.memory_mib[half : half + 1], result.memory_mib[-2:-1]
-    files = (result.open_files[half : half + 1], result.open_files[-2:-1])
+    places = [len(result.memory_mib) * share // 10 for share in (5, 8)]
+    memory, files = ([row[place] for place in places if row] for row in (result.memory_mib, result.open_files))
     return (
         f"{result.method}, seed {result.seed}: {result.kills} times killed ({result.amid_checkpoint} amid a "
         f"checkpoint), {result.terminated} times asked to end; {'EQUAL' if result.equal else 'DIFFERENT'}; memory "
-        f"half-way and at the end {early} {late} MiB, open files {files[0]} {files[1]}; {result.seconds:.0f} s"
+        f"after a half and four fifths of the time {memory} MiB, open files {files}; {result.seconds:.0f} s"
     )
 
 
