@@ -7,7 +7,7 @@ Stock keys as nnU-Net reads them, ``nnssl_adaptation_plan`` as nnU-Net's master 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,10 @@ from torch import Tensor
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import replaced_on_success
+from nnssl_ext.foreign import load_tensors
 
-#: Raised when the meaning of what stands under ``nnssl_ext`` changes.
-FORMAT = 1
-
-#: nnU-Net's checkpoints keep their log in numpy scalars; these names, and no others, may be loaded beside tensors.
-NUMPY_SCALARS: list[Any] = [
-    np.dtype,
-    np.float32,
-    np.float64,
-    np.float64(0).__reduce__()[0],  # numpy's own constructor, wherever it lives
-    type(np.dtype(np.float32)),
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.int64)),
-]
+#: Raised when the meaning of what stands under ``nnssl_ext`` changes; 1 had no ``content_sha256``.
+FORMAT = 2
 
 
 def plain(value: Any, memory: dict[Any, Tensor] | None = None) -> Any:
@@ -65,22 +55,53 @@ def digest(weights: Mapping[str, Tensor]) -> str:
     return result.hexdigest()
 
 
-def save(content: Mapping[str, Any], path: Path) -> None:
+def content_digest(content: Mapping[str, Any]) -> str:
+    """sha256 over all of a checkpoint, tensors that share memory once, but its own place under ``nnssl_ext``."""
+    result, memory = hashlib.sha256(), dict[Any, str]()
+
+    def feed(value: Any) -> None:
+        if isinstance(value, Tensor):
+            key = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
+            if value.numel() == 0 or key not in memory:
+                memory[key] = digest({"": value})
+            result.update(memory[key].encode())
+        elif isinstance(value, dict):
+            result.update(f"dict {len(value)}\n".encode())
+            for name, item in value.items():
+                result.update(f"{name!r}\n".encode())
+                feed(item)
+        elif isinstance(value, (list, tuple)):
+            result.update(f"{type(value).__name__} {len(value)}\n".encode())
+            for item in value:
+                feed(item)
+        else:
+            result.update(f"{value!r}\n".encode())
+
+    own = {key: value for key, value in content["nnssl_ext"].items() if key != "content_sha256"}
+    feed({**content, "nnssl_ext": own})
+    return result.hexdigest()
+
+
+def save(content: Mapping[str, Any], path: Path, before: Callable[[Path], None] | None = None) -> None:
     """Write a checkpoint; the file that was there is replaced only after the new one has been read back.
 
     Args:
-        content: With ``network_weights`` and ``nnssl_ext``; the weights' sha256 is added to the latter.
+        content: With ``network_weights`` and ``nnssl_ext``; sha256 of the weights and of all are added to the latter.
         path: Where to.
+        before: Called with ``path`` when the new file is whole and the old one still there.
 
     Raises:
         UserError: If it cannot be written; ``path`` is then what it was.
     """
     content = plain(content)
     content["nnssl_ext"]["weights_sha256"] = digest(content["network_weights"])
+    content["nnssl_ext"]["content_sha256"] = content_digest(content)
     try:
         with replaced_on_success(path) as temporary:
             torch.save(content, temporary)
             load(temporary)
+            if before is not None:
+                before(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(
             f"checkpoint {path} could not be written ({error}); what was there before is untouched. "
@@ -95,7 +116,7 @@ def load(path: Path) -> dict[str, Any]:
         UserError: If it is missing, damaged, from elsewhere or from a later version.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path, [])
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # damaged archives raise OSError, RuntimeError, EOFError, UnpicklingError, ...
@@ -116,7 +137,13 @@ def verify(content: Any, path: Path) -> None:
     own = content.get("nnssl_ext") if isinstance(content, dict) else None
     if not isinstance(own, dict) or not isinstance(content.get("network_weights"), dict):
         raise UserError(f"{path} is no pretraining checkpoint of nnssl_ext")
-    if own.get("format") != FORMAT:
+    if own.get("format") not in (1, FORMAT):
         raise UserError(f"{path} has format {own.get('format')!r}, this nnssl_ext reads {FORMAT}; use its own version")
-    if digest(content["network_weights"]) != own.get("weights_sha256"):
-        raise UserError(f"checkpoint {path} is damaged: its weights do not match their sha256")
+    try:
+        whole = digest(content["network_weights"]) == own.get("weights_sha256")
+        if whole and own["format"] > 1:
+            whole = content_digest(content) == own["content_sha256"]
+    except Exception:  # what is no state dict raises anything
+        whole = False
+    if not whole:
+        raise UserError(f"checkpoint {path} is damaged: what it holds does not match its sha256")

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from nnssl_ext.errors import UserError
 
+#: Hours, of ``nnssl_ext train --max-time``; it goes before the setting ``max_time``.
+MAX_TIME = "nnssl_ext_max_time"
+
 
 def dataset_folder(name_or_id: str) -> Path:
     """The data set's folder in nnUNet_preprocessed.
@@ -36,3 +39,21 @@ def worker_count() -> int:
     if "nnUNet_n_proc_DA" in os.environ:
         return int(os.environ["nnUNet_n_proc_DA"])
     return min(4, os.cpu_count() or 1)
+
+
+def time_limit(hours: float | None) -> float | None:
+    """The limit in hours: the variable's, else the setting's.
+
+    Raises:
+        UserError: If the variable is no positive number.
+    """
+    text = os.environ.get(MAX_TIME, "")
+    if not text:
+        return hours
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise UserError(f"--max-time (or {MAX_TIME}) must be a positive number of hours, got '{text}'")
+    return value

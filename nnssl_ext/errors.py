@@ -6,7 +6,11 @@ class UserError(SystemExit):
 
     The message is one line: what was got, what was expected, what to do. It derives from SystemExit because stock
     ``nnUNetv2_train`` lets nothing else end the program with a line on stderr and status 1 instead of a traceback.
+
+    Attributes:
+        line: The message without the program's name.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"nnssl_ext: error: {' '.join(message.split())}")
+        self.line = " ".join(message.split())
+        super().__init__(f"nnssl_ext: error: {self.line}")

@@ -23,6 +23,7 @@ import numpy as np
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import replaced_on_success
+from nnssl_ext.foreign import LARGEST_JSON, RefusedError, check_json
 from nnssl_ext.resources import resource_folder
 from nnssl_ext.settings import PLANS_KEY, check_settings, setting, unknown_name
 
@@ -228,11 +229,18 @@ def total_stride(configuration: Mapping[str, Any]) -> tuple[int, ...]:
 def read_json(path: Path, kind: type = dict) -> Any:
     """The JSON content of a file, an object or a list as ``kind`` says, or one line about why not."""
     try:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise UserError(f"{path} has {size:,} bytes, more than any settings: refused (at most {LARGEST_JSON:,})")
         content = json.loads(path.read_text())
+        check_json(content)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except RefusedError as error:
+        raise UserError(f"{path} is refused: {error}") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is refused: it is nested too deeply") from error
     if not isinstance(content, kind):
         raise UserError(f"{path} must hold a JSON {kind.__name__}, got {type(content).__name__}")
     return content

@@ -73,7 +73,18 @@ class CommonSettings:
     images: str | None = setting(
         None, "Folder of labelled 2-D images, CLASS/IMAGE.png or .jpg, for methods that learn from such."
     )
-    most_unreadable: float = setting(0.05, "Share of unreadable images above which a run stops.", low=0, high=1)
+    most_unreadable: float = setting(
+        0.05, "Share of unreadable cases or images above which a run stops; fewer are left out.", low=0, high=1
+    )
+    most_nonfinite: int = setting(10, "Batches with a non-finite objective that a run skips before it stops.", low=0)
+    max_time: float | None = setting(
+        None, "Hours after which a run ends by itself with a checkpoint; null is never.", low=1e-6
+    )
+    on_write_failure: str = setting(
+        "stop",
+        "What becomes of a run whose checkpoint cannot be written: stop, or go_on and try again at the next one.",
+        choices=("stop", "go_on"),
+    )
     target_trainer: str = setting("nnUNetTrainer", "The trainer whose network is pretrained: it builds it.")
 
 

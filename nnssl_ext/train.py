@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnssl_ext.environment import dataset_folder
+from nnssl_ext.environment import MAX_TIME, dataset_folder, time_limit
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json
 from nnssl_ext.resources import resource_folder
@@ -23,17 +23,29 @@ def train(arguments: Sequence[str]) -> None:
     """Check, then run stock nnU-Net's ``nnUNetv2_train`` in this process.
 
     Args:
-        arguments: The words after ``nnUNetv2_train``.
+        arguments: The words after ``nnUNetv2_train``, and ``--max-time HOURS`` for our trainers.
 
     Raises:
         UserError: For a missing variable, an unplanned data set, an unknown configuration, fold or trainer.
     """
+    arguments = _take_max_time(arguments)
     if not any(word in ("-h", "--help") for word in arguments):
         _check(arguments)
     from nnunetv2.run.run_training import run_training_entry
 
     sys.argv = ["nnssl_ext train", *arguments]
     run_training_entry()
+
+
+def _take_max_time(arguments: Sequence[str]) -> list[str]:
+    """Put ``--max-time`` where every process of the training finds it; the other words."""
+    parser = argparse.ArgumentParser(prog="nnssl_ext train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--max-time")
+    known, others = parser.parse_known_args(list(arguments))
+    if known.max_time is not None:
+        os.environ[MAX_TIME] = known.max_time
+        time_limit(None)
+    return others
 
 
 def _check(arguments: Sequence[str]) -> None:

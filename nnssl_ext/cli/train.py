@@ -1,6 +1,8 @@
 """nnUNetv2_train with its very arguments, our trainers found without a variable, and errors in one line.
 
-nnssl_ext train 4 3d_fullres 0 -tr nnsslTrainer_VolumeFusion
+nnssl_ext train 4 3d_fullres 0 -tr nnsslTrainer_VolumeFusion [--max-time HOURS]
+
+After --max-time hours a pretraining ends by itself, with a checkpoint from which --c goes on exactly.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="as for nnUNetv2_train")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="as for nnUNetv2_train, and --max-time")
 
 
 def run(arguments: argparse.Namespace) -> None:

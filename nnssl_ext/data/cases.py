@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import blosc2
 import numpy as np
+
+from nnssl_ext.foreign import load_npz, open_blosc2
 
 #: Suffixes of image data, the preferred one first.
 SUFFIXES = (".b2nd", ".npy", ".npz")
@@ -41,11 +42,10 @@ def open_case(folder: Path, case: str) -> Any:
     if suffix == ".b2nd":
         # nnU-Net too reads without mmap on Windows
         mmap = {} if os.name == "nt" else {"mmap_mode": "r"}
-        return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1}, **mmap)
+        return open_blosc2(path, dparams={"nthreads": 1}, **mmap)
     if suffix == ".npy":
         return np.load(path, mmap_mode="r")
-    with np.load(path) as archive:
-        return archive["data"]
+    return load_npz(path, "data")
 
 
 def shorten(names: Iterable[str], most: int = 5) -> str:

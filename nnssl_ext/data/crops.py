@@ -18,11 +18,13 @@ from torch.utils.data import Dataset
 
 from nnssl_ext.data.cases import open_case
 from nnssl_ext.data.index import CaseIndex
-from nnssl_ext.views.random import CASES, CROPS, sample_generator
+from nnssl_ext.views.random import CASES, CROPS, SUBSTITUTES, sample_generator
 from nnssl_ext.views.spatial import SourceBox, SpatialRange, fitted, reach
 
 #: How often a crop is drawn again for more body, or because it is constant.
 BODY_TRIES, CONSTANT_TRIES = 8, 32
+#: How many cases in a row may be unreadable for one sample.
+MOST_SUBSTITUTES = 8
 
 
 @dataclass(frozen=True)
@@ -124,18 +126,31 @@ class CropDataset(Dataset):
         return f"CropDataset({len(self.cases)} cases, {len(self.request.crops)} crops a sample)"
 
     def __getitem__(self, sample: int) -> Sample:
-        """A case that cannot be read is reported, not raised, so that it can be named."""
-        own, other = self.draw_cases(sample)
-        generator = sample_generator(self.seed, self.stream + CROPS, sample)
-        boxes: list[SourceBox] = []
-        case = own
-        try:
-            for crop in self.request.crops:
-                case = other if crop.other_case else own
-                boxes.append(self._read(case, crop, generator))
-        except Exception as error:  # damaged files raise anything
-            return Sample(sample, [], f"case '{case}' in {self.folder}: {type(error).__name__}: {error}")
-        return Sample(sample, boxes)
+        """A case that cannot be read is named, and another takes its place."""
+        drawn = list(self.draw_cases(sample))
+        bad: dict[str, str] = {}
+        substitutes = sample_generator(self.seed, self.stream + SUBSTITUTES, sample)
+        while True:
+            generator = sample_generator(self.seed, self.stream + CROPS, sample)
+            boxes: list[SourceBox] = []
+            case = drawn[0]
+            try:
+                for crop in self.request.crops:
+                    case = drawn[1 if crop.other_case else 0]
+                    boxes.append(self._read(case, crop, generator))
+            except Exception as error:  # damaged files raise anything
+                bad[case] = f"case '{case}' in {self.folder}: {type(error).__name__}: {error}"
+                good = [name for name in self.cases if name not in bad and name not in drawn]
+                if not good or len(bad) == MOST_SUBSTITUTES:
+                    return Sample(sample, [], "; ".join(bad.values()), tuple(bad.values()))
+                drawn[drawn.index(case)] = good[int(substitutes.integers(len(good)))]
+                continue
+            return Sample(sample, boxes, "", tuple(bad.values()))
+
+    def sources(self, sample: int) -> list[str]:
+        """The cases that a sample is read from, for messages."""
+        drawn = self.draw_cases(sample)
+        return list(drawn[: self.request.fewest_cases])
 
     def draw_cases(self, sample: int) -> tuple[str, str]:
         """A sample's own case, each case once before any comes again, and a partner that is another case."""
@@ -146,7 +161,12 @@ class CropDataset(Dataset):
         return self.cases[own], self.cases[(own + step) % number]
 
     def _read(self, case: str, crop: Crop, generator: np.random.Generator) -> SourceBox:
-        record, data = self.index[case], open_case(self.folder, case)
+        record = self.index[case]
+        if record.problem:
+            raise ValueError(record.problem)
+        data = open_case(self.folder, case)
+        if tuple(data.shape) != record.shape:
+            raise ValueError(f"has shape {tuple(data.shape)} now and had {record.shape} when the run began")
         volume = np.asarray(data.shape[1:])
         for _ in range(CONSTANT_TRIES):
             matrix, edges = crop.spatial.draw(generator, crop.size) * crop.scale, crop.size

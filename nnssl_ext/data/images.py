@@ -152,6 +152,11 @@ class ImageDataset(Dataset):
         listed = ", ".join(skipped)
         return Sample(sample, [], f"{len(skipped)} images in a row cannot be read: {listed}", tuple(skipped))
 
+    def sources(self, sample: int) -> list[str]:
+        """What a sample is read from, for messages."""
+        turn, place = divmod(sample, len(self.names))
+        return [self.names[int(_shuffled(self.seed, self.stream, turn, len(self.names))[place])]]
+
     def _read(self, name: str, sample: int) -> SourceBox:
         generator = sample_generator(self.seed, self.stream + CROPS, sample)
         with Image.open(self.images.folder / name) as image:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zlib import crc32
 
 import numpy as np
 from skimage.filters import threshold_li
@@ -48,6 +48,8 @@ class CaseIndex:
         self._keys = keys
         self._table = table
         self._row = {case: row for row, case in enumerate(cases)}
+        #: Cases that this run does without, and why.
+        self.left_out: dict[str, str] = {}
 
     def __repr__(self) -> str:
         return f"CaseIndex({len(self.cases)} cases in {self.folder})"
@@ -57,7 +59,8 @@ class CaseIndex:
         shape = tuple(int(n) for n in self._table["shape"][row])
         bits = np.unpackbits(self._table["body"][row], count=CELLS**3).astype(bool).reshape((CELLS,) * 3)
         used = tuple(min(CELLS, edge) for edge in shape[1:])
-        return CaseRecord(shape, bits[: used[0], : used[1], : used[2]], str(self._table["problem"][row]))
+        problem = self.left_out.get(case, str(self._table["problem"][row]))
+        return CaseRecord(shape, bits[: used[0], : used[1], : used[2]], problem)
 
     def problems(self) -> dict[str, str]:
         """The cases that cannot be used, and why."""
@@ -69,9 +72,19 @@ class CaseIndex:
         return self._table["shape"][:, 0]
 
     def common_size(self) -> tuple[int, int, int]:
-        """Edges in voxels, per axis, that at least nine in ten cases have."""
-        depth, height, width = np.percentile(self._table["shape"][:, 1:], 10, axis=0, method="lower").tolist()
+        """Edges in voxels, per axis, that at least nine in ten usable cases have."""
+        rows = [row for row, case in enumerate(self.cases) if case not in self.left_out]
+        depth, height, width = np.percentile(self._table["shape"][rows, 1:], 10, axis=0, method="lower").tolist()
         return depth, height, width
+
+    def fingerprint(self) -> dict[str, str]:
+        """Per case a digest of its shape, file size and body map, '' where it is left out; copying changes none."""
+        rows = zip(self._table["shape"], self._keys[:, 0], self._table["body"], strict=True)
+        digests = (crc32(body.tobytes(), crc32(f"{shape.tolist()} {size}".encode())) for shape, size, body in rows)
+        return {
+            case: "" if case in self.left_out else f"{digest:08x}"
+            for case, digest in zip(self.cases, digests, strict=True)
+        }
 
     @classmethod
     def build(
@@ -97,7 +110,10 @@ class CaseIndex:
         del stats
         path = folder.parent / f"nnssl_ext_index_{folder.name}.npz"
         table = _empty_table(len(cases))
-        unknown = _take_over(path, cases, keys, table)
+        try:
+            unknown = _take_over(path, cases, keys, table)
+        except Exception:  # a damaged index raises anything; it is made anew
+            table, unknown = _empty_table(len(cases)), list(range(len(cases)))
         with ThreadPoolExecutor(max(1, workers)) as pool:
             records = pool.map(lambda row: known.get(cases[row]) or examine(folder, cases[row]), unknown)
             progress = tqdm(records, "Looking at new cases", len(unknown), disable=not show_progress or not unknown)
@@ -136,13 +152,10 @@ def _empty_table(cases: int) -> dict[str, Any]:
 
 def _take_over(path: Path, cases: list[str], keys: np.ndarray, table: dict[str, Any]) -> list[int]:
     """Copy the rows of unchanged cases from an earlier index; returns the rows that are not known yet."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            if int(stored["version"]) != VERSION:
-                return list(range(len(cases)))
-            earlier = {name: stored[name] for name in ("cases", "keys", *table)}
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-        return list(range(len(cases)))
+    with np.load(path, allow_pickle=False) as stored:
+        if int(stored["version"]) != VERSION:
+            return list(range(len(cases)))
+        earlier = {name: stored[name] for name in ("cases", "keys", *table)}
     row_of = {case: row for row, case in enumerate(earlier["cases"].tolist())}
     old = np.array([row_of.get(case, -1) for case in cases], dtype=np.int64)
     # a case with a problem is looked at again: it may have been repaired in place

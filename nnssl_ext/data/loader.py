@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Sampler
 from nnssl_ext.data.crops import CropBatch, CropDataset, collate
 from nnssl_ext.data.images import ImageDataset
 
-#: Without a batch for this long a worker hangs: no box read takes minutes.
-TIMEOUT_SECONDS = 600
+#: Without a batch for this long a wait ends with an error.
+TIMEOUT_SECONDS = 60
 
 
 @dataclass
@@ -41,7 +41,12 @@ class Shard(Sampler[list[int]]):
 
 
 def crop_loader(
-    dataset: CropDataset | ImageDataset, shard: Shard, *, workers: int, pin_memory: bool
+    dataset: CropDataset | ImageDataset,
+    shard: Shard,
+    *,
+    workers: int,
+    pin_memory: bool,
+    timeout: float = TIMEOUT_SECONDS,
 ) -> DataLoader[CropBatch]:
     """The loader of a shard; ``workers`` 0 reads in this process. The order never depends on ``workers``."""
     return DataLoader(
@@ -51,7 +56,7 @@ def crop_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=3 if workers else None,
-        timeout=TIMEOUT_SECONDS if workers else 0,
+        timeout=timeout if workers else 0,
         worker_init_fn=_start_worker,
     )
 

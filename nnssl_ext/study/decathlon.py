@@ -10,12 +10,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from nnssl_ext.download import download
 from nnssl_ext.errors import UserError
+from nnssl_ext.foreign import unpack_tar
 
 #: Tolerances of the surface Dice in mm, by task.
 DECATHLON_TOLERANCE = {
@@ -138,13 +140,11 @@ def unpack(archive: Path, task: str, root: Path) -> Path:
     """
     unfinished = Path(tempfile.mkdtemp(dir=root, prefix=f".{task}."))
     try:
-        with tarfile.open(archive) as tar:
-            # the data filter refuses links and names that would leave the folder, devices, and odd permissions
-            tar.extractall(unfinished, members=_members(tar, task), filter="data")
+        unpack_tar(archive, unfinished, lambda tar: _members(tar, task))
         if not (unfinished / task).is_dir():
             raise tarfile.ReadError(f"it holds no {task}")
         (unfinished / task).replace(root / task)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"cannot unpack {archive}: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

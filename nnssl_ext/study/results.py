@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-from nnssl_ext.checkpoint import NUMPY_SCALARS
 from nnssl_ext.errors import UserError
+from nnssl_ext.foreign import load_tensors
 from nnssl_ext.recipe import read_json
 
 
@@ -38,11 +37,10 @@ def training_log(checkpoint_file: Path) -> dict[str, list[float]]:
         UserError: If the file cannot be read without executing pickles.
     """
     try:
-        with torch.serialization.safe_globals(NUMPY_SCALARS):
-            content = torch.load(checkpoint_file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"cannot read the log of {checkpoint_file}: {error}") from error
-    return {key: [_mean(value) for value in values] for key, values in content["logging"].items()}
+        logging = load_tensors(checkpoint_file)["logging"]
+        return {key: [_mean(value) for value in values] for key, values in logging.items()}
+    except Exception as error:  # damaged files raise anything
+        raise UserError(f"cannot read the log of {checkpoint_file}: {type(error).__name__}: {error}") from error
 
 
 def _mean(value: Any) -> float:

@@ -26,11 +26,15 @@ def rank_device(device: torch.device) -> torch.device:
 
 
 def mean_over_samples(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Mean of each term over all samples of all steps of all processes; each term (B,) a step."""
+    """Mean of each term over all samples of all steps of all processes; each term (B,) a step.
+
+    Values that are not finite do not count: their batches changed nothing. Without any other the mean is NaN.
+    """
     result = {}
     for key in outputs[0]:
         values = torch.cat([output[key].float() for output in outputs]).double()
-        total = torch.stack([values.sum(), torch.full_like(values.sum(), values.numel())])
+        finite = values[torch.isfinite(values)]
+        total = torch.stack([finite.sum(), torch.full_like(finite.sum(), finite.numel())])
         if world() > 1:
             dist.all_reduce(total)
         result[key] = (total[0] / total[1]).item()

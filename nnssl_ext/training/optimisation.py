@@ -14,13 +14,19 @@ def build_optimiser(
     recipe: OptimiserRecipe, groups: Iterable[ParameterGroup], learning_rate: float
 ) -> torch.optim.Optimizer:
     """The optimiser of a recipe over groups of parameters; each group remembers its multiples for ``set_rates``."""
-    optimised = [
+    groups = list(groups)
+    optimised: list[dict[str, Any]] = [
         {"params": group.parameters, "rate": group.rate, "decay": group.decay, "weight_decay": 0.0} for group in groups
     ]
+    # fused optimisers can skip a step on the device, without the host waiting for the verdict (training/guards.py)
+    fused = True if all(p.is_cuda for group in groups for p in group.parameters) else None
     if recipe.name == "sgd":
-        optimiser: torch.optim.Optimizer = torch.optim.SGD(optimised, learning_rate, momentum=0.99, nesterov=True)
+        optimiser: torch.optim.Optimizer = torch.optim.SGD(
+            optimised, learning_rate, momentum=0.99, nesterov=True, fused=fused
+        )
     else:
-        optimiser = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.name](optimised, learning_rate)
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.name]
+        optimiser = kind(optimised, learning_rate, fused=fused)
     set_rates(optimiser, recipe, learning_rate, 0, 1)
     return optimiser
 

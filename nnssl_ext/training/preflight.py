@@ -74,7 +74,8 @@ def check_run(
 
     manager = PlansManager(plans)
     base = Path(str(nnUNet_preprocessed)) / manager.dataset_name
-    index = _index(base / manager.get_configuration(configuration).data_identifier, geometry.channels)
+    folder = base / manager.get_configuration(configuration).data_identifier
+    index = _index(folder, geometry.channels, common.most_unreadable)
     geometry = replace(geometry, case_size=index.common_size())
     images = _images(method, common) if method.needs_images else None
     if images is not None:
@@ -153,7 +154,7 @@ def _images(method: type[Method], common: CommonSettings) -> ImageFolder:
     return ImageFolder(Path(common.images))
 
 
-def _index(folder: Path, channels: int) -> CaseIndex:
+def _index(folder: Path, channels: int, most_unreadable: float) -> CaseIndex:
     if not folder.is_dir():
         raise UserError(f"no preprocessed data in {folder}; run nnUNetv2_preprocess or nnUNetv2_plan_and_preprocess")
     # the first process looks at new cases, the others read what it found
@@ -164,17 +165,18 @@ def _index(folder: Path, channels: int) -> CaseIndex:
         dist.barrier()
     if not index.cases:
         raise UserError(f"no case in {folder}; run nnUNetv2_preprocess for this configuration")
-    problems = index.problems()
-    if problems:
-        listed = shorten(f"case '{case}' {problem}" for case, problem in problems.items())
-        raise UserError(f"{folder}: {listed}; preprocess these cases again or remove them")
-    wrong = [case for case, found in zip(index.cases, index.channels(), strict=True) if found != channels]
-    if wrong:
-        found = index[wrong[0]].shape[0]
+    problems = {
+        case: f"has {found} channels, the plans expect {channels}"
+        for case, found in zip(index.cases, index.channels(), strict=True)
+        if found != channels
+    } | index.problems()
+    if len(problems) > most_unreadable * len(index.cases):
+        listed = shorten(f"case '{case}' {problem}" for case, problem in sorted(problems.items()))
         raise UserError(
-            f"{folder}: case '{wrong[0]}' has {found} channels, the plans expect {channels}"
-            f"{f' (and {len(wrong) - 1} more such cases)' if len(wrong) > 1 else ''}; preprocess the data set again"
+            f"{folder}: {listed}; preprocess these cases again or remove them (nnssl_ext.most_unreadable="
+            f"{most_unreadable} is the share of cases that a run does without)"
         )
+    index.left_out = problems
     return index
 
 

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from nnssl_ext.data.cases import shorten
 from nnssl_ext.data.crops import CropBatch, CropDataset
 from nnssl_ext.data.images import ImageDataset, ImageRequest
-from nnssl_ext.data.loader import Shard, crop_loader
+from nnssl_ext.data.loader import Shard
+from nnssl_ext.data.steady import SteadyLoader
 from nnssl_ext.environment import worker_count
 from nnssl_ext.errors import UserError
 from nnssl_ext.training.distributed import rank, world
+from nnssl_ext.training.steps import leave_if_asked
 from nnssl_ext.views.random import VALIDATION
 
 if TYPE_CHECKING:
@@ -22,12 +24,19 @@ def sample_loaders(trainer: PretrainingTrainer) -> tuple[Iterator[CropBatch], It
     """One iterator over all training batches that are left, and a loader of the validation batches."""
     train, val = _datasets(trainer)
     workers, pin = worker_count(), trainer.device.type == "cuda"
-    steps = trainer.num_iterations_per_epoch
-    left = Shard(trainer.current_epoch * steps, trainer.num_epochs * steps, trainer.batch_size, rank(), world())
+    left = Shard(
+        trainer.step, trainer.num_epochs * trainer.num_iterations_per_epoch, trainer.batch_size, rank(), world()
+    )
     validation = Shard(0, trainer.num_val_iterations_per_epoch, trainer.batch_size, rank(), world())
-    return (
-        iter(crop_loader(train, left, workers=workers, pin_memory=pin)),
-        crop_loader(val, validation, workers=min(1, workers), pin_memory=pin),
+    tell = trainer.print_to_log_file
+
+    def waiting() -> None:
+        if world() == 1:
+            leave_if_asked(trainer)
+
+    training = SteadyLoader(train, left, workers=workers, pin_memory=pin, tell=tell, waiting=waiting)
+    return iter(training), SteadyLoader(
+        val, validation, workers=min(1, workers), pin_memory=pin, tell=tell, waiting=lambda: None
     )
 
 
@@ -54,30 +63,43 @@ class Unreadable:
     """What could not be read in this run and was replaced.
 
     Args:
+        what: Of what.
         total: How many there are to read.
         limit: Largest share of them that may be unreadable.
         tell: Called with a line for each new one.
     """
 
-    def __init__(self, total: int, limit: float, tell: Callable[[str], None]) -> None:
-        self.total, self.limit, self.tell = total, limit, tell
+    def __init__(self, what: str, total: int, limit: float, tell: Callable[[str], None]) -> None:
+        self.what, self.total, self.limit, self.tell = what, total, limit, tell
         self.names: list[str] = []
 
     def __repr__(self) -> str:
         return f"Unreadable({len(self.names)} of {self.total})"
 
     def note(self, names: Iterable[str]) -> None:
-        """Name each one once.
+        """Name each one once; what follows ': ' in a name is the reason.
 
         Raises:
             UserError: When they are too many.
         """
-        new = [name for name in dict.fromkeys(names) if name not in self.names]
+        known = {name.partition(": ")[0] for name in self.names}
+        new = list({name.partition(": ")[0]: name for name in names if name.partition(": ")[0] not in known}.values())
         for name in new:
             self.names.append(name)
             self.tell(f"cannot be read and is skipped ({len(self.names)} so far): {name}")
         if new and len(self.names) > self.limit * self.total:
             raise UserError(
-                f"{len(self.names)} of {self.total} images cannot be read, more than most_unreadable={self.limit} "
-                f"allows: {shorten(self.names)}; repair or remove them, then go on with --c"
+                f"{len(self.names)} of {self.total} {self.what} cannot be read, more than most_unreadable="
+                f"{self.limit} allows: {shorten(self.names, 20)}; repair or remove them, then go on with --c"
             )
+
+
+def unreadable(trainer: PretrainingTrainer) -> Unreadable:
+    """The list of a run that begins, with the cases that are left out from the start."""
+    checked, limit = trainer.checked, trainer.checked.common.most_unreadable
+    if checked.images is not None:
+        return Unreadable("images", len(checked.images), limit, trainer.print_to_log_file)
+    result = Unreadable("cases", len(checked.index.cases), limit, trainer.print_to_log_file)
+    folder = checked.index.folder
+    result.note(f"case '{case}' in {folder}: {problem}" for case, problem in checked.index.left_out.items())
+    return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,18 +10,29 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from nnssl_ext import checkpoint
+from nnssl_ext.data.cases import shorten
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
 from nnssl_ext.networks import contract
 from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.provenance import hardware, revision, versions
+from nnssl_ext.training import steps
 from nnssl_ext.transfer.adaptations import positions
 
 if TYPE_CHECKING:
     from nnssl_ext.training.trainer import PretrainingTrainer
 
 #: Common settings that a continued run may change: they change neither the data nor a step.
-FREE = ("save_every", "validation_iterations", "epochs", "images", "most_unreadable")
+FREE = (
+    "save_every",
+    "validation_iterations",
+    "epochs",
+    "images",
+    "most_unreadable",
+    "most_nonfinite",
+    "max_time",
+    "on_write_failure",
+)
 
 
 def collect(trainer: PretrainingTrainer) -> dict[str, Any]:
@@ -33,7 +45,7 @@ def collect(trainer: PretrainingTrainer) -> dict[str, Any]:
         "grad_scaler_state": scaler.state_dict() if scaler is not None else None,
         "logging": trainer.logger.get_checkpoint(),
         "_best_ema": trainer._best_ema,
-        "current_epoch": trainer.current_epoch + 1,
+        "current_epoch": steps.next_epoch(trainer),
         "init_args": trainer.my_init_kwargs,
         "trainer_name": type(trainer).__name__,
         "inference_allowed_mirroring_axes": trainer.inference_allowed_mirroring_axes,
@@ -56,6 +68,7 @@ def restore(trainer: PretrainingTrainer, content: dict[str, Any], source: str) -
     """
     own = content["nnssl_ext"]
     refuse_other_run(own["identity"], identity(trainer), source)
+    refuse_other_data(own.get("data"), data(trainer), source)
     trainer.method.load_state_dict(own["state"])
     trainer.optimizer.load_state_dict(content["optimizer_state"])
     if trainer.grad_scaler is not None and content["grad_scaler_state"] is not None:
@@ -66,6 +79,16 @@ def restore(trainer: PretrainingTrainer, content: dict[str, Any], source: str) -
     trainer._best_ema = content["_best_ema"]
     trainer.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
     trainer.step = own["counters"]["step"]
+    trainer.guard.skipped = own["counters"].get("nonfinite", 0)
+    trainer.outputs = steps.restored(own.get("outputs", {}), trainer.device)
+
+
+def start(trainer: PretrainingTrainer) -> None:
+    """Before the first step of a run: ``start_from``, if the plans say so."""
+    source = trainer.checked.common.start_from
+    if source is not None and trainer.step == 0:
+        start_from(trainer.method, Path(source))
+        trainer.print_to_log_file(f"Starting from {source}")
 
 
 def start_from(method: Method, path: Path) -> None:
@@ -123,7 +146,13 @@ def own_section(trainer: PretrainingTrainer) -> dict[str, Any]:
         "state": method.state_dict(),
         # a teacher is written instead of the network, under the same names
         "trained": [name for name, p in method.network.named_parameters() if p.requires_grad],
-        "counters": {"step": trainer.step, "samples": trainer.step * checked.batch_size},
+        "counters": {
+            "step": trainer.step,
+            "samples": trainer.step * checked.batch_size,
+            "nonfinite": trainer.guard.skipped,
+        },
+        "outputs": steps.stored(trainer.outputs),
+        "data": data(trainer),
         "training_cases": checked.training_cases,
         "versions": versions(),
         "revision": revision(),
@@ -167,6 +196,38 @@ def refuse_other_run(stored: dict[str, Any], mine: dict[str, Any], source: str) 
         raise UserError(
             f"{source} belongs to another run: {name} is {theirs!r} there and {ours!r} here; continue with the plans "
             f"it was made with, or start anew without --c"
+        )
+
+
+def data(trainer: PretrainingTrainer) -> dict[str, str]:
+    """Digests of what the run learns from, by case; of the names alone where that is 2-D images."""
+    images = trainer.checked.images
+    if images is None:
+        return trainer.checked.index.fingerprint()
+    names = "\n".join(name for files in images.files for name in files)
+    return {f"the list of {len(images)} images": hashlib.sha256(names.encode()).hexdigest()}
+
+
+def refuse_other_data(stored: dict[str, str] | None, mine: dict[str, str], source: str) -> None:
+    """One line about the cases that are not what they were.
+
+    A case that was or is left out as unreadable may differ: the log names it.
+
+    Raises:
+        UserError: If cases came, went or changed.
+    """
+    if stored is None:  # from before digests were kept
+        return
+    found = {
+        "gone": [case for case in stored if case not in mine],
+        "new": [case for case in mine if case not in stored],
+        "changed": [case for case in mine if stored.get(case) and mine[case] and stored[case] != mine[case]],
+    }
+    differences = [f"{len(cases)} {what} ({shorten(cases)})" for what, cases in found.items() if cases]
+    if differences:
+        raise UserError(
+            f"{source} was made with another state of the data set: {'; '.join(differences)}. Restore it, or start "
+            f"anew without --c"
         )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnssl_ext.data.corpus import TARGET_KEY
 from nnssl_ext.recipe import write_json
+from nnssl_ext.training.distributed import world
 
 if TYPE_CHECKING:
     from nnssl_ext.training.trainer import PretrainingTrainer
@@ -57,10 +58,22 @@ def next_command(trainer: PretrainingTrainer, file: Path) -> str:
     dataset, fold = trainer.plans_manager.dataset_name, str(trainer.fold)
     if TARGET_KEY in trainer.dataset_json:  # a corpus has no labels: its weights are for another data set
         dataset, fold = trainer.dataset_json[TARGET_KEY], "0"
+    words = _command(trainer, dataset, fold, trainer.checked.common.target_trainer)
+    return shlex.join([*words, "-pretrained_weights", str(file)])
+
+
+def continue_command(trainer: PretrainingTrainer) -> str:
+    """The stock command that goes on with this run."""
+    words = _command(trainer, trainer.plans_manager.dataset_name, str(trainer.fold), type(trainer).__name__)
+    if trainer.device.type != "cuda":
+        words += ["-device", trainer.device.type]
+    if world() > 1:
+        words += ["-num_gpus", str(world())]
+    return shlex.join([*words, "--c"])
+
+
+def _command(trainer: PretrainingTrainer, dataset: str, fold: str, trainer_name: str) -> list[str]:
     words = ["nnUNetv2_train", str(int(dataset[7:10])), trainer.configuration_name, fold]
     if trainer.plans_manager.plans_name != "nnUNetPlans":
         words += ["-p", trainer.plans_manager.plans_name]
-    target = trainer.checked.common.target_trainer
-    if target != "nnUNetTrainer":
-        words += ["-tr", target]
-    return shlex.join([*words, "-pretrained_weights", str(file)])
+    return [*words, "-tr", trainer_name] if trainer_name != "nnUNetTrainer" else words

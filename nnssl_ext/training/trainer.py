@@ -20,19 +20,21 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nnssl_ext import checkpoint
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
 from nnssl_ext.networks.target import target_network
-from nnssl_ext.training import state
+from nnssl_ext.training import run_folder, state, steps
 from nnssl_ext.training.collapse import stop_when_collapsed
 from nnssl_ext.training.distributed import mean_over_samples, rank, rank_device, world
 from nnssl_ext.training.engine import engine, mixed_precision
+from nnssl_ext.training.guards import FiniteGuard
+from nnssl_ext.training.heartbeat import Heartbeat
+from nnssl_ext.training.interruption import Interruption
 from nnssl_ext.training.log import PretrainingLog
 from nnssl_ext.training.optimisation import build_optimiser, set_rates
 from nnssl_ext.training.preflight import check_run, target_backbone
-from nnssl_ext.training.samples import Unreadable, sample_loaders
+from nnssl_ext.training.samples import sample_loaders, unreadable
 from nnssl_ext.training.summary import print_summary
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom, step_seed
 
@@ -61,6 +63,7 @@ class PretrainingTrainer(nnUNetTrainer):
         self.checked = check_run(self.method_class, plans, configuration, fold, dataset_json, device)
         common = self.checked.common
         amp_dtype = mixed_precision(device, common.precision)
+        continuing = bool(plans.get("continue_training"))
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.device, self.amp_dtype = rank_device(device), amp_dtype
         # bfloat16 has the range of float32: only float16 needs its gradients scaled
@@ -73,8 +76,10 @@ class PretrainingTrainer(nnUNetTrainer):
         self.inference_allowed_mirroring_axes = (0, 1, 2)
         self.logger.local_logger = PretrainingLog(self.method_class.readable)
         self.step = 0
-        images = self.checked.images
-        self.unreadable = Unreadable(len(images or ()), common.most_unreadable, self.print_to_log_file)
+        self.outputs: steps.Outputs = []
+        self.continuing = continuing
+        self.interruption = Interruption(common.max_time, self.device)
+        self.unreadable = unreadable(self)
         self.print_to_log_file(f"Pretraining with {self.method_class.title}: {self.method_class.citation}\n")
 
     def initialize(self) -> None:
@@ -104,6 +109,7 @@ class PretrainingTrainer(nnUNetTrainer):
         self.initial_lr = self.recipe.learning_rate if common.learning_rate is None else common.learning_rate
         self.weight_decay = self.recipe.weight_decay
         self.optimizer = build_optimiser(self.recipe, self.method.parameter_groups(), self.initial_lr)
+        self.guard = FiniteGuard(self.method, self.optimizer, common.most_nonfinite, self.print_to_log_file)
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         self.logger.update_config({"hparas": {"method": self.method.name, "initial_lr": self.initial_lr}})
         self.was_initialized = True
@@ -131,30 +137,28 @@ class PretrainingTrainer(nnUNetTrainer):
         return sample_loaders(self)
 
     def on_train_start(self) -> None:
-        if not self.was_initialized:
-            self.initialize()
-        source = self.checked.common.start_from
-        if source is not None and self.step == 0:
-            state.start_from(self.method, Path(source))
-            self.print_to_log_file(f"Starting from {source}")
         super().on_train_start()
+        state.start(self)
 
     def run_training(self) -> None:
-        self.on_train_start()
-        for _ in range(self.current_epoch, self.num_epochs):
-            self.on_epoch_start()
-            self.on_train_epoch_start()
-            batches = (next(self.dataloader_train) for _ in range(self.num_iterations_per_epoch))
-            self.on_train_epoch_end([self.train_step(b) for b in self._progress(batches, "training")])
-            self.on_validation_epoch_start()
-            self.on_validation_epoch_end(
-                [self.validation_step(b) for b in self._progress(self.dataloader_val, "validation")]
-            )
-            self.on_epoch_end()
-        self.on_train_end()
+        with run_folder.entered(self), self.interruption, Heartbeat():
+            self.on_train_start()
+            for _ in range(self.current_epoch, self.num_epochs):
+                self.on_epoch_start()
+                self.on_train_epoch_start()
+                left = (self.current_epoch + 1) * self.num_iterations_per_epoch - self.step
+                batches = (next(self.dataloader_train) for _ in range(left))
+                self.on_train_epoch_end(steps.training_steps(self, self._progress(batches, "training")))
+                self.on_validation_epoch_start()
+                self.on_validation_epoch_end(
+                    [self.validation_step(b) for b in self._progress(self.dataloader_val, "validation")]
+                )
+                self.on_epoch_end()
+            self.on_train_end()
 
     def on_train_end(self) -> None:
         super().on_train_end()
+        run_folder.remove_previous(self)
         self.dataloader_train = self.dataloader_val = None  # ends the workers
 
     def on_train_epoch_start(self) -> None:
@@ -165,12 +169,13 @@ class PretrainingTrainer(nnUNetTrainer):
     def train_step(self, batch: CropBatch) -> dict[str, Tensor]:
         """One optimiser step; the terms stay on the device, so that nothing waits for them."""
         common = self.checked.common
-        steps = self.num_epochs * self.num_iterations_per_epoch
-        set_rates(self.optimizer, self.recipe, self.initial_lr, self.step, steps)
-        self.method.before_step(self.step / steps)
+        total = self.num_epochs * self.num_iterations_per_epoch
+        set_rates(self.optimizer, self.recipe, self.initial_lr, self.step, total)
+        self.method.before_step(self.step / total)
         # dropout and the like draw from torch's own generator: the same at each step, however often we restarted
         torch.manual_seed(step_seed(common.seed, self.step))
         self.optimizer.zero_grad(set_to_none=True)
+        self.guard.remember()
         terms = self._terms(batch, VIEWS)
         # ranks may hold one sample more or less: DDP averages over ranks, the objective over samples
         loss = terms["loss"].sum() * (world() / self.checked.batch_size)
@@ -178,14 +183,16 @@ class PretrainingTrainer(nnUNetTrainer):
             self.grad_scaler.scale(loss).backward()
             self.grad_scaler.unscale_(self.optimizer)
             self._clip()
+            self.guard.judge(loss, None)
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         else:
             loss.backward()
-            self._clip()
-            self.optimizer.step()
+            if self.guard.judge(loss, self._clip()):
+                self.optimizer.step()
         self.step += 1
-        self.method.after_step(self.step / steps)
+        self.method.after_step(self.step / total)
+        self.guard.settle(self.step, batch.cases)
         return {key: value.detach() for key, value in terms.items()}
 
     def validation_step(self, batch: CropBatch) -> dict[str, Tensor]:
@@ -193,9 +200,9 @@ class PretrainingTrainer(nnUNetTrainer):
             return self._terms(batch, VALIDATION + VIEWS)
 
     def _terms(self, batch: CropBatch, stream: int) -> dict[str, Tensor]:
+        self.unreadable.note(batch.skipped)
         if batch.failure:
             raise UserError(f"{batch.failure}; repair or remove it, then go on with --c")
-        self.unreadable.note(batch.skipped)
         random = BatchRandom(self.checked.common.seed, stream, batch.indices, self.device)
         with torch.no_grad():
             views = self.method.views(batch, random)
@@ -203,8 +210,8 @@ class PretrainingTrainer(nnUNetTrainer):
         with mixed:
             return self.objective(views)
 
-    def _clip(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.method.parameters(), self.recipe.clip)
+    def _clip(self) -> Tensor:
+        return torch.nn.utils.clip_grad_norm_(self.method.parameters(), self.recipe.clip)
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Tensor]]) -> None:
         means = mean_over_samples(train_outputs)
@@ -241,12 +248,12 @@ class PretrainingTrainer(nnUNetTrainer):
         if best:
             self._best_ema = smoothed
         if (self.current_epoch + 1) % self.save_every == 0 and self.current_epoch != self.num_epochs - 1:
-            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
+            self.save_checkpoint(str(Path(self.output_folder) / run_folder.LATEST))
         if best:
             self.print_to_log_file(f"New best moving average of the validation objective: {smoothed:.4f}")
             self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_best.pth"))
         if self.local_rank == 0:
-            self.logger.plot_progress_png(self.output_folder)
+            run_folder.draw_progress(self)
         self.current_epoch += 1
 
     def _progress(self, batches: Iterable[CropBatch], what: str) -> Iterable[CropBatch]:
@@ -272,7 +279,7 @@ class PretrainingTrainer(nnUNetTrainer):
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
-        checkpoint.save(state.collect(self), Path(filename))
+        run_folder.save(self, Path(filename))
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Continue from a checkpoint of the same run, exactly.
@@ -282,8 +289,7 @@ class PretrainingTrainer(nnUNetTrainer):
         """
         source = "the checkpoint"
         if not isinstance(filename_or_checkpoint, dict):
-            source = str(filename_or_checkpoint)
-            filename_or_checkpoint = checkpoint.load(Path(source))
+            filename_or_checkpoint, source = run_folder.load(self, Path(filename_or_checkpoint))
         if not self.was_initialized:
             self.initialize()
         state.restore(self, filename_or_checkpoint, source)

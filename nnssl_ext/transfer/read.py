@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
+from nnssl_ext.foreign import RefusedError, load_tensors
 from nnssl_ext.transfer import resnet
 from nnssl_ext.transfer.geometry import geometry, planned_geometry
 from nnssl_ext.transfer.hub import Located, locate
@@ -49,8 +49,7 @@ def _content(located: Located) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return {"network_weights": load_file(path)}
-        with torch.serialization.safe_globals(checkpoint.NUMPY_SCALARS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except PermissionError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # damaged and hostile files raise anything
@@ -64,6 +63,8 @@ def _why(error: Exception) -> str:
     needed = re.search(r"GLOBAL (\S+)", str(error))
     if needed:
         return f"it needs '{needed[1]}', more than tensors and plain values (save the bare state dict anew)"
+    if isinstance(error, RefusedError):
+        return str(error)
     if isinstance(error, pickle.UnpicklingError):
         return "it needs more than tensors and plain values (save the bare state dict anew), or is damaged"
     return f"it is damaged or no file of tensors ({type(error).__name__})"

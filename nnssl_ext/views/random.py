@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 #: What a stream is for; two streams of one sample never share draws.
-CASES, CROPS, VIEWS = 0, 1, 2
+CASES, CROPS, VIEWS, SUBSTITUTES = 0, 1, 2, 3
 #: Validation samples live in streams of their own.
 VALIDATION = 16
 

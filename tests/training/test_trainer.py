@@ -127,7 +127,7 @@ def test_checkpoint_is_complete_and_plain(with_data: Data) -> None:
     assert content["current_epoch"] == 2
     section = content["nnssl_ext"]
     assert section["method"] == "volume_fusion"
-    assert section["counters"] == {"step": 6, "samples": 12}
+    assert section["counters"] == {"step": 6, "samples": 12, "nonfinite": 0}
     assert section["settings"]["volume_fusion"]["levels"] == 4
     assert section["weights_sha256"] == checkpoint.digest(content["network_weights"])
     assert set(section["trained"]) == {name for name, _ in stock.network.named_parameters()}

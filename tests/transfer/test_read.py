@@ -209,7 +209,7 @@ def test_a_damaged_checkpoint_of_ours_is_noticed(tmp_path: Path) -> None:
     stored = torch.load(tmp_path / "good.pth", weights_only=True)
     stored["network_weights"]["decoder.stages.0.convs.0.conv.bias"].add_(1)
     torch.save(stored, tmp_path / "bad.pth")
-    with pytest.raises(UserError, match="weights do not match their sha256"):
+    with pytest.raises(UserError, match="what it holds does not match its sha256"):
         read_source(str(tmp_path / "bad.pth"))
 
 

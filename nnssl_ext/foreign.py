@@ -1,0 +1,156 @@
+"""Files from elsewhere are data: nothing of them is executed, and none makes us read more than it could mean."""
+
+from __future__ import annotations
+
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import torch
+from torch import Tensor
+
+#: nnU-Net's checkpoints keep their log in numpy scalars; these names, and no others, may be loaded beside tensors.
+NUMPY_SCALARS: list[Any] = [
+    np.dtype,
+    np.float32,
+    np.float64,
+    np.float64(0).__reduce__()[0],  # numpy's own constructor, wherever it lives
+    type(np.dtype(np.float32)),
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.int64)),
+]
+#: Largest JSON file in bytes, and how deeply it may be nested.
+LARGEST_JSON, DEEPEST_JSON = 64 * 2**20, 64
+#: An .npz may be so many times larger than its file.
+LARGEST_RATIO = 1000
+#: A frame of Blosc2 begins with this, at this offset; its header's length stands behind.
+_FRAME, _FRAME_AT, _LENGTH_AT = b"b2frame\0", 2, 11
+#: Kinds of Blosc2 objects that run code or open other files when they are opened.
+_ACTIVE = (b"LazyArray", b"proxy-source", b"\xa3b2o")
+
+
+class RefusedError(ValueError):
+    """A file that is not what it should be; the message says why."""
+
+
+def load_tensors(path: Path, safe: list[Any] = NUMPY_SCALARS) -> Any:
+    """The tensors and plain values in a file of ``torch.save``, on the CPU; a pickle is never executed.
+
+    Raises:
+        RefusedError: If it claims to be more than it holds.
+        Exception: Of many kinds, for damaged files.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            # torch never compresses: what does is a bomb
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise RefusedError("its parts are larger than the file")
+    with torch.serialization.safe_globals(safe):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    check_tensors(content)
+    return content
+
+
+def check_tensors(content: Any) -> None:
+    """Look at every value of a loaded file.
+
+    Raises:
+        RefusedError: For a tensor that is not dense or shows more than it stores, and for nesting without end.
+    """
+    level: list[Any] = [content]
+    for _ in range(DEEPEST_JSON):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below += value.values()
+            elif isinstance(value, (list, tuple, set)):
+                below += value
+            elif isinstance(value, Tensor):
+                if value.layout != torch.strided or value.is_quantized or value.is_meta:
+                    raise RefusedError("it holds a tensor that is not dense")
+                if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                    raise RefusedError("it holds a tensor that shows more than it stores")
+        if not below:
+            return
+        level = below
+    raise RefusedError("it is nested too deeply")
+
+
+def check_json(content: Any) -> None:
+    """Refuse what is nested more deeply than any settings are."""
+    level: list[Any] = [content]
+    for _ in range(DEEPEST_JSON):
+        level = [
+            item
+            for value in level
+            if isinstance(value, (dict, list))
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise RefusedError(f"it is nested more than {DEEPEST_JSON} levels deep")
+
+
+def open_blosc2(path: Path, **options: Any) -> blosc2.NDArray:
+    """An array in a .b2nd file; the kinds of Blosc2 objects that run code when they are opened are refused.
+
+    Raises:
+        RefusedError: For such a file, and for one that holds no array.
+        Exception: Of many kinds, for damaged files.
+    """
+    with path.open("rb") as file:
+        start = file.read(_LENGTH_AT + 4)
+        length = int.from_bytes(start[_LENGTH_AT:], "big")
+        if start[_FRAME_AT : _FRAME_AT + len(_FRAME)] != _FRAME or length > path.stat().st_size:
+            raise RefusedError("it is no Blosc2 frame")
+        header = start + file.read(length - len(start))
+    found = [name.strip(b"\xa3").decode() for name in _ACTIVE if name in header]
+    if found:
+        raise RefusedError(f"it is a {found[0]}, which can run code; an array was expected")
+    array = blosc2.open(urlpath=str(path), mode="r", **options)
+    if not isinstance(array, blosc2.NDArray):
+        raise RefusedError(f"it holds a {type(array).__name__}, expected an array")
+    return array
+
+
+def load_npz(path: Path, name: str) -> np.ndarray:
+    """One array of an .npz file.
+
+    Raises:
+        RefusedError: If it would unpack to much more than its file could mean.
+        Exception: Of many kinds, for damaged files.
+    """
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > LARGEST_RATIO * path.stat().st_size:
+        raise RefusedError(f"it would unpack to {size:,} bytes")
+    with np.load(path, allow_pickle=False) as archive:
+        return archive[name]
+
+
+def unpack_tar(
+    path: Path, target: Path, wanted: Callable[[tarfile.TarFile], Iterable[tarfile.TarInfo]] | None = None
+) -> None:
+    """Unpack a tar file below ``target``: no member leaves it, and none if they do not fit on the disk.
+
+    Args:
+        path: The file.
+        target: A folder.
+        wanted: Which members; None for all.
+
+    Raises:
+        RefusedError: If it would unpack to much more than its file, which no medical images do.
+        tarfile.TarError, OSError: If it cannot be unpacked.
+    """
+    limit, total = LARGEST_RATIO * path.stat().st_size, 0
+    with tarfile.open(path) as archive:
+        for member in archive:
+            total += member.size
+            if total > limit:
+                raise RefusedError(f"it would unpack to more than {limit:,} bytes")
+        # the data filter refuses members that would leave the folder
+        archive.extractall(target, members=wanted(archive) if wanted else None, filter="data")

@@ -1,0 +1,171 @@
+"""The folder of one run: one process at a time, nothing lost in it, and which of its checkpoints to go on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from nnssl_ext import checkpoint
+from nnssl_ext.errors import UserError
+from nnssl_ext.training import state
+
+if TYPE_CHECKING:
+    from nnssl_ext.training.trainer import PretrainingTrainer
+
+LATEST, PREVIOUS = "checkpoint_latest.pth", "checkpoint_previous.pth"
+#: Where ``--c`` may go on from, the newest first.
+CHAIN = ("checkpoint_final.pth", LATEST, PREVIOUS, "checkpoint_best.pth")
+LOCK, HOLDER = ".nnssl_ext.lock", ".nnssl_ext.holder.json"
+
+
+@contextmanager
+def entered(trainer: PretrainingTrainer) -> Iterator[None]:
+    """Around a training: its folder locked, nothing of an earlier run overwritten, the right checkpoint taken."""
+    folder = Path(trainer.output_folder)
+    with locked(folder) if trainer.local_rank == 0 else nullcontext():
+        found = [folder / name for name in CHAIN if (folder / name).is_file()]
+        if trainer.step == 0 and trainer.continuing and found:
+            # stock looks for three names only, and would start anew
+            trainer.load_checkpoint(str(found[0]))
+        elif trainer.step == 0 and trainer.local_rank == 0 and not trainer.disable_checkpointing:
+            set_aside(folder, trainer.print_to_log_file)
+        yield
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The run's folder for this process alone; the system releases the lock however a process ends.
+
+    Raises:
+        UserError: If another process works there; it is named.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(folder / LOCK), folder / HOLDER
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{folder} belongs to another run, {_described(holder)}; wait for it or stop it") from error
+    except OSError as error:
+        raise UserError(f"cannot lock {folder}: {error.strerror or error}") from error
+    try:
+        with suppress(OSError):  # the lock holds without its label
+            label = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            holder.write_text(json.dumps(label))
+        remove_unfinished(folder)
+        yield
+    finally:
+        # the folder is as stock leaves it; a killed run leaves these two files, which hold nobody up
+        with suppress(OSError):
+            holder.unlink(missing_ok=True)
+            (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def _described(holder: Path) -> str:
+    try:
+        label = json.loads(holder.read_text()[:1000])
+        return f"process {int(label['pid'])} on {label['host']!r} since {label['since']!r}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "a process that left no name"
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed process was writing: the temporary files of checkpoints."""
+    for path in folder.glob(".checkpoint_*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def set_aside(folder: Path, tell: Callable[[str], None]) -> None:
+    """Before a run that starts anew: move the checkpoints of an earlier one into a folder of their own."""
+    found = [folder / name for name in CHAIN if (folder / name).is_file()]
+    if not found:
+        return
+    target = folder / f"earlier_{time.strftime('%Y%m%d_%H%M%S')}"
+    target.mkdir()
+    for path in found:
+        os.replace(path, target / path.name)
+    names = ", ".join(path.name for path in found)
+    tell(f"Starting anew (without --c); the checkpoints of an earlier run are kept in {target}: {names}")
+
+
+def keep_previous(latest: Path) -> None:
+    """Give checkpoint_latest.pth a second name, checkpoint_previous.pth; it stays where it is, too."""
+    folder, previous = latest.parent, latest.parent / PREVIOUS
+    if not latest.is_file():
+        return
+    temporary = folder / f".{PREVIOUS}.{os.getpid()}.tmp"
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(latest, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(latest, temporary)
+    os.replace(temporary, previous)
+
+
+def remove_previous(trainer: PretrainingTrainer) -> None:
+    """After checkpoint_final.pth was written and read back."""
+    if trainer.local_rank == 0 and (Path(trainer.output_folder) / CHAIN[0]).is_file():
+        (Path(trainer.output_folder) / PREVIOUS).unlink(missing_ok=True)
+
+
+def save(trainer: PretrainingTrainer, path: Path) -> None:
+    """Write a checkpoint of the run as it is.
+
+    Raises:
+        UserError: If it cannot be written, unless the settings say to go on; the final one must be.
+    """
+    try:
+        checkpoint.save(state.collect(trainer), path, keep_previous if path.name == LATEST else None)
+    except UserError as error:
+        if trainer.checked.common.on_write_failure == "stop" or path.name == CHAIN[0]:
+            raise
+        trainer.print_to_log_file(f"WARNING: {error.line}. Going on (on_write_failure=go_on)")
+
+
+def load(trainer: PretrainingTrainer, file: Path) -> tuple[dict[str, Any], str]:
+    """The checkpoint to use, and where it is from; a run that is continued may fall back to an earlier one."""
+    if trainer.continuing:
+        return load_newest(file, trainer.print_to_log_file)
+    return checkpoint.load(file), str(file)
+
+
+def draw_progress(trainer: PretrainingTrainer) -> None:
+    """progress.png, for which no run ends."""
+    try:
+        trainer.logger.plot_progress_png(trainer.output_folder)
+    except OSError as error:
+        trainer.print_to_log_file(f"WARNING: progress.png could not be written: {error.strerror or error}")
+
+
+def load_newest(file: Path, tell: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+    """The checkpoint in ``file``, or if it is damaged the newest one before it in its folder, and its name.
+
+    Raises:
+        UserError: If none can be read; nothing is deleted or written.
+    """
+    problems = []
+    start = CHAIN.index(file.name) if file.name in CHAIN else 0
+    for path in [file, *(file.parent / name for name in CHAIN[start + 1 :])]:
+        if path != file and not path.is_file():
+            continue
+        try:
+            content = checkpoint.load(path)
+        except UserError as error:
+            problems.append(error.line)
+            tell(f"WARNING: {error.line}")
+            continue
+        if problems:
+            tell(f"WARNING: going on from the one before it, {path}: the steps since then are done again")
+        return content, str(path)
+    raise UserError(
+        f"{'; '.join(problems)}; none can be read, and nothing was deleted. Restore one, or start anew without --c"
+    )

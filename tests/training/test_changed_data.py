@@ -1,0 +1,139 @@
+"""Data that is damaged, vanishes or changes under a run: named, left out up to a share, then the run stops."""
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+
+from nnssl_ext import checkpoint
+from nnssl_ext.errors import UserError
+from nnssl_ext.training.trainer import PretrainingTrainer
+from tests.conftest import Environment
+from tests.data.test_steady import fault
+from tests.training.test_bad_input import cases, replace_case
+from tests.training.test_interruption import same_run
+from tests.training.test_trainer import TRAINER, pretrain
+
+Data = Callable[[str], Environment]
+RUN = {"epochs": 2, "iterations_per_epoch": 4, "save_every": 1}
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnssl_ext.training.log.PretrainingLog.plot_progress_png", lambda *_: None)
+
+
+def log_of(fold: Path) -> str:
+    return "".join(path.read_text() for path in sorted(fold.glob("training_log_*")))
+
+
+def after(step: int, monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
+    """The change happens while the run is at this step."""
+    original = PretrainingTrainer.train_step
+
+    def train_step(self: PretrainingTrainer, batch: object) -> dict:
+        if self.step == step:
+            change()
+        return original(self, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PretrainingTrainer, "train_step", train_step)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda data: np.where(data == data.max(), np.nan, data), "holds NaN or infinite values"),
+        (np.zeros_like, "is constant"),
+        (lambda data: np.concatenate([data, data]), "has 2 channels, the plans expect 1"),
+    ],
+)
+def test_a_bad_case_is_left_out_up_to_a_share(
+    with_data: Data, change: Callable[[np.ndarray], np.ndarray], problem: str
+) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "run", {**RUN, "epochs": 1, "most_unreadable": 0.2})
+    replace_case(environment, change)
+    fold = pretrain(environment, "plain", "run", "all")
+    assert f"cannot be read and is skipped (1 so far): case 'case_03' in {cases(environment)}: {problem}" in log_of(
+        fold
+    )
+    assert checkpoint.load(fold / "checkpoint_final.pth")["nnssl_ext"]["data"]["case_03"] == ""
+    (cases(environment) / "case_04.b2nd").write_bytes(b"")
+    with pytest.raises(UserError, match="case 'case_03' .*, case 'case_04' cannot be read.*most_unreadable=0.2"):
+        pretrain(environment, "plain", "run", "all")
+
+
+@pytest.mark.parametrize("fault", ["vanished", "torn", "replaced"])
+def test_a_case_that_goes_bad_amid_the_run(with_data: Data, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "run", {**RUN, "most_unreadable": 0.2})
+    environment.write_plans("plain", "strict", RUN)
+    path, kept = cases(environment) / "case_03.b2nd", environment.root / "kept"
+    shutil.copy(path, kept)
+
+    def break_it() -> None:
+        if fault == "vanished":
+            path.unlink()
+        elif fault == "torn":
+            path.write_bytes(kept.read_bytes()[:3000])
+        else:
+            path.unlink()
+            blosc2.asarray(np.ones((1, 9, 9, 9), np.float32), urlpath=str(path), mode="w")
+
+    with monkeypatch.context() as patch:
+        after(1, patch, break_it)
+        fold = pretrain(environment, "plain", "run", "all")
+        assert "cannot be read and is skipped (1 so far): case 'case_03'" in log_of(fold)
+        shutil.copy2(kept, path)
+        with pytest.raises(UserError, match=r"1 of 6 cases cannot be read, more than most_unreadable=0.05 .*'case_03'"):
+            pretrain(environment, "plain", "strict", "all")
+    # nothing is lost: repaired, the run goes on where it stopped, and equals one that never met the fault
+    shutil.copy2(kept, path)
+    environment.write_plans("plain", "whole", RUN)
+    broken = pretrain(environment, "plain", "strict", "all", c=True)
+    same_run(pretrain(environment, "plain", "whole", "all"), broken)
+
+
+def test_a_worker_that_is_killed_amid_the_run_changes_nothing(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    environment = with_data("plain")
+    for plans in ("whole", "broken"):
+        environment.write_plans("plain", plans, RUN)
+    whole = pretrain(environment, "plain", "whole", "all")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    fault(monkeypatch, tmp_path / "flag", 7, signal.SIGKILL)
+    broken = pretrain(environment, "plain", "broken", "all")
+    assert "was killed by signal 9 while reading sample 7 (case_" in log_of(broken)
+    same_run(whole, broken)
+
+
+def test_another_data_set_under_a_continued_run_is_refused(with_data: Data) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "run", {**RUN, "epochs": 1})
+    pretrain(environment, "plain", "run", "all")
+    replace_case(environment, lambda data: data[:, ::-1] * 2)
+    shutil.copy(cases(environment) / "case_02.b2nd", cases(environment) / "case_99.b2nd")
+    (cases(environment) / "case_01.b2nd").unlink()
+    environment.write_plans("plain", "run", {**RUN, "epochs": 2})
+    with pytest.raises(
+        UserError, match=r"another state of the data set: 1 gone \(case_01\); 1 new \(case_99\); 1 changed \(case_03\)"
+    ):
+        pretrain(environment, "plain", "run", "all", c=True)
+
+
+def test_copied_data_is_the_same_data(with_data: Data) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "run", {**RUN, "epochs": 1})
+    pretrain(environment, "plain", "run", "all")
+    moved = environment.root / "moved"
+    shutil.copytree(cases(environment), moved)
+    shutil.rmtree(cases(environment))
+    shutil.move(moved, cases(environment))
+    environment.write_plans("plain", "run", RUN)
+    pretrain(environment, "plain", "run", "all", c=True)
+    assert environment.fold("plain", "run", TRAINER, fold="all").is_dir()
