@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK
 
+from nnssl_ext.data.volumes import kept_locale
+
 SHAPE = (12, 14, 16)
 
 
@@ -29,6 +31,7 @@ def write_image(path: Path, array: np.ndarray, spacing: tuple[float, ...] = (1.0
     return path
 
 
+@kept_locale()
 def write_series(
     folder: Path, array: np.ndarray, *, uid: str = "1.2.3", modality: str = "MR", skip: int = -1, turned: int = -1
 ) -> None:

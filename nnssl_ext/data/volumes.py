@@ -6,7 +6,9 @@ Everything in such a file is data from elsewhere: its header is checked before i
 from __future__ import annotations
 
 import hashlib
+import locale
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,17 @@ class Volume:
         return hashlib.sha256(head + hashlib.sha256(np.ascontiguousarray(self.array).data).digest()).digest()
 
 
+@contextmanager
+def kept_locale() -> Iterator[None]:
+    """Undo what the DICOM library does to the process: it makes ASCII the encoding of all text read afterwards."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+
+
+@kept_locale()
 def read_file(path: str, canonical: bool = False) -> list[Volume]:
     """The channels of a file: one of a 3-D image, several of a 4-D one.
 
@@ -107,7 +120,8 @@ def read_file(path: str, canonical: bool = False) -> list[Volume]:
 
 def read_series(folder: str, canonical: bool = False) -> Iterator[Volume | Unusable]:
     """The image series of one DICOM folder, or why one is unusable; series by series, in the order of their UIDs."""
-    identifiers = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(folder)
+    with kept_locale():
+        identifiers = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(folder)
     if not identifiers:
         yield Unusable("holds no DICOM series that can be read")
     for series in sorted(identifiers):
@@ -173,6 +187,7 @@ def _check_nifti(path: str) -> None:
         raise Unusable("holds NaN or infinite values")
 
 
+@kept_locale()
 def _series(folder: str, series: str, canonical: bool) -> Volume:
     names = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(folder, series)
     first = SimpleITK.ImageFileReader()

@@ -20,13 +20,6 @@ from torch import Tensor, nn
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.losses.gather import gather_samples
-from nnssl_ext.losses.health import (
-    effective_rank,
-    entropies,
-    feature_deviation,
-    off_diagonal_cosine,
-    retrieval_accuracy,
-)
 from nnssl_ext.losses.prototypes import (
     Targets,
     carried,
@@ -34,9 +27,9 @@ from nnssl_ext.losses.prototypes import (
     moved_centre,
     prototype_cross_entropy,
     sinkhorn_bias,
-    target_distributions,
 )
 from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, ParameterGroup, Readable
+from nnssl_ext.methods.dino_health import Seen, sign_of_collapse, told_cells
 from nnssl_ext.methods.dino_settings import DINOSettings, local_size
 from nnssl_ext.methods.encoder_only import sample_index
 from nnssl_ext.networks.base import Backbone
@@ -49,15 +42,10 @@ from nnssl_ext.views.spatial import SpatialRange
 GLOBALS = 2
 #: From this many samples a step on, Sinkhorn has enough of them to balance prototypes.
 SINKHORN_BATCH = 256
-#: Signs of collapse: targets of images and of cells both say less than this, in nats (uniform ones are told from equal
-#: ones by their entropy, as a share of the largest); directions in which images differ; mean cosine of their features.
-LEAST_INFORMATION, MOST_ENTROPY, LEAST_RANK, MOST_COSINE = 0.005, 0.9, 1.5, 0.9999
 #: Cells of a view that are looked at in a validation, about.
 SEEN_CELLS = 32
 #: The total, through which gradients flow, and what each sample gives to it.
 Distilled = tuple[Tensor, Tensor]
-#: Fewer samples in a validation tell nothing of a collapse.
-FEWEST_SAMPLES = 4
 
 
 class DINO(Method):
@@ -103,7 +91,7 @@ class DINO(Method):
         batch = geometry.batch_size
         automatic = "sinkhorn" if batch >= SINKHORN_BATCH else "softmax"
         self.centring = automatic if settings.centring == "auto" else settings.centring
-        self._seen: list[tuple[Tensor, ...]] = []
+        self.seen = Seen()
 
     @classmethod
     def crops(cls, settings: DINOSettings, geometry: Geometry) -> CropRequest:
@@ -132,7 +120,7 @@ class DINO(Method):
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for parameter in self.student.parameters():
             if parameter.requires_grad:
-                decays = float(parameter.ndim > 1 and 1 not in parameter.shape[:2])
+                decays = float(parameter.ndim > 1 and len(parameter) > 1)
                 groups.setdefault((rates.get(id(parameter), 1.0), decays), []).append(parameter)
         return [ParameterGroup(parameters, rate, decays) for (rate, decays), parameters in groups.items()]
 
@@ -198,7 +186,7 @@ class DINO(Method):
         if not self.training:
             everywhere = teacher.cell_head(cells[:, :: max(1, cells.shape[1] // SEEN_CELLS)])
             told = told_cells(own_of_cells, said_of_cells, views, number)
-            self._remember(views["index"], features.float(), said, everywhere, told)
+            self.seen.add(views["index"], features.float(), said, everywhere, told)
         settings = self.settings
         loss = carried(image, image_total) + settings.cell_weight * carried(cell, cell_total)
         return {"loss": loss + settings.koleo_weight * spread, "image": image, "cells": cell, "spread": spread}
@@ -218,55 +206,10 @@ class DINO(Method):
         torch._foreach_lerp_([theirs for theirs, _ in pairs], [mine for _, mine in pairs], 1 - momentum)
 
     def end_validation(self) -> dict[str, float]:
-        """What students tell of hidden cells, retrieval, health and the targets, over all validation crops."""
-        if not self._seen:
-            return {}
-        features, said, cells, told = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
-        self._seen.clear()
-        right, number, expected = told.sum(0).unbind()
-        measures = {"hidden_cells": right / number.clamp_min(1), "chance": expected / number.clamp_min(1)}
-        for level, vectors in (("image", said), ("cell", cells)):
-            distributions = target_distributions(self._targets(level, vectors.flatten(0, 1)[:, None]))[:, 0]
-            measures[f"{level}_entropy"], measures[f"{level}_information"] = entropies(distributions)
-        measures |= {
-            "view_retrieval": retrieval_accuracy(*said.unbind(1)),
-            "feature_deviation": feature_deviation(features.flatten(0, 1)),
-            "effective_rank": effective_rank(features[:, 0]),
-            "off_diagonal_cosine": off_diagonal_cosine(features[:, 0]),
-        }
-        return {name: value.item() for name, value in measures.items()} | {"samples": float(len(said))}
+        return self.seen.measures(self._targets)
 
     def diagnose(self, measures: dict[str, float]) -> str:
-        if measures.get("samples", 0) < FEWEST_SAMPLES:
-            return ""
-        informed = max(measures["image_information"], measures["cell_information"])
-        if informed < LEAST_INFORMATION:
-            return self._targets_collapsed(max(measures["image_entropy"], measures["cell_entropy"]), informed)
-        rank, cosine = measures["effective_rank"], measures["off_diagonal_cosine"]
-        if rank < LEAST_RANK or cosine > MOST_COSINE:
-            return (
-                f"the features of all images are alike (effective rank {rank:.2f}, mean cosine {cosine:.5f}); raise "
-                f"dino.koleo_weight (now {self.settings.koleo_weight}) or lower learning_rate"
-            )
-        return ""
-
-    def _targets_collapsed(self, entropy: float, information: float) -> str:
-        now, said = self.settings.teacher_temperature, f"entropy {entropy:.3f} of the largest, {information:.4f} nats"
-        if entropy > MOST_ENTROPY:
-            return (
-                f"the teacher's targets are uniform whatever it sees ({said} of information); lower "
-                f"dino.teacher_temperature (now {now}) or learning_rate"
-            )
-        return (
-            f"the teacher's targets are the same whatever it sees ({said} of information); let them be centred "
-            f"(dino.centring, dino.centre_momentum below 1) or raise dino.teacher_temperature (now {now})"
-        )
-
-    def _remember(self, index: Tensor, features: Tensor, said: Tensor, cells: Tensor, told: Tensor) -> None:
-        """Keep what a validation batch of all processes showed."""
-        number = len(said)
-        parts = features.unflatten(0, (number, -1)), said, cells.unflatten(0, (number, -1)).flatten(1, 2), told
-        self._seen.append(tuple(gather_samples(part, index)[0] for part in parts))
+        return sign_of_collapse(measures, self.settings)
 
     def _distil(self, level: str, own: Tensor, said: Tensor, pairs: Tensor, weight: Tensor | None = None) -> Distilled:
         """Cross-entropy of (N, S, E) under the targets of (N, T, E), over weighted pairs: its total, and (N,)."""
@@ -318,22 +261,3 @@ class DINO(Method):
             if mine.requires_grad:
                 yield theirs, mine
         yield from zip(self.teacher.buffers(), self.student.buffers(), strict=True)
-
-
-def told_cells(own: Tensor, said: Tensor, views: dict[str, Tensor], samples: int) -> Tensor:
-    """How often the student's vector of a hidden cell is nearest to the teacher's of that cell, of all in its view.
-
-    Args:
-        own, said: (M, E) of the student and of the teacher.
-        views: What ``DINO.views`` made.
-        samples: B.
-
-    Returns:
-        (B, 3): how often, of how many, and how often one would be by chance.
-    """
-    view = views["row"] // views["hidden"].shape[-1]
-    same = view[:, None] == view
-    nearest = (own @ said.T).masked_fill(~same, -2.0)
-    right = nearest.argmax(1) == torch.arange(len(own), device=own.device) if len(own) else view.bool()
-    counts = torch.stack([right.float(), torch.ones_like(right.float()), 1 / same.sum(1).clamp_min(1)], 1)
-    return counts.new_zeros(samples, 3).index_add(0, views["owner"], counts)

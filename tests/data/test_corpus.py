@@ -1,4 +1,5 @@
 import json
+import locale
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -177,7 +178,7 @@ def test_worker_processes_make_the_same(target: Environment, images: Path) -> No
 
 
 def test_dicom_series(target: Environment, tmp_path: Path) -> None:
-    source = tmp_path / "dicom"
+    source, encoding = tmp_path / "dicom", locale.nl_langinfo(locale.CODESET)
     write_series(source / "patient1", volume(1), uid="1.2.3")
     write_series(source / "patient1", volume(2), uid="1.2.4", modality="CT")
     write_series(source / "patient2", volume(3), uid="1.2.5", skip=5)
@@ -186,6 +187,7 @@ def test_dicom_series(target: Environment, tmp_path: Path) -> None:
     for number in range(4):
         (source / "patient1" / f"0{number}.txt").write_text("notes")
     made = make(source, "--max-failures", "50")
+    assert locale.nl_langinfo(locale.CODESET) == encoding
     kept = {row["series"]: row for row in made["volumes"] if row["status"] == "kept"}
     assert {uid: (row["modality"], row["spacing"]) for uid, row in kept.items()} == {
         "1.2.3": ("MR", [2.0, 1.0, 1.0]),

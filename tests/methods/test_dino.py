@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Geometry
-from nnssl_ext.methods.dino import DINO, told_cells
+from nnssl_ext.methods.dino import DINO
 from nnssl_ext.methods.dino_settings import DINOSettings, local_size
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom
 from tests.conftest import Environment
@@ -274,20 +274,6 @@ def test_a_broken_run_shows_its_sign(tmp_path: Path) -> None:
     assert "features of all images are alike" in method.diagnose(validated(folder, method))
     # one validation sample tells nothing
     assert method.diagnose({"samples": 2.0, "image_information": 0.0, "cell_information": 0.0}) == ""
-
-
-def test_told_cells_counts_within_the_view() -> None:
-    hidden = torch.zeros(2, 2, 4, dtype=torch.bool)
-    hidden[0, 0, :3] = hidden[1, 1, 2:] = True
-    row = hidden.flatten().nonzero()[:, 0]
-    said = torch.eye(5)
-    own = said[[0, 2, 1, 3, 0]]  # right, swapped, swapped, right, and a cell of the other sample: not a candidate
-    views = {"hidden": hidden, "row": row, "owner": row // 8}
-    found = told_cells(own, said, views, 2)
-    assert found[0].tolist() == pytest.approx([1, 3, 1])
-    assert found[1, 1:].tolist() == pytest.approx([2, 1])
-    none = {"hidden": hidden & False, "row": row[:0], "owner": row[:0]}
-    assert told_cells(own[:0], said[:0], none, 2).tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
 def test_low_precision_stays_finite(folder: Path) -> None:

@@ -1,0 +1,123 @@
+"""What 3DINO's validation crops tell together: of hidden cells, of the targets, of a collapse.
+
+B samples of a batch, n of a validation, F features, E width of a projected vector, N cells of a view, M hidden cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nnssl_ext.losses.gather import gather_samples
+from nnssl_ext.losses.health import (
+    effective_rank,
+    entropies,
+    feature_deviation,
+    off_diagonal_cosine,
+    retrieval_accuracy,
+)
+from nnssl_ext.losses.prototypes import Targets, target_distributions
+from nnssl_ext.methods.dino_settings import DINOSettings
+
+#: Signs of collapse: targets of images and of cells both say less than this, in nats (uniform ones are told from equal
+#: ones by their entropy, as a share of the largest); directions in which images differ; mean cosine of their features.
+LEAST_INFORMATION, MOST_ENTROPY, LEAST_RANK, MOST_COSINE = 0.005, 0.9, 1.5, 0.9999
+#: Fewer samples in a validation tell nothing of a collapse.
+FEWEST_SAMPLES = 4
+
+
+class Seen:
+    """What the validation batches of all processes showed."""
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[Tensor, ...]] = []
+
+    def __repr__(self) -> str:
+        return f"Seen({len(self._batches)} batches)"
+
+    def add(self, index: Tensor, features: Tensor, said: Tensor, cells: Tensor, told: Tensor) -> None:
+        """Keep a batch.
+
+        Args:
+            index: (B,) global sample indices.
+            features: (2 B, F) of the teacher's global views.
+            said: (B, 2, E), what the teacher says of them.
+            cells: (2 B, N, E), what it says of some of their cells.
+            told: (B, 3), as ``told_cells`` counts.
+        """
+        number = len(said)
+        parts = features.unflatten(0, (number, -1)), said, cells.unflatten(0, (number, -1)).flatten(1, 2), told
+        self._batches.append(tuple(gather_samples(part, index)[0] for part in parts))
+
+    def measures(self, targets: Callable[[str, Tensor], Targets]) -> dict[str, float]:
+        """What all batches tell together, and forget them.
+
+        Args:
+            targets: From "image" or "cell" and what the teacher says of them (n, 1, E) to their targets.
+        """
+        if not self._batches:
+            return {}
+        features, said, cells, told = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
+        self._batches.clear()
+        right, number, expected = told.sum(0).unbind()
+        found = {"hidden_cells": right / number.clamp_min(1), "chance": expected / number.clamp_min(1)}
+        for level, vectors in (("image", said), ("cell", cells)):
+            distributions = target_distributions(targets(level, vectors.flatten(0, 1)[:, None]))[:, 0]
+            found[f"{level}_entropy"], found[f"{level}_information"] = entropies(distributions)
+        found |= {
+            "view_retrieval": retrieval_accuracy(*said.unbind(1)),
+            "feature_deviation": feature_deviation(features.flatten(0, 1)),
+            "effective_rank": effective_rank(features[:, 0]),
+            "off_diagonal_cosine": off_diagonal_cosine(features[:, 0]),
+        }
+        return {name: value.item() for name, value in found.items()} | {"samples": float(len(said))}
+
+
+def sign_of_collapse(measures: dict[str, float], settings: DINOSettings) -> str:
+    """The sign by which ``Seen.measures`` show a collapse, and what to change; '' if none."""
+    if measures.get("samples", 0) < FEWEST_SAMPLES:
+        return ""
+    informed = max(measures["image_information"], measures["cell_information"])
+    if informed < LEAST_INFORMATION:
+        return _collapsed_targets(max(measures["image_entropy"], measures["cell_entropy"]), informed, settings)
+    rank, cosine = measures["effective_rank"], measures["off_diagonal_cosine"]
+    if rank < LEAST_RANK or cosine > MOST_COSINE:
+        return (
+            f"the features of all images are alike (effective rank {rank:.2f}, mean cosine {cosine:.5f}); raise "
+            f"dino.koleo_weight (now {settings.koleo_weight}) or lower learning_rate"
+        )
+    return ""
+
+
+def _collapsed_targets(entropy: float, information: float, settings: DINOSettings) -> str:
+    now, said = settings.teacher_temperature, f"entropy {entropy:.3f} of the largest, {information:.4f} nats"
+    if entropy > MOST_ENTROPY:
+        return (
+            f"the teacher's targets are uniform whatever it sees ({said} of information); lower "
+            f"dino.teacher_temperature (now {now}) or learning_rate"
+        )
+    return (
+        f"the teacher's targets are the same whatever it sees ({said} of information); let them be centred "
+        f"(dino.centring, dino.centre_momentum below 1) or raise dino.teacher_temperature (now {now})"
+    )
+
+
+def told_cells(own: Tensor, said: Tensor, views: dict[str, Tensor], samples: int) -> Tensor:
+    """How often the student's vector of a hidden cell is nearest to the teacher's of that cell, of all in its view.
+
+    Args:
+        own, said: (M, E) of the student and of the teacher.
+        views: What ``DINO.views`` made.
+        samples: B.
+
+    Returns:
+        (B, 3): how often, of how many, and how often one would be by chance.
+    """
+    view = views["row"] // views["hidden"].shape[-1]
+    same = view[:, None] == view
+    nearest = (own @ said.T).masked_fill(~same, -2.0)
+    right = nearest.argmax(1) == torch.arange(len(own), device=own.device) if len(own) else view.bool()
+    counts = torch.stack([right.float(), torch.ones_like(right.float()), 1 / same.sum(1).clamp_min(1)], 1)
+    return counts.new_zeros(samples, 3).index_add(0, views["owner"], counts)
