@@ -29,7 +29,7 @@ from nnssl_ext.losses.prototypes import (
     sinkhorn_bias,
 )
 from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, ParameterGroup, Readable
-from nnssl_ext.methods.dino_health import Seen, sign_of_collapse, told_cells
+from nnssl_ext.methods.dino_health import Seen, sign_of_collapse
 from nnssl_ext.methods.dino_settings import DINOSettings, local_size
 from nnssl_ext.methods.encoder_only import sample_index
 from nnssl_ext.networks.base import Backbone
@@ -56,7 +56,7 @@ class DINO(Method):
     title = "3DINO"
     citation = "Xu et al., npj Digital Medicine 2025; Oquab et al., TMLR 2024, arXiv:2304.07193"
     Settings = DINOSettings
-    readable = Readable("hidden_cells", "Hidden cells told from the others of their view")
+    readable = Readable("hidden_cells", "Hidden cells told from the same place in other views")
     deep_supervision = False
 
     settings: DINOSettings
@@ -184,9 +184,9 @@ class DINO(Method):
         cell = image.new_zeros(number).index_add(0, views["owner"], per_cell)
         spread = self._spread(own_features.float().unflatten(0, (number, GLOBALS)), views["index"])
         if not self.training:
-            everywhere = teacher.cell_head(cells[:, :: max(1, cells.shape[1] // SEEN_CELLS)])
-            told = told_cells(own_of_cells, said_of_cells, views, number)
-            self.seen.add(views["index"], features.float(), said, everywhere, told)
+            some = slice(None, None, max(1, cells.shape[1] // SEEN_CELLS))
+            guessed, right = student.cell_head(own_cells[:, some]), teacher.cell_head(cells[:, some])
+            self.seen.add(views["index"], features.float(), said, guessed, right, hidden[:, some])
         settings = self.settings
         loss = carried(image, image_total) + settings.cell_weight * carried(cell, cell_total)
         return {"loss": loss + settings.koleo_weight * spread, "image": image, "cells": cell, "spread": spread}

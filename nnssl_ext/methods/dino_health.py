@@ -37,19 +37,20 @@ class Seen:
     def __repr__(self) -> str:
         return f"Seen({len(self._batches)} batches)"
 
-    def add(self, index: Tensor, features: Tensor, said: Tensor, cells: Tensor, told: Tensor) -> None:
+    def add(
+        self, index: Tensor, features: Tensor, said: Tensor, guessed: Tensor, cells: Tensor, hidden: Tensor
+    ) -> None:
         """Keep a batch.
 
         Args:
             index: (B,) global sample indices.
             features: (2 B, F) of the teacher's global views.
             said: (B, 2, E), what the teacher says of them.
-            cells: (2 B, N, E), what it says of some of their cells.
-            told: (B, 3), as ``told_cells`` counts.
+            guessed, cells: (2 B, N, E), what the student and the teacher say of some of their cells.
+            hidden: (2 B, N) bool, whether the student did not see them.
         """
-        number = len(said)
-        parts = features.unflatten(0, (number, -1)), said, cells.unflatten(0, (number, -1)).flatten(1, 2), told
-        self._batches.append(tuple(gather_samples(part, index)[0] for part in parts))
+        parts = [part.unflatten(0, (len(said), -1)) for part in (features, guessed, cells, hidden.float())]
+        self._batches.append(tuple(gather_samples(part, index)[0] for part in (said, *parts)))
 
     def measures(self, targets: Callable[[str, Tensor], Targets]) -> dict[str, float]:
         """What all batches tell together, and forget them.
@@ -59,12 +60,11 @@ class Seen:
         """
         if not self._batches:
             return {}
-        features, said, cells, told = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
+        said, features, guessed, cells, hidden = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
         self._batches.clear()
-        right, number, expected = told.sum(0).unbind()
-        found = {"hidden_cells": right / number.clamp_min(1), "chance": expected / number.clamp_min(1)}
-        for level, vectors in (("image", said), ("cell", cells)):
-            distributions = target_distributions(targets(level, vectors.flatten(0, 1)[:, None]))[:, 0]
+        found = {"hidden_cells": told_cells(guessed.flatten(0, 1), cells.flatten(0, 1), hidden.flatten(0, 1) > 0)}
+        for level, vectors in (("image", said.flatten(0, 1)), ("cell", cells.flatten(0, 2))):
+            distributions = target_distributions(targets(level, vectors[:, None]))[:, 0]
             found[f"{level}_entropy"], found[f"{level}_information"] = entropies(distributions)
         found |= {
             "view_retrieval": retrieval_accuracy(*said.unbind(1)),
@@ -72,7 +72,26 @@ class Seen:
             "effective_rank": effective_rank(features[:, 0]),
             "off_diagonal_cosine": off_diagonal_cosine(features[:, 0]),
         }
-        return {name: value.item() for name, value in found.items()} | {"samples": float(len(said))}
+        views = said.shape[0] * said.shape[1]
+        return {name: value.item() for name, value in found.items()} | {
+            "samples": float(len(said)),
+            "chance": 1 / views,
+        }
+
+
+def told_cells(guessed: Tensor, cells: Tensor, hidden: Tensor) -> Tensor:
+    """How often the student's vector of a hidden cell is nearest to the teacher's of that view, of all at its place.
+
+    Other places of the same view are no candidates: where a cell lies a network knows from its padding, whatever the
+    image shows.
+
+    Args:
+        guessed, cells: (V, N, E) of the student and of the teacher, in V views.
+        hidden: (V, N) bool.
+    """
+    nearest = torch.einsum("vne,wne->nvw", guessed, cells).argmax(2)  # (N, V)
+    right = (nearest == torch.arange(len(cells), device=cells.device)).T
+    return (right & hidden).sum() / hidden.sum().clamp_min(1)
 
 
 def sign_of_collapse(measures: dict[str, float], settings: DINOSettings) -> str:
@@ -102,22 +121,3 @@ def _collapsed_targets(entropy: float, information: float, settings: DINOSetting
         f"the teacher's targets are the same whatever it sees ({said} of information); let them be centred "
         f"(dino.centring, dino.centre_momentum below 1) or raise dino.teacher_temperature (now {now})"
     )
-
-
-def told_cells(own: Tensor, said: Tensor, views: dict[str, Tensor], samples: int) -> Tensor:
-    """How often the student's vector of a hidden cell is nearest to the teacher's of that cell, of all in its view.
-
-    Args:
-        own, said: (M, E) of the student and of the teacher.
-        views: What ``DINO.views`` made.
-        samples: B.
-
-    Returns:
-        (B, 3): how often, of how many, and how often one would be by chance.
-    """
-    view = views["row"] // views["hidden"].shape[-1]
-    same = view[:, None] == view
-    nearest = (own @ said.T).masked_fill(~same, -2.0)
-    right = nearest.argmax(1) == torch.arange(len(own), device=own.device) if len(own) else view.bool()
-    counts = torch.stack([right.float(), torch.ones_like(right.float()), 1 / same.sum(1).clamp_min(1)], 1)
-    return counts.new_zeros(samples, 3).index_add(0, views["owner"], counts)

@@ -32,15 +32,17 @@ def test_signs(changed: dict[str, float], sign: str) -> None:
     assert bool(found) == bool(sign)
 
 
-def test_told_cells_counts_within_the_view() -> None:
-    hidden = torch.zeros(2, 2, 4, dtype=torch.bool)
-    hidden[0, 0, :3] = hidden[1, 1, 2:] = True
-    row = hidden.flatten().nonzero()[:, 0]
-    said = torch.eye(5)
-    own = said[[0, 2, 1, 3, 0]]  # right, swapped, swapped, right, and a cell of the other sample: not a candidate
-    views = {"hidden": hidden, "row": row, "owner": row // 8}
-    found = told_cells(own, said, views, 2)
-    assert found[0].tolist() == pytest.approx([1, 3, 1])
-    assert found[1, 1:].tolist() == pytest.approx([2, 1])
-    none = {"hidden": hidden & False, "row": row[:0], "owner": row[:0]}
-    assert told_cells(own[:0], said[:0], none, 2).tolist() == [[0, 0, 0], [0, 0, 0]]
+def test_told_cells_are_compared_at_their_place() -> None:
+    # what a cell shows is told by its view's direction, where it lies by its place's, which is larger
+    views, places = torch.eye(6)[:3], torch.eye(6)[3:5]
+    cells = views[:, None] + 5 * places
+    hidden = torch.ones(3, 2, dtype=torch.bool)
+    assert told_cells(cells, cells, hidden) == 1
+    only_places = (5 * places).expand(3, -1, -1)
+    assert told_cells(only_places, cells, hidden) == pytest.approx(1 / 3)
+    assert told_cells(cells.roll(1, 0), cells, hidden) == 0
+    # cells that are seen do not count
+    hidden[1:] = False
+    mixed = torch.cat([cells[:1], cells[1:].flip(0)])
+    assert told_cells(mixed, cells, hidden) == 1
+    assert told_cells(cells, cells, hidden & False) == 0
