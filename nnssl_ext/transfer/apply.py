@@ -103,7 +103,7 @@ def match(source: Source, target: Target, alignment: str) -> tuple[dict[str, Mat
         # what lies outside encoder and decoder has no stage: by name
         outside = [n for n in target.tensors if not n.startswith(("encoder.", "decoder."))]
         matches = {**matching.by_name(outside, source.weights), **matching.unet(ours, theirs, stages)}
-    elif any(name.startswith("eva.") for name in target.tensors):
+    elif any(name.endswith("pos_embed") for name in target.tensors):
         matches = matching.transformer(target.tensors, source.weights, target.first_layers)
     else:
         matches = matching.by_name(target.tensors, source.weights)
@@ -166,6 +166,7 @@ def _absent(source: Source, found: Match, fitted: Mapping[str, Fitted]) -> str:
 def _context(source: Source, target: Target, overlap: bool) -> Context:
     registers = getattr(target.network, "register_tokens", None)
     prefix = 0 if registers is None else registers.shape[1]
+    prefix += any(name.endswith("cls_token") for name in target.tensors)
     return Context(
         overlap,
         _grid(source.weights, target.first_layers, source.geometry.patch_size, prefix),

@@ -19,7 +19,7 @@ class Context:
     Attributes:
         overlap: Copy the channels that both sides have where widths differ.
         source_grid, target_grid: Tokens per axis of a transformer; None if not known.
-        prefix: Register tokens before the positions.
+        prefix: Register and CLS tokens before the positions.
     """
 
     overlap: bool = False

@@ -124,7 +124,7 @@ def _layer(layer: str, partner: str | None, rule: str, reason: str) -> dict[str,
 
 
 def transformer(targets: Iterable[str], sources: Iterable[str], first_layers: Iterable[str]) -> dict[str, Match]:
-    """Primus: by name, with the rules that its positions, its stem and its decoder need."""
+    """By name, with the rules that positions, the stem and Primus's decoder need."""
     result = by_name(targets, sources)
     for name in image_readers(result, first_layers):
         result[name] = Match(result[name].source, "image patches", result[name].reason)

@@ -14,6 +14,7 @@ from torch import Tensor
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.foreign import RefusedError, load_tensors
+from nnssl_ext.networks import pct_net, vit
 from nnssl_ext.transfer import resnet
 from nnssl_ext.transfer.geometry import geometry, planned_geometry
 from nnssl_ext.transfer.hub import Located, locate
@@ -38,7 +39,8 @@ def read_source(text: str) -> Source:
             return source
     raise UserError(
         f"{located.weights} is of no known kind: it holds {_listed(content)}; known are checkpoints of nnssl_ext, "
-        f"nnU-Net and nnssl, and a ResNet3D-18 under 'state_dict'"
+        f"nnU-Net and nnssl, a ResNet3D-18 under 'state_dict', a PCT-Net under 'model_state_dict' and a 3DINO vision "
+        f"transformer under 'teacher'"
     )
 
 
@@ -162,16 +164,20 @@ def _resnet(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Source
 
 def _pct_net(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Source | None:
     raw = content.get("model_state_dict")
-    if _tensors(raw) and any("pyramid_ct." in name or "embeddings." in name for name in raw):
-        raise UserError(f"{path} holds MIS-FM's PCT-Net, which no plans can build yet: it cannot be transferred")
-    return None
+    if not _tensors(raw) or not any(canonical_name(name).startswith("pyramid_ct.") for name in raw):
+        return None
+    weights = pct_net.from_published(canonical_weights(raw, str(path)))
+    return Source(path, "MIS-FM's PCT-Net", weights)
 
 
 def _vision_transformer(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Source | None:
     raw = content.get("teacher")
-    if _tensors(raw) and any(name.startswith("backbone.blocks.") for name in raw):
-        raise UserError(f"{path} holds a 3DINO ViT, a network that no plans can build yet: it cannot be transferred")
-    return None
+    if not _tensors(raw) or not any(canonical_name(name).startswith("backbone.blocks.") for name in raw):
+        return None
+    encoder = vit.from_published(canonical_weights(raw, str(path)))
+    weights = {f"backbone.{name}": tensor for name, tensor in encoder.items()}
+    note = "The source is an encoder: the decoder stays at its initial values."
+    return Source(path, "3DINO's vision transformer", weights, note=note)
 
 
 READERS: tuple[Reader, ...] = (_own, _nnssl, _stock, _bare, _resnet, _pct_net, _vision_transformer)

@@ -169,8 +169,6 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     good = noise(built(planned())).state_dict()
     edited = {**good, "encoder.stages.1.0.convs.0.conv.weight": good["encoder.stages.1.0.convs.0.conv.weight"] + 1}
     files: dict[str, object] = {
-        "pct.pth": {"model_state_dict": {"pyramid_ct.down.weight": torch.zeros(1)}},
-        "vit.pth": {"teacher": {"backbone.blocks.0.0.norm1.weight": torch.zeros(1)}},
         "other.pth": {"optimizer": {}, "epoch": 3},
         "list.pth": [torch.zeros(1)],
         "edited.pth": {"network_weights": edited},
@@ -183,8 +181,6 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     hub_folder(Path("large/hub"))
     Path("large/hub/adaptation_plan.json").write_text('{"a": "' + "x" * 5_000_000 + '"}')
     messages = {
-        "pct.pth": "MIS-FM's PCT-Net, which no plans can build yet",
-        "vit.pth": "3DINO ViT, a network that no plans can build yet",
         "other.pth": "no known kind: it holds 'optimizer', 'epoch'",
         "list.pth": "holds a list, expected named tensors",
         "edited.pth": "name one tensor and hold different values",
