@@ -57,3 +57,16 @@ def time_limit(hours: float | None) -> float | None:
     if not 0 < value < float("inf"):
         raise UserError(f"--max-time (or {MAX_TIME}) must be a positive number of hours, got '{text}'")
     return value
+
+
+def set_threads(device: str) -> None:
+    """On the CPU: as many threads as OMP_NUM_THREADS says, where it is set.
+
+    Stock nnUNetv2_train sets torch to all cores, whatever the variable says; two trainings side by side then spin
+    against each other, several times slower each than with their own share of the cores.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if device == "cpu" and wanted.isdigit() and int(wanted):
+        import torch
+
+        torch.set_num_threads(int(wanted))

@@ -96,6 +96,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Environment:
         "nnUNet_n_proc_DA": "0",
         # stock takes every core; two tests at once would spin against each other
         "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": "1",
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

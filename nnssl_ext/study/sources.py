@@ -17,7 +17,7 @@ from nnssl_ext.recipe import write_json
 from nnssl_ext.study.decathlon import convert_task, task_of_path, unpack
 
 #: Test cases taken from a Decathlon task: a fifth of its labelled cases, and no more than this.
-MOST_TEST_CASES = 10
+MOST_TEST_CASES = 6
 
 
 class Source(ABC):

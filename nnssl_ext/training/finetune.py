@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from nnssl_ext import checkpoint
+from nnssl_ext.environment import set_threads
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import OptimiserRecipe
 from nnssl_ext.training.distributed import rank, rank_device
@@ -65,6 +66,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         stock = "float16" if device.type == "cuda" else "float32"
         amp_dtype = mixed_precision(device, stock if s.precision == "stock" else s.precision)
         super().__init__(plans, configuration, fold, dataset_json, device)
+        set_threads(device.type)
         self.device = rank_device(device)
         self.amp_dtype = amp_dtype
         self.grad_scaler = torch.amp.GradScaler("cuda") if self.amp_dtype is torch.float16 else None
