@@ -177,12 +177,14 @@ class CropDataset(Dataset):
             half = reach(matrix, crop.size)
             low = np.clip(np.floor(centre - half + 1e-6), 0, volume - 1).astype(int)
             high = np.clip(np.ceil(centre + half - 1e-6) + 1, low + 1, volume).astype(int)
-            box = np.asarray(data[(slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))])
-            if not (box == box[:, :1, :1, :1]).all():
+            box = torch.from_numpy(np.ascontiguousarray(data[(slice(None), *map(slice, low, high))]))
+            # one pass over the voxels tells both; NaN is handed through
+            darkest, brightest = torch.stack([torch.stack(torch.aminmax(channel)) for channel in box], 1)
+            if not torch.equal(darkest, brightest):
                 break
-        if not np.isfinite(box).all():
+        if not (torch.isfinite(darkest).all() and torch.isfinite(brightest).all()):
             raise ValueError("NaN or infinite values")
-        return SourceBox(torch.from_numpy(np.ascontiguousarray(box)), matrix, centre - low, case)
+        return SourceBox(box, matrix, centre - low, case)
 
 
 def draw_centre(

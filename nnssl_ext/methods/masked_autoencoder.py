@@ -83,11 +83,15 @@ class MaskedAutoencoder(Method):
         size = self.geometry.crop_size
         image, inside = cut_batch(batch.boxes[0], size, random.device)
         draw = IntensityDraw.draw(self.settings.intensity, random, image.shape[1], self.geometry.spacing)
-        draw.apply(image, random).mul_(inside)
+        draw.apply(image, random)
         hidden = draw_block_mask(random, size, self.block, self.settings.ratio).to(random.device)[:, None]
 
+        if inside is not None:
+            image.mul_(inside)
         mean, variance = block_moments(image, self.block)
-        weight = hidden & inside & expand_blocks(variance > LEAST_VARIANCE, size, self.block)
+        weight = hidden & expand_blocks(variance > LEAST_VARIANCE, size, self.block)
+        if inside is not None:
+            weight = weight & inside
         target = image
         if self.settings.normalise_target:
             deviation = variance.clamp_min(LEAST_VARIANCE).sqrt()

@@ -68,7 +68,7 @@ class FiniteGuard:
         if norm is None:
             return True
         # a fused SGD that skips its very first step would leave its momentum uninitialised
-        if self.optimiser.param_groups[0].get("fused") and self.optimiser.state:
+        if bad.is_cuda and self.optimiser.param_groups[0].get("fused") and self.optimiser.state:
             self.optimiser.found_inf = bad.float()  # type: ignore[attr-defined]
             return True
         return not bool(bad)

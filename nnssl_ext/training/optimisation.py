@@ -19,8 +19,9 @@ def build_optimiser(
     optimised: list[dict[str, Any]] = [
         {"params": group.parameters, "rate": group.rate, "decay": group.decay, "weight_decay": 0.0} for group in groups
     ]
-    # fused optimisers can skip a step on the device, without the host waiting for the verdict (training/guards.py)
-    fused = True if all(p.is_cuda for group in groups for p in group.parameters) else None
+    # one kernel for all parameters; on a GPU it can also skip a step without the host waiting (training/guards.py)
+    kinds = {p.device.type for group in groups for p in group.parameters}
+    fused = True if kinds in ({"cuda"}, {"cpu"}) else None
     if recipe.name == "sgd":
         optimiser: torch.optim.Optimizer = torch.optim.SGD(
             optimised, learning_rate, momentum=0.99, nesterov=True, fused=fused

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl_ext.views.separable import along_axes
+
 #: A Gaussian is cut off after this many standard deviations.
 TRUNCATE = 3.0
 
@@ -41,19 +43,21 @@ def lower_resolution(batch: Tensor, zoom: Tensor, spacing: Sequence[float]) -> T
         volume, factor = batch[sample, channel][None, None], float(zoom[sample, channel])
         thick = [finest / factor / edge for edge in spacing]
         size = [max(1, round(n / max(1.0, t))) for n, t in zip(volume.shape[2:], thick, strict=True)]
-        small = F.interpolate(volume, size=size, mode="nearest-exact")
-        batch[sample, channel] = F.interpolate(small, size=volume.shape[2:], mode="trilinear")[0, 0]
+        small = F.interpolate(volume, size=size, mode="nearest-exact")[0, 0]
+        batch[sample, channel] = along_axes(
+            small, [_enlarged(m, n) for m, n in zip(size, volume.shape[2:], strict=True)]
+        )
     return batch
 
 
 def thicken(batch: Tensor, axis: Tensor, zoom: Tensor) -> Tensor:
     """Sample one axis of each sample down to ``zoom`` (B,) of its resolution and back up; 1 = none; ``axis`` (B,)."""
     for sample in torch.nonzero(zoom != 1).flatten().tolist():
-        volume = batch[sample][None]
-        size = list(volume.shape[2:])
-        size[int(axis[sample])] = max(1, round(size[int(axis[sample])] * float(zoom[sample])))
-        small = F.interpolate(volume, size=size, mode="nearest-exact")
-        batch[sample] = F.interpolate(small, size=volume.shape[2:], mode="trilinear")[0]
+        size, thick = list(batch.shape[2:]), int(axis[sample])
+        size[thick] = max(1, round(size[thick] * float(zoom[sample])))
+        matrices = [_enlarged(m, n) for m, n in zip(size, batch.shape[2:], strict=True)]
+        for channel, small in enumerate(F.interpolate(batch[sample][None], size=size, mode="nearest-exact")[0]):
+            batch[sample, channel] = along_axes(small, matrices)
     return batch
 
 
@@ -92,18 +96,23 @@ def shift_histogram(batch: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _gaussian(volume: Tensor, deviation: float, spacing: Sequence[float]) -> Tensor:
-    """One pass per axis, edges replicated; ``deviation`` in units of the finest voxel edge."""
-    result = volume[None, None]
-    for axis, edge in enumerate(spacing):
-        sigma = deviation * min(spacing) / edge
-        radius = min(max(1, round(TRUNCATE * sigma)), volume.shape[axis] - 1)
-        if radius < 1:
-            continue
-        place = torch.arange(-radius, radius + 1, device=volume.device, dtype=volume.dtype)
-        kernel = torch.exp(-0.5 * (place / sigma) ** 2)
-        kernel = kernel / kernel.sum()
-        padding, shape = [0] * 6, [1] * 5
-        padding[2 * (2 - axis)] = padding[2 * (2 - axis) + 1] = radius
-        shape[2 + axis] = -1
-        result = F.conv3d(F.pad(result, padding, mode="replicate"), kernel.view(shape))
-    return result[0, 0]
+    """Edges replicated; ``deviation`` in units of the finest voxel edge."""
+    return along_axes(
+        volume, [_kernel(n, deviation * min(spacing) / e) for n, e in zip(volume.shape, spacing, strict=True)]
+    )
+
+
+def _kernel(length: int, sigma: float) -> Tensor | None:
+    """A Gaussian along an axis as a matrix (length, length); None where it would change nothing."""
+    radius = min(max(1, round(TRUNCATE * sigma)), length - 1)
+    if radius < 1:
+        return None
+    place = torch.arange(-radius, radius + 1)
+    weight = torch.exp(-0.5 * (place / sigma) ** 2)
+    column = (torch.arange(length)[:, None] + place).clamp(0, length - 1)
+    return torch.zeros(length, length).scatter_add_(1, column, (weight / weight.sum()).expand(length, -1))
+
+
+def _enlarged(small: int, length: int) -> Tensor | None:
+    """Linear interpolation from ``small`` to ``length`` voxels as a matrix (length, small)."""
+    return None if small == length else F.interpolate(torch.eye(small)[None], size=length, mode="linear")[0].T

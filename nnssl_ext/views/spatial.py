@@ -129,59 +129,87 @@ def turn(angles: Sequence[float] | np.ndarray, spacing: Sequence[float] | np.nda
     return _rotation(np.deg2rad(angles)) * edges[None, :] / edges[:, None]
 
 
-def cut(box: SourceBox, size: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+def cut(box: SourceBox, size: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Cut one crop out of its box: a copy where M is a signed permutation, a trilinear resampling otherwise.
 
     Returns:
-        The crop (C, D, H, W) float32, zero outside the volume (nnU-Net's padding), and ``inside`` (1, D, H, W) bool.
+        The crop (C, D, H, W) float32, zero outside the volume (nnU-Net's padding); and ``inside`` (1, D, H, W) bool,
+        or None where no voxel lies outside.
     """
-    data = box.data.to(device, torch.float32, non_blocking=True)
+    crop = torch.empty((len(box.data), *size), device=device)
+    return crop, _cut(box, size, crop)
+
+
+def cut_batch(boxes: Sequence[SourceBox], size: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Cut one crop of each box: (B, C, D, H, W), and ``inside`` (B, 1, D, H, W) or None."""
+    crops = torch.empty((len(boxes), len(boxes[0].data), *size), device=device)
+    insides = [_cut(box, size, crop) for box, crop in zip(boxes, crops, strict=True)]
+    if all(inside is None for inside in insides):
+        return crops, None
+    whole = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).expand(1, *size)
+    return crops, torch.stack([whole if inside is None else inside for inside in insides])
+
+
+def _cut(box: SourceBox, size: Sequence[int], crop: Tensor) -> Tensor | None:
+    """``cut`` into ``crop``; returns ``inside``."""
+    data = box.data.to(crop.device, torch.float32, non_blocking=True)
     axes = np.abs(box.matrix).argmax(1)
     if np.array_equal(np.abs(box.matrix), np.eye(3)[axes]):
-        return _copy(data, box, size, axes)
-    return _resample(data, box, size)
+        return _copy(data, box, size, axes, crop)
+    return _resample(data, box, size, crop)
 
 
-def cut_batch(boxes: Sequence[SourceBox], size: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cut one crop of each box: (B, C, D, H, W) and ``inside`` (B, 1, D, H, W)."""
-    crops, insides = zip(*(cut(box, size, device) for box in boxes), strict=True)
-    return torch.stack(crops), torch.stack(insides)
-
-
-def _copy(data: Tensor, box: SourceBox, size: Sequence[int], axes: np.ndarray) -> tuple[Tensor, Tensor]:
-    # the crop before it is turned: its edges along the source's axes, its lowest voxel in the box
-    edges = [0, 0, 0]
-    for source_axis, crop_axis in enumerate(axes):
-        edges[source_axis] = size[crop_axis]
-    low = np.rint(box.centre - (np.asarray(edges) - 1) / 2).astype(int)
+def _copy(data: Tensor, box: SourceBox, size: Sequence[int], axes: np.ndarray, crop: Tensor) -> Tensor | None:
+    # source axis a runs along crop axis axes[a]; where the crop's voxels lie before they are turned
+    edges = np.asarray(size)[axes]
+    low = np.rint(box.centre - (edges - 1) / 2).astype(int)
     begin = np.clip(low, 0, data.shape[1:])
     end = np.clip(low + edges, begin, data.shape[1:])
-    source = (slice(None), *(slice(b, e) for b, e in zip(begin, end, strict=True)))
-    target = (slice(None), *(slice(b, e) for b, e in zip(begin - low, end - low, strict=True)))
-    crop = data.new_zeros((data.shape[0], *edges))
-    inside = torch.zeros((1, *edges), dtype=torch.bool, device=data.device)
-    crop[target] = data[source]
-    inside[target] = True
+    # the crop seen along the source's axes
+    turned = crop.permute(0, *(1 + axes))
+    mirrored = [1 + a for a in range(3) if box.matrix[a].sum() < 0]
+    source = data[(slice(None), *map(slice, begin, end))]
+    if (end - begin == edges).all():
+        _mirror_into(turned, source, mirrored)
+        return None
+    # in a mirrored axis the crop's first voxel is the source's last
+    mirror = np.isin(np.arange(3) + 1, mirrored)
+    first, last = np.where(mirror, low + edges - end, begin - low), np.where(mirror, low + edges - begin, end - low)
+    target = (slice(None), *map(slice, first, last))
+    crop.zero_()
+    _mirror_into(turned[target], source, mirrored)
+    inside = torch.zeros((1, *size), dtype=torch.bool, device=data.device)
+    inside.permute(0, *(1 + axes))[target] = True
+    return inside
 
-    # source axis a runs along crop axis axes[a]; bring the crop's axes to their order, then mirror
-    order = [0, *(1 + int(np.flatnonzero(axes == crop_axis)[0]) for crop_axis in range(3))]
-    mirrored = [1 + crop_axis for crop_axis in range(3) if box.matrix[:, crop_axis].sum() < 0]
-    return crop.permute(order).flip(mirrored), inside.permute(order).flip(mirrored)
+
+def _mirror_into(target: Tensor, source: Tensor, mirrored: list[int]) -> None:
+    """Copy with some axes mirrored; in one pass on the CPU, where torch would need two."""
+    if target.device.type == "cpu":
+        target.numpy()[:] = np.flip(source.numpy(), mirrored)
+    else:
+        target.copy_(source.flip(mirrored))
 
 
-def _resample(data: Tensor, box: SourceBox, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    # grid_sample's coordinates (align_corners=False): voxel x of n lies at (2 x + 1) / n - 1, axes in reverse order
+def _resample(data: Tensor, box: SourceBox, size: Sequence[int], crop: Tensor) -> Tensor | None:
+    # grid_sample's coordinates (align_corners=False): voxel x of n lies at (2 x + 1) / n - 1, axes in reverse order;
+    # each coordinate is a sum of three lines, so the whole grid is one addition of a plane and a line
     edges = np.asarray(data.shape[1:], dtype=float)
-    theta = np.empty((3, 4))
-    theta[:, :3] = box.matrix * np.asarray(size)[None, :] / edges[:, None]
-    theta[:, 3] = (2 * box.centre + 1) / edges - 1
-    theta = theta[::-1, [2, 1, 0, 3]].copy()
-    grid = F.affine_grid(
-        torch.from_numpy(theta)[None].to(data.device, torch.float32), [1, 1, *size], align_corners=False
-    )
-    inside = (grid.abs() <= 1).all(-1)  # (1, D, H, W)
-    crop = F.grid_sample(data[None], grid, padding_mode="border", align_corners=False)[0]
-    return crop * inside, inside
+    grid = _line((2 * box.centre + 1) / edges - 1, (3, 1, 1, 1), data.device)
+    for axis, length in enumerate(size):
+        place = (np.arange(length) - (length - 1) / 2) * (2 * box.matrix[:, axis] / edges)[:, None]  # (3, length)
+        grid = grid + _line(place, [3, *(length if a == axis else 1 for a in range(3))], data.device)
+    crop.copy_(F.grid_sample(data[None], grid.permute(1, 2, 3, 0)[None], padding_mode="border", align_corners=False)[0])
+    half = reach(box.matrix, size)
+    if (box.centre - half >= -0.5).all() and (box.centre + half <= edges - 0.5).all():
+        return None
+    inside = (grid.abs() <= 1).all(0, keepdim=True)  # (1, D, H, W)
+    crop.mul_(inside)
+    return inside
+
+
+def _line(values: np.ndarray, shape: Sequence[int], device: torch.device) -> Tensor:
+    return torch.from_numpy(values[::-1].copy()).to(device, torch.float32).view(*shape)
 
 
 def _rotation(angles: np.ndarray) -> np.ndarray:

@@ -28,6 +28,46 @@ def test_equals_torch_and_nnunet(example: tuple[torch.Tensor, torch.Tensor]) -> 
         assert dice[sample] - 1 == pytest.approx(peer(logits[one], target[one][:, None]).item(), rel=1e-4)
 
 
+def by_autograd(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same losses as they are usually written."""
+    counted = (target != IGNORE).double()
+    truth = F.one_hot(torch.where(target == IGNORE, 0, target).long(), logits.shape[1]).movedim(-1, 1).double()
+    truth, space = truth * counted[:, None], (2, 3, 4)
+    probability = logits.double().softmax(1) * counted[:, None]
+    dice = (2 * (probability * truth).sum(space) + 1e-5) / (probability.sum(space) + truth.sum(space) + 1e-5)
+    entropy = -(logits.double().log_softmax(1) * truth).sum((1, *space)) / counted.sum((1, 2, 3))
+    return 1 - dice.mean(1), entropy
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.3, 0.7)])
+@pytest.mark.parametrize("classes", [2, 5])
+def test_gradients_are_autograds(weights: tuple[float, float], classes: int) -> None:
+    torch.manual_seed(1)
+    logits = 3 * torch.randn(2, classes, 6, 5, 7)
+    target = torch.randint(0, 4 if classes == 5 else 2, (2, 6, 5, 7), dtype=torch.uint8)  # one class is absent
+    target[0, 1:3] = IGNORE
+    gradients = []
+    for losses in (dice_cross_entropy, by_autograd):
+        leaf = logits.clone().requires_grad_()
+        dice, entropy = losses(leaf, target)
+        (torch.tensor([1.0, 2.0]) * (weights[0] * dice + weights[1] * entropy)).sum().backward()
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
+
+
+def test_under_autocast_sums_are_not_in_bfloat16(example: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, target = example[0].bfloat16(), example[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        dice, entropy = dice_cross_entropy(logits.requires_grad_(), target)
+    expected = dice_cross_entropy(logits.detach().float(), target)
+    assert dice.dtype == entropy.dtype == torch.float32
+    torch.testing.assert_close((dice, entropy), expected)
+    (dice + entropy).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.dtype == torch.bfloat16
+
+
 def test_ignored_voxels_count_for_nothing(example: tuple[torch.Tensor, torch.Tensor]) -> None:
     logits, target = example
     target[:, 2:] = IGNORE

@@ -26,6 +26,7 @@ def test_boxes_equal_painting_them_one_by_one(count: tuple[int, int]) -> None:
     size = (12, 20, 24)
     layout = BoxLayout.draw(random(), size, 4, count, (0.1, 0.6), (1, 2, 2))
     assert torch.equal(layout.paint(size, CPU), painted_one_by_one(layout, size))
+    assert torch.equal(layout._paint_bits(size, CPU), painted_one_by_one(layout, size))
 
 
 def test_boxes_keep_their_limits() -> None:

@@ -1,0 +1,39 @@
+"""python -m benchmarks NAME [options]
+
+Without a name: the list of benchmarks. Each takes --help.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+#: Names, and what each measures.
+BENCHMARKS = {
+    "loader": "crops read from .b2nd: crops a second, CPU seconds a crop, against reading the same boxes alone",
+    "views": "each view, each method's full list, and peers: samples a second on one core or on the GPU",
+    "step": "a training step, split; its ratio to the bare forward and backward pass; memory over many steps",
+    "startup": "the start of a training against stock's, and against the number of cases",
+    "cost": "operations and memory of a step of each method, counted without computing them",
+    "activation_memory": "what a network of ours keeps for its backward pass, counted",
+    "dino_step": "3DINO's student step against its bare blocks and heads",
+    "learning": "whether an objective learns, on real crops and on shuffled voxels",
+    "soak": "random kills against an uninterrupted run",
+}
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in BENCHMARKS:
+        listed = "\n".join(f"  {key:18s} {what}" for key, what in BENCHMARKS.items())
+        text = f"usage: python -m benchmarks NAME [options]\n\n{listed}"
+        if name in ("", "-h", "--help"):
+            print(text)
+            return
+        sys.exit(f"unknown benchmark '{name}'\n{text}")
+    del sys.argv[1]
+    runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""A training step as the trainer does it, split, and its ratio to the bare forward and backward pass.
+
+    OMP_NUM_THREADS=2 python -m benchmarks step [METHOD ...] [--plan hippocampus plain96 residual128] [--batch 2]
+    python -m benchmarks step volume_fusion --device cuda --workers 2 --plan residual128
+    python -m benchmarks step volume_fusion --batch 2 --steps 500
+
+A real trainer on a data set made for it, in one process. "full" is everything between two steps: waiting for the batch
+(reading it, with no workers), views, forward, backward, clipping, optimiser, guard. "bare" is the forward and backward
+pass of the same network, in the same precision, on the image of the batch just trained on, its gradient ones; the two
+take turns. For methods that do not run their network on one image there is no bare. The split is of a step
+with a wait for the device after each part, which the full step has not. --steps N: resident memory after a tenth of N
+steps and after all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import Cost, Figure, in_turns, parser, ratios, report
+from benchmarks.workload import PLANS, write_dataset
+from nnssl_ext.data.crops import CropBatch
+from nnssl_ext.methods import METHODS
+
+PARTS = ("load", "views", "forward", "backward", "optimiser")
+
+
+class Watch:
+    """Seconds of the parts of a step: CPU seconds, on a GPU seconds of the clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.on = device, False
+        self.spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+
+    def part(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, timed while the watch is on."""
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            if not self.on:
+                return function(*arguments, **options)
+            begin = self._now()
+            result = function(*arguments, **options)
+            self.spent[name] += self._now() - begin
+            return result
+
+        return timed
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+
+class Run:
+    """A trainer in the middle of its training."""
+
+    def __init__(self, folder: Path, method: str, device: torch.device) -> None:
+        from nnssl_ext.training.classes import pretraining_trainer
+
+        plans, content = (json.loads((folder / f"{name}.json").read_text()) for name in ("nnUNetPlans", "dataset"))
+        plans["continue_training"] = False
+        self.trainer = pretraining_trainer(method)(plans, "3d_fullres", "all", content, device)
+        self.trainer.on_train_start()
+        self.trainer.on_epoch_start()
+        self.trainer.on_train_epoch_start()
+        self.image: Tensor | None = None
+        self.trainer.network.register_forward_pre_hook(self._keep)
+        self.watch = Watch(device)
+        trainer, part = self.trainer, self.watch.part
+        trainer.method.views = part("views", trainer.method.views)
+        trainer.objective = part("forward", trainer.objective)
+        trainer.optimizer.step = part("optimiser", trainer.optimizer.step)
+        self.next = part("load", lambda: next(trainer.dataloader_train))
+
+    def _keep(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs and isinstance(inputs[0], Tensor):
+            self.image = inputs[0].detach()
+
+    def full(self) -> None:
+        """One step."""
+        batch: CropBatch = self.next()
+        self.trainer.train_step(batch)
+
+    def bare(self) -> None:
+        """The network alone."""
+        trainer, image = self.trainer, self.image
+        assert image is not None
+        trainer.optimizer.zero_grad(set_to_none=True)
+        mixed = torch.autocast(trainer.device.type, trainer.amp_dtype) if trainer.amp_dtype else nullcontext()
+        with mixed:
+            outputs = trainer.network(image)
+        outputs = [o for o in (outputs if isinstance(outputs, (list, tuple)) else [outputs]) if o.requires_grad]
+        torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
+
+    @contextmanager
+    def split(self) -> Iterator[dict[str, float]]:
+        """Time the parts of the steps within."""
+        backward, self.watch.on = Tensor.backward, True
+        Tensor.backward = self.watch.part("backward", backward)  # type: ignore[method-assign]
+        self.watch.spent.update(dict.fromkeys(PARTS, 0.0))
+        try:
+            yield self.watch.spent
+        finally:
+            Tensor.backward, self.watch.on = backward, False  # type: ignore[method-assign]
+
+
+def measure(method: str, plan: str, arguments: Any, device: torch.device) -> dict[str, object]:
+    """The row of a method on a plan."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"precision": arguments.precision, "iterations_per_epoch": 100_000, "epochs": 1}
+        run = Run(write_dataset(Path(folder), plan, settings, batch=arguments.batch), method, device)
+        run.full()
+        costs = in_turns({"full": run.full}, 1, device=device)
+        whole = run.image is not None and tuple(run.image.shape[2:]) == tuple(PLANS[plan]["patch"])
+        turns = {"full": run.full, **({"bare": run.bare} if whole else {})}
+        costs = in_turns(turns, arguments.repeats, device=device)
+        with run.split() as spent:
+            begin = run.watch._now()
+            for _ in range(arguments.repeats):
+                run.full()
+            total = run.watch._now() - begin
+        row = {"method": METHODS[method].title, "plan": plan, "batch": run.trainer.batch_size}
+        row |= _figures(costs, device, run.trainer.batch_size)
+        row |= {name: f"{100 * seconds / total:.1f} %" for name, seconds in spent.items()}
+        row["rest"] = f"{100 * (1 - sum(spent.values()) / total):.1f} %"
+        if arguments.steps:
+            row["memory"] = _memory(run, arguments.steps, device)
+        run.trainer.dataloader_train = run.trainer.dataloader_val = None
+        return row
+
+
+def _figures(costs: dict[str, list[Cost]], device: torch.device, batch: int) -> dict[str, object]:
+    full, unit = costs["full"], "wall" if device.type == "cuda" else "cpu"
+    ratio = ratios(full, costs["bare"], unit) if "bare" in costs else "no bare"
+    return {
+        "CPU s a step": Figure(tuple(c.cpu for c in full), 3),
+        "wall s": Figure(tuple(c.wall for c in full), 3),
+        "samples/s": Figure(tuple(batch / c.wall for c in full), 2),
+        "full / bare": ratio,
+    }
+
+
+def _memory(run: Run, steps: int, device: torch.device) -> str:
+    """Resident memory of the process after a tenth of the steps, and after all."""
+    figures = []
+    for count in (steps // 10, steps - steps // 10):
+        for _ in range(count):
+            run.full()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        figures.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+    text = f"{figures[0]:,.0f} -> {figures[1]:,.0f} MiB"
+    return text + (f", GPU peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if device.type == "cuda" else "")
+
+
+def main() -> None:
+    options = parser(__doc__, repeats=7)
+    options.add_argument("methods", nargs="*", metavar="METHOD", help="default: volume_fusion masked_autoencoder")
+    options.add_argument("--plan", nargs="+", choices=PLANS, default=["hippocampus"])
+    options.add_argument("--batch", type=int, help="default: the plan's")
+    options.add_argument("--precision", default="auto", help="as the setting nnssl_ext.precision (auto)")
+    options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    options.add_argument("--workers", type=int, default=0, help="processes that read (0)")
+    options.add_argument("--steps", type=int, default=0, help="also look at the memory over so many steps")
+    arguments = options.parse_args()
+    methods = arguments.methods or ["volume_fusion", "masked_autoencoder"]
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        options.error(f"unknown method '{unknown[0]}'; known: {', '.join(METHODS)}")
+    os.environ["nnUNet_n_proc_DA"] = str(arguments.workers)
+    device = torch.device(arguments.device)
+    rows = [measure(method, plan, arguments, device) for plan in arguments.plan for method in methods]
+    report([{**dict.fromkeys(rows[0]), **row} for row in rows], arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nnssl_ext.views.separable import TILE, along_axes
+
+
+def volume() -> torch.Tensor:
+    return torch.randn(5, 2 * TILE + 3, 7, generator=torch.Generator().manual_seed(0))
+
+
+def test_each_axis_is_multiplied_by_its_matrix() -> None:
+    a, b, c = (
+        torch.randn(m, n, generator=torch.Generator().manual_seed(m)) for m, n in ((4, 5), (TILE + 1, 67), (9, 7))
+    )
+    expected = torch.einsum("id,jh,kw,dhw->ijk", a, b, c, volume())
+    torch.testing.assert_close(along_axes(volume(), [a, b, c]), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(along_axes(volume(), [None, b, None]), b @ volume(), rtol=1e-4, atol=1e-3)
+    assert torch.equal(along_axes(volume(), [None] * 3), volume())
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_a_banded_matrix_is_multiplied_in_tiles(axis: int) -> None:
+    moved = volume().transpose(1, axis)
+    shift = torch.eye(2 * TILE + 3).roll(1, 0)
+    matrices: list[torch.Tensor | None] = [None, None, None]
+    matrices[axis] = shift
+    assert torch.equal(along_axes(moved, matrices), moved.roll(1, axis))
+
+
+def test_a_row_of_zeros_gives_zeros() -> None:
+    matrix = torch.zeros(2 * TILE, 7)
+    matrix[0, 3] = 2
+    result = along_axes(volume(), [None, None, matrix])
+    assert torch.equal(result[..., 0], 2 * volume()[..., 3])
+    assert not result[..., 1:].any()
+
+
+def test_enlarging_is_torchs_trilinear_interpolation() -> None:
+    matrices = [F.interpolate(torch.eye(n)[None], size=2 * n + 1, mode="linear")[0].T for n in volume().shape]
+    expected = F.interpolate(volume()[None, None], size=[2 * n + 1 for n in volume().shape], mode="trilinear")[0, 0]
+    torch.testing.assert_close(along_axes(volume(), matrices), expected)
