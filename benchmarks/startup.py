@@ -1,12 +1,16 @@
-"""Does the start of a training grow with the number of its cases?
+"""Does a pretraining start as fast as stock's training, and does the start grow with the number of its cases?
 
-    python benchmarks/startup.py --cases 100 1000 10000
+    python -m benchmarks startup --against-stock
+    python -m benchmarks startup --cases 100 1000 10000
 
-For each number it makes a folder of that many tiny preprocessed cases and starts pretrainings, each in a process of its
-own: once without a case index, then ``--repeats`` times with it, as after ``nnssl_ext corpus``. A start is everything
-between the trainer's class and its first batch: checks (with the index), then network, split and one batch. Times are
-wall-clock, memory is the process's peak beyond what it had after its imports; medians, with the range in brackets. The
-file system's cache is warm.
+``--against-stock``: seconds of the clock from the call of the real ``nnUNetv2_train`` to its line "Epoch 0", with
+nnUNetTrainer and with each of our trainers in turns, on a data set of eight tiny cases whose index is there.
+
+Otherwise: for each number it makes a folder of that many tiny preprocessed cases and starts pretrainings, each in a
+process of its own: once without a case index, then ``--repeats`` times with it, as after ``nnssl_ext corpus``. A start
+is everything between the trainer's class and its first batch: checks (with the index), then network, split and one
+batch. Times are wall-clock, memory is the process's peak beyond what it had after its imports; medians, with the range
+in brackets. The file system's cache is warm.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
 
 NAME = "Dataset811_Plain"
 DATA = "nnUNetPlans_3d_fullres"
@@ -88,14 +93,55 @@ def row(number: int, index: str, runs: list[dict[str, float]]) -> str:
     return f"| {number:,} | {index} | {' | '.join(cells)} |"
 
 
+def until_first_epoch(root: Path, trainer: str) -> float:
+    """Seconds of ``nnUNetv2_train`` until its first epoch begins; it is then stopped."""
+    variables = {"nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results", "nnUNet_raw": "raw"}
+    environment = {**os.environ, **{name: str(root / folder) for name, folder in variables.items()}}
+    environment |= {"nnUNet_extTrainer": str(REPOSITORY / "trainers"), "PYTHONUNBUFFERED": "1"}
+    program = Path(sys.executable).parent / "nnUNetv2_train"
+    command = [str(program), "811", "3d_fullres", "all", "-tr", trainer, "-device", "cpu"]
+    begin = time.perf_counter()
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.rstrip().endswith("Epoch 0"):
+                seconds = time.perf_counter() - begin
+                process.kill()
+                return seconds
+    sys.exit("".join(lines))
+
+
+def against_stock(repeats: int) -> None:
+    """A table of all trainers."""
+    from nnssl_ext.methods import METHODS
+
+    stock = "nnUNetTrainer"
+    trainers = [stock, *(method.trainer for method in METHODS.values() if not method.needs_images)]
+    with tempfile.TemporaryDirectory() as folder:
+        write_cases(Path(folder), 8)
+        turns = [{name: until_first_epoch(Path(folder), name) for name in trainers} for _ in range(repeats + 1)][1:]
+    print("| trainer | seconds to the first epoch | more than stock |\n|---|---|---|")
+    for name in trainers:
+        values = sorted(turn[name] for turn in turns)
+        more = sorted(turn[name] - turn[stock] for turn in turns)
+        shown = (f"{statistics.median(v):.2f} ({v[0]:.2f} to {v[-1]:.2f})" for v in (values, more))
+        print(f"| {name} | {' | '.join(shown)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--against-stock", action="store_true")
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.start:
         print(json.dumps(start(arguments.start)))
+        return
+    if arguments.against_stock:
+        against_stock(arguments.repeats)
         return
     print("| cases | index | checks, s | first batch, s | memory, MiB |\n|---|---|---|---|---|")
     for number in arguments.cases:

@@ -71,7 +71,7 @@ def test_a_region_is_resampled_to_the_crop(tmp_path: Path) -> None:
     assert sample.boxes[0].data.shape == (3, 1, 18, 29)
     assert sample.boxes[0].data.dtype == torch.uint8
     crop, inside = cut(sample.boxes[0], (1, 16, 24), CPU)
-    assert inside.all()
+    assert inside is None
     steps = crop[0, 0].diff(dim=1)
     assert (steps > 5).all()
     assert crop[0, 0, 0, 0] < 8
