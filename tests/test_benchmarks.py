@@ -1,0 +1,96 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import loader, measure, views
+from benchmarks.__main__ import BENCHMARKS, main
+from benchmarks.workload import DATA, write_cases
+from nnssl_ext.data.crops import Crop, CropDataset, CropRequest
+from nnssl_ext.data.index import CaseIndex
+from tests.conftest import REPOSITORY
+
+TOOLS = {"__init__", "__main__", "measure", "workload"}
+
+
+def test_every_benchmark_is_listed() -> None:
+    assert set(BENCHMARKS) == {path.stem for path in (REPOSITORY / "benchmarks").glob("*.py")} - TOOLS
+
+
+def test_an_unknown_name_is_one_line_and_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "laoder"])
+    with pytest.raises(SystemExit, match="unknown benchmark 'laoder'\nusage: python -m benchmarks NAME"):
+        main()
+
+
+def test_functions_take_turns_and_warm_ups_do_not_count() -> None:
+    called: list[str] = []
+    turns = {"a": lambda: called.append("a"), "b": lambda: called.append("b")}
+    costs = measure.in_turns(turns, 3, warm_up=2)
+    assert called == ["a", "b"] * 5
+    assert {name: len(values) for name, values in costs.items()} == {"a": 3, "b": 3}
+    assert all(cost.cpu >= 0 and cost.wall > 0 for cost in costs["a"])
+
+
+def test_a_figure_shows_its_median_and_range() -> None:
+    assert str(measure.Figure((3.0, 1.0, 2.0), 1)) == "2.0 (1.0 to 3.0)"
+    assert str(measure.Figure((1234.5,), 0)) == "1,234"
+    costs = [measure.Cost(2.0, 4.0), measure.Cost(1.0, 1.0)]
+    assert measure.ratios(costs, [measure.Cost(1.0, 2.0)] * 2).values == (2.0, 1.0)
+    assert measure.rate(costs, 8, wall=True).values == (2.0, 8.0)
+
+
+def test_alone_reads_the_very_boxes_of_the_samples(tmp_path: Path) -> None:
+    write_cases(tmp_path / DATA, (24, 20, 28), 2, [16, 16, 16])
+    index = CaseIndex.build(tmp_path / DATA, workers=0, show_progress=False)
+    dataset = CropDataset(index, index.cases, CropRequest((Crop((12, 10, 14), loader.TURNED),)), seed=0)
+    boxes = loader.boxes_of(dataset, 5)
+    assert len(boxes) == 5
+    for sample, (path, key) in enumerate(boxes):
+        box = dataset[sample].boxes[0]
+        assert Path(path).stem == box.case
+        assert [s.stop - s.start for s in key[1:]] == list(box.data.shape[1:])
+
+
+def test_loader_prints_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--shape",
+        "24",
+        "24",
+        "24",
+        "--edges",
+        "12",
+        "--samples",
+        "2",
+        "--repeats",
+        "2",
+        "--workers",
+        "0",
+        "--json",
+    ]
+    monkeypatch.setattr(sys, "argv", ["loader", *words])
+    loader.main()
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["crop"] for row in rows] == ["12^3 straight", "12^3 turned"]
+    assert all(len(row["ratio"]) == 2 and min(row["ratio"]) > 0 for row in rows)
+
+
+def test_each_view_and_each_list_runs(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    for view in views.each(24, cpu).values():
+        view()
+    write_cases(tmp_path / DATA, (48, 48, 48), 2, [32, 32, 32])
+    index = CaseIndex.build(tmp_path / DATA, workers=0, show_progress=False)
+    run = views.lists(32, index, cpu, 1)
+    assert {"VolumeFusion, equal list", "VolumeFusion", "Masked autoencoder"} <= set(run)
+    run["VolumeFusion, equal list"]()
+
+
+def test_the_equal_list_is_nnunets() -> None:
+    method = views.build("volume_fusion", 32, views.equal_list())
+    looks = method.settings.intensity
+    chances = {name: getattr(looks, f"{name}_probability") for name in ("noise", "blur", "brightness", "contrast")}
+    assert chances == {"noise": 0.1, "blur": 0.2, "brightness": 0.15, "contrast": 0.15}
+    assert (looks.low_resolution_probability, looks.gamma_probability, method.settings.flip) == (0.25, 0.3, 0.5)
