@@ -12,11 +12,13 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.training import state
+from nnssl_ext.training.distributed import world
 
 if TYPE_CHECKING:
     from nnssl_ext.training.trainer import PretrainingTrainer
@@ -38,7 +40,32 @@ def entered(trainer: PretrainingTrainer) -> Iterator[None]:
             trainer.load_checkpoint(str(found[0]))
         elif trainer.step == 0 and trainer.local_rank == 0 and not trainer.disable_checkpointing:
             set_aside(folder, trainer.print_to_log_file)
+        _agree(trainer)
         yield
+
+
+def _agree(trainer: PretrainingTrainer) -> None:
+    """Whether all processes go on from the same step; they do not where machines have folders of their own."""
+    steps = [trainer.step] * world()
+    if world() > 1:
+        dist.all_gather_object(steps, trainer.step)
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"the processes found different checkpoints in {trainer.output_folder} (of steps {sorted(set(steps))}); "
+            f"nnUNet_results must be a folder that all machines share"
+        )
+
+
+def start(trainer: PretrainingTrainer, stocks_start: Callable[[], None]) -> None:
+    """``stocks_start`` in the first process; the others do the same without its files, which stock lets all write."""
+    if trainer.local_rank == 0:
+        stocks_start()
+        return
+    if not trainer.was_initialized:
+        trainer.initialize()
+    trainer.dataloader_train, trainer.dataloader_val = trainer.get_dataloaders()
+    trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
+    dist.barrier()  # stock's own
 
 
 @contextmanager
