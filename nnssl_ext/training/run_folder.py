@@ -40,20 +40,29 @@ def entered(trainer: PretrainingTrainer) -> Iterator[None]:
             trainer.load_checkpoint(str(found[0]))
         elif trainer.step == 0 and trainer.local_rank == 0 and not trainer.disable_checkpointing:
             set_aside(folder, trainer.print_to_log_file)
-        _agree(trainer)
+        refuse_unshared(trainer, trainer.step)
         yield
 
 
-def _agree(trainer: PretrainingTrainer) -> None:
-    """Whether all processes go on from the same step; they do not where machines have folders of their own."""
-    steps = [trainer.step] * world()
+def refuse_unshared(trainer: PretrainingTrainer, found: Any) -> None:
+    """One line, in all processes, where they do not find the same: machines with results folders of their own.
+
+    Raises:
+        UserError: If ``found`` differs.
+    """
+    everywhere = [found] * world()
     if world() > 1:
-        dist.all_gather_object(steps, trainer.step)
-    if len(set(steps)) > 1:
+        dist.all_gather_object(everywhere, found)
+    if any(other != everywhere[0] for other in everywhere):
         raise UserError(
-            f"the processes found different checkpoints in {trainer.output_folder} (of steps {sorted(set(steps))}); "
+            f"the processes find different checkpoints of fold {trainer.fold}, in their order: {everywhere}; "
             f"nnUNet_results must be a folder that all machines share"
         )
+
+
+def checkpoints(trainer: PretrainingTrainer) -> list[str]:
+    """The names of those in the run's folder."""
+    return [name for name in CHAIN if (Path(trainer.output_folder) / name).is_file()]
 
 
 def start(trainer: PretrainingTrainer, stocks_start: Callable[[], None]) -> None:

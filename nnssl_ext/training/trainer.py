@@ -81,6 +81,7 @@ class PretrainingTrainer(nnUNetTrainer):
         self.step = 0
         self.outputs: steps.Outputs = []
         self.continuing = continuing
+        run_folder.refuse_unshared(self, run_folder.checkpoints(self))
         self.interruption = Interruption(common.max_time, self.device)
         self.unreadable = unreadable(self)
         self.print_to_log_file(f"Pretraining with {self.method_class.title}: {self.method_class.citation}\n")

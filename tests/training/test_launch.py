@@ -207,7 +207,10 @@ def test_an_error_of_one_process_ends_all(
     said = lines(environment.root)
     assert len(said) == (2 if place == "defect" else 1), said
     if place == "defect":
-        assert said == ["Traceback (most recent call last):", "ZeroDivisionError: integer division or modulo by zero"]
+        assert [line.removeprefix("[rank1]: ").partition(":")[0] for line in said] == [
+            "Traceback (most recent call last)",
+            "ZeroDivisionError",
+        ]
     else:
         assert said[0].startswith("nnssl_ext: error: something is wrong here; mend it")
         assert ("[process 1 of 2, pid " in said[0]) == (victim == 1)
@@ -237,7 +240,7 @@ def test_results_that_are_not_shared_are_refused(with_data: Data) -> None:
     assert ranks(2, elsewhere, environment.root, words("quick", "--c"), {}) == [1, 1]
     said = lines(environment.root)
     assert len(said) == 1
-    assert "different checkpoints in" in said[0]
+    assert "find different checkpoints of fold 0" in said[0]
     assert "must be a folder that all machines share" in said[0]
     assert (fold / "checkpoint_latest.pth").read_bytes() == before
 
