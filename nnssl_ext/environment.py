@@ -41,6 +41,11 @@ def worker_count() -> int:
     return min(4, os.cpu_count() or 1)
 
 
+def launched() -> bool:
+    """Whether torchrun, or who sets what it sets, has started this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def time_limit(hours: float | None) -> float | None:
     """The limit in hours: the variable's, else the setting's.
 

@@ -1,6 +1,7 @@
 """``nnUNetv2_train`` with its very arguments, and one line where it would show a traceback.
 
 Before nnU-Net's own entry point takes over, the variables, the data set, its plans and the trainer are looked at.
+``torchrun ... -m nnssl_ext.train`` is the same on several GPUs or machines.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from nnssl_ext.environment import MAX_TIME, dataset_folder, time_limit
+from nnssl_ext.environment import MAX_TIME, dataset_folder, launched, time_limit
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json
 from nnssl_ext.resources import resource_folder
@@ -28,35 +30,68 @@ def train(arguments: Sequence[str]) -> None:
     Raises:
         UserError: For a missing variable, an unplanned data set, an unknown configuration, fold or trainer.
     """
-    arguments = _take_max_time(arguments)
-    if not any(word in ("-h", "--help") for word in arguments):
-        _check(arguments)
+    arguments, hours = _take_max_time(arguments)
+    if any(word in ("-h", "--help") for word in arguments):
+        _stock(arguments)
+    elif launched():
+        # takes a while: nnU-Net and torch
+        from nnssl_ext.training.launch import process_group
+
+        with process_group(lambda: _check(arguments, hours)):
+            _stock(arguments)
+    else:
+        _check(arguments, hours)
+        _stock(arguments)
+
+
+def _stock(arguments: Sequence[str]) -> None:
     from nnunetv2.run.run_training import run_training_entry
+    from torch.multiprocessing import ProcessExitedException
 
     sys.argv = ["nnssl_ext train", *arguments]
-    run_training_entry()
+    try:
+        run_training_entry()
+    except ProcessExitedException as error:  # of -num_gpus
+        if error.exit_code == 1:
+            raise SystemExit(1) from error  # it has said why
+        raise UserError(f"{error}; go on with --c") from error
 
 
-def _take_max_time(arguments: Sequence[str]) -> list[str]:
-    """Put ``--max-time`` where every process of the training finds it; the other words."""
-    parser = argparse.ArgumentParser(prog="nnssl_ext train", add_help=False, allow_abbrev=False)
+def _take_max_time(arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    """The other words, and the hours of ``--max-time``."""
+    parser = _Parser(prog="nnssl_ext train", add_help=False, allow_abbrev=False)
     parser.add_argument("--max-time")
     known, others = parser.parse_known_args(list(arguments))
-    if known.max_time is not None:
-        os.environ[MAX_TIME] = known.max_time
-        time_limit(None)
-    return others
+    return others, known.max_time
 
 
-def _check(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="nnssl_ext train", add_help=False)
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; nnssl_ext train --help lists the arguments")
+
+
+def stock_parser() -> argparse.ArgumentParser:
+    """The arguments of ``nnUNetv2_train``; an error in them is a ``UserError``."""
+    parser = _Parser(prog="nnssl_ext train", add_help=False)
     for name in ("dataset_name_or_id", "configuration", "fold"):
         parser.add_argument(name)
     parser.add_argument("-tr", default="nnUNetTrainer")
     parser.add_argument("-p", default="nnUNetPlans")
     parser.add_argument("-pretrained_weights")
-    known, _ = parser.parse_known_args(arguments)
+    parser.add_argument("-num_gpus", type=int)
+    parser.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"))
+    for name in ("npz", "c", "val", "val_best", "disable_checkpointing"):
+        parser.add_argument(f"--{name}", action="store_true")
+    return parser
 
+
+def _check(arguments: Sequence[str], hours: str | None) -> argparse.Namespace:
+    """The arguments, if they can work; ``--max-time`` goes where every process of the training finds it."""
+    known = stock_parser().parse_args(arguments)
+    _check_together(known)
+    if hours is not None:
+        os.environ[MAX_TIME] = hours
+        time_limit(None)
     for variable in ("nnUNet_preprocessed", "nnUNet_results"):
         if not os.environ.get(variable):
             raise UserError(
@@ -78,6 +113,14 @@ def _check(arguments: Sequence[str]) -> None:
         raise UserError(f"-pretrained_weights {known.pretrained_weights} does not exist")
     _add_our_trainers()
     _check_trainer(known.tr)
+    return known
+
+
+def _check_together(known: argparse.Namespace) -> None:
+    for one, other in (("c", "val"), ("c", "pretrained_weights"), ("val_best", "disable_checkpointing")):
+        if getattr(known, one) and getattr(known, other):
+            dashes = "-" if other == "pretrained_weights" else "--"
+            raise UserError(f"--{one} and {dashes}{other} exclude each other; give one of the two")
 
 
 def _add_our_trainers() -> None:
@@ -107,3 +150,7 @@ def _trainer_names() -> list[str]:
         module.name.rpartition(".")[2] for module in pkgutil.walk_packages(nnunetv2.training.nnUNetTrainer.__path__)
     ]
     return names
+
+
+if __name__ == "__main__":
+    train(sys.argv[1:])

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
+from nnssl_ext.training.batch_norm import synchronise
 from nnssl_ext.training.distributed import world
 
 
@@ -15,7 +16,7 @@ def engine(method: Method, device: torch.device, compile_it: bool) -> nn.Module:
     """The callable that a training step runs; its parameters are the method's own."""
     if world() > 1:
         # in place, so that the method keeps its parameters; batch statistics are those of the global batch
-        nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        (nn.SyncBatchNorm.convert_sync_batchnorm if device.type == "cuda" else synchronise)(method)
     trained: nn.Module = method
     if compile_it:
         trained = torch.compile(method)  # type: ignore[assignment]

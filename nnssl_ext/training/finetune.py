@@ -136,7 +136,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         rate, frozen = self._rate(), frozen_parts(self.settings, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * (self.settings.encoder_rate if group["part"] == "encoder" else 1)
-        torch.manual_seed(step_seed(self.seed, self.step))
+        torch.manual_seed(step_seed(self.seed, self.step, rank()))
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(batch)
         if self.grad_scaler is not None:

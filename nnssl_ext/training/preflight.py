@@ -25,6 +25,7 @@ from nnssl_ext.networks.target import target_network
 from nnssl_ext.recipe import read_json
 from nnssl_ext.settings import PLANS_KEY, CommonSettings, split_sections
 from nnssl_ext.training.distributed import rank, world
+from nnssl_ext.training.store import from_the_first
 
 #: nnU-Net's numbered folds split into five parts.
 FOLDS = 5
@@ -70,7 +71,10 @@ def check_run(
         raise UserError("no CUDA device was found; use -device cpu")
     common, settings, geometry, batch_size = check_plans(method, plans, configuration, dataset_json)
     if batch_size < world():
-        raise UserError(f"batch size {batch_size} is smaller than the number of GPUs ({world()}); use fewer GPUs")
+        raise UserError(
+            f"batch size {batch_size} is smaller than the number of GPUs ({world()}); use fewer GPUs, or plan a larger "
+            f"batch_size"
+        )
 
     manager = PlansManager(plans)
     base = Path(str(nnUNet_preprocessed)) / manager.dataset_name
@@ -90,7 +94,10 @@ def check_run(
         )
     if not nnUNet_results.is_set():
         raise UserError("nnUNet_results is not set; export it as nnU-Net's documentation says")
-    _check_results_folder(Path(str(nnUNet_results)))
+    if rank() == 0:
+        _check_results_folder(Path(str(nnUNet_results)))
+    if world() > 1:
+        dist.barrier()  # nothing is written before all have found everything right
     return Checked(common, settings, geometry, batch_size, index, cases, images)
 
 
@@ -157,12 +164,8 @@ def _images(method: type[Method], common: CommonSettings) -> ImageFolder:
 def _index(folder: Path, channels: int, most_unreadable: float) -> CaseIndex:
     if not folder.is_dir():
         raise UserError(f"no preprocessed data in {folder}; run nnUNetv2_preprocess or nnUNetv2_plan_and_preprocess")
-    # the first process looks at new cases, the others read what it found
-    if world() > 1 and rank() > 0:
-        dist.barrier()
-    index = CaseIndex.build(folder, workers=worker_count(), show_progress=rank() == 0)
-    if world() > 1 and rank() == 0:
-        dist.barrier()
+    # the first process looks at new cases; the others may not see yet what it wrote to a network file system
+    index = from_the_first("index", lambda: CaseIndex.build(folder, workers=worker_count(), show_progress=True))
     if not index.cases:
         raise UserError(f"no case in {folder}; run nnUNetv2_preprocess for this configuration")
     problems = {

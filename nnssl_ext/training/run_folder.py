@@ -12,11 +12,13 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.training import state
+from nnssl_ext.training.distributed import world
 
 if TYPE_CHECKING:
     from nnssl_ext.training.trainer import PretrainingTrainer
@@ -38,7 +40,41 @@ def entered(trainer: PretrainingTrainer) -> Iterator[None]:
             trainer.load_checkpoint(str(found[0]))
         elif trainer.step == 0 and trainer.local_rank == 0 and not trainer.disable_checkpointing:
             set_aside(folder, trainer.print_to_log_file)
+        refuse_unshared(trainer, trainer.step)
         yield
+
+
+def refuse_unshared(trainer: PretrainingTrainer, found: Any) -> None:
+    """One line, in all processes, where they do not find the same: machines with results folders of their own.
+
+    Raises:
+        UserError: If ``found`` differs.
+    """
+    everywhere = [found] * world()
+    if world() > 1:
+        dist.all_gather_object(everywhere, found)
+    if any(other != everywhere[0] for other in everywhere):
+        raise UserError(
+            f"the processes find different checkpoints of fold {trainer.fold}, in their order: {everywhere}; "
+            f"nnUNet_results must be a folder that all machines share"
+        )
+
+
+def checkpoints(trainer: PretrainingTrainer) -> list[str]:
+    """The names of those in the run's folder."""
+    return [name for name in CHAIN if (Path(trainer.output_folder) / name).is_file()]
+
+
+def start(trainer: PretrainingTrainer, stocks_start: Callable[[], None]) -> None:
+    """``stocks_start`` in the first process; the others do the same without its files, which stock lets all write."""
+    if trainer.local_rank == 0:
+        stocks_start()
+        return
+    if not trainer.was_initialized:
+        trainer.initialize()
+    trainer.dataloader_train, trainer.dataloader_val = trainer.get_dataloaders()
+    trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
+    dist.barrier()  # stock's own
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from nnssl_ext.environment import worker_count
 from nnssl_ext.errors import UserError
 from nnssl_ext.training.distributed import rank, world
 from nnssl_ext.training.steps import leave_if_asked
+from nnssl_ext.training.store import from_the_first
 from nnssl_ext.views.random import VALIDATION
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def _datasets(trainer: PretrainingTrainer) -> tuple[CropDataset | ImageDataset, 
         assert checked.images is not None
         trainer.print_to_log_file(f"{checked.images}; this data set's own images are not used.")
         return ImageDataset(checked.images, request, seed), ImageDataset(checked.images, request, seed, VALIDATION)
-    train_cases, val_cases = trainer.do_split()
+    # nnU-Net writes a split where there is none yet
+    train_cases, val_cases = from_the_first("split", trainer.do_split)
     if trainer.fold == "all":
         trainer.print_to_log_file("Fold 'all': the objective is validated on crops of the training cases.")
     if len(val_cases) < request.fewest_cases:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnssl_ext.data.corpus import TARGET_KEY
+from nnssl_ext.environment import launched
 from nnssl_ext.recipe import write_json
 from nnssl_ext.training.distributed import world
 
@@ -63,13 +65,23 @@ def next_command(trainer: PretrainingTrainer, file: Path) -> str:
 
 
 def continue_command(trainer: PretrainingTrainer) -> str:
-    """The stock command that goes on with this run."""
+    """The command that goes on with this run."""
     words = _command(trainer, trainer.plans_manager.dataset_name, str(trainer.fold), type(trainer).__name__)
     if trainer.device.type != "cuda":
         words += ["-device", trainer.device.type]
-    if world() > 1:
+    if world() > 1 and launched():
+        words[:1] = _launcher()
+    elif world() > 1:
         words += ["-num_gpus", str(world())]
     return shlex.join([*words, "--c"])
+
+
+def _launcher() -> list[str]:
+    """How torchrun starts as many processes again."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+    several = ["--rdzv-backend=c10d", "--rdzv-endpoint=HOST:PORT"] if here < world() else ["--standalone"]
+    sizes = [f"--nnodes={world() // here}", f"--nproc-per-node={here}"]
+    return ["torchrun", *several, *sizes, "-m", "nnssl_ext.train"]
 
 
 def _command(trainer: PretrainingTrainer, dataset: str, fold: str, trainer_name: str) -> list[str]:

@@ -61,7 +61,8 @@ class PretrainingTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net reads this signature)
     ) -> None:
-        self.checked = check_run(self.method_class, plans, configuration, fold, dataset_json, device)
+        with Heartbeat():
+            self.checked = check_run(self.method_class, plans, configuration, fold, dataset_json, device)
         common = self.checked.common
         amp_dtype = mixed_precision(device, common.precision)
         continuing = bool(plans.get("continue_training"))
@@ -80,6 +81,7 @@ class PretrainingTrainer(nnUNetTrainer):
         self.step = 0
         self.outputs: steps.Outputs = []
         self.continuing = continuing
+        run_folder.refuse_unshared(self, run_folder.checkpoints(self))
         self.interruption = Interruption(common.max_time, self.device)
         self.unreadable = unreadable(self)
         self.print_to_log_file(f"Pretraining with {self.method_class.title}: {self.method_class.citation}\n")
@@ -139,11 +141,11 @@ class PretrainingTrainer(nnUNetTrainer):
         return sample_loaders(self)
 
     def on_train_start(self) -> None:
-        super().on_train_start()
+        run_folder.start(self, super().on_train_start)
         state.start(self)
 
     def run_training(self) -> None:
-        with run_folder.entered(self), self.interruption, Heartbeat():
+        with Heartbeat(), run_folder.entered(self), self.interruption:
             self.on_train_start()
             for _ in range(self.current_epoch, self.num_epochs):
                 self.on_epoch_start()
@@ -175,7 +177,7 @@ class PretrainingTrainer(nnUNetTrainer):
         set_rates(self.optimizer, self.recipe, self.initial_lr, self.step, total)
         self.method.before_step(self.step / total)
         # dropout and the like draw from torch's own generator: the same at each step, however often we restarted
-        torch.manual_seed(step_seed(common.seed, self.step))
+        torch.manual_seed(step_seed(common.seed, self.step, rank()))
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.remember()
         terms = self._terms(batch, VIEWS)

@@ -22,9 +22,9 @@ def sample_generator(seed: int, stream: int, index: int) -> np.random.Generator:
     return np.random.default_rng((seed, stream, index))
 
 
-def step_seed(seed: int, step: int) -> int:
-    """Seed of the network's own randomness (dropout, drop-path) at one step."""
-    return int(np.random.default_rng((seed, 1 << 16, step)).integers(1 << 62))
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """Seed of the network's own randomness (dropout, drop-path) at one step; each process has its own samples."""
+    return int(np.random.default_rng((seed, 1 << 16, step, *([rank] if rank else []))).integers(1 << 62))
 
 
 class BatchRandom:

@@ -1,4 +1,4 @@
-"""Two processes (gloo, CPU) give the loss and the gradients of one with the same global batch."""
+"""Four processes (gloo, CPU) give the loss and the gradients of one with the same global batch."""
 
 import os
 import signal
@@ -30,36 +30,82 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def one_rank(rank: int, world: int, port: int, plans: str, trainer_name: str, c: bool = False) -> None:
+def one_rank(
+    rank: int, world: int, port: int, plans: str, trainer_name: str, c: bool = False, kind: str = "plain"
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    trainer = trainer_for("plain", plans, trainer_name)
+    trainer = trainer_for(kind, plans, trainer_name)
     maybe_load_checkpoint(trainer, c, False)
     trainer.run_training()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("method", "batch_size"), [*((name, 3) for name in METHODS), ("volume_fusion", 4), ("exemplar", 4)]
-)
-def test_two_ranks_equal_one(with_data: Data, method: str, batch_size: int) -> None:
-    environment, trainer = with_data("plain"), METHODS[method].trainer
-    # in bfloat16 the split of a batch is rounding
-    settings = {"precision": "float32", "batch_size": batch_size, "iterations_per_epoch": 2}
-    settings |= {method: {"optimiser": "sgd"}}
-    environment.write_plans("plain", "one", settings)
-    environment.write_plans("plain", "two", settings)
-    one = checkpoint.load(pretrain(environment, "plain", "one", trainer=trainer) / "checkpoint_final.pth")
-    mp.spawn(one_rank, args=(2, free_port(), "two", trainer), nprocs=2)
-    two = checkpoint.load(environment.fold("plain", "two", trainer) / "checkpoint_final.pth")
-    assert len(list(environment.fold("plain", "two", trainer).glob("training_log_*"))) == 1
-    terms = [key for key in one["logging"] if key.startswith(("train_", "val_"))]
-    assert f"val_{METHODS[method].readable.key}" in terms
+def ranks(number: int, target: Callable[..., None], *arguments: object) -> list[int | None]:
+    """Exit codes of ``target(rank, number, port, *arguments)`` in so many processes."""
+    context, port = mp.get_context("fork"), free_port()
+    processes = [context.Process(target=target, args=(rank, number, port, *arguments)) for rank in range(number)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def assert_equal_runs(one: Path, other: Path, tolerance: float = 1e-4) -> None:
+    """The same objectives and terms, and momentum buffers, which are sums of gradients.
+
+    After more than a few steps they need not be: a value that is zero but for rounding is on either side of a kink.
+    """
+    a, b = (checkpoint.load(fold / "checkpoint_final.pth") for fold in (one, other))
+    terms = [key for key in a["logging"] if key.startswith(("train_", "val_"))]
+    assert f"val_{METHODS[a['nnssl_ext']['method']].readable.key}" in terms
     for key in terms:
-        assert two["logging"][key] == pytest.approx(one["logging"][key], rel=1e-4, abs=1e-6), key
-    # momentum buffers are sums of gradients
-    for a, b in zip(one["optimizer_state"]["state"].values(), two["optimizer_state"]["state"].values(), strict=True):
-        torch.testing.assert_close(a["momentum_buffer"], b["momentum_buffer"], rtol=1e-3, atol=1e-5)
+        assert b["logging"][key] == pytest.approx(a["logging"][key], rel=1e-4, abs=1e-6), key
+    states = [content["optimizer_state"]["state"].values() for content in (a, b)]
+    for mine, theirs in zip(*states, strict=True):
+        difference = (mine["momentum_buffer"] - theirs["momentum_buffer"]).norm()
+        # the gradient of a bias before a norm is rounding, and batch norm in float32 takes more of it than the rest
+        assert difference <= tolerance * mine["momentum_buffer"].norm() + 1e-6
+
+
+def without_dropout(plans: dict) -> None:
+    """Each process draws its own."""
+    arguments = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    if "heads" in arguments:
+        arguments |= {"dropout": [0.0] * 5, "drop_path": 0.0}
+
+
+# five samples over four processes are uneven; two over two, with batch norm on two kinds of network, is the rest
+@pytest.mark.parametrize(
+    ("method", "kind", "world", "batch_size"),
+    [
+        *((name, "plain", 4, 5) for name in METHODS),
+        ("exemplar", "plain", 2, 4),
+        ("volume_fusion", "pct_net", 2, 3),
+    ],
+)
+def test_several_ranks_equal_one(with_data: Data, method: str, kind: str, world: int, batch_size: int) -> None:
+    environment, trainer = with_data(kind), METHODS[method].trainer
+    # in bfloat16 the split of a batch is rounding
+    settings = {"precision": "float32", "batch_size": batch_size, "epochs": 1, "iterations_per_epoch": 2}
+    settings |= {"validation_iterations": 1, method: {"optimiser": "sgd"}}
+    for plans in ("one", "several"):
+        environment.write_plans(kind, plans, settings, without_dropout)
+    one = pretrain(environment, kind, "one", trainer=trainer)
+    assert ranks(world, one_rank, "several", trainer, False, kind) == [0] * world
+    several = environment.fold(kind, "several", trainer)
+    assert sorted(path.name for path in several.iterdir() if not path.name.startswith("training_log_")) == [
+        "checkpoint_best.pth",
+        "checkpoint_final.pth",
+        "debug.json",
+        "progress.png",
+    ]
+    assert len(list(several.glob("training_log_*"))) == 1
+    assert_equal_runs(one, several, 3e-3 if kind == "pct_net" else 1e-4)
 
 
 def test_mean_counts_samples_not_steps() -> None:
@@ -82,7 +128,7 @@ def rank_that_dies(rank: int, world: int, port: int, victim: int, number: int) -
         return original(self, batch)  # type: ignore[arg-type]
 
     PretrainingTrainer.train_step = train_step  # type: ignore[method-assign]
-    heartbeat.BEAT_SECONDS, heartbeat.SILENCE_SECONDS = 0.2, 3.0
+    heartbeat.BEAT_SECONDS, heartbeat.SILENCE_SECONDS = 0.2, 5.0
     sys.stderr = (Path(os.environ["nnUNet_results"]) / f"stderr_{rank}").open("w", buffering=1)
     one_rank(rank, world, port, "two", METHODS["volume_fusion"].trainer, c=True)
 
@@ -94,14 +140,14 @@ def two_ranks(victim: int, number: int) -> list[int | None]:
     for process in processes:
         process.start()
     for rank in (0, 1) if victim == 1 else (1, 0):
-        processes[rank].join(90 if rank != victim or number == signal.SIGTERM else 0.1)
+        processes[rank].join(240 if rank != victim or number == signal.SIGTERM else 0.1)
         if processes[rank].is_alive():
             processes[rank].kill()
             processes[rank].join()
     return [process.exitcode for process in processes]
 
 
-@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
+@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (0, signal.SIGSTOP), (1, signal.SIGSTOP)])
 def test_when_a_rank_is_gone_the_others_name_it_and_end(with_data: Data, victim: int, number: int) -> None:
     environment = with_data("plain")
     environment.write_plans("plain", "two", {"precision": "float32", "epochs": 8, "iterations_per_epoch": 2})

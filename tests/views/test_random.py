@@ -34,3 +34,5 @@ def test_streams_seeds_and_steps_differ() -> None:
     values = {float(sample_generator(*key).random()) for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))}
     assert len(values) == 4
     assert step_seed(0, 1) == step_seed(0, 1) != step_seed(0, 2)
+    assert len({step_seed(0, 1, rank) for rank in range(4)}) == 4
+    assert step_seed(0, 1, 0) == step_seed(0, 1)
