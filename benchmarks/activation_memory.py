@@ -2,9 +2,9 @@
 
     python benchmarks/activation_memory.py vit_small 96 96 96
 
-Tensors have shapes but no memory (torch's meta device). What is counted: everything autograd holds after one forward
-pass of one sample with all outputs, each storage once, in float32; half of it under mixed precision. What is not:
-temporary buffers, cuDNN's workspaces, and a fused attention's savings.
+Tensors have shapes, types and lifetimes but no memory (``nnssl_ext.training.step_trace``). What is counted: everything
+that one more sample's forward pass leaves, with all outputs, in float32 and in mixed precision. What is not: temporary
+buffers and cuDNN's workspaces. ``nnssl_ext plan`` estimates a whole step.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import argparse
 
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from torch import Tensor, nn
+from torch import nn
 
+from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.recipe import default_kwargs, load_recipe
-
-GIB = 2**30
+from nnssl_ext.training.memory import GIB
+from nnssl_ext.training.step_trace import autocast, empty, without_memory
 
 
 def build(recipe: str, checkpointing: bool) -> nn.Module:
@@ -26,24 +27,26 @@ def build(recipe: str, checkpointing: bool) -> nn.Module:
     name = architecture["network_class_name"]
     kwargs = {**default_kwargs(name, [1.0, 1.0, 1.0], recipe), **architecture["arch_kwargs"]}
     if "checkpointing" in kwargs:
-        kwargs["checkpointing"] = checkpointing
-    return get_network_from_plans(name, kwargs, [], 1, 3, deep_supervision=True)
+        kwargs["checkpointing"] = False
+    network = get_network_from_plans(name, kwargs, [], 1, 3, deep_supervision=True)
+    if checkpointing:
+        backbone_of(network).checkpoint_activations()
+    return network
 
 
-def kept(network: nn.Module, image: Tensor) -> int:
-    """Bytes that one forward pass leaves for the backward pass, parameters aside."""
-    parameters = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-    storages = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            storages[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        network(image)
-    return sum(storage.nbytes() for storage in storages.values())
+def kept(network: nn.Module, size: list[int], dtype: torch.dtype | None) -> int:
+    """Bytes that a sample's forward pass leaves for the backward pass; mixed to ``dtype``."""
+    left = []
+    with without_memory() as live:
+        empty(network)
+        for batch in (1, 2):
+            image = torch.empty(batch, 1, *size)
+            before = live.now
+            with autocast(dtype):
+                outputs = network(image)
+            left.append(live.now - before)
+            del outputs
+    return left[1] - left[0]  # low copies of the weights are in both
 
 
 def main() -> None:
@@ -54,11 +57,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with torch.device("meta"):
         network = build(arguments.recipe, arguments.checkpointing).train()
-        activations = kept(network, torch.zeros(1, 1, *arguments.size)) / GIB
+    single, mixed = (kept(network, arguments.size, dtype) / GIB for dtype in (None, torch.bfloat16))
     parameters = sum(parameter.numel() for parameter in network.parameters())
     print(
-        f"{arguments.recipe} at {arguments.size}: {parameters / 1e6:.1f} M parameters, {activations:.2f} GiB a sample "
-        f"in float32, {activations / 2:.2f} GiB mixed; weights, gradients and AdamW {16 * parameters / GIB:.2f} GiB"
+        f"{arguments.recipe} at {arguments.size}: {parameters / 1e6:.1f} M parameters, {single:.2f} GiB a sample in "
+        f"float32, {mixed:.2f} GiB mixed; weights, gradients and AdamW {16 * parameters / GIB:.2f} GiB"
     )
 
 

@@ -67,6 +67,9 @@ class CommonSettings:
         "Of the network's arithmetic; auto is bfloat16 where the hardware has it, float16 on older GPUs, else float32.",
         choices=PRECISIONS,
     )
+    activation_checkpointing: bool = setting(
+        False, "Compute the network's blocks again in the backward pass: less memory, about a third more computation."
+    )
     start_from: str | None = setting(
         None, "checkpoint_final.pth of a run of the same method and network, possibly with another crop, to go on from."
     )

@@ -3,12 +3,14 @@
     nnssl_ext plan -d 4 -c 3d_fullres -o nnUNetPlans_vf volume_fusion epochs=200 volume_fusion.levels=4
 
 Recipes (names in plans/ or JSON files) and settings are laid over the plans in their order. The result shares the
-preprocessed data and is used by nnUNetv2_train ... -p nnUNetPlans_vf.
+preprocessed data and is used by nnUNetv2_train ... -p nnUNetPlans_vf. What a training step needs of a GPU's memory is
+estimated and printed; with --gpu-memory-target the largest batch that fits is set.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from nnssl_ext.environment import dataset_folder
@@ -27,6 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans to start from (nnUNetPlans)")
     parser.add_argument("-o", required=True, metavar="NAME", help="name of the new plans")
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="methods whose memory is estimated; default: those whose settings are given, else volume_fusion",
+    )
+    parser.add_argument(
+        "--gpu-memory-target",
+        type=float,
+        metavar="GB",
+        help="set the largest batch that fits the memory of such a GPU; a batch that a recipe names is only lowered",
+    )
     parser.add_argument("overlays", nargs="*", metavar="RECIPE|SETTING=VALUE", help="what to lay over, in order")
 
 
@@ -52,10 +67,39 @@ def run(arguments: argparse.Namespace) -> None:
     for configuration in configurations:
         for method in METHODS.values():
             check_plans(method, derived, configuration, dataset_json)
+    lines = _plan_memory(arguments, derived, configurations, dataset_json)
     write_json(derived, target)
-    print(
-        f"wrote {target}\nuse it with: nnUNetv2_train {arguments.d} {configurations[0]} FOLD -p {arguments.o} -tr ..."
-    )
+    print(f"wrote {target}\n" + "\n".join(lines))
+    print(f"use it with: nnUNetv2_train {arguments.d} {configurations[0]} FOLD -p {arguments.o} -tr ...")
+
+
+def _plan_memory(arguments: argparse.Namespace, plans: dict, configurations: list[str], dataset: dict) -> list[str]:
+    """Set the batch, if a target is given; what a step needs, in lines."""
+    from nnssl_ext.training.memory import GIB
+    from nnssl_ext.training.memory_plan import fitting_batch, needs_of, wanted_methods
+
+    target = arguments.gpu_memory_target
+    if target is not None and not 0 < target < math.inf:
+        raise UserError(f"--gpu-memory-target must be a positive number of GB, got {target}")
+    methods = wanted_methods(arguments.method, plans)
+    try:
+        needs = needs_of(plans, configurations, methods, dataset)
+    except (Exception, UserError) as error:
+        if target is not None or arguments.method:
+            raise
+        # nobody asked for an estimate
+        return [f"memory on a GPU is not estimated: {getattr(error, 'line', f'{type(error).__name__}: {error}')}"]
+    lines = ["memory on a GPU, estimated (docs/memory.md):"]
+    settings = plans.setdefault(PLANS_KEY, {})
+    if target is not None:
+        named = settings.get("batch_size")
+        settings["batch_size"] = fits = fitting_batch(needs, target * GIB, plans, dataset)
+        note = "as named, fits" if fits == named else "is the largest that fits"
+        lines = [f"batch_size {fits} {note}" + (f"; {named} was named" if named not in (None, fits) else ""), *lines]
+    for need in needs:
+        batch = settings.get("batch_size") or plans["configurations"][need.configuration]["batch_size"]
+        lines.append(f"  {need.line(batch, None if target is None else target * GIB)}")
+    return lines
 
 
 def _check_name(name: str, source: str, target: Path) -> None:

@@ -103,6 +103,7 @@ class Method(nn.Module, ABC):
         readable: The number a person can read.
         needs_images: Whether samples are 2-D images of ``nnssl_ext.images``.
         deep_supervision: Whether the objective uses the network's coarser outputs.
+        fewest_samples: The smallest batch with which every term of the objective says something.
         patience: Epochs in a row in which ``diagnose`` finds a collapse before the run stops.
     """
 
@@ -114,6 +115,7 @@ class Method(nn.Module, ABC):
     readable: ClassVar[Readable]
     needs_images: ClassVar[bool] = False
     deep_supervision: ClassVar[bool] = True
+    fewest_samples: ClassVar[int] = 1
     patience: int = 5
 
     def __init__(self, backbone: Backbone, settings: Any, geometry: Geometry) -> None:
@@ -140,6 +142,11 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def crops(cls, settings: Any, geometry: Geometry) -> CropRequest | ImageRequest:
         """What one sample is made of."""
+
+    @classmethod
+    def heaviest(cls, settings: Any) -> Any:
+        """Settings that draw what takes most memory at every step, for estimates of it."""
+        return settings
 
     @abstractmethod
     def optimiser(self) -> OptimiserRecipe:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class DINO(Method):
     Settings = DINOSettings
     readable = Readable("hidden_cells", "Hidden cells told from the same place in other views")
     deep_supervision = False
+    fewest_samples = 2  # KoLeo spreads neighbours
 
     settings: DINOSettings
     image_centre: Tensor
@@ -98,6 +100,10 @@ class DINO(Method):
         local_size(settings, geometry)  # an illegal one is found before anything is written
         still = SpatialRange(geometry.spacing)
         return CropRequest((Crop(geometry.crop_size, still, scale=settings.region, fit=True),))
+
+    @classmethod
+    def heaviest(cls, settings: DINOSettings) -> DINOSettings:
+        return replace(settings, mask_probability=1.0, mask_ratio=[max(settings.mask_ratio)] * 2)
 
     def optimiser(self) -> OptimiserRecipe:
         settings = self.settings

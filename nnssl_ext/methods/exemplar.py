@@ -90,6 +90,7 @@ class Exemplar(EncoderMethod):
     citation = "Taleb et al., NeurIPS 2020, arXiv:2006.03829; Dosovitskiy et al., TPAMI 2016, arXiv:1406.6909"
     Settings = ExemplarSettings
     readable = Readable("triplet_accuracy", "Negatives that are farther than the positive")
+    fewest_samples = 2  # negatives are chosen among the batch
 
     settings: ExemplarSettings
 

@@ -59,6 +59,11 @@ class UNetBackbone(Backbone):
         parts = [self.encoder.stages[:stages], getattr(self.encoder, "stem", None)]
         return [parameter for part in parts if part is not None for parameter in part.parameters()]
 
+    def blocks(self) -> Iterable[nn.Module]:
+        decoder: Any = self.network.decoder
+        stem = getattr(self.encoder, "stem", None)
+        return [*([] if stem is None else [stem]), *self.encoder.stages, *decoder.stages]
+
     def drop_depth_strides(self) -> None:
         drop_depth_strides(self.encoder.modules())
 

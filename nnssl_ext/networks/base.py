@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nnssl_ext.networks.activation_checkpointing import checkpoint_activations
+
 #: Edges or strides along D, H and W.
 Triple = tuple[int, int, int]
 #: The last part of the name of the layers that stock nnU-Net does not transfer.
@@ -56,6 +58,10 @@ class Backbone(ABC):
         """The parameters of the parts that ``features(image, stages)`` runs."""
 
     @abstractmethod
+    def blocks(self) -> Iterable[nn.Module]:
+        """The parts, of encoder and decoder, that ``checkpoint_activations`` may compute twice."""
+
+    @abstractmethod
     def crop_problem(self, size: Sequence[int]) -> str:
         """Why the whole network cannot take a crop with these edges; '' if it can."""
 
@@ -70,6 +76,10 @@ class Backbone(ABC):
         Raises:
             ValueError: If the network's weights depend on its strides.
         """
+
+    def checkpoint_activations(self) -> None:
+        """Keep only what goes into each of the ``blocks``, and compute them again in the backward pass."""
+        checkpoint_activations(self.blocks())
 
     def train_encoder_only(self, stages: int | None = None) -> None:
         """Take the decoder, and the encoder's stages after the first ``stages``, out of the training."""

@@ -40,6 +40,14 @@ class PCTNetBackbone(Backbone):
     def encoder_parameters(self, stages: int | None = None) -> Iterable[nn.Parameter]:
         return [parameter for part in self._stages()[:stages] for module in part for parameter in module.parameters()]
 
+    def blocks(self) -> Iterable[nn.Module]:
+        network, pyramid = self.network, self.network.pyramid_ct
+        inner = [part for name, part in pyramid.named_children() if not name.startswith("out_conv")]
+        head = network.pred_heads[network.resolution_mode]
+        outer = [part for name, part in head.named_children() if not name.startswith("out_conv")]
+        encoder = [part for name, part in network.embedding.named_children() if name != "proj"]
+        return [*encoder, *inner, *outer, *network.output_layers]
+
     def drop_depth_strides(self) -> None:
         drop_depth_strides(module for part in self._stages() for outer in part for module in outer.modules())
 

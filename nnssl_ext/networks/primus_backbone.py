@@ -78,6 +78,9 @@ class PrimusBackbone(Backbone):
         blocks[-1] += list(eva.norm.parameters())
         return [[parameter for parameter in first if parameter is not None], *blocks]
 
+    def blocks(self) -> Iterable[nn.Module]:
+        return [*self.network.eva.blocks, self.network.up_projection]
+
     def is_head(self, name: str) -> bool:
         """Its whole decoder: the widths depend on the number of classes."""
         return name.startswith("up_projection.")

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from nnssl_ext.networks.activation_checkpointing import checkpoint_activations
 from nnssl_ext.networks.base import triple
 from nnssl_ext.networks.strides import halving_strides
 from nnssl_ext.networks.unetr import UNETRDecoder
@@ -103,7 +103,8 @@ class VisionTransformer(nn.Module):
         layer_scale: Initial LayerScale.
         drop_path: Chance that a block's branch is left out for a sample while training.
         position_grid: Token grid that the learned positions belong to; another grid resizes them trilinearly.
-        checkpointing: Keep only each block's input and compute the rest again in the backward pass.
+        checkpointing: Compute blocks again in the backward pass; ``nnssl_ext.activation_checkpointing`` does so for
+            the decoder too, and for every network.
     """
 
     def __init__(
@@ -125,7 +126,6 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"embed_dim {width} is no multiple of num_heads {heads}; choose others")
         self.patch = tuple(patch)
         self.position_grid = tuple(position_grid)
-        self.checkpointing = checkpointing
         self.patch_embed = PatchEmbed(input_channels=input_channels, width=width, patch=patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + int(np.prod(self.position_grid)), width))
@@ -135,6 +135,8 @@ class VisionTransformer(nn.Module):
             Block(width=width, heads=heads, mlp_ratio=mlp_ratio, layer_scale=layer_scale, drop_path=drop_path)
             for _ in range(depth)
         )
+        if checkpointing:
+            checkpoint_activations(self.blocks)
         self.norm = nn.LayerNorm(width, eps=EPSILON)
         self._initialise()
 
@@ -163,10 +165,7 @@ class VisionTransformer(nn.Module):
         """Tokens (B, 1 + N, E) after so many blocks each, ascending; those after all blocks are normed."""
         tokens, found = self.embed(image, mask), []
         for number, block in enumerate(self.blocks, 1):
-            if self.checkpointing and self.training and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens)
+            tokens = block(tokens)
             if number in after:
                 found.append(self.norm(tokens) if number == len(self.blocks) else tokens)
         return found

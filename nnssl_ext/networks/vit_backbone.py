@@ -67,6 +67,10 @@ class ViTBackbone(Backbone):
         first = [encoder.cls_token, encoder.pos_embed, encoder.mask_token, *encoder.patch_embed.parameters()]
         return [first, *blocks]
 
+    def blocks(self) -> Iterable[nn.Module]:
+        decoder = self.network.decoder
+        return [*self.encoder.blocks, decoder.image, *decoder.lifts, *decoder.blocks]
+
     def crop_problem(self, size: Sequence[int]) -> str:
         return edges_problem(size, self.encoder.patch, self.encoder.patch, "token grid")
 

@@ -10,6 +10,9 @@ import torch
 
 from nnssl_ext.methods import OptimiserRecipe, ParameterGroup
 
+#: Numbers that an optimiser keeps for each parameter: its momentum, or its two moments.
+STATES = {"sgd": 1, "adam": 2, "adamw": 2}
+
 
 def build_optimiser(
     recipe: OptimiserRecipe, groups: Iterable[ParameterGroup], learning_rate: float

@@ -84,7 +84,7 @@ def check_run(
     images = _images(method, common) if method.needs_images else None
     if images is not None:
         geometry = replace(geometry, image_classes=images.classes, image_chance=images.chance)
-    _check_backbone(method, manager, configuration, geometry.channels)
+    check_backbone(method, manager, configuration, geometry.channels)
     fewest = method.crops(settings, geometry).fewest_cases
     cases = _training_cases(base, index.cases, fold)
     if cases < fewest:
@@ -133,16 +133,23 @@ def check_plans(
 
 
 def target_backbone(
-    plans_manager: PlansManager, configuration_manager: ConfigurationManager, input_channels: int, outputs: int
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    input_channels: int,
+    outputs: int,
+    checkpointing: bool = False,
 ) -> Backbone:
     """``target_network`` seen as a backbone; a network of unknown kind or wrong arguments is one line."""
     try:
-        return backbone_of(target_network(plans_manager, configuration_manager, input_channels, outputs))
+        backbone = backbone_of(target_network(plans_manager, configuration_manager, input_channels, outputs))
     except (ValueError, TypeError) as error:
         raise UserError(f"plans {plans_manager.plans_name}: {error}") from error
+    if checkpointing:
+        backbone.checkpoint_activations()
+    return backbone
 
 
-def _check_backbone(method: type[Method], manager: PlansManager, configuration: str, channels: int) -> None:
+def check_backbone(method: type[Method], manager: PlansManager, configuration: str, channels: int) -> None:
     """One line if the method needs of the network what it has not."""
     with torch.device("meta"):
         backbone = target_backbone(manager, manager.get_configuration(configuration), channels, 2)

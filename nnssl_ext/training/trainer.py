@@ -34,6 +34,7 @@ from nnssl_ext.training.heartbeat import Heartbeat
 from nnssl_ext.training.interruption import Interruption
 from nnssl_ext.training.log import PretrainingLog
 from nnssl_ext.training.optimisation import build_optimiser, set_rates
+from nnssl_ext.training.out_of_memory import told_when_out_of_memory
 from nnssl_ext.training.preflight import check_run, target_backbone
 from nnssl_ext.training.samples import sample_loaders, unreadable
 from nnssl_ext.training.summary import print_summary
@@ -101,7 +102,8 @@ class PretrainingTrainer(nnUNetTrainer):
         self.data_heads: dict[str, Tensor] = {}
         if own_outputs is not None:
             self.data_heads = state.fresh_heads(target_network(*plans, geometry.channels, data_outputs))
-        backbone = target_backbone(*plans, geometry.channels, own_outputs or data_outputs)
+        twice = common.activation_checkpointing
+        backbone = target_backbone(*plans, geometry.channels, own_outputs or data_outputs, twice)
         self.method = self.method_class(backbone, self.checked.settings, geometry).to(self.device)
         self.network = self.method.network
         compiled = self._do_i_compile()
@@ -145,7 +147,7 @@ class PretrainingTrainer(nnUNetTrainer):
         state.start(self)
 
     def run_training(self) -> None:
-        with Heartbeat(), run_folder.entered(self), self.interruption:
+        with Heartbeat(), run_folder.entered(self), self.interruption, told_when_out_of_memory(self):
             self.on_train_start()
             for _ in range(self.current_epoch, self.num_epochs):
                 self.on_epoch_start()

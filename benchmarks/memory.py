@@ -1,0 +1,107 @@
+"""What a training step needs of a GPU's memory: the tables of docs/memory.md; beside it, on a GPU, what it takes.
+
+    python benchmarks/memory.py [--plans nnUNetPlans.json dataset.json] [--methods NAME ...] [--batch 2] [--measure]
+
+Without plans: one channel, crops of 128 x 128 x 128 at 1 mm, a residual encoder of six stages (32 to 320 features).
+With ``--measure`` each step is done three times on the GPU, without torch.compile, and the most that was allocated and
+reserved is printed beside the estimate.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+from torch import nn
+
+from nnssl_ext.methods import METHODS, Geometry, Method
+from nnssl_ext.networks.backbone import Backbone, UNetBackbone
+from nnssl_ext.recipe import read_json
+from nnssl_ext.training.memory import GIB, build_method, planned, step_memory, view_shapes
+from nnssl_ext.training.optimisation import build_optimiser
+
+STRIDES = [1, 2, 2, 2, 2, 2]
+#: How to build a backbone with so many outputs (None: the data set's), and what the method is told.
+Case = tuple[Callable[[int | None], Backbone], Any, Geometry]
+
+
+def residual_encoder(method: type[Method], edge: int, checkpointing: bool) -> Case:
+    """A residual U-Net of six stages on isotropic cases of one channel."""
+
+    def build(outputs: int | None) -> Backbone:
+        network = ResidualEncoderUNet(
+            1, 6, [32, 64, 128, 256, 320, 320], nn.Conv3d, 3, STRIDES, [1, 3, 4, 6, 6, 6], outputs or 2,
+            [1, 1, 1, 1, 1], True, nn.InstanceNorm3d, {"affine": True}, nonlin=nn.LeakyReLU,
+            nonlin_kwargs={"inplace": True}, deep_supervision=True,
+        )  # fmt: skip
+        backbone = UNetBackbone(network)
+        if checkpointing:
+            backbone.checkpoint_activations()
+        return backbone
+
+    total = tuple((2**stage,) * 3 for stage in range(len(STRIDES)))
+    crop = (edge, edge, edge)
+    return build, method.Settings(), Geometry(crop, (1.0, 1.0, 1.0), 1, total, crop)
+
+
+def measured(method: type[Method], case: Case, batch: int) -> tuple[int, int]:
+    """The most bytes that torch allocated and reserved in steps on the GPU, as the trainer does them."""
+    device = torch.device("cuda")
+    build, settings, geometry = case
+    built = build_method(method, build, settings, geometry, torch.device("cpu"))
+    shapes = view_shapes(built, batch)
+    built.to(device)
+    recipe = built.optimiser()
+    optimiser = build_optimiser(recipe, built.parameter_groups(), 1e-4)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        optimiser.zero_grad(set_to_none=True)
+        views = {name: torch.zeros(shape, dtype=kind, device=device) for name, (shape, kind) in shapes.items()}
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = built(views)["loss"].sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(built.parameters(), recipe.clip)
+        optimiser.step()
+    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plans", nargs=2, type=Path, metavar=("PLANS", "DATASET"), help="JSON files of a data set")
+    parser.add_argument("--configuration", default="3d_fullres")
+    parser.add_argument("--edge", type=int, default=128, help="of the cubic crop, without plans")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--measure", action="store_true", help="also do the steps, on a GPU")
+    arguments = parser.parse_args()
+    print("| method | weights, gradients, optimiser | kept a sample | at this batch | with activation checkpointing |")
+    print("|---|---|---|---|---|")
+    for name in arguments.methods:
+        method, needs = METHODS[name], []
+        for checkpointing in (False, True):
+            if arguments.plans:
+                plans, dataset = (read_json(path) for path in arguments.plans)
+                case = planned(method, plans, arguments.configuration, dataset, checkpointing=checkpointing)
+            else:
+                case = residual_encoder(method, arguments.edge, checkpointing)
+            needs.append(step_memory(method, *case, "auto"))
+            if arguments.measure:
+                allocated, reserved = measured(method, case, arguments.batch)
+                print(
+                    f"{name}, checkpointing {checkpointing}: allocated {allocated / GIB:.2f} GiB, estimated "
+                    f"{needs[-1].allocated(arguments.batch) / GIB:.2f}; reserved {reserved / GIB:.2f}"
+                )
+        own, twice = needs
+        fixed = own.weights + own.gradients + own.optimiser
+        print(
+            f"| {method.title} | {fixed / GIB:.2f} | {own.kept.each / GIB:.2f} | {own.peak(arguments.batch) / GIB:.1f} "
+            f"| {twice.peak(arguments.batch) / GIB:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
