@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed$(if $(LOCKED),-locked)
 MINIMUM_PYTHON ?= python3.10
 MINIMUM := .venv-minimum
 
-.PHONY: install lock test test-minimum check format demo soak fuzz audit clean
+.PHONY: install lock test test-minimum check format demo soak fuzz fuzz-atheris audit clean
 
 install: $(INSTALLED)
 
@@ -56,6 +56,11 @@ soak: install
 
 fuzz: install
 	FUZZ_INPUTS=4000 $(BIN)/python -m pytest tests/test_fuzz.py
+
+# the same readers, guided by coverage: a minute each
+fuzz-atheris: install
+	$(PIP) atheris
+	$(BIN)/python benchmarks/fuzz_atheris.py --seconds 60
 
 audit: install
 	$(PIP) pip-audit
