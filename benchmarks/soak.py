@@ -30,7 +30,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.soak_runs import FINETUNE, Result, Soak  # noqa: E402
+from soak_runs import FINETUNE, Result, Soak  # noqa: E402
+
 from nnssl_ext.methods import METHODS  # noqa: E402
 from nnssl_ext.provenance import hardware, revision, versions  # noqa: E402
 

@@ -239,7 +239,8 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         if best:
             self._best_ema = average
             self.print_to_log_file(f"New best moving average of the pseudo Dice: {average:.4f}")
-        due = (self.current_epoch + 1) % self.save_every == 0 and self.current_epoch != self.num_epochs - 1
+        # --c takes checkpoint_latest.pth, which is there from the start: it must never be older than the best
+        due = ((self.current_epoch + 1) % self.save_every == 0 or best) and self.current_epoch != self.num_epochs - 1
         names = [*([run_folder.LATEST] if due else []), *([run_folder.BEST] if best else [])]
         if names:
             self.save_checkpoint(*(str(Path(self.output_folder) / name) for name in names))

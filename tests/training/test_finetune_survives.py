@@ -191,6 +191,18 @@ def test_killed_at_once_it_goes_on_from_the_pretrained_weights(
     same_run(whole, tune(environment, "labelled", "broken", c=True))
 
 
+def test_the_newest_checkpoint_is_never_older_than_the_best(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are due every 50 epochs; the first epoch is the best so far."""
+    environment = with_data("labelled")
+    plans(environment, "whole", "broken", save_every=50)
+    with monkeypatch.context() as patch:
+        kill_at(4, patch)
+        with pytest.raises(KeyboardInterrupt):
+            tune(environment, "labelled", "broken")
+    assert checkpoint.load(fold(environment) / LATEST)["nnssl_ext"]["step"] == 3
+    same_run(tune(environment, "labelled", "whole"), tune(environment, "labelled", "broken", c=True))
+
+
 def test_starting_anew_keeps_what_was_there(with_data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     environment = with_data("labelled")
     plans(environment, "broken")
