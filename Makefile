@@ -2,18 +2,44 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# LOCKED=1: the very versions that the package was developed with
+LOCK := requirements/locked.txt
+CONSTRAINTS := $(if $(LOCKED),-c $(LOCK))
+INSTALLED := $(VENV)/.installed$(if $(LOCKED),-locked)
+# the lowest Python that is supported, for test-minimum
+MINIMUM_PYTHON ?= python3.10
+MINIMUM := .venv-minimum
 
-.PHONY: install test check format demo soak fuzz audit clean
+.PHONY: install lock test test-minimum check format demo soak fuzz fuzz-atheris audit clean
 
-install: $(VENV)/.installed
+install: $(INSTALLED)
 
-$(VENV)/.installed: pyproject.toml
+$(INSTALLED): pyproject.toml $(if $(LOCKED),$(LOCK))
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	rm -f $(VENV)/.installed*
+	$(PIP) $(CONSTRAINTS) -e '.[dev]'
 	touch $@
+
+# the newest that the bounds allow, and a list of it
+lock: install
+	$(PIP) --upgrade --upgrade-strategy eager -e '.[dev]'
+	$(BIN)/python requirements/freeze.py > $(LOCK).new
+	mv $(LOCK).new $(LOCK)
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# the lower bounds of pyproject.toml, in an environment of their own
+test-minimum: $(MINIMUM)/.installed
+	$(MINIMUM)/bin/python -m pytest -n 2 --dist worksteal
+
+$(MINIMUM)/.installed: pyproject.toml requirements/minimum.py
+	$(MINIMUM_PYTHON) -m venv --clear $(MINIMUM)
+	$(MINIMUM)/bin/python -m pip install --quiet --disable-pip-version-check packaging tomli
+	$(MINIMUM)/bin/python requirements/minimum.py > $(MINIMUM)/minimum.txt
+	$(MINIMUM)/bin/python -m pip install --quiet --disable-pip-version-check -c $(MINIMUM)/minimum.txt -e '.[dev]'
+	touch $@
 
 check: install
 	$(BIN)/ruff check .
@@ -24,19 +50,24 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# at least twenty random kills of each method, for an hour; not part of the tests
+# at least twenty kills of each method and the fine-tuner, for an hour; not part of the tests
 soak: install
-	$(BIN)/python benchmarks/soak.py --kills 20 --minutes 60
+	$(BIN)/python benchmarks/soak.py --kills 20 --minutes 60 --jobs 2
 
 fuzz: install
 	FUZZ_INPUTS=4000 $(BIN)/python -m pytest tests/test_fuzz.py
 
+# the same readers, guided by coverage: a minute each
+fuzz-atheris: install
+	$(PIP) atheris
+	$(BIN)/python benchmarks/fuzz_atheris.py --seconds 60
+
 audit: install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(PIP) pip-audit
 	$(BIN)/pip-audit --skip-editable
 
 demo: install
 	$(BIN)/nnssl_ext demo --output demo --open
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(MINIMUM) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -14,11 +14,13 @@ BENCHMARKS = {
     "views": "each view, each method's full list, and peers: samples a second on one core or on the GPU",
     "step": "a training step, split; its ratio to the bare forward and backward pass; memory over many steps",
     "startup": "the start of a training against stock's, and against the number of cases",
+    "memory": "what a step needs of a GPU's memory: estimated, and on a GPU measured",
     "cost": "operations and memory of a step of each method, counted without computing them",
     "activation_memory": "what a network of ours keeps for its backward pass, counted",
     "dino_step": "3DINO's student step against its bare blocks and heads",
     "learning": "whether an objective learns, on real crops and on shuffled voxels",
     "soak": "random kills against an uninterrupted run",
+    "fuzz_atheris": "the readers of outside files, fuzzed with coverage as a guide",
 }
 
 

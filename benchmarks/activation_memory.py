@@ -1,6 +1,6 @@
 """How much memory a network of ours keeps for its backward pass, counted without a GPU: the table of docs/networks.md.
 
-    python benchmarks/activation_memory.py vit_small 96 96 96
+    python -m benchmarks activation_memory vit_small 96 96 96
 
 Tensors have shapes, types and lifetimes but no memory (``nnssl_ext.training.step_trace``). What is counted: everything
 that one more sample's forward pass leaves, with all outputs, in float32 and in mixed precision. What is not: temporary

@@ -1,6 +1,6 @@
 """What a training step of each method costs on a plan's network, counted on tensors without memory.
 
-    python benchmarks/cost.py [--patch 128] [--batch 2]
+    python -m benchmarks cost [--patch 128] [--batch 2]
 
 The network is the residual encoder of six stages of benchmarks/memory.py. Floating point operations of forward and
 backward passes are counted by torch, and the memory of activations as what the forward pass keeps for the backward pass
@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 
 import torch
-from memory import residual_encoder
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.memory import residual_encoder
 from nnssl_ext.methods import METHODS
 from nnssl_ext.training.memory import build_method, quiet, shapes_at, view_shapes
 from nnssl_ext.training.step_trace import empty, trace_step, without_memory

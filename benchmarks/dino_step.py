@@ -1,6 +1,6 @@
 """Forward and backward of one student step of 3DINO, and of the same tokens through the bare blocks and heads.
 
-``OMP_NUM_THREADS=2 python benchmarks/dino_step.py --repeats 5``
+``OMP_NUM_THREADS=2 python -m benchmarks dino_step --repeats 5``
 
 A ViT-S (384 wide, 12 blocks, 6 heads, tokens of 16 voxels) on 4 volumes: 2 global crops of 96 and 8 local crops of 48
 each, half of the global ones with 20 to 75 % of their tokens hidden; heads 2048-256-65536 on both levels; float32. The

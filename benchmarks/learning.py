@@ -1,6 +1,6 @@
 """Whether an objective learns: its readable number on held-out cases, against chance, and with voxels shuffled.
 
-    python benchmarks/learning.py jigsaw -d 802 -p nnUNetPlans_learning [--shuffled]
+    python -m benchmarks learning jigsaw -d 802 -p nnUNetPlans_learning [--shuffled]
 
 Runs the method's trainer as nnUNetv2_train would, on the CPU, and prints one line per epoch. With --shuffled the voxels
 of every image and patch are put in another order: what is learned then was no anatomy.

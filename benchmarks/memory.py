@@ -1,6 +1,6 @@
 """What a training step needs of a GPU's memory: the tables of docs/memory.md; beside it, on a GPU, what it takes.
 
-    python benchmarks/memory.py [--plans nnUNetPlans.json dataset.json] [--methods NAME ...] [--batch 2] [--measure]
+    python -m benchmarks memory [--plans nnUNetPlans.json dataset.json] [--methods NAME ...] [--batch 2] [--measure]
 
 Without plans: one channel, crops of 128 x 128 x 128 at 1 mm, a residual encoder of six stages (32 to 320 features).
 With ``--measure`` each step is done three times on the GPU, without torch.compile, and the most that was allocated and

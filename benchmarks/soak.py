@@ -1,12 +1,13 @@
-"""Pretrainings that are killed again and again end with the weights of those that never were.
+"""Trainings that are killed again and again end with the weights of those that never were.
 
-    python benchmarks/soak.py [--kills 20] [--minutes 60] [--methods volume_fusion ...] [--output FOLDER]
+    python benchmarks/soak.py [--kills 20] [--minutes 60] [--jobs 2] [--methods dino finetune ...] [--json FILE]
 
-For each method the stock command trains once without interruption and once killed at random moments (SIGKILL, and every
-fourth time SIGTERM), continued with --c and another number of workers each time. Weights, method state, optimiser and
-objective values must be equal bit for bit. The memory and the open files of the uninterrupted process are watched. With
---minutes the methods are gone through again, with other seeds, until the time is over. Needs a checkout (tests/ makes
-the data). A line per run and soak.json; exit status 1 if any differs.
+For each method, and for the fine-tuner, the stock command trains once without interruption and once killed at random
+moments: SIGKILL, once in four times at the very moment when a checkpoint is being written, and every fourth time
+SIGTERM. It goes on with --c and another number of workers each time. Weights, method state, optimiser and objective
+values must be equal bit for bit, and memory and open files of the uninterrupted process flat. A method that ends before
+it was killed often enough is done again with another seed; with --minutes all are, until the time is over. Needs a
+checkout (tests/ makes the data). A line per run, then a table; exit status 1 if a run differs or is not flat.
 """
 
 from __future__ import annotations
@@ -14,177 +15,126 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import random
 import shlex
-import signal
-import subprocess
+import statistics
 import sys
 import tempfile
+import threading
 import time
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from nnssl_ext import checkpoint  # noqa: E402
+from benchmarks.soak_runs import FINETUNE, Result, Soak  # noqa: E402
 from nnssl_ext.methods import METHODS  # noqa: E402
-from tests.datasets import dataset_name, make_dataset  # noqa: E402
-from tests.images import make_images  # noqa: E402
+from nnssl_ext.provenance import hardware, revision, versions  # noqa: E402
 
-KIND = "residual"
-
-
-@dataclass
-class Result:
-    """One method, killed and not."""
-
-    method: str
-    seed: int
-    kills: int = 0
-    terminated: int = 0
-    amid_checkpoint: int = 0
-    equal: bool = False
-    seconds: float = 0.0
-    memory_mib: list[float] = field(default_factory=list)
-    open_files: list[int] = field(default_factory=list)
+#: More than this in the second half of a run is a leak.
+MOST_GROWTH, MOST_FILES = 0.05, 2
+HEAD = "| method | runs | SIGKILL | amid a checkpoint | SIGTERM | result | MiB half-way, end | open files | hours |"
 
 
-class Soak:
-    """The environment of all runs.
-
-    Args:
-        root: An empty folder.
-        epochs: Of each run.
-    """
-
-    def __init__(self, root: Path, epochs: int) -> None:
-        self.root, self.epochs = root, epochs
-        for name in ("raw", "preprocessed", "results"):
-            (root / name).mkdir(parents=True, exist_ok=True)
-        self.data = make_dataset(root / "preprocessed", KIND)
-        make_images(root / "images", classes=2, each=20)
-        self.variables = {
-            **os.environ,
-            "nnUNet_raw": str(root / "raw"),
-            "nnUNet_preprocessed": str(root / "preprocessed"),
-            "nnUNet_results": str(root / "results"),
-            "nnUNet_extTrainer": str(REPOSITORY / "trainers"),
-            "PYTHONPATH": str(REPOSITORY),
-            "OMP_NUM_THREADS": "1",
-        }
-
-    def write_plans(self, name: str, seed: int) -> None:
-        plans = json.loads((self.data / "nnUNetPlans.json").read_text())
-        plans["plans_name"] = name
-        plans["nnssl_ext"] = {
-            "epochs": self.epochs,
-            "iterations_per_epoch": 7,
-            "validation_iterations": 1,
-            "save_every": 1,
-            "seed": seed,
-            "images": str(self.root / "images"),
-        }
-        (self.data / f"{name}.json").write_text(json.dumps(plans))
-
-    def start(self, method: str, plans: str, workers: int) -> subprocess.Popen:
-        trainer = METHODS[method].trainer
-        command = Path(sys.executable).parent / "nnUNetv2_train"
-        words = [str(command), dataset_name(KIND), "3d_fullres", "0", "-tr", trainer, "-p", plans, "-device", "cpu"]
-        variables = {**self.variables, "nnUNet_n_proc_DA": str(workers)}
-        log = (self.root / f"{plans}.log").open("ab")
-        return subprocess.Popen([*words, "--c"], env=variables, stdout=log, stderr=subprocess.STDOUT)
-
-    def fold(self, method: str, plans: str) -> Path:
-        trainer = METHODS[method].trainer
-        return self.root / "results" / dataset_name(KIND) / f"{trainer}__{plans}__3d_fullres" / "fold_0"
-
-    def run(self, method: str, seed: int, kills: int) -> Result:
-        result, begin = Result(method, seed), time.monotonic()
-        whole, broken = (f"{method}-{seed}-{kind}" for kind in ("whole", "broken"))
-        for plans in (whole, broken):
-            self.write_plans(plans, seed)
-        self._whole(self.start(method, whole, 1), result)
-        self._broken(method, broken, kills, random.Random(f"{method} {seed}"), result)
-        result.equal = same(self.fold(method, whole), self.fold(method, broken))
-        result.seconds = time.monotonic() - begin
-        return result
-
-    def _whole(self, process: subprocess.Popen, result: Result) -> None:
-        status, files = Path(f"/proc/{process.pid}/status"), Path(f"/proc/{process.pid}/fd")
-        while process.poll() is None:
-            time.sleep(1)
-            try:
-                rss = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
-                result.memory_mib.append(int(rss.split()[1]) / 1024)
-                result.open_files.append(len(list(files.iterdir())))
-            except (OSError, StopIteration):  # it ended meanwhile
-                continue
-        if process.returncode:
-            raise SystemExit(f"the uninterrupted run of {result.method} ended with {process.returncode}")
-
-    def _broken(self, method: str, plans: str, kills: int, chance: random.Random, result: Result) -> None:
-        fold = self.fold(method, plans)
-        while not (fold / "checkpoint_final.pth").is_file():
-            process = self.start(method, plans, chance.choice((0, 1, 2)))
-            if result.kills + result.terminated < kills:
-                before = time.time()
-                while process.poll() is None and not any(p.stat().st_mtime > before for p in fold.glob("*.pth")):
-                    time.sleep(0.01)
-                time.sleep(chance.uniform(0, 2))
-                if process.poll() is None:
-                    number = signal.SIGTERM if (result.kills + result.terminated) % 4 == 3 else signal.SIGKILL
-                    process.send_signal(number)
-                    result.terminated += number == signal.SIGTERM
-                    result.kills += number == signal.SIGKILL
-            status = process.wait()
-            result.amid_checkpoint += bool(list(fold.glob(".checkpoint_*.tmp")))
-            if status not in (0, -signal.SIGKILL):
-                raise SystemExit(f"{plans}: ended with status {status}; see {self.root}/{plans}.log")
+def growth(samples: list[float]) -> tuple[float, float]:
+    """Medians of the tenth in the middle of a run and of the last tenth."""
+    tenth = max(1, len(samples) // 10)
+    middle = samples[len(samples) // 2 :][:tenth]
+    return statistics.median(middle), statistics.median(samples[-tenth:])
 
 
-def same(first: Path, second: Path) -> bool:
-    """Whether two runs' final checkpoints are equal bit for bit, times apart."""
-    digests = []
-    for fold in (first, second):
-        content = checkpoint.load(fold / "checkpoint_final.pth")
-        log = {key: values for key, values in content["logging"].items() if "timestamps" not in key}
-        own = {key: content["nnssl_ext"][key] for key in ("state", "counters")}
-        kept = {key: content[key] for key in ("network_weights", "optimizer_state", "_best_ema")}
-        digests.append(checkpoint.content_digest({**kept, "logging": log, "nnssl_ext": own}))
-    return digests[0] == digests[1]
+def flat(result: Result) -> bool | None:
+    """Whether memory and open files were; None where the run was too short to say."""
+    if len(result.memory_mib) < 20:
+        return None
+    (memory, memory_end), (files, files_end) = growth(result.memory_mib), growth(list(map(float, result.open_files)))
+    return memory_end <= memory * (1 + MOST_GROWTH) and files_end <= files + MOST_FILES
 
 
 def told(result: Result) -> str:
     """A line about a run."""
-    places = [len(result.memory_mib) * share // 10 for share in (5, 8)]
-    memory, files = ([row[place] for place in places if row] for row in (result.memory_mib, result.open_files))
+    words = {True: "flat", False: "NOT FLAT", None: "too short to say whether flat"}[flat(result)]
     return (
         f"{result.method}, seed {result.seed}: {result.kills} times killed ({result.amid_checkpoint} amid a "
-        f"checkpoint), {result.terminated} times asked to end; {'EQUAL' if result.equal else 'DIFFERENT'}; memory "
-        f"after a half and four fifths of the time {memory} MiB, open files {files}; {result.seconds:.0f} s"
+        f"checkpoint), {result.terminated} times asked to end; {'EQUAL' if result.equal else 'DIFFERENT'}; memory and "
+        f"open files {words}; {result.seconds:.0f} s"
     )
+
+
+def table(results: list[Result]) -> str:
+    """Markdown, a row a method."""
+    rows = [HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
+    for method in dict.fromkeys(result.method for result in results):
+        own = [result for result in results if result.method == method]
+        kills, amid, terminated = (sum(getattr(r, n) for r in own) for n in ("kills", "amid_checkpoint", "terminated"))
+        verdicts = [flat(result) for result in own]
+        words = "equal" if all(result.equal for result in own) else "DIFFERENT"
+        words += ", flat" if all(verdicts) else ", NOT FLAT" if False in verdicts else ", too short for flat"
+        longest = max(own, key=lambda result: len(result.memory_mib))
+        memory, files = growth(longest.memory_mib or [0]), growth([float(n) for n in longest.open_files] or [0])
+        rows.append(
+            f"| {method} | {len(own)} | {kills} | {amid} | {terminated} | {words} | {memory[0]:,.0f}, {memory[1]:,.0f} "
+            f"| {files[0]:.0f}, {files[1]:.0f} | {sum(result.seconds for result in own) / 3600:.2f} |"
+        )
+    return "\n".join(rows)
+
+
+def one_method(soak: Soak, method: str, first_seed: int, kills: int) -> list[Result]:
+    """Runs of a method with one seed after the other, until it was killed often enough."""
+    results: list[Result] = []
+    while (left := kills - sum(result.kills for result in results)) > 0:
+        results.append(soak.run(method, first_seed + len(results), left))
+        print(told(results[-1]), flush=True)
+        if not results[-1].kills + results[-1].terminated:
+            raise SystemExit(f"{method} ended before it could be killed; give it more --epochs")
+    return results
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--kills", type=int, default=20, help="per method")
+    names = [*METHODS, FINETUNE]
+    parser.add_argument("--methods", nargs="+", default=names, choices=names)
+    parser.add_argument("--kills", type=int, default=20, help="SIGKILLs of each method, at least")
     parser.add_argument("--minutes", type=float, default=0, help="go on until this time is over")
-    parser.add_argument("--epochs", type=int, default=0, help="of each run, seven steps each (five for each kill)")
+    parser.add_argument("--epochs", type=int, default=0, help="of each run, seven steps each (four for each kill)")
+    parser.add_argument("--jobs", type=int, default=1, help="methods at the same time")
     parser.add_argument("--output", type=Path, help="an empty folder (a temporary one)")
+    parser.add_argument("--json", type=Path, help="where to write everything that was measured (soak.json there)")
     arguments = parser.parse_args()
     root = arguments.output or Path(tempfile.mkdtemp(prefix="soak_"))
-    soak = Soak(root, arguments.epochs or 5 * arguments.kills)
-    print(f"{shlex.join(sys.argv)}\nin {root}", flush=True)
-    begin, seed, results = time.monotonic(), 0, []
+    soak = Soak(root, arguments.epochs or max(12, 4 * arguments.kills))
+    command = shlex.join(["benchmarks/soak.py", *sys.argv[1:]])
+    print(f"{command}\nin {root}", flush=True)
+    begin, lock, seed, results = time.monotonic(), threading.Lock(), 0, list[Result]()
+
+    def work(method: str) -> None:
+        found = one_method(soak, method, seed, arguments.kills)
+        with lock:
+            results.extend(found)
+            content = {
+                "command": command,
+                "seconds": time.monotonic() - begin,
+                "hardware": hardware(),
+                "system": platform.platform(),
+                "cores": os.cpu_count(),
+                "versions": versions(),
+                "revision": revision(),
+                "flat": [flat(result) for result in results],
+                "results": [asdict(result) for result in results],
+            }
+            (arguments.json or root / "soak.json").write_text(json.dumps(content, indent=1))
+
     while seed == 0 or time.monotonic() - begin < arguments.minutes * 60:
-        for method in arguments.methods:
-            results.append(soak.run(method, seed, arguments.kills))
-            print(told(results[-1]), flush=True)
-            (root / "soak.json").write_text(json.dumps([asdict(result) for result in results], indent=1))
-        seed += 1
-    return int(not all(result.equal for result in results))
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            # the order of the first round is the same in every run; nothing else depends on it
+            list(pool.map(work, random.Random(seed).sample(arguments.methods, len(arguments.methods))))
+        seed += 100
+    print(f"\n{table(sorted(results, key=lambda r: names.index(r.method)))}")
+    print(f"\n{(time.monotonic() - begin) / 60:.0f} minutes, {sum(result.kills for result in results)} SIGKILLs")
+    return int(not all(result.equal and flat(result) is not False for result in results))
 
 
 if __name__ == "__main__":

@@ -23,21 +23,30 @@ from nnssl_ext.foreign import load_tensors
 FORMAT = 2
 
 
-def plain(value: Any, memory: dict[Any, Tensor] | None = None) -> Any:
+def plain(value: Any, memory: dict[Any, Tensor] | None = None, copy: bool = False) -> Any:
     """``value`` with numpy's scalars and arrays turned into Python's, tensors on the CPU, mappings into dicts.
 
     Tensors that share memory still do afterwards: a U-Net's state dict names most tensors up to four times.
+
+    Args:
+        value: Anything that a checkpoint holds.
+        memory: What was met so far.
+        copy: Tensors that are on the CPU already are copied, too: what becomes of them later does not show.
     """
     memory = {} if memory is None else memory
     if isinstance(value, Tensor):
         key = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), value.device)
         if value.numel() == 0 or key not in memory:
-            memory[key] = value.detach().cpu()
+            memory[key] = value.detach().to("cpu", copy=copy)
         return memory[key]
     if isinstance(value, Mapping):
-        return {plain(k, memory): plain(v, memory) for k, v in value.items()}
+        return {plain(k, memory, copy): plain(v, memory, copy) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(plain(v, memory) for v in value) if type(value) in (list, tuple) else list(value)
+        return (
+            [plain(v, memory, copy) for v in value]
+            if type(value) is not tuple
+            else tuple(plain(v, memory, copy) for v in value)
+        )
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):

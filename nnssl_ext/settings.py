@@ -88,6 +88,9 @@ class CommonSettings:
         "What becomes of a run whose checkpoint cannot be written: stop, or go_on and try again at the next one.",
         choices=("stop", "go_on"),
     )
+    write_in_background: bool = setting(
+        True, "Write checkpoints while the training goes on; false needs a copy of the state less in the host's memory."
+    )
     target_trainer: str = setting("nnUNetTrainer", "The trainer whose network is pretrained: it builds it.")
 
 

@@ -12,7 +12,7 @@ from nnssl_ext.data.crops import Crop, CropDataset, CropRequest
 from nnssl_ext.data.index import CaseIndex
 from tests.conftest import REPOSITORY
 
-TOOLS = {"__init__", "__main__", "measure", "workload"}
+TOOLS = {"__init__", "__main__", "measure", "workload", "soak_runs"}
 
 
 def test_every_benchmark_is_listed() -> None:

@@ -7,7 +7,7 @@ one folder.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,8 +17,28 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnssl_ext import checkpoint
 from nnssl_ext.checkpoint import plain
 from nnssl_ext.files import replaced_on_success
+from nnssl_ext.training.finetune_parts import OtherWeights
+
+if TYPE_CHECKING:
+    from nnssl_ext.training.finetune import nnsslTrainer_Finetune
+
+
+def validate_snapshots(trainer: nnsslTrainer_Finetune) -> None:
+    """Validate each of a fine-tuning's snapshots in a folder of its own, and its end as stock does."""
+    folder, settings = Path(trainer.output_folder), trainer.settings
+    final = trainer.exported_weights()
+    for step in settings.snapshots:
+        if step == settings.steps or not trainer.snapshot_file(step).is_file():
+            continue
+        weights = checkpoint.load(trainer.snapshot_file(step))["network_weights"]
+        with OtherWeights(trainer.plain_network, weights):
+            validate(trainer, folder / f"validation_step_{step:06d}", settings.mirroring)
+    with OtherWeights(trainer.plain_network, final):
+        dice = validate(trainer, folder / "validation", settings.mirroring)
+    trainer.print_to_log_file(f"Mean Validation Dice: {dice}")
 
 
 def validate(trainer: nnUNetTrainer, folder: Path, mirroring: bool) -> float:

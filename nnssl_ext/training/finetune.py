@@ -1,7 +1,8 @@
 """nnsslTrainer_Finetune: stock nnU-Net's training, seeded, of any length, with snapshots and a gentler start.
 
 With ``-pretrained_weights`` it fine-tunes; without, it is the from-scratch twin. Its defaults are stock's: 1,000 epochs
-of 250 steps, SGD, poly. Its checkpoints name stock's trainer, so that prediction needs no plug-in.
+of 250 steps, SGD, poly. Its checkpoints name stock's trainer, so that prediction needs no plug-in. Its folder and its
+ending are looked after like a pretraining's.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from time import time
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -19,13 +21,13 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from nnssl_ext import checkpoint
 from nnssl_ext.environment import set_threads
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import OptimiserRecipe
+from nnssl_ext.training import finetune_state, finetune_steps, run_folder
 from nnssl_ext.training.distributed import rank, rank_device
 from nnssl_ext.training.engine import mixed_precision
-from nnssl_ext.training.evaluation import validate
+from nnssl_ext.training.evaluation import validate_snapshots
 from nnssl_ext.training.finetune_parts import (
     PEAK,
     OtherWeights,
@@ -34,10 +36,11 @@ from nnssl_ext.training.finetune_parts import (
     moving_average,
     parameter_groups,
 )
+from nnssl_ext.training.interruption import Interruption
 from nnssl_ext.training.optimisation import learning_rate_at
 from nnssl_ext.training.preflight import target_network
 from nnssl_ext.training.seeded import run_seed, seeded_loaders
-from nnssl_ext.training.state import revision, versions
+from nnssl_ext.training.writer import CheckpointWriter
 from nnssl_ext.views.random import step_seed
 
 
@@ -65,6 +68,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         s = self.settings
         stock = "float16" if device.type == "cuda" else "float32"
         amp_dtype = mixed_precision(device, stock if s.precision == "stock" else s.precision)
+        self.continuing = bool(plans.get("continue_training"))
         super().__init__(plans, configuration, fold, dataset_json, device)
         set_threads(device.type)
         self.device = rank_device(device)
@@ -79,6 +83,11 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         self.num_val_iterations_per_epoch = s.validation_iterations
         self.save_every = s.save_every
         self.step = 0
+        self.outputs: finetune_state.Outputs = []
+        common = self.common
+        self.interruption = Interruption(common.max_time, self.device)
+        go_on = common.on_write_failure == "go_on"
+        self.writer = CheckpointWriter(common.write_in_background, go_on, self.print_to_log_file)
         self.predicted_by = self.common.target_trainer
         self.averaged: AveragedModel | None = None
 
@@ -122,11 +131,31 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         if self.settings.average and self.averaged is None:
             self.averaged = moving_average(self.plain_network, self.settings.average)
 
+    def run_training(self) -> None:
+        with run_folder.entered(self), self.interruption:
+            self.on_train_start()
+            finetune_steps.keep_first(self)
+            for _ in range(self.current_epoch, self.num_epochs):
+                self.on_epoch_start()
+                self.on_train_epoch_start()
+                self.on_train_epoch_end(finetune_steps.training_steps(self))
+                self.writer.wait()  # a checkpoint has an epoch's time; workers are not forked beside it
+                with torch.no_grad():
+                    self.on_validation_epoch_start()
+                    batches = (next(self.dataloader_val) for _ in range(self.num_val_iterations_per_epoch))
+                    self.on_validation_epoch_end([self.validation_step(batch) for batch in batches])
+                self.outputs = []
+                self.on_epoch_end()
+            self.on_train_end()
+            run_folder.remove_previous(self)
+            finetune_steps.leave_before_validation(self)
+
     def on_train_epoch_start(self) -> None:
         self.network.train()
         s = self.settings
-        self.num_iterations_per_epoch = min(s.steps_per_epoch, s.steps - self.step)
-        rate = self._rate()
+        first = self.current_epoch * s.steps_per_epoch
+        self.num_iterations_per_epoch = min(s.steps_per_epoch, s.steps - first)
+        rate = learning_rate_at(self.schedule, self.initial_lr, first, s.steps)
         self.print_to_log_file("")
         self.print_to_log_file(f"Epoch {self.current_epoch}")
         self.print_to_log_file(f"Current learning rate: {rate:.5g}, training {self._phase()}")
@@ -158,8 +187,6 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         self.step += 1
         if self.averaged is not None:
             self.averaged.update_parameters(self.plain_network)
-        if self.step in self.settings.snapshots:
-            self.save_checkpoint(str(self.snapshot_file(self.step)))
         return {"loss": loss.detach().float().cpu().numpy()}
 
     def _loss(self, batch: dict) -> torch.Tensor:
@@ -185,30 +212,50 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         super().on_train_epoch_end(train_outputs)
         loss = self.logger.get_value("train_losses", step=-1)
         if not np.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss} in epoch {self.current_epoch}; the checkpoints of earlier epochs are intact. "
-                f"Lower finetune.learning_rate (now {self.initial_lr}) and start anew"
-            )
+            self.refuse_loss(loss)
+
+    def refuse_loss(self, loss: float) -> NoReturn:
+        """End a run that cannot recover.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(
+            f"the loss became {loss} in epoch {self.current_epoch}; the checkpoints of earlier epochs are intact. "
+            f"Lower finetune.learning_rate (now {self.initial_lr}) and start anew"
+        )
+
+    def on_epoch_end(self) -> None:
+        """Stock's, but that checkpoint_latest.pth knows the best so far, and no run ends for a picture."""
+        log = self.logger.get_value
+        self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
+        for name, key in (("train_loss", "train_losses"), ("val_loss", "val_losses")):
+            self.print_to_log_file(name, np.round(log(key, step=-1), 4))
+        self.print_to_log_file("Pseudo dice", [np.round(d, 4) for d in log("dice_per_class_or_region", step=-1)])
+        seconds = log("epoch_end_timestamps", step=-1) - log("epoch_start_timestamps", step=-1)
+        self.print_to_log_file(f"Epoch time: {seconds:.2f} s")
+        average = log("ema_fg_dice", step=-1)
+        best = self._best_ema is None or average > self._best_ema
+        if best:
+            self._best_ema = average
+            self.print_to_log_file(f"New best moving average of the pseudo Dice: {average:.4f}")
+        # --c takes checkpoint_latest.pth, which is there from the start: it must never be older than the best
+        due = ((self.current_epoch + 1) % self.save_every == 0 or best) and self.current_epoch != self.num_epochs - 1
+        names = [*([run_folder.LATEST] if due else []), *([run_folder.BEST] if best else [])]
+        if names:
+            self.save_checkpoint(*(str(Path(self.output_folder) / name) for name in names))
+        if self.local_rank == 0:
+            run_folder.draw_progress(self)
+        self.current_epoch += 1
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Stock's validation; with snapshots each of them and the end, case by case in this process."""
-        snapshots = [step for step in self.settings.snapshots if self.snapshot_file(step).is_file()]
-        if not snapshots:
-            with self._weights(self.exported_weights()):
-                super().perform_actual_validation(save_probabilities)
-            return
-        if rank() > 0:
-            return
-        final = self.exported_weights()
-        for step in snapshots:
-            if step == self.settings.steps:
-                continue
-            weights = checkpoint.load(self.snapshot_file(step))["network_weights"]
-            with self._weights(weights):
-                validate(self, Path(self.output_folder) / f"validation_step_{step:06d}", self.settings.mirroring)
-        with self._weights(final):
-            dice = validate(self, Path(self.output_folder) / "validation", self.settings.mirroring)
-        self.print_to_log_file(f"Mean Validation Dice: {dice}")
+        with run_folder.locked(Path(self.output_folder)) if self.local_rank == 0 else nullcontext():
+            if not any(self.snapshot_file(step).is_file() for step in self.settings.snapshots):
+                with self._weights(self.exported_weights()):
+                    super().perform_actual_validation(save_probabilities)
+            elif rank() == 0:
+                validate_snapshots(self)
 
     def snapshot_file(self, step: int) -> Path:
         """Where the weights after ``step`` steps are kept."""
@@ -236,38 +283,9 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         frozen = frozen_parts(self.settings, self.step)
         return {0: "everything", 1: "decoder and heads", 2: "heads"}[len(frozen)]
 
-    def save_checkpoint(self, filename: str) -> None:
-        if self.local_rank != 0:
-            return
-        if self.disable_checkpointing:
-            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
-            return
-        content = {
-            "network_weights": self.exported_weights(),
-            "trainer_name": self.predicted_by,
-            "init_args": self.my_init_kwargs,
-            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-            "current_epoch": self.current_epoch + 1,
-            "nnssl_ext": {
-                "format": checkpoint.FORMAT,
-                "finetune": vars(self.settings),
-                "fold": self.fold,
-                "step": self.step,
-                "versions": versions(),
-                "revision": revision(),
-            },
-        }
-        if Path(filename) != self.snapshot_file(self.step):
-            scaler = self.grad_scaler
-            content |= {
-                "optimizer_state": self.optimizer.state_dict(),
-                "grad_scaler_state": scaler.state_dict() if scaler is not None else None,
-                "logging": self.logger.get_checkpoint(),
-                "_best_ema": self._best_ema,
-            }
-            if self.averaged is not None:
-                content["nnssl_ext"]["trained_weights"] = self.plain_network.state_dict()
-        checkpoint.save(content, Path(filename))
+    def save_checkpoint(self, *filenames: str) -> None:
+        complete = [Path(name) for name in filenames] != [self.snapshot_file(self.step)]
+        run_folder.save(self, lambda: finetune_state.collect(self, complete), *filenames)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Continue from a checkpoint of the same run, exactly.
@@ -275,27 +293,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         Raises:
             UserError: If it is damaged, or another run's.
         """
-        content = filename_or_checkpoint
-        if not isinstance(content, dict):
-            content = checkpoint.load(Path(content))
-        own = content["nnssl_ext"]
-        if own.get("finetune") != vars(self.settings) or str(own.get("fold")) != str(self.fold):
-            raise UserError(
-                f"{self.output_folder} holds a run with other finetune settings or another fold; continue it with its "
-                f"own plans, or start anew without --c"
-            )
-        if not self.was_initialized:
-            self.initialize()
-        self.plain_network.load_state_dict(own.get("trained_weights", content["network_weights"]))
-        if "trained_weights" in own:
-            self.averaged = moving_average(self.plain_network, self.settings.average)
-            self.averaged.module.load_state_dict(content["network_weights"])
-            self.averaged.n_averaged.fill_(own["step"])
-        self.optimizer.load_state_dict(content["optimizer_state"])
-        if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
-            self.grad_scaler.load_state_dict(content["grad_scaler_state"])
-        self.my_init_kwargs = content["init_args"]
-        self.current_epoch, self.step = content["current_epoch"], own["step"]
-        self.logger.load_checkpoint(content["logging"])
-        self._best_ema = content["_best_ema"]
-        self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
+        source = "the checkpoint"
+        if not isinstance(filename_or_checkpoint, dict):
+            filename_or_checkpoint, source = run_folder.load(self, Path(filename_or_checkpoint))
+        finetune_state.restore(self, filename_or_checkpoint, source)

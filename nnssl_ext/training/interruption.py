@@ -10,13 +10,17 @@ import threading
 import time
 from contextlib import suppress
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from nnssl_ext.environment import time_limit
 from nnssl_ext.training.distributed import world
+from nnssl_ext.training.summary import continue_command
+
+if TYPE_CHECKING:
+    from nnssl_ext.training.run_folder import Training
 
 #: Processes ask each other whether one of them was told to end once in so many steps.
 ASK_EVERY = 8
@@ -73,3 +77,20 @@ class Interruption:
         wish = torch.tensor(float(bool(self.reason)), device=self.device)
         dist.all_reduce(wish, dist.ReduceOp.MAX)
         return (self.reason or "another process's signal") if wish.item() else ""
+
+
+def leave(trainer: Training, reason: str, kept: bool, steps: int) -> NoReturn:
+    """End the process with status 0 and the line that says how to go on.
+
+    Args:
+        trainer: Between two steps.
+        reason: What ``Interruption.agreed`` said.
+        kept: Whether a checkpoint of this step was written.
+        steps: Of the whole run.
+    """
+    trainer.print_to_log_file(
+        f"Stopped by {reason} after step {trainer.step} of {steps}; "
+        f"{'nothing is lost. G' if kept else 'NO CHECKPOINT WAS WRITTEN. G'}o on with:\n    {continue_command(trainer)}"
+    )
+    trainer.dataloader_train = trainer.dataloader_val = None  # ends the workers
+    raise SystemExit(0)

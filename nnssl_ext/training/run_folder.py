@@ -10,30 +10,58 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
-from nnssl_ext.training import state
 from nnssl_ext.training.distributed import world
 
 if TYPE_CHECKING:
     from nnssl_ext.training.trainer import PretrainingTrainer
+    from nnssl_ext.training.writer import CheckpointWriter
 
+FINAL, BEST = "checkpoint_final.pth", "checkpoint_best.pth"
 LATEST, PREVIOUS = "checkpoint_latest.pth", "checkpoint_previous.pth"
 #: Where ``--c`` may go on from, the newest first.
-CHAIN = ("checkpoint_final.pth", LATEST, PREVIOUS, "checkpoint_best.pth")
+CHAIN = (FINAL, LATEST, PREVIOUS, BEST)
+#: A fine-tuning's weights after chosen steps.
+SNAPSHOTS = "checkpoint_step_*.pth"
 LOCK, HOLDER = ".nnssl_ext.lock", ".nnssl_ext.holder.json"
 
 
+class Training(Protocol):
+    """What looks after a run's folder and its end needs to know of the run: of a pretraining or a fine-tuning."""
+
+    output_folder: Any
+    local_rank: int
+    disable_checkpointing: bool
+    device: torch.device
+    fold: Any
+    configuration_name: str
+    plans_manager: Any
+    logger: Any
+    dataloader_train: Any
+    dataloader_val: Any
+    #: Optimiser steps done, and whether it was started with ``--c``.
+    step: int
+    continuing: bool
+    writer: CheckpointWriter
+
+    def print_to_log_file(self, *words: Any) -> None: ...
+
+    def load_checkpoint(self, filename_or_checkpoint: Any) -> None: ...
+
+
 @contextmanager
-def entered(trainer: PretrainingTrainer) -> Iterator[None]:
-    """Around a training: its folder locked, nothing of an earlier run overwritten, the right checkpoint taken."""
+def entered(trainer: Training) -> Iterator[None]:
+    """Around a training: its folder locked, nothing of an earlier run overwritten, the right checkpoint taken; what is
+    being written is whole before the folder is free."""
     folder = Path(trainer.output_folder)
-    with locked(folder) if trainer.local_rank == 0 else nullcontext():
+    with locked(folder) if trainer.local_rank == 0 else nullcontext(), trainer.writer:
         found = [folder / name for name in CHAIN if (folder / name).is_file()]
         if trainer.step == 0 and trainer.continuing and found:
             # stock looks for three names only, and would start anew
@@ -44,7 +72,7 @@ def entered(trainer: PretrainingTrainer) -> Iterator[None]:
         yield
 
 
-def refuse_unshared(trainer: PretrainingTrainer, found: Any) -> None:
+def refuse_unshared(trainer: Training, found: Any) -> None:
     """One line, in all processes, where they do not find the same: machines with results folders of their own.
 
     Raises:
@@ -60,7 +88,7 @@ def refuse_unshared(trainer: PretrainingTrainer, found: Any) -> None:
         )
 
 
-def checkpoints(trainer: PretrainingTrainer) -> list[str]:
+def checkpoints(trainer: Training) -> list[str]:
     """The names of those in the run's folder."""
     return [name for name in CHAIN if (Path(trainer.output_folder) / name).is_file()]
 
@@ -123,6 +151,7 @@ def remove_unfinished(folder: Path) -> None:
 def set_aside(folder: Path, tell: Callable[[str], None]) -> None:
     """Before a run that starts anew: move the checkpoints of an earlier one into a folder of their own."""
     found = [folder / name for name in CHAIN if (folder / name).is_file()]
+    found += sorted(folder.glob(SNAPSHOTS))
     if not found:
         return
     target = folder / f"earlier_{time.strftime('%Y%m%d_%H%M%S')}"
@@ -147,34 +176,34 @@ def keep_previous(latest: Path) -> None:
     os.replace(temporary, previous)
 
 
-def remove_previous(trainer: PretrainingTrainer) -> None:
+def remove_previous(trainer: Training) -> None:
     """After checkpoint_final.pth was written and read back."""
-    if trainer.local_rank == 0 and (Path(trainer.output_folder) / CHAIN[0]).is_file():
+    if trainer.local_rank == 0 and (Path(trainer.output_folder) / FINAL).is_file():
         (Path(trainer.output_folder) / PREVIOUS).unlink(missing_ok=True)
 
 
-def save(trainer: PretrainingTrainer, path: Path) -> None:
-    """Write a checkpoint of the run as it is.
+def save(trainer: Training, collect: Callable[[], dict[str, Any]], *filenames: str) -> None:
+    """Write checkpoints of the run as it is: the first process's, unless they are switched off.
 
     Raises:
-        UserError: If it cannot be written, unless the settings say to go on; the final one must be.
+        UserError: If one cannot be written, or the one before could not be; unless the settings say to go on.
     """
-    try:
-        checkpoint.save(state.collect(trainer), path, keep_previous if path.name == LATEST else None)
-    except UserError as error:
-        if trainer.checked.common.on_write_failure == "stop" or path.name == CHAIN[0]:
-            raise
-        trainer.print_to_log_file(f"WARNING: {error.line}. Going on (on_write_failure=go_on)")
+    if trainer.local_rank != 0:
+        return
+    if trainer.disable_checkpointing:
+        trainer.print_to_log_file("No checkpoint written, checkpointing is disabled")
+        return
+    trainer.writer.write(collect(), *map(Path, filenames))
 
 
-def load(trainer: PretrainingTrainer, file: Path) -> tuple[dict[str, Any], str]:
+def load(trainer: Training, file: Path) -> tuple[dict[str, Any], str]:
     """The checkpoint to use, and where it is from; a run that is continued may fall back to an earlier one."""
     if trainer.continuing:
         return load_newest(file, trainer.print_to_log_file)
     return checkpoint.load(file), str(file)
 
 
-def draw_progress(trainer: PretrainingTrainer) -> None:
+def draw_progress(trainer: Training) -> None:
     """progress.png, for which no run ends."""
     try:
         trainer.logger.plot_progress_png(trainer.output_folder)

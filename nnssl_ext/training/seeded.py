@@ -4,7 +4,10 @@ of workers, and after every interruption."""
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import blosc2
@@ -15,7 +18,10 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch.utils.data import DataLoader, Dataset
 
 from nnssl_ext.data.loader import TIMEOUT_SECONDS
-from nnssl_ext.training.distributed import rank
+from nnssl_ext.data.steady import POLL_SECONDS
+from nnssl_ext.errors import UserError
+from nnssl_ext.training.distributed import rank, world
+from nnssl_ext.training.finetune_steps import leave_if_asked
 
 if TYPE_CHECKING:
     from nnssl_ext.training.finetune import nnsslTrainer_Finetune
@@ -79,10 +85,44 @@ def seeded_loaders(trainer: nnsslTrainer_Finetune) -> tuple[Iterator[dict], Iter
     val_batches = SeededBatches(_batches(trainer, val, patch, plain), trainer.seed, VALIDATION)
     workers = get_allowed_n_proc_DA()
     validation = _loader(val_batches, range(trainer.num_val_iterations_per_epoch), min(1, workers), trainer.device)
-    return (
-        iter(_loader(train_batches, range(trainer.step, trainer.settings.steps), workers, trainer.device)),
-        _again(validation),
-    )
+    training = _loader(train_batches, range(trainer.step, trainer.settings.steps), workers, trainer.device)
+
+    def waiting() -> None:
+        if world() == 1:
+            leave_if_asked(trainer)
+
+    return _patient(training, waiting), _again(validation, waiting)
+
+
+def _patient(loader: DataLoader, waiting: Callable[[], None]) -> Iterator[dict]:
+    """A loader's batches; every few seconds without one ``waiting`` is called, which may raise.
+
+    Raises:
+        UserError: If a worker is gone, or there is no batch for a minute.
+    """
+    batches = iter(loader)
+    if loader.num_workers and threading.current_thread() is threading.main_thread():
+        # torch's handler would raise amid an optimiser step; deaths are noticed where a batch is waited for
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    begin = time.monotonic()
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader "):
+                raise  # a batch could not be made
+            waiting()
+            seconds = time.monotonic() - begin
+            if "timed out" in str(error) and seconds < TIMEOUT_SECONDS:
+                continue
+            raise UserError(
+                f"loader: no batch after {seconds:.0f} s ({error}): a case is damaged or too large for the memory, "
+                f"or a disk does not answer. See to it, then go on with --c"
+            ) from error
+        yield batch
+        begin = time.monotonic()
 
 
 def _batches(trainer: nnsslTrainer_Finetune, cases: Any, read_size: Any, transforms: Any) -> nnUNetDataLoader:
@@ -109,14 +149,14 @@ def _loader(batches: SeededBatches, numbers: range, workers: int, device: torch.
         pin_memory=device.type == "cuda",
         prefetch_factor=3 if workers else None,
         persistent_workers=workers > 0,
-        timeout=TIMEOUT_SECONDS if workers else 0,
+        timeout=POLL_SECONDS if workers else 0,
         worker_init_fn=_start_worker,
     )
 
 
-def _again(loader: DataLoader) -> Iterator[dict]:
+def _again(loader: DataLoader, waiting: Callable[[], None]) -> Iterator[dict]:
     while True:
-        yield from loader
+        yield from _patient(loader, waiting)
 
 
 def _start_worker(_: int) -> None:

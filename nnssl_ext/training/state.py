@@ -32,6 +32,7 @@ FREE = (
     "most_nonfinite",
     "max_time",
     "on_write_failure",
+    "write_in_background",
 )
 
 

@@ -14,7 +14,7 @@ from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.errors import UserError
 from nnssl_ext.training import run_folder
 from nnssl_ext.training.distributed import rank, world
-from nnssl_ext.training.summary import continue_command
+from nnssl_ext.training.interruption import leave
 
 if TYPE_CHECKING:
     from nnssl_ext.training.trainer import PretrainingTrainer
@@ -58,20 +58,14 @@ def leave_if_asked(trainer: PretrainingTrainer) -> None:
 
 def _leave(trainer: PretrainingTrainer, reason: str) -> NoReturn:
     trainer.guard.read()
-    kept = keep_progress(trainer)
-    trainer.print_to_log_file(
-        f"Stopped by {reason} after step {trainer.step} of {trainer.num_epochs * trainer.num_iterations_per_epoch}; "
-        f"{'nothing is lost. G' if kept else 'NO CHECKPOINT WAS WRITTEN. G'}o on with:\n    {continue_command(trainer)}"
-    )
-    trainer.dataloader_train = trainer.dataloader_val = None  # ends the workers
-    raise SystemExit(0)
+    leave(trainer, reason, keep_progress(trainer), trainer.num_epochs * trainer.num_iterations_per_epoch)
 
 
 def keep_progress(trainer: PretrainingTrainer) -> bool:
     """Write checkpoint_latest.pth amid an epoch; whether it was written."""
     trainer.outputs = _of_all_processes(trainer.outputs)
     trainer.save_checkpoint(str(Path(trainer.output_folder) / run_folder.LATEST))
-    return not trainer.disable_checkpointing
+    return trainer.writer.wait() and not trainer.disable_checkpointing
 
 
 def _of_all_processes(outputs: Outputs) -> Outputs:

@@ -13,6 +13,7 @@ from nnssl_ext.recipe import write_json
 from nnssl_ext.training.distributed import world
 
 if TYPE_CHECKING:
+    from nnssl_ext.training.run_folder import Training
     from nnssl_ext.training.trainer import PretrainingTrainer
 
 
@@ -64,7 +65,7 @@ def next_command(trainer: PretrainingTrainer, file: Path) -> str:
     return shlex.join([*words, "-pretrained_weights", str(file)])
 
 
-def continue_command(trainer: PretrainingTrainer) -> str:
+def continue_command(trainer: Training) -> str:
     """The command that goes on with this run."""
     words = _command(trainer, trainer.plans_manager.dataset_name, str(trainer.fold), type(trainer).__name__)
     if trainer.device.type != "cuda":
@@ -84,7 +85,7 @@ def _launcher() -> list[str]:
     return ["torchrun", *several, *sizes, "-m", "nnssl_ext.train"]
 
 
-def _command(trainer: PretrainingTrainer, dataset: str, fold: str, trainer_name: str) -> list[str]:
+def _command(trainer: Training, dataset: str, fold: str, trainer_name: str) -> list[str]:
     words = ["nnUNetv2_train", str(int(dataset[7:10])), trainer.configuration_name, fold]
     if trainer.plans_manager.plans_name != "nnUNetPlans":
         words += ["-p", trainer.plans_manager.plans_name]

@@ -38,6 +38,7 @@ from nnssl_ext.training.out_of_memory import told_when_out_of_memory
 from nnssl_ext.training.preflight import check_run, target_backbone
 from nnssl_ext.training.samples import sample_loaders, unreadable
 from nnssl_ext.training.summary import print_summary
+from nnssl_ext.training.writer import CheckpointWriter
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom, step_seed
 
 
@@ -84,6 +85,8 @@ class PretrainingTrainer(nnUNetTrainer):
         self.continuing = continuing
         run_folder.refuse_unshared(self, run_folder.checkpoints(self))
         self.interruption = Interruption(common.max_time, self.device)
+        go_on = common.on_write_failure == "go_on"
+        self.writer = CheckpointWriter(common.write_in_background, go_on, self.print_to_log_file)
         self.unreadable = unreadable(self)
         self.print_to_log_file(f"Pretraining with {self.method_class.title}: {self.method_class.citation}\n")
 
@@ -226,6 +229,7 @@ class PretrainingTrainer(nnUNetTrainer):
         self._log_means("train", means)
 
     def on_validation_epoch_start(self) -> None:
+        self.writer.wait()  # a checkpoint has an epoch's time; workers are not forked beside it
         self.method.eval()
 
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Tensor]]) -> None:
@@ -253,11 +257,11 @@ class PretrainingTrainer(nnUNetTrainer):
         best = self._best_ema is None or smoothed < self._best_ema
         if best:
             self._best_ema = smoothed
-        if (self.current_epoch + 1) % self.save_every == 0 and self.current_epoch != self.num_epochs - 1:
-            self.save_checkpoint(str(Path(self.output_folder) / run_folder.LATEST))
-        if best:
             self.print_to_log_file(f"New best moving average of the validation objective: {smoothed:.4f}")
-            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_best.pth"))
+        due = (self.current_epoch + 1) % self.save_every == 0 and self.current_epoch != self.num_epochs - 1
+        names = [*([run_folder.LATEST] if due else []), *([run_folder.BEST] if best else [])]
+        if names:
+            self.save_checkpoint(*(str(Path(self.output_folder) / name) for name in names))
         if self.local_rank == 0:
             run_folder.draw_progress(self)
         self.current_epoch += 1
@@ -279,13 +283,8 @@ class PretrainingTrainer(nnUNetTrainer):
         if self.local_rank == 0:
             print_summary(self)
 
-    def save_checkpoint(self, filename: str) -> None:
-        if self.local_rank != 0:
-            return
-        if self.disable_checkpointing:
-            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
-            return
-        run_folder.save(self, Path(filename))
+    def save_checkpoint(self, *filenames: str) -> None:
+        run_folder.save(self, lambda: state.collect(self), *filenames)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Continue from a checkpoint of the same run, exactly.

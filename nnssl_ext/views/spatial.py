@@ -186,7 +186,7 @@ def _copy(data: Tensor, box: SourceBox, size: Sequence[int], axes: np.ndarray, c
 def _mirror_into(target: Tensor, source: Tensor, mirrored: list[int]) -> None:
     """Copy with some axes mirrored; in one pass on the CPU, where torch would need two."""
     if target.device.type == "cpu":
-        target.numpy()[:] = np.flip(source.numpy(), mirrored)
+        target.numpy()[:] = np.flip(source.numpy(), tuple(mirrored))
     else:
         target.copy_(source.flip(mirrored))
 

@@ -1,0 +1,358 @@
+"""The fine-tuner is asked to end, killed, torn, locked out, and out of disk; continued it equals the whole run."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nnunetv2.run.run_training import run_training
+
+from nnssl_ext import checkpoint
+from nnssl_ext.errors import UserError
+from nnssl_ext.training.finetune import nnsslTrainer_Finetune
+from nnssl_ext.training.run_folder import HOLDER, LATEST, LOCK, PREVIOUS, locked
+from tests.conftest import Environment
+from tests.datasets import dataset_name
+from tests.training.test_finetune import NAME, final, kill_at, tune
+from tests.training.test_run_folder import _hold, truncate
+
+Data = Callable[[str], Environment]
+RUN = {"steps": 8, "steps_per_epoch": 3, "validation_iterations": 1, "save_every": 1, "snapshots": [2, 4]}
+CPU, VALIDATION = torch.device("cpu"), nnsslTrainer_Finetune.perform_actual_validation
+WORDS = ["nnUNetv2_train", "817", "3d_fullres", "0", "-tr", NAME, "-p", "broken", "-device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _training_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of these runs' time."""
+    monkeypatch.setattr("nnunetv2.training.logging.nnunet_logger.LocalLogger.plot_progress_png", lambda *_: None)
+    monkeypatch.setattr(nnsslTrainer_Finetune, "perform_actual_validation", lambda *_: None)
+
+
+def plans(environment: Environment, *names: str, common: dict | None = None, **settings: Any) -> None:
+    for name in names:
+        environment.write_plans("labelled", name, {**(common or {}), "finetune": {**RUN, **settings}})
+
+
+def fold(environment: Environment, name: str = "broken") -> Path:
+    return environment.fold("labelled", name, NAME)
+
+
+def same_run(first: Path, second: Path) -> None:
+    """Weights, optimiser and log are equal bit for bit, in the end, at the best and in the snapshots."""
+    for name in ("final", "best", "step_000002", "step_000004"):
+        one, other = (checkpoint.load(folder / f"checkpoint_{name}.pth") for folder in (first, second))
+        assert one["nnssl_ext"]["weights_sha256"] == other["nnssl_ext"]["weights_sha256"], name
+        digests = []
+        for content in (one, other):
+            log = {k: v for k, v in content.get("logging", {}).items() if not k.endswith("timestamps")}
+            own = {k: content["nnssl_ext"].get(k) for k in ("step", "trained_weights", "losses")}
+            kept = {k: content.get(k) for k in ("optimizer_state", "_best_ema", "current_epoch")}
+            digests.append(checkpoint.content_digest({**kept, "logging": log, "nnssl_ext": own}))
+        assert digests[0] == digests[1], name
+    assert not [path for path in second.iterdir() if path.name in (LATEST, PREVIOUS, LOCK, HOLDER)]
+
+
+def signal_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The signal comes while this step is computed."""
+    original = nnsslTrainer_Finetune.train_step
+
+    def train_step(self: nnsslTrainer_Finetune, batch: dict) -> dict:
+        if self.step == step:
+            os.kill(os.getpid(), number)
+        return original(self, batch)
+
+    monkeypatch.setattr(nnsslTrainer_Finetune, "train_step", train_step)
+
+
+def asked_to_end(environment: Environment, c: bool = False) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tune(environment, "labelled", "broken", c=c)
+    assert ended.value.code == 0
+
+
+@pytest.mark.parametrize(
+    "settings", [{"average": 0.9}, {"optimiser": "adamw", "freeze_encoder_steps": 5, "warm_up": 2, "save_every": 2}]
+)
+def test_a_signal_amid_an_epoch_loses_nothing(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], settings: dict
+) -> None:
+    environment = with_data("labelled")
+    plans(environment, "whole", "broken", **settings)
+    whole = tune(environment, "labelled", "whole")
+    # amid an epoch and before a snapshot, in an epoch's last step, in its first, in the run's last
+    at = ((1, signal.SIGTERM), (5, signal.SIGUSR1), (6, signal.SIGTERM), (7, signal.SIGTERM))
+    for step, number in at:
+        monkeypatch.setenv("nnUNet_n_proc_DA", str(step % 2))
+        with monkeypatch.context() as patch:
+            signal_at(step, patch, number)
+            asked_to_end(environment, c=step > 1)
+        line = f"Stopped by {number.name} after step {step + 1} of 8; nothing is lost. Go on with:"
+        output = capsys.readouterr().out
+        assert f"{line}\n    {' '.join(WORDS[:4])} -p broken -tr {NAME} -device cpu --c" in output
+        assert checkpoint.load(fold(environment) / LATEST)["nnssl_ext"]["step"] == step + 1
+    same_run(whole, tune(environment, "labelled", "broken", c=True))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_amid_the_last_validation_is_answered_before_the_long_one(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment, validated = with_data("labelled"), list[str]()
+    plans(environment, "whole", "broken")
+    whole = tune(environment, "labelled", "whole")
+    original = nnsslTrainer_Finetune.validation_step
+
+    def validation_step(self: nnsslTrainer_Finetune, batch: dict) -> dict:
+        if self.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
+    monkeypatch.setattr(nnsslTrainer_Finetune, "perform_actual_validation", lambda self, _: validated.append(self.fold))
+    with monkeypatch.context() as patch:
+        patch.setattr(nnsslTrainer_Finetune, "validation_step", validation_step)
+        asked_to_end(environment)
+    assert "Stopped by SIGTERM after step 8 of 8; nothing is lost" in capsys.readouterr().out
+    assert validated == []
+    same_run(whole, tune(environment, "labelled", "broken", c=True))
+    assert validated == [0]
+
+
+def test_the_time_limit(with_data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    environment = with_data("labelled")
+    plans(environment, "broken", common={"max_time": 1e-6})
+    asked_to_end(environment)
+    assert "Stopped by the time limit of 1e-06 h after step 1 of 8; nothing is lost" in capsys.readouterr().out
+    plans(environment, "whole", "broken")
+    same_run(tune(environment, "labelled", "whole"), tune(environment, "labelled", "broken", c=True))
+
+
+def flip_a_weight(file: Path) -> None:
+    weights = checkpoint.load(file)["network_weights"]
+    stored = max(weights.values(), key=torch.numel).numpy().tobytes()
+    content = bytearray(file.read_bytes())
+    content[content.index(stored) + len(stored) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_weight])
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: Callable
+) -> None:
+    environment = with_data("labelled")
+    plans(environment, "whole", "broken")
+    with monkeypatch.context() as patch:
+        signal_at(6, patch, signal.SIGTERM)
+        asked_to_end(environment)
+    damage(fold(environment) / LATEST)
+    broken = tune(environment, "labelled", "broken", c=True)
+    output = capsys.readouterr().out
+    assert "checkpoint_latest.pth is damaged" in output
+    assert "checkpoint_previous.pth: the steps since then are done again" in output
+    same_run(tune(environment, "labelled", "whole"), broken)
+
+
+def test_the_newest_checkpoint_knows_the_best_so_far(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock writes checkpoint_latest.pth first: a continued run would take a worse epoch for the best."""
+    environment = with_data("labelled")
+    plans(environment, "broken")
+    with monkeypatch.context() as patch:
+        kill_at(6, patch)
+        with pytest.raises(KeyboardInterrupt):
+            tune(environment, "labelled", "broken")
+    latest = checkpoint.load(fold(environment) / LATEST)
+    assert latest["nnssl_ext"]["step"] == 6
+    assert len(latest["logging"]["ema_fg_dice"]) == 2
+    assert latest["_best_ema"] == max(latest["logging"]["ema_fg_dice"])
+
+
+def test_killed_at_once_it_goes_on_from_the_pretrained_weights(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = with_data("labelled")
+    plans(environment, "scratch", "whole", "broken")
+    scratch = final(tune(environment, "labelled", "scratch"))["network_weights"]
+    source = environment.root / "source.pth"
+    torch.save({"network_weights": {k: v + 0.01 for k, v in scratch.items()}}, source)
+    whole = tune(environment, "labelled", "whole", source)
+    with monkeypatch.context() as patch:
+        kill_at(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            tune(environment, "labelled", "broken", source)
+    same_run(whole, tune(environment, "labelled", "broken", c=True))
+
+
+def test_the_newest_checkpoint_is_never_older_than_the_best(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are due every 50 epochs; the first epoch is the best so far."""
+    environment = with_data("labelled")
+    plans(environment, "whole", "broken", save_every=50)
+    with monkeypatch.context() as patch:
+        kill_at(4, patch)
+        with pytest.raises(KeyboardInterrupt):
+            tune(environment, "labelled", "broken")
+    assert checkpoint.load(fold(environment) / LATEST)["nnssl_ext"]["step"] == 3
+    same_run(tune(environment, "labelled", "whole"), tune(environment, "labelled", "broken", c=True))
+
+
+def test_starting_anew_keeps_what_was_there(with_data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    environment = with_data("labelled")
+    plans(environment, "broken")
+    before = {path.name: path.read_bytes() for path in tune(environment, "labelled", "broken").glob("*.pth")}
+    assert "checkpoint_step_000002.pth" in before
+    plans(environment, "broken", snapshots=[])
+    tune(environment, "labelled", "broken")
+    (kept,) = fold(environment).glob("earlier_*")
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    assert not list(fold(environment).glob("checkpoint_step*"))
+    assert f"an earlier run are kept in {kept}" in capsys.readouterr().out
+
+
+def test_a_second_run_in_the_folder_is_refused_and_a_stale_lock_taken_over(with_data: Data) -> None:
+    environment = with_data("labelled")
+    plans(environment, "broken")
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(fold(environment), ready))
+    holder.start()
+    try:
+        assert ready.wait(20)
+        refused = environment.run(*WORDS, status=1)
+        line = refused.stderr.strip().splitlines()[-1]
+        assert line.startswith("nnssl_ext: error: ")
+        assert f"belongs to another run, process {holder.pid} on " in line
+    finally:
+        holder.kill()
+        holder.join()
+    assert (fold(environment) / LOCK).exists()
+    tune(environment, "labelled", "broken")
+    assert not [path for path in fold(environment).iterdir() if path.name.startswith(".")]
+
+
+def test_the_validation_has_the_folder_for_itself(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("labelled")
+    plans(environment, "broken")
+    tune(environment, "labelled", "broken")
+    monkeypatch.setattr(nnsslTrainer_Finetune, "perform_actual_validation", VALIDATION)
+    with locked(fold(environment)), pytest.raises(UserError, match=f"belongs to another run, process {os.getpid()} on"):
+        run_training(dataset_name("labelled"), "3d_fullres", 0, NAME, "broken", device=CPU, only_run_validation=True)
+    assert not (fold(environment) / "validation").exists()
+
+
+@pytest.mark.parametrize("setting", ["stop", "go_on"])
+def test_a_lost_write_permission_amid_a_run(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = with_data("labelled")
+    plans(environment, "whole")
+    plans(environment, "broken", common={"on_write_failure": setting})
+    original, count = tempfile.mkstemp, iter(range(100))
+
+    def lost(*args: Any, **kwargs: Any) -> tuple[int, str]:
+        if "latest" in str(kwargs.get("prefix")) and next(count) == 2:
+            raise PermissionError(13, "Permission denied")
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkstemp", lost)
+        if setting == "stop":
+            with pytest.raises(UserError, match=r"checkpoint .* could not be written .*Permission denied.*untouched"):
+                tune(environment, "labelled", "broken")
+            assert checkpoint.load(fold(environment) / LATEST)["nnssl_ext"]["step"] == 3
+        else:
+            tune(environment, "labelled", "broken")
+            assert "Permission denied" in capsys.readouterr().out
+    same_run(tune(environment, "labelled", "whole"), tune(environment, "labelled", "broken", c=True))
+
+
+def test_a_full_disk(with_data: Data) -> None:
+    """The command, on a system that takes files up to a size only: the logs, but no checkpoint."""
+    environment = with_data("labelled")
+    plans(environment, "broken")
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        ended = environment.run(*WORDS, status=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    line = ended.stderr.strip().splitlines()[-1]
+    assert line.startswith("nnssl_ext: error: checkpoint ")
+    assert "could not be written" in line
+    assert not [path for path in fold(environment).iterdir() if "checkpoint" in path.name]
+
+
+def test_a_lost_worker_ends_the_run_without_losing_a_step(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("labelled")
+    plans(environment, "whole", "broken")
+    whole = tune(environment, "labelled", "whole")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    original = nnsslTrainer_Finetune.train_step
+
+    def train_step(self: nnsslTrainer_Finetune, batch: dict) -> dict:
+        if self.step == 1:
+            for child in multiprocessing.active_children():
+                child.kill()
+        return original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nnsslTrainer_Finetune, "train_step", train_step)
+        with pytest.raises(UserError, match=r"loader: no batch after .* exited unexpectedly.*go on with --c"):
+            tune(environment, "labelled", "broken")
+    assert checkpoint.load(fold(environment) / LATEST)["nnssl_ext"]["step"] >= 2
+    same_run(whole, tune(environment, "labelled", "broken", c=True))
+
+
+def test_another_network_is_refused(with_data: Data) -> None:
+    environment = with_data("labelled")
+    plans(environment, "broken")
+    tune(environment, "labelled", "broken")
+
+    def wider(content: dict) -> None:
+        content["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = [8, 8, 8]
+
+    environment.write_plans("labelled", "broken", {"finetune": RUN}, wider)
+    with pytest.raises(UserError, match="belongs to another network than the plans build"):
+        tune(environment, "labelled", "broken", c=True)
+
+
+def test_a_signal_to_the_whole_group_through_the_command(with_data: Data) -> None:
+    """As a cluster sends it: to the command and its workers; and once more SIGKILL."""
+    environment = with_data("labelled")
+    plans(environment, "broken", steps=2000, snapshots=[])
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    variables = {**os.environ, **environment.variables, "PATH": path, "nnUNet_n_proc_DA": "1"}
+    latest = fold(environment) / LATEST
+    for number, status in ((signal.SIGTERM, 0), (signal.SIGKILL, -9), (signal.SIGUSR1, 0)):
+        before = latest.stat().st_mtime if latest.exists() else 0.0
+        words = WORDS if number == signal.SIGTERM else [*WORDS, "--c"]
+        process = subprocess.Popen(
+            words,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            begin = time.monotonic()
+            while not latest.exists() or latest.stat().st_mtime <= before:
+                assert process.poll() is None
+                assert time.monotonic() - begin < 600
+                time.sleep(0.05)
+            time.sleep(1)
+        finally:
+            os.killpg(process.pid, number)
+        output = process.communicate(timeout=600)[0]
+        assert process.returncode == status, output
+        if status == 0:
+            assert f"Stopped by {number.name} after step " in output
+            assert "Traceback" not in output
+        checkpoint.load(latest)
