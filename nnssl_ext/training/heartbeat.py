@@ -104,7 +104,7 @@ class Heartbeat:
         with suppress(RuntimeError):  # the store is gone with its process
             self._store.set(f"beat{self.number}", word)
             deadline = time.monotonic() + SILENCE_SECONDS
-            while self.number == 0 and time.monotonic() < deadline and not all(map(_ended, self._all("beat"))):
+            while self.number == 0 and time.monotonic() < deadline and not all(map(_final, self._all("beat"))):
                 time.sleep(_POLL_SECONDS)
 
     def _fail(self, error: BaseException) -> NoReturn:
@@ -130,7 +130,7 @@ class Heartbeat:
             before = self._all("beat")[: self.number]
             if any(beat in (_FAILED + line, _SAID + line) for beat in before):
                 return True
-            if all(map(_ended, before)):
+            if all(map(_final, before)):
                 return False
             time.sleep(_POLL_SECONDS)
         return False
@@ -154,7 +154,7 @@ class Heartbeat:
                 seen[other] = (beats[other], same + 1 if beats[other] == last else 0)
                 if last.startswith(_SAID) or (last.startswith(_FAILED) and seconds > 2 * GRACE_SECONDS):
                     self._leave()
-                elif not _ended(last) and seconds > SILENCE_SECONDS:
+                elif last.isdigit() and seconds > SILENCE_SECONDS:
                     self._gone(other)
 
     def _watch_the_store(self) -> None:
@@ -183,8 +183,9 @@ class Heartbeat:
             os._exit(1)
 
 
-def _ended(beat: str) -> bool:
-    return not beat.isdigit()
+def _final(beat: str) -> bool:
+    """Whether a process has no more to say or to look up; one that failed may still ask who says it."""
+    return beat.startswith((_DONE, _SAID))
 
 
 def _of_the_backend(error: BaseException) -> bool:

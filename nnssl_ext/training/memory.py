@@ -28,10 +28,10 @@ from nnssl_ext.views.spatial import SourceBox
 #: Builds the view of a network with so many outputs; None is as many as the data set has.
 Build = Callable[[int | None], Backbone]
 GIB = 2**30
-#: CUDA's context, the libraries' code and cuDNN's workspaces.
-RESERVE = GIB
-#: Of what the step takes: blocks that the allocator holds and cannot use again.
-FRAGMENTS = 0.05
+#: CUDA's context, the libraries' code and cuDNN's workspaces; not measured, see docs/memory.md.
+RESERVE = 2 * GIB
+#: Of what the step takes: blocks that the allocator holds and cannot use again; not measured.
+FRAGMENTS = 0.1
 #: A step is traced for these batches; between and beyond them bytes lie on a line.
 TRACED = (2, 8)
 #: Classes that an objective on images is taken to tell apart where the folder is not known yet: ImageNet's.
@@ -204,7 +204,9 @@ def shapes_at(one: Shapes, two: Shapes, batch: int) -> Shapes:
 
 
 def _box(shape: tuple[int, ...], case: str) -> SourceBox:
-    return SourceBox(torch.rand(shape), np.eye(3), (np.asarray(shape[1:]) - 1) / 2, case)
+    # the run's own generator stays as it is
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    return SourceBox(noise, np.eye(3), (np.asarray(shape[1:]) - 1) / 2, case)
 
 
 def _line(less: int, more: int) -> Line:

@@ -19,7 +19,7 @@ def plan(*words: str) -> int:
 def test_an_estimate_is_printed(with_data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     with_data("plain")
     plan()
-    assert re.search(r"3d_fullres: VolumeFusion needs 1\.0 GiB at batch 2, 0\.00 a sample\n", capsys.readouterr().out)
+    assert re.search(r"3d_fullres: VolumeFusion needs 2\.0 GiB at batch 2, 0\.00 a sample\n", capsys.readouterr().out)
     plan("batch_size=3", "dino.local_crops=2")
     printed = capsys.readouterr().out
     assert "3DINO needs" in printed
@@ -38,15 +38,15 @@ def test_the_largest_batch_that_fits_is_set(with_data: Data, capsys: pytest.Capt
         plan(*words)
         return environment.plans("plain", "new")["nnssl_ext"]["batch_size"]
 
-    fusion = batch("--gpu-memory-target", "2")
+    fusion = batch("--gpu-memory-target", "3")
     assert f"batch_size {fusion} is the largest that fits\n" in capsys.readouterr().out
-    assert 100 < fusion < batch("--gpu-memory-target", "4")
-    exemplar = batch("--gpu-memory-target", "2", "--method", "exemplar")
-    both = batch("--gpu-memory-target", "2", "--method", "exemplar", "volume_fusion")
+    assert 100 < fusion < batch("--gpu-memory-target", "5")
+    exemplar = batch("--gpu-memory-target", "3", "--method", "exemplar")
+    both = batch("--gpu-memory-target", "3", "--method", "exemplar", "volume_fusion")
     assert both == min(fusion, exemplar)
     # a batch that is named is a limit
-    assert batch("batch_size=5", "--gpu-memory-target", "2") == 5
-    assert batch("batch_size=100000", "--gpu-memory-target", "2") == fusion
+    assert batch("batch_size=5", "--gpu-memory-target", "3") == 5
+    assert batch("batch_size=100000", "--gpu-memory-target", "3") == fusion
     assert f"batch_size {fusion} is the largest that fits; 100000 was named" in capsys.readouterr().out
 
 

@@ -43,7 +43,7 @@ def test_one_line_and_intact_checkpoints(with_data: Data, monkeypatch: pytest.Mo
     for part in (
         "after step 4",
         "a batch of 2 crops of 16x16x16 does not fit this machine",
-        "needs an estimated 1.0 GiB on a GPU",
+        "needs an estimated 2.0 GiB on a GPU",
         "nnssl_ext.batch_size (now 2)",
         "nnssl_ext.crop_size",
         "nnssl_ext.activation_checkpointing=true",
@@ -56,10 +56,10 @@ def test_one_line_and_intact_checkpoints(with_data: Data, monkeypatch: pytest.Mo
 def test_the_batch_that_should_fit_is_named(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = with_data("plain")
     environment.write_plans("plain", "quick", {"batch_size": 5000, "activation_checkpointing": True})
-    monkeypatch.setattr(out_of_memory, "device_memory", lambda device: 2 * 2**30)
+    monkeypatch.setattr(out_of_memory, "device_memory", lambda device: 4 * 2**30)
     trainer = trainer_for("plain", "quick")
     line = out_of_memory._described(trainer)
-    assert "this machine (2.0 GiB)" in line
+    assert "this machine (4.0 GiB)" in line
     assert "(now 5000, an estimated " in line
     assert "activation_checkpointing" not in line
 
