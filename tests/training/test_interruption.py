@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from nnssl_ext import checkpoint
 from nnssl_ext.cli import main
@@ -81,15 +80,14 @@ def test_a_signal_amid_an_epoch_loses_nothing(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_killed_at_random_moments_through_the_command(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_random_moments_through_the_command(with_data: Data) -> None:
     """SIGKILL whenever it comes, checkpoint writing included; SIGTERM once; then to the end."""
     environment = with_data("plain")
     # checkpoints all the time: the kill will often meet one being written
     settings = {"epochs": 10, "iterations_per_epoch": 1, "save_every": 1, "validation_iterations": 1}
     for plans in ("whole", "broken"):
         environment.write_plans("plain", plans, settings)
-    monkeypatch.setattr(PretrainingTrainer, "_do_i_compile", lambda _: torch.set_num_threads(os.cpu_count() or 1))
-    whole = pretrain(environment, "plain", "whole")  # with the command's number of threads
+    whole = pretrain(environment, "plain", "whole")
     fold = environment.fold("plain", "broken", TRAINER)
     words = ["nnUNetv2_train", "811", "3d_fullres", "0", "-tr", TRAINER, "-p", "broken", "-device", "cpu", "--c"]
     for number, seconds in ((signal.SIGKILL, 0.4), (signal.SIGTERM, 0.2)):
@@ -97,7 +95,7 @@ def test_killed_at_random_moments_through_the_command(with_data: Data, monkeypat
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         process = subprocess.Popen(
             words,
-            env={**os.environ, **environment.variables, "PATH": path, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **environment.variables, "PATH": path},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -111,7 +109,6 @@ def test_killed_at_random_moments_through_the_command(with_data: Data, monkeypat
     assert "Stopped by SIGTERM after step" in output
     assert not list(fold.glob("checkpoint_final.pth"))
     same_run(whole, pretrain(environment, "plain", "broken", c=True))
-    torch.set_num_threads(1)
     assert {path.suffix for path in fold.iterdir()} <= {".pth", ".txt", ".json", ".png"}
 
 

@@ -86,7 +86,8 @@ def built_on(kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["plain", "residual"])
 def test_it_is_what_a_real_step_takes(kind: str) -> None:
-    """In float32 on the CPU, by torch's own account of every allocation; its kernels' workspaces are the difference."""
+    """In float32 on the CPU, by torch's own account of every allocation; its kernels' workspaces are the difference, of
+    which those that sort for a scatter weigh most on crops as small as these."""
     torch.manual_seed(0)
     method = built_on(kind)
     shapes = memory.view_shapes(method, 2)
@@ -104,7 +105,7 @@ def test_it_is_what_a_real_step_takes(kind: str) -> None:
         trace = trace_step(method, shapes, live, None)
     given = sum(view.nbytes for view in views.values())
     counted = max(trace.forward, trace.backward) - given
-    assert counted == pytest.approx(real, rel=0.1)
+    assert 0.8 * real < counted < 1.05 * real
 
 
 def peak_of(profiler: Any) -> int:
