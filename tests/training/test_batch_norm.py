@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nnssl_ext.networks.pct_net import PCTNet
 from nnssl_ext.training.batch_norm import GlobalBatchNorm, synchronise
+from tests.datasets import architecture
 from tests.training.test_distributed import ranks
 
 
@@ -55,6 +57,36 @@ def test_two_processes_with_uneven_batches(tmp_path: Path, momentum: float | Non
         assert state.keys() == memory.keys()
         for name, value in memory.items():
             torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-9)
+
+
+def pct_net() -> nn.Module:
+    torch.manual_seed(0)
+    arguments = {**architecture("pct_net")["arch_kwargs"], "dropout": [0.0] * 5, "drop_path": 0.0}
+    return PCTNet(input_channels=1, num_classes=3, deep_supervision=False, **arguments).double()
+
+
+def gradient(module: nn.Module, image: Tensor) -> Tensor:
+    (module(image) ** 2).mean((1, 2, 3, 4)).sum().backward()
+    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+
+def pct_net_process(rank: int, world: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    total = gradient(synchronise(pct_net()), volumes()[rank::world])
+    dist.all_reduce(total)
+    torch.save(total, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def volumes() -> Tensor:
+    return torch.randn(3, 1, 8, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_gradients_of_a_network_with_many(tmp_path: Path) -> None:
+    assert ranks(2, pct_net_process, tmp_path) == [0, 0]
+    expected = gradient(pct_net(), volumes())
+    assert (torch.load(tmp_path / "0.pt") - expected).norm() < 1e-9 * expected.norm()
 
 
 def test_every_batch_norm_keeps_its_parameters() -> None:
