@@ -113,8 +113,8 @@ def _as_on_gpu() -> Iterator[None]:
 @contextmanager
 def without_memory() -> Iterator[LiveBytes]:
     """Within it new tensors have no memory, and what is alive of them is counted."""
-    # autograd counts the devices at its first backward pass. FakeTensorMode stands in for a GPU where there is none, and
-    # the thread that autograd would start for that one forbids every later fork
+    # autograd counts the devices at its first backward pass. FakeTensorMode stands in for a GPU where there is none,
+    # and the thread that autograd would start for that one forbids every later fork
     torch.zeros((), requires_grad=True).backward()
     with FakeTensorMode(), LiveBytes() as live, _as_on_gpu():
         yield live
