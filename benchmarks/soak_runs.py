@@ -39,7 +39,7 @@ class Result:
     amid_checkpoint: int = 0
     equal: bool = False
     seconds: float = 0.0
-    #: Once a second, of the uninterrupted process.
+    #: Once a second, of the uninterrupted process's second epoch to its last.
     memory_mib: list[float] = field(default_factory=list)
     open_files: list[int] = field(default_factory=list)
 
@@ -134,7 +134,8 @@ class Soak:
                 count = len(list(files.iterdir()))
             except (OSError, StopIteration):  # it ended meanwhile
                 continue
-            if (fold / "checkpoint_final.pth").is_file():  # whole cases are predicted now, with memory of their own
+            # from the first epoch's end; whole cases are predicted after the last, with memory of their own
+            if not (fold / "checkpoint_best.pth").is_file() or (fold / "checkpoint_final.pth").is_file():
                 continue
             result.memory_mib.append(int(rss.split()[1]) / 1024)
             result.open_files.append(count)

@@ -1,5 +1,6 @@
 """The folder of a run: torn checkpoints, two runs in it, a full disk, lost permission; nothing is overwritten."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -8,8 +9,12 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
@@ -203,6 +208,22 @@ def test_a_full_disk_amid_a_run(with_data: Data) -> None:
     assert line.startswith("nnssl_ext: error: checkpoint ")
     assert "could not be written" in line
     assert not [path for path in fold(environment).iterdir() if "checkpoint" in path.name]
+
+
+def test_no_picture_stays_in_memory(tmp_path: Path) -> None:
+    """nnU-Net's, of every epoch: 60 MiB each until Python looks for cycles."""
+    log = LocalLogger()
+    for key in log.my_fantastic_logging:
+        log.log(key, [0.5] if key.startswith("dice") else 1.0, 0)
+    trainer: Any = SimpleNamespace(logger=log, output_folder=str(tmp_path), print_to_log_file=print)
+    gc.collect()
+    gc.disable()
+    try:
+        run_folder.draw_progress(trainer)
+        assert [thing for thing in gc.get_objects() if isinstance(thing, Figure)] == []
+    finally:
+        gc.enable()
+    assert (tmp_path / "progress.png").is_file()
 
 
 def test_a_picture_that_cannot_be_written_ends_no_run(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
