@@ -94,6 +94,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Environment:
         "nnUNet_results": str(tmp_path / "results"),
         "nnUNet_extTrainer": str(REPOSITORY / "trainers"),
         "nnUNet_n_proc_DA": "0",
+        "nnUNet_def_n_proc": os.environ["nnUNet_def_n_proc"],
         # stock takes every core; two tests at once would spin against each other
         "OMP_WAIT_POLICY": "PASSIVE",
         "OMP_NUM_THREADS": "1",
