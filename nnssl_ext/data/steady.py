@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from multiprocessing.connection import wait
 from typing import Any
 
 from torch.utils.data import Dataset, get_worker_info
@@ -115,7 +116,13 @@ class _Crew:
         while True:
             try:
                 return next(self.batches)
-            except RuntimeError:
+            except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+                if not isinstance(error, RuntimeError):
+                    # it died while handing over a batch, which shows before its death does
+                    ending = wait([process.sentinel for process in self.processes], timeout=POLL_SECONDS)
+                    for process in self.processes:
+                        if process.sentinel in ending:
+                            process.join(POLL_SECONDS)
                 if any(not process.is_alive() for process in self.processes):
                     self.problem = "was killed"
                 elif time.monotonic() - begin > HANG_SECONDS - POLL_SECONDS / 2:

@@ -5,9 +5,11 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from nnssl_ext.data import steady
 from nnssl_ext.data.crops import CropBatch, CropDataset, Sample
@@ -45,6 +47,29 @@ def fault(monkeypatch: pytest.MonkeyPatch, flag: Path, sample: int, number: int,
         return original(self, index)
 
     monkeypatch.setattr(CropDataset, "__getitem__", getitem)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, EOFError, FileNotFoundError])
+def test_a_worker_that_dies_while_it_hands_a_batch_over_is_replaced(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    monkeypatch.setattr(steady, "POLL_SECONDS", 2)
+    original = _MultiProcessingDataLoaderIter._next_data
+    struck: list[int] = []
+
+    def next_data(self: Any) -> Any:
+        if not struck and self._rcvd_idx == 1:
+            struck.append(self._workers[0].pid)
+            os.kill(self._workers[0].pid, signal.SIGKILL)
+            raise error
+        return original(self)
+
+    told: list[str] = []
+    expected = list(loader(dataset(folder), told, workers=0))
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", next_data)
+    assert same(list(loader(dataset(folder), told)), expected)
+    (line,) = told
+    assert f"worker {struck[0]} was killed by signal 9" in line
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV])
