@@ -241,11 +241,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
             self.print_to_log_file(f"New best moving average of the pseudo Dice: {average:.4f}")
         # --c takes checkpoint_latest.pth, which is there from the start: it must never be older than the best
         due = ((self.current_epoch + 1) % self.save_every == 0 or best) and self.current_epoch != self.num_epochs - 1
-        names = [*([run_folder.LATEST] if due else []), *([run_folder.BEST] if best else [])]
-        if names:
-            self.save_checkpoint(*(str(Path(self.output_folder) / name) for name in names))
-        if self.local_rank == 0:
-            run_folder.draw_progress(self)
+        run_folder.keep_epoch(self, latest=due, best=best)
         self.current_epoch += 1
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:

@@ -54,6 +54,8 @@ class Training(Protocol):
 
     def print_to_log_file(self, *words: Any) -> None: ...
 
+    def save_checkpoint(self, *filenames: str) -> None: ...
+
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None: ...
 
 
@@ -195,6 +197,15 @@ def save(trainer: Training, collect: Callable[[], dict[str, Any]], *filenames: s
         trainer.print_to_log_file("No checkpoint written, checkpointing is disabled")
         return
     trainer.writer.write(collect(), *map(Path, filenames))
+
+
+def keep_epoch(trainer: Training, *, latest: bool, best: bool) -> None:
+    """After an epoch: write the checkpoints that are due, of one and the same state, and draw the progress."""
+    names = [*([LATEST] if latest else []), *([BEST] if best else [])]
+    if names:
+        trainer.save_checkpoint(*(str(Path(trainer.output_folder) / name) for name in names))
+    if trainer.local_rank == 0:
+        draw_progress(trainer)
 
 
 def load(trainer: Training, file: Path) -> tuple[dict[str, Any], str]:

@@ -259,11 +259,7 @@ class PretrainingTrainer(nnUNetTrainer):
             self._best_ema = smoothed
             self.print_to_log_file(f"New best moving average of the validation objective: {smoothed:.4f}")
         due = (self.current_epoch + 1) % self.save_every == 0 and self.current_epoch != self.num_epochs - 1
-        names = [*([run_folder.LATEST] if due else []), *([run_folder.BEST] if best else [])]
-        if names:
-            self.save_checkpoint(*(str(Path(self.output_folder) / name) for name in names))
-        if self.local_rank == 0:
-            run_folder.draw_progress(self)
+        run_folder.keep_epoch(self, latest=due, best=best)
         self.current_epoch += 1
 
     def _progress(self, batches: Iterable[CropBatch], what: str) -> Iterable[CropBatch]:

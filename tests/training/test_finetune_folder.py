@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import resource
 import signal
 import tempfile
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from tests.training.test_finetune_survives import (
     signal_at,
     training_only,
 )
-from tests.training.test_run_folder import _hold, truncate
+from tests.training.test_run_folder import _hold, no_checkpoint_fits, truncate
 
 Data = Callable[[str], Environment]
 CPU, VALIDATION = torch.device("cpu"), nnsslTrainer_Finetune.perform_actual_validation
@@ -136,16 +135,7 @@ def test_a_full_disk(with_data: Data) -> None:
     """The command, on a system that takes files up to a size only: the logs, but no checkpoint."""
     environment = with_data("labelled")
     plans(environment, "broken")
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        ended = environment.run(*WORDS, status=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    line = ended.stderr.strip().splitlines()[-1]
-    assert line.startswith("nnssl_ext: error: checkpoint ")
-    assert "could not be written" in line
-    assert not [path for path in fold(environment).iterdir() if "checkpoint" in path.name]
+    no_checkpoint_fits(environment, list(WORDS), 20_000, fold(environment))
 
 
 def test_another_network_is_refused(with_data: Data) -> None:

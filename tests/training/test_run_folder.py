@@ -153,7 +153,7 @@ def test_a_second_run_in_the_folder_is_refused_and_a_stale_lock_taken_over(with_
     try:
         assert ready.wait(20)
         words = ["nnUNetv2_train", "811", "3d_fullres", "0", "-tr", TRAINER, "-p", "broken", "-device", "cpu"]
-        refused = environment.run(*words, status=1, variables={"OMP_NUM_THREADS": "1"})
+        refused = environment.run(*words, status=1)
         line = refused.stderr.strip().splitlines()[-1]
         assert line.startswith("nnssl_ext: error: ")
         assert f"belongs to another run, process {holder.pid} on " in line
@@ -193,21 +193,26 @@ def test_a_lost_write_permission_amid_a_run(
     same_run(fold(stopped, "whole"), pretrain(stopped, "plain", "other", c=True))
 
 
-def test_a_full_disk_amid_a_run(with_data: Data) -> None:
-    """The command, on a system that takes files up to a size only: the logs, but no checkpoint."""
-    environment = with_data("plain")
-    environment.write_plans("plain", "broken", RUN)
-    words = ["nnUNetv2_train", "811", "3d_fullres", "0", "-tr", TRAINER, "-p", "broken", "-device", "cpu"]
+def no_checkpoint_fits(environment: Environment, words: list[str], size: int, folder: Path) -> None:
+    """Run a command where no file may have more than ``size`` bytes; it says so and leaves nothing half-written."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        ended = environment.run(*words, status=1, variables={"OMP_NUM_THREADS": "1"})
+        ended = environment.run(*words, status=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     line = ended.stderr.strip().splitlines()[-1]
     assert line.startswith("nnssl_ext: error: checkpoint ")
     assert "could not be written" in line
-    assert not [path for path in fold(environment).iterdir() if "checkpoint" in path.name]
+    assert not [path for path in folder.iterdir() if "checkpoint" in path.name]
+
+
+def test_a_full_disk_amid_a_run(with_data: Data) -> None:
+    """The command, on a system that takes files up to a size only: the logs, but no checkpoint."""
+    environment = with_data("plain")
+    environment.write_plans("plain", "broken", RUN)
+    words = ["nnUNetv2_train", "811", "3d_fullres", "0", "-tr", TRAINER, "-p", "broken", "-device", "cpu"]
+    no_checkpoint_fits(environment, words, 100_000, fold(environment))
 
 
 def test_no_picture_stays_in_memory(tmp_path: Path) -> None:
