@@ -7,8 +7,8 @@ import torch
 
 from nnssl_ext import checkpoint
 from nnssl_ext.training import out_of_memory
-from nnssl_ext.training.trainer import PretrainingTrainer
 from tests.conftest import Environment
+from tests.training.test_resume import kill_at
 from tests.training.test_trainer import TRAINER, pretrain, trainer_for
 
 Data = Callable[[str], Environment]
@@ -19,22 +19,11 @@ ERRORS = {
 }
 
 
-def failing_at(monkeypatch: pytest.MonkeyPatch, step: int, error: Exception) -> None:
-    own = PretrainingTrainer.train_step
-
-    def train_step(trainer: PretrainingTrainer, batch: object) -> object:
-        if trainer.step == step:
-            raise error
-        return own(trainer, batch)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(PretrainingTrainer, "train_step", train_step)
-
-
 @pytest.mark.parametrize("where", ERRORS)
 def test_one_line_and_intact_checkpoints(with_data: Data, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     environment = with_data("plain")
     environment.write_plans("plain", "quick", {"epochs": 3})
-    failing_at(monkeypatch, 4, ERRORS[where])  # in the second epoch of three steps
+    kill_at(4, monkeypatch, ERRORS[where])  # in the second epoch of three steps
     with pytest.raises(SystemExit) as stopped:
         pretrain(environment, "plain", "quick")
     line = str(stopped.value.code)
@@ -67,6 +56,6 @@ def test_the_batch_that_should_fit_is_named(with_data: Data, monkeypatch: pytest
 def test_other_errors_stay_what_they_are(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = with_data("plain")
     environment.write_plans("plain", "quick", {})
-    failing_at(monkeypatch, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    kill_at(0, monkeypatch, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         pretrain(environment, "plain", "quick")

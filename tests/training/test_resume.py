@@ -21,12 +21,13 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing of ours catches it."""
 
 
-def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def kill_at(step: int, monkeypatch: pytest.MonkeyPatch, error: BaseException | type[BaseException] = Killed) -> None:
+    """The step with this number raises ``error`` instead."""
     original = PretrainingTrainer.train_step
 
     def train_step(self: PretrainingTrainer, batch: object) -> dict:
         if self.step == step:
-            raise Killed
+            raise error
         return original(self, batch)  # type: ignore[arg-type]
 
     monkeypatch.setattr(PretrainingTrainer, "train_step", train_step)
