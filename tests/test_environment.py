@@ -1,3 +1,7 @@
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -30,3 +34,30 @@ def test_threads_of_our_trainers(
     monkeypatch.setenv("OMP_NUM_THREADS", wanted)
     trainer_for("plain", "quick", trainer)
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.parametrize(
+    ("device", "variables", "kept"),
+    [("cpu", {}, True), ("cuda", {}, False), ("cpu", {"MALLOC_TRIM_THRESHOLD_": "131072"}, False)],
+)
+def test_freed_memory_is_kept_on_the_cpu(device: str, variables: dict[str, str], kept: bool) -> None:
+    """Page faults of filling three arrays of 12 MB at a time again and again."""
+    program = f"""
+import resource, torch
+from nnssl_ext.environment import keep_freed_memory
+keep_freed_memory({device!r})
+def fill():
+    for _ in range(10):
+        arrays = [torch.zeros(3 << 20) for _ in range(3)]
+fill()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+fill()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**environment, **variables}, capture_output=True, text=True, check=True
+    )
+    faults = int(done.stdout)
+    assert faults < 1000 if kept else faults > 10 * 9 * 256

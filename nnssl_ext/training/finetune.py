@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from time import time
+from time import monotonic, time
 from typing import Any, NoReturn
 
 import numpy as np
@@ -70,6 +70,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         amp_dtype = mixed_precision(device, stock if s.precision == "stock" else s.precision)
         self.continuing = bool(plans.get("continue_training"))
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.drawn = monotonic()
         set_threads(device.type)
         self.device = rank_device(device)
         self.amp_dtype = amp_dtype

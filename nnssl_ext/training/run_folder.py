@@ -32,6 +32,8 @@ CHAIN = (FINAL, LATEST, PREVIOUS, BEST)
 #: A fine-tuning's weights after chosen steps.
 SNAPSHOTS = "checkpoint_step_*.pth"
 LOCK, HOLDER = ".nnssl_ext.lock", ".nnssl_ext.holder.json"
+#: progress.png is drawn at most this often, and after the last epoch.
+DRAW_SECONDS = 15.0
 
 
 class Training(Protocol):
@@ -47,9 +49,13 @@ class Training(Protocol):
     logger: Any
     dataloader_train: Any
     dataloader_val: Any
+    current_epoch: int
+    num_epochs: int
     #: Optimiser steps done, and whether it was started with ``--c``.
     step: int
     continuing: bool
+    #: When progress.png was drawn or the run began, as time.monotonic() has it.
+    drawn: float
     writer: CheckpointWriter
 
     def print_to_log_file(self, *words: Any) -> None: ...
@@ -200,12 +206,17 @@ def save(trainer: Training, collect: Callable[[], dict[str, Any]], *filenames: s
 
 
 def keep_epoch(trainer: Training, *, latest: bool, best: bool) -> None:
-    """After an epoch: write the checkpoints that are due, of one and the same state, and draw the progress."""
+    """After an epoch: write the checkpoints that are due, of one and the same state, and draw the progress.
+
+    A picture costs about a second of a core: epochs that are shorter than ``DRAW_SECONDS`` share one.
+    """
     names = [*([LATEST] if latest else []), *([BEST] if best else [])]
     if names:
         trainer.save_checkpoint(*(str(Path(trainer.output_folder) / name) for name in names))
-    if trainer.local_rank == 0:
+    last = trainer.current_epoch + 1 >= trainer.num_epochs
+    if trainer.local_rank == 0 and (last or time.monotonic() - trainer.drawn > DRAW_SECONDS):
         draw_progress(trainer)
+        trainer.drawn = time.monotonic()
 
 
 def load(trainer: Training, file: Path) -> tuple[dict[str, Any], str]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from time import time
+from time import monotonic, time
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nnssl_ext.data.crops import CropBatch
-from nnssl_ext.environment import set_threads
+from nnssl_ext.environment import keep_freed_memory, set_threads
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
 from nnssl_ext.networks.target import target_network
@@ -69,7 +69,9 @@ class PretrainingTrainer(nnUNetTrainer):
         amp_dtype = mixed_precision(device, common.precision)
         continuing = bool(plans.get("continue_training"))
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.drawn = monotonic()
         set_threads(device.type)
+        keep_freed_memory(device.type)
         self.device, self.amp_dtype = rank_device(device), amp_dtype
         # bfloat16 has the range of float32: only float16 needs its gradients scaled
         self.grad_scaler = torch.amp.GradScaler("cuda") if self.amp_dtype is torch.float16 else None

@@ -21,7 +21,8 @@ TRUNCATE = 3.0
 def blur(batch: Tensor, deviation: Tensor, spacing: Sequence[float]) -> Tensor:
     """Gaussian blur; ``deviation`` (B, C) in units of the finest voxel edge, 0 = none."""
     for sample, channel in torch.nonzero(deviation).tolist():
-        batch[sample, channel] = _gaussian(batch[sample, channel], float(deviation[sample, channel]), spacing)
+        volume = batch[sample, channel]
+        along_axes(volume, _gaussian(volume.shape, float(deviation[sample, channel]), spacing), out=volume)
     return batch
 
 
@@ -29,7 +30,8 @@ def sharpen(batch: Tensor, amount: Tensor, spacing: Sequence[float], deviation: 
     """Unsharp masking: add ``amount`` (B, C) times the difference to a blurred copy; 0 = none."""
     for sample, channel in torch.nonzero(amount).tolist():
         volume = batch[sample, channel]
-        volume += float(amount[sample, channel]) * (volume - _gaussian(volume, deviation, spacing))
+        blurred = along_axes(volume, _gaussian(volume.shape, deviation, spacing))
+        volume.add_(volume.sub(blurred), alpha=float(amount[sample, channel]))
     return batch
 
 
@@ -44,9 +46,8 @@ def lower_resolution(batch: Tensor, zoom: Tensor, spacing: Sequence[float]) -> T
         thick = [finest / factor / edge for edge in spacing]
         size = [max(1, round(n / max(1.0, t))) for n, t in zip(volume.shape[2:], thick, strict=True)]
         small = F.interpolate(volume, size=size, mode="nearest-exact")[0, 0]
-        batch[sample, channel] = along_axes(
-            small, [_enlarged(m, n) for m, n in zip(size, volume.shape[2:], strict=True)]
-        )
+        matrices = [_enlarged(m, n) for m, n in zip(size, volume.shape[2:], strict=True)]
+        along_axes(small, matrices, out=batch[sample, channel])
     return batch
 
 
@@ -57,7 +58,7 @@ def thicken(batch: Tensor, axis: Tensor, zoom: Tensor) -> Tensor:
         size[thick] = max(1, round(size[thick] * float(zoom[sample])))
         matrices = [_enlarged(m, n) for m, n in zip(size, batch.shape[2:], strict=True)]
         for channel, small in enumerate(F.interpolate(batch[sample][None], size=size, mode="nearest-exact")[0]):
-            batch[sample, channel] = along_axes(small, matrices)
+            along_axes(small, matrices, out=batch[sample, channel])
     return batch
 
 
@@ -95,11 +96,9 @@ def shift_histogram(batch: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
     return batch
 
 
-def _gaussian(volume: Tensor, deviation: float, spacing: Sequence[float]) -> Tensor:
-    """Edges replicated; ``deviation`` in units of the finest voxel edge."""
-    return along_axes(
-        volume, [_kernel(n, deviation * min(spacing) / e) for n, e in zip(volume.shape, spacing, strict=True)]
-    )
+def _gaussian(shape: Sequence[int], deviation: float, spacing: Sequence[float]) -> list[Tensor | None]:
+    """A matrix for each axis; edges replicated; ``deviation`` in units of the finest voxel edge."""
+    return [_kernel(n, deviation * min(spacing) / edge) for n, edge in zip(shape, spacing, strict=True)]
 
 
 def _kernel(length: int, sigma: float) -> Tensor | None:

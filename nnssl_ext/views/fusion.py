@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nnssl_ext.views.random import BatchRandom
+from nnssl_ext.views.slabs import slabs
 
 #: Boxes are painted by the highest set bit of a 64-bit word read as a double, which is exact up to 2**52.
 MOST_BOXES = 52
@@ -135,6 +136,24 @@ class GridLayout:
         return level[sample, cell[0][:, :, None, None], cell[1][:, None, :, None], cell[2][:, None, None, :]]
 
 
-def fuse(foreground: Tensor, background: Tensor, level: Tensor, levels: int) -> Tensor:
-    """a * foreground + (1 - a) * background with a = level / K; (B, C, D, H, W), ``level`` (B, D, H, W)."""
-    return torch.lerp(background, foreground, level[:, None].to(foreground.dtype).div_(levels))
+def fuse(
+    foreground: Tensor, background: Tensor, level: Tensor, levels: int, ignore_below: float = 0.0, ignored: int = 255
+) -> Tensor:
+    """a * foreground + (1 - a) * background with a = level / K, in place of ``background``.
+
+    Args:
+        foreground: (B, C, D, H, W).
+        background: The same.
+        level: (B, D, H, W) uint8; ``ignored`` is written where the two are alike.
+        levels: K.
+        ignore_below: Alike is what differs by less in every channel.
+        ignored: The level of voxels that do not count.
+    """
+    for place in slabs(background):
+        front, back, share = foreground[place], background[place], level[(place[0], *place[2:])]
+        weight = share[:, None].to(back.dtype).div_(levels)
+        if ignore_below:
+            alike = (front - back).abs_().amax(1) < ignore_below
+            share.masked_fill_(alike, ignored)
+        back.lerp_(front, weight)
+    return background

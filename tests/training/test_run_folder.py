@@ -231,6 +231,19 @@ def test_no_picture_stays_in_memory(tmp_path: Path) -> None:
     assert (tmp_path / "progress.png").is_file()
 
 
+@pytest.mark.parametrize(("seconds", "pictures"), [(3600.0, 1), (-1.0, 3)])
+def test_short_epochs_share_a_picture_and_the_last_has_one(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, seconds: float, pictures: int
+) -> None:
+    environment, drawn = with_data("plain"), []
+    environment.write_plans("plain", "run", {"epochs": 3, "iterations_per_epoch": 1, "validation_iterations": 1})
+    monkeypatch.setattr(run_folder, "DRAW_SECONDS", seconds)
+    monkeypatch.setattr(run_folder, "draw_progress", lambda trainer: drawn.append(trainer.current_epoch))
+    pretrain(environment, "plain", "run")
+    assert len(drawn) == pictures
+    assert drawn[-1] == 2
+
+
 def test_a_picture_that_cannot_be_written_ends_no_run(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = with_data("plain")
     environment.write_plans("plain", "run", {"epochs": 1})

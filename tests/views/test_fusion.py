@@ -80,3 +80,16 @@ def test_fusion_is_the_convex_combination() -> None:
     foreground, background = torch.full((1, 1, 1, 1, 5), 8.0), torch.full((1, 1, 1, 1, 5), 4.0)
     level = torch.arange(5, dtype=torch.uint8).reshape(1, 1, 1, 5)
     assert fuse(foreground, background, level, 4).flatten().tolist() == [4, 5, 6, 7, 8]
+
+
+def test_voxels_that_are_alike_are_ignored_and_fused_all_the_same() -> None:
+    foreground = torch.randn(2, 2, 5, 200, 200, generator=torch.Generator().manual_seed(0))
+    background = foreground + torch.where(torch.arange(5) < 3, 0.05, 0.5)[:, None, None]
+    background[:, 1, 0] += 1
+    level = torch.randint(0, 5, (2, 5, 200, 200), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    before = level.clone()
+    expected = torch.lerp(background, foreground, before[:, None] / 4)
+    assert torch.equal(fuse(foreground, background, level, 4, 0.1, 9), expected)
+    assert (level[:, 1:3] == 9).all()
+    for plane in (0, 3, 4):
+        assert torch.equal(level[:, plane], before[:, plane])

@@ -2,16 +2,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnssl_ext.views.separable import TILE, along_axes
+from nnssl_ext.views import separable
+from nnssl_ext.views.separable import PLANES, TILE, along_axes
+
+LONG = 2 * TILE + 3
+
+
+@pytest.fixture(autouse=True)
+def _several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(separable, "VOXELS", 1)
 
 
 def volume() -> torch.Tensor:
-    return torch.randn(5, 2 * TILE + 3, 7, generator=torch.Generator().manual_seed(0))
+    return torch.randn(2 * PLANES + 1, LONG, 7, generator=torch.Generator().manual_seed(0))
 
 
 def test_each_axis_is_multiplied_by_its_matrix() -> None:
     a, b, c = (
-        torch.randn(m, n, generator=torch.Generator().manual_seed(m)) for m, n in ((4, 5), (TILE + 1, 67), (9, 7))
+        torch.randn(m, n, generator=torch.Generator().manual_seed(m))
+        for m, n in ((4, 2 * PLANES + 1), (TILE + 1, LONG), (9, 7))
     )
     expected = torch.einsum("id,jh,kw,dhw->ijk", a, b, c, volume())
     torch.testing.assert_close(along_axes(volume(), [a, b, c]), expected, rtol=1e-4, atol=1e-3)
@@ -22,7 +31,7 @@ def test_each_axis_is_multiplied_by_its_matrix() -> None:
 @pytest.mark.parametrize("axis", range(3))
 def test_a_banded_matrix_is_multiplied_in_tiles(axis: int) -> None:
     moved = volume().transpose(1, axis)
-    shift = torch.eye(2 * TILE + 3).roll(1, 0)
+    shift = torch.eye(LONG).roll(1, 0)
     matrices: list[torch.Tensor | None] = [None, None, None]
     matrices[axis] = shift
     assert torch.equal(along_axes(moved, matrices), moved.roll(1, axis))
@@ -40,3 +49,18 @@ def test_enlarging_is_torchs_trilinear_interpolation() -> None:
     matrices = [F.interpolate(torch.eye(n)[None], size=2 * n + 1, mode="linear")[0].T for n in volume().shape]
     expected = F.interpolate(volume()[None, None], size=[2 * n + 1 for n in volume().shape], mode="trilinear")[0, 0]
     torch.testing.assert_close(along_axes(volume(), matrices), expected)
+
+
+@pytest.mark.parametrize("shift", [1, -1, PLANES, -PLANES - 2])
+def test_the_result_may_take_the_place_of_the_volume(shift: int) -> None:
+    depth = len(volume())
+    generator = torch.Generator().manual_seed(1)
+    matrices: list[torch.Tensor | None] = [
+        torch.eye(depth).roll(shift, 0),
+        torch.randn(LONG, LONG, generator=generator),
+    ]
+    for others in ([matrices[1], None], [None, None]):
+        expected, inplace = along_axes(volume(), [matrices[0], *others]), volume()
+        assert along_axes(inplace, [matrices[0], *others], out=inplace) is inplace
+        assert torch.equal(inplace, expected)
+        torch.testing.assert_close(expected, along_axes(volume().roll(shift, 0), [None, *others]))
