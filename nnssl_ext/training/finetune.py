@@ -37,6 +37,7 @@ from nnssl_ext.training.finetune_parts import (
     parameter_groups,
 )
 from nnssl_ext.training.interruption import Interruption
+from nnssl_ext.training.log import PlainLog
 from nnssl_ext.training.optimisation import learning_rate_at
 from nnssl_ext.training.preflight import target_network
 from nnssl_ext.training.seeded import run_seed, seeded_loaders
@@ -70,6 +71,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         amp_dtype = mixed_precision(device, stock if s.precision == "stock" else s.precision)
         self.continuing = bool(plans.get("continue_training"))
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.logger.local_logger = PlainLog()
         self.drawn = monotonic()
         set_threads(device.type)
         self.device = rank_device(device)

@@ -1,16 +1,29 @@
-"""The log of a pretraining and its picture, in the place of nnU-Net's, which knows only Dice."""
+"""Logs in the place of nnU-Net's: a pretraining's with its picture, and the fine-tuner's."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
+from nnssl_ext.checkpoint import plain
 from nnssl_ext.methods import Readable
 
 #: Weight of the newest epoch in the moving average that chooses checkpoint_best.
 NEWEST = 0.3
+
+
+class PlainLog(LocalLogger):
+    """nnU-Net's, of plain Python numbers, as they are after ``--c``.
+
+    nnU-Net's moving average of the Dice is kept in float32 until it is read from a checkpoint: from then on it would be
+    rounded otherwise, and another epoch could be the best.
+    """
+
+    def log(self, key: str, value: Any, epoch: int) -> None:
+        super().log(key, plain(value), epoch)
 
 
 class PretrainingLog(LocalLogger):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from nnssl_ext.views.random import BatchRandom
 
 #: Points of a histogram shift's curve.
 POINTS = 8
+#: The strength that changes nothing, where it is not zero.
+NEUTRAL = {"gamma": 1.0, "brightness": 1.0, "contrast": 1.0, "low_resolution": 1.0}
 
 
 @dataclass(frozen=True)
@@ -92,29 +95,26 @@ class IntensityDraw:
         cls, settings: IntensitySettings, random: BatchRandom, channels: int, spacing: Sequence[float]
     ) -> IntensityDraw:
         """Draw for a batch; ``spacing`` in mm, for the filters."""
-        per_channel = (channels,)
-
-        def maybe(probability: float, limits: list[float], shape: tuple[int, ...], neutral: float) -> Tensor:
-            chosen, value = random.chance(probability, shape), random.uniform(limits[0], limits[1], shape)
-            return torch.where(chosen, value, torch.full_like(value, neutral))
-
-        def filtered(probability: float, limits: list[float], neutral: float = 0.0) -> Tensor | None:
-            return maybe(probability, limits, per_channel, neutral) if probability else None
-
+        filters_in_use = [name for name in ("blur", "low_resolution", "sharpen", "gibbs") if _chance(settings, name)]
+        names = [*filters_in_use, "gamma", "brightness", "contrast"]
+        # one draw for everything; what a sample gets as a whole is last
+        draws = random.uniform(0.0, 1.0, (2 * len(names) * channels + 3,))
+        chance, place = draws[:, :-3].view(len(random), 2, len(names), channels).unbind(1)
+        limits = torch.tensor([getattr(settings, name) for name in names])
+        neutral = torch.tensor([NEUTRAL.get(name, 0.0) for name in names])[:, None]
+        chances = torch.tensor([_chance(settings, name) for name in names])
+        values = torch.lerp(limits[:, :1], limits[:, 1:], place)
+        strengths = torch.where(chance < chances[:, None], values, neutral).unbind(1)
+        strength: dict[str, Any] = dict(zip(names, strengths, strict=True))
+        low, high = settings.noise
         result = cls(
-            gamma=maybe(settings.gamma_probability, settings.gamma, per_channel, 1.0),
-            brightness=maybe(settings.brightness_probability, settings.brightness, per_channel, 1.0),
-            contrast=maybe(settings.contrast_probability, settings.contrast, per_channel, 1.0),
-            noise=maybe(settings.noise_probability, settings.noise, (), 0.0),
-            invert=random.chance(settings.invert_probability),
-            blur=filtered(settings.blur_probability, settings.blur),
-            low_resolution=filtered(settings.low_resolution_probability, settings.low_resolution, 1.0),
-            sharpen=filtered(settings.sharpen_probability, settings.sharpen),
-            gibbs=filtered(settings.gibbs_probability, settings.gibbs),
+            **strength,
+            noise=(draws[:, -3] < settings.noise_probability) * (low + (high - low) * draws[:, -2]),
+            invert=draws[:, -1] < settings.invert_probability,
             spacing=spacing,
         )
         if settings.histogram_probability:
-            chosen = random.chance(settings.histogram_probability, per_channel)
+            chosen = random.chance(settings.histogram_probability, (channels,))
             result.histogram = (random.uniform(0, 1, (channels, POINTS)), chosen)
         return result
 
@@ -135,3 +135,7 @@ class IntensityDraw:
         if self.histogram is not None:
             filters.shift_histogram(batch, *self.histogram)
         return intensity.invert(batch, self.invert)
+
+
+def _chance(settings: IntensitySettings, name: str) -> float:
+    return getattr(settings, f"{name}_probability")

@@ -7,6 +7,7 @@ channel untouched. Every function works in place on its batch and returns it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +99,12 @@ def shift_histogram(batch: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
 
 def _gaussian(shape: Sequence[int], deviation: float, spacing: Sequence[float]) -> list[Tensor | None]:
     """A matrix for each axis; edges replicated; ``deviation`` in units of the finest voxel edge."""
-    return [_kernel(n, deviation * min(spacing) / edge) for n, edge in zip(shape, spacing, strict=True)]
+    kernels: dict[tuple[int, float], Tensor | None] = {}
+    places = [(n, deviation * min(spacing) / edge) for n, edge in zip(shape, spacing, strict=True)]
+    for place in places:
+        if place not in kernels:
+            kernels[place] = _kernel(*place)
+    return [kernels[place] for place in places]
 
 
 def _kernel(length: int, sigma: float) -> Tensor | None:
@@ -112,6 +118,7 @@ def _kernel(length: int, sigma: float) -> Tensor | None:
     return torch.zeros(length, length).scatter_add_(1, column, (weight / weight.sum()).expand(length, -1))
 
 
+@lru_cache(maxsize=64)
 def _enlarged(small: int, length: int) -> Tensor | None:
     """Linear interpolation from ``small`` to ``length`` voxels as a matrix (length, small)."""
     return None if small == length else F.interpolate(torch.eye(small)[None], size=length, mode="linear")[0].T

@@ -47,19 +47,22 @@ class BoxLayout:
             edge: Least and largest box edge as a share of the crop's edge.
             thinnest: Least box edge in voxels, per axis.
         """
-        boxes = random.integers(count[0], count[1])  # (B,)
-        present = torch.arange(count[1])[None] < boxes[:, None]
-        level = random.integers(1, levels, (count[1],)) * present
-        lows, highs = [], []
-        for length, least in zip(size, thinnest, strict=True):
-            # an edge and a place along each axis; boxes stay within the crop
-            shortest = min(max(round(edge[0] * length), least), length)
-            longest = min(max(round(edge[1] * length), shortest), length)
-            box_edge = random.integers(shortest, longest, (count[1],))
-            low = (random.uniform(0, 1, (count[1],)) * (length - box_edge + 1)).long()
-            lows.append(low.clamp_max(length - 1))
-            highs.append((low + box_edge).clamp_max(length))
-        return cls(torch.stack(lows, -1), torch.stack(highs, -1), level)
+        most = count[1]
+        draws = random.uniform(0.0, 1.0, (1 + 7 * most,))
+        boxes = count[0] + (draws[:, 0] * (most - count[0] + 1)).long()  # (B,)
+        present = torch.arange(most)[None] < boxes[:, None]
+        share, *rest = draws[:, 1:].unflatten(1, (7, most)).unbind(1)  # (B, M) each
+        level = (1 + (share * levels).long().clamp_max(levels - 1)) * present
+        # an edge and a place along each axis; boxes stay within the crop
+        length = torch.tensor([int(n) for n in size])
+        shortest = [min(max(round(edge[0] * n), least), n) for n, least in zip(size, thinnest, strict=True)]
+        longest = [min(max(round(edge[1] * n), short), n) for n, short in zip(size, shortest, strict=True)]
+        span = torch.tensor(longest) - torch.tensor(shortest)
+        box_edge = torch.tensor(shortest) + (torch.stack(rest[:3], -1) * (span + 1)).long().clamp_max(span)
+        room = length - box_edge
+        low = (torch.stack(rest[3:], -1) * (room + 1)).long()
+        low = torch.minimum(low, room)
+        return cls(low, low + box_edge, level)
 
     def paint(self, size: Sequence[int], device: torch.device) -> Tensor:
         """The map (B, D, H, W) uint8."""
@@ -67,12 +70,13 @@ class BoxLayout:
 
     def _paint_boxes(self, size: Sequence[int]) -> Tensor:
         """Box by box: on the CPU, where each is a fast fill."""
-        canvas = torch.zeros((len(self.level), *size), dtype=torch.uint8)
-        for sample, rows in enumerate(zip(self.low.tolist(), self.high.tolist(), self.level.tolist(), strict=True)):
-            for (a, b, c), (d, e, f), level in zip(*rows, strict=True):
+        result = torch.zeros((len(self.level), *size), dtype=torch.uint8)
+        boxes = zip(result.numpy(), self.low.tolist(), self.high.tolist(), self.level.tolist(), strict=True)
+        for canvas, lows, highs, levels in boxes:
+            for (a, b, c), (d, e, f), level in zip(lows, highs, levels, strict=True):
                 if level:
-                    canvas[sample, a:d, b:e, c:f] = level
-        return canvas
+                    canvas[a:d, b:e, c:f] = level
+        return result
 
     def _paint_bits(self, size: Sequence[int], device: torch.device) -> Tensor:
         """All boxes of all samples at once: on a GPU, where a thousand small fills would take longer."""

@@ -53,8 +53,8 @@ class BatchRandom:
 
     def uniform(self, low: float, high: float, shape: tuple[int, ...] = ()) -> Tensor:
         """(B, *shape) float32 on the CPU."""
-        draws = [g.uniform(low, high, shape) for g in self._generators]
-        return torch.from_numpy(np.asarray(draws, dtype=np.float32))
+        draws = np.asarray([g.random(shape) for g in self._generators])
+        return torch.from_numpy((low + (high - low) * draws).astype(np.float32))
 
     def integers(self, low: int, high: int, shape: tuple[int, ...] = ()) -> Tensor:
         """(B, *shape) int64 in [low, high], both ends included, on the CPU."""

@@ -56,7 +56,7 @@ def _by_planes(volume: Tensor, matrices: Sequence[Tensor | None], out: Tensor) -
     together = max(PLANES, VOXELS // volume[0].numel())
     steps = _planes(len(volume), together) if depth is None else _parts(depth, together)
     rows = None if height is None else _parts(height, TILE)
-    columns = None if width is None else _parts(width, TILE)
+    columns = rows if width is height else None if width is None else _parts(width, TILE)
     # from which plane on this and later steps read: what lies before may be written, even if ``out`` is ``volume``
     unread = list(accumulate((step.columns.start for step in reversed(steps)), min))[::-1]
     waiting: list[tuple[slice, Tensor]] = []

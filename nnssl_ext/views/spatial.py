@@ -153,42 +153,54 @@ def cut_batch(boxes: Sequence[SourceBox], size: Sequence[int], device: torch.dev
 def _cut(box: SourceBox, size: Sequence[int], crop: Tensor) -> Tensor | None:
     """``cut`` into ``crop``; returns ``inside``."""
     data = box.data.to(crop.device, torch.float32, non_blocking=True)
-    axes = np.abs(box.matrix).argmax(1)
-    if np.array_equal(np.abs(box.matrix), np.eye(3)[axes]):
-        return _copy(data, box, size, axes, crop)
-    return _resample(data, box, size, crop)
+    axes = _permuted(box.matrix)
+    return _resample(data, box, size, crop) if axes is None else _copy(data, box, size, axes, crop)
 
 
-def _copy(data: Tensor, box: SourceBox, size: Sequence[int], axes: np.ndarray, crop: Tensor) -> Tensor | None:
-    # source axis a runs along crop axis axes[a]; where the crop's voxels lie before they are turned
-    edges = np.asarray(size)[axes]
-    low = np.rint(box.centre - (edges - 1) / 2).astype(int)
-    begin = np.clip(low, 0, data.shape[1:])
-    end = np.clip(low + edges, begin, data.shape[1:])
+def _permuted(matrix: np.ndarray) -> list[int] | None:
+    """Along which axis of the crop each of the source's runs; None where ``matrix`` is no signed permutation."""
+    rows = [[abs(value) for value in row] for row in matrix.tolist()]
+    if any(sorted(line) != [0.0, 0.0, 1.0] for line in (*rows, *zip(*rows, strict=True))):
+        return None
+    return [row.index(1.0) for row in rows]
+
+
+def _copy(data: Tensor, box: SourceBox, size: Sequence[int], axes: Sequence[int], crop: Tensor) -> Tensor | None:
+    # plain integers: arrays of three would take longer than the copy of a small crop
+    edges = [int(size[axis]) for axis in axes]
+    low = [round(centre - (edge - 1) / 2) for centre, edge in zip(box.centre.tolist(), edges, strict=True)]
+    begin = [min(max(first, 0), length) for first, length in zip(low, data.shape[1:], strict=True)]
+    end = [
+        min(max(first + edge, start), length)
+        for first, edge, start, length in zip(low, edges, begin, data.shape[1:], strict=True)
+    ]
     # the crop seen along the source's axes
-    turned = crop.permute(0, *(1 + axes))
-    mirrored = [1 + a for a in range(3) if box.matrix[a].sum() < 0]
+    turned = crop.permute(0, *(1 + axis for axis in axes))
+    mirrored = [sum(row) < 0 for row in box.matrix.tolist()]
     source = data[(slice(None), *map(slice, begin, end))]
-    if (end - begin == edges).all():
+    if list(source.shape[1:]) == edges:
         _mirror_into(turned, source, mirrored)
         return None
     # in a mirrored axis the crop's first voxel is the source's last
-    mirror = np.isin(np.arange(3) + 1, mirrored)
-    first, last = np.where(mirror, low + edges - end, begin - low), np.where(mirror, low + edges - begin, end - low)
-    target = (slice(None), *map(slice, first, last))
+    places = [
+        slice(first + edge - stop, first + edge - start) if mirror else slice(start - first, stop - first)
+        for first, edge, start, stop, mirror in zip(low, edges, begin, end, mirrored, strict=True)
+    ]
+    target = (slice(None), *places)
     crop.zero_()
     _mirror_into(turned[target], source, mirrored)
     inside = torch.zeros((1, *size), dtype=torch.bool, device=data.device)
-    inside.permute(0, *(1 + axes))[target] = True
+    inside.permute(0, *(1 + axis for axis in axes))[target] = True
     return inside
 
 
-def _mirror_into(target: Tensor, source: Tensor, mirrored: list[int]) -> None:
+def _mirror_into(target: Tensor, source: Tensor, mirrored: list[bool]) -> None:
     """Copy with some axes mirrored; in one pass on the CPU, where torch would need two."""
     if target.device.type == "cpu":
-        target.numpy()[:] = np.flip(source.numpy(), tuple(mirrored))
+        backwards = tuple(slice(None, None, -1 if mirror else 1) for mirror in (False, *mirrored))
+        target.numpy()[...] = source.numpy()[backwards]
     else:
-        target.copy_(source.flip(mirrored))
+        target.copy_(source.flip([1 + axis for axis, mirror in enumerate(mirrored) if mirror]))
 
 
 def _resample(data: Tensor, box: SourceBox, size: Sequence[int], crop: Tensor) -> Tensor | None:
