@@ -1,12 +1,13 @@
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from nnssl_ext.environment import HUGE_PAGES
 from nnssl_ext.methods import METHODS
 from tests.conftest import Environment
 from tests.training.test_trainer import trainer_for
@@ -36,28 +37,25 @@ def test_threads_of_our_trainers(
     assert torch.get_num_threads() == threads
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-@pytest.mark.parametrize(
-    ("device", "variables", "kept"),
-    [("cpu", {}, True), ("cuda", {}, False), ("cpu", {"MALLOC_TRIM_THRESHOLD_": "131072"}, False)],
-)
-def test_freed_memory_is_kept_on_the_cpu(device: str, variables: dict[str, str], kept: bool) -> None:
-    """Page faults of filling three arrays of 12 MB at a time again and again."""
+def huge_pages() -> bool:
+    """Whether the system gives them to who asks."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.is_file() and "[never]" not in setting.read_text()
+
+
+@pytest.mark.skipif(not huge_pages(), reason="no huge pages here")
+@pytest.mark.parametrize(("device", "value", "asked"), [("cpu", "", True), ("cuda", "", False), ("cpu", "0", False)])
+def test_huge_pages_on_the_cpu(device: str, value: str, asked: bool) -> None:
+    """Page faults of a new array of 64 MiB: 16,384 pages of 4 KiB, or some of 2 MiB and what was not to be had."""
     program = f"""
 import resource, torch
-from nnssl_ext.environment import keep_freed_memory
-keep_freed_memory({device!r})
-def fill():
-    for _ in range(10):
-        arrays = [torch.zeros(3 << 20) for _ in range(3)]
-fill()
+from nnssl_ext.environment import ask_for_huge_pages
+ask_for_huge_pages({device!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-fill()
+torch.zeros(16 << 20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**environment, **variables}, capture_output=True, text=True, check=True
-    )
-    faults = int(done.stdout)
-    assert faults < 1000 if kept else faults > 10 * 9 * 256
+    environment = {name: text for name, text in os.environ.items() if name != HUGE_PAGES}
+    environment |= {HUGE_PAGES: value} if value else {}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 8000) == asked

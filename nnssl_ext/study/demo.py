@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from nnssl_ext.environment import HUGE_PAGES
 from nnssl_ext.methods import METHODS
 from nnssl_ext.recipe import load_recipe, merged, read_json
 from nnssl_ext.resources import resource_folder
@@ -103,7 +104,9 @@ class Demo:
         self.chain.run()
 
     def _variables(self) -> dict[str, str]:
+        huge = {HUGE_PAGES: "1"} if self.device == "cpu" else {}
         return {
+            **huge,
             "nnUNet_raw": str(self.output / "nnUNet_raw"),
             "nnUNet_preprocessed": str(self.output / "nnUNet_preprocessed"),
             "nnUNet_results": str(self.output / "results_pretraining"),

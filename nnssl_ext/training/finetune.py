@@ -21,7 +21,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from nnssl_ext.environment import set_threads
+from nnssl_ext.environment import ask_for_huge_pages, set_threads
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import OptimiserRecipe
 from nnssl_ext.training import finetune_state, finetune_steps, run_folder
@@ -74,6 +74,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         self.logger.local_logger = PlainLog()
         self.drawn = monotonic()
         set_threads(device.type)
+        ask_for_huge_pages(device.type)
         self.device = rank_device(device)
         self.amp_dtype = amp_dtype
         self.grad_scaler = torch.amp.GradScaler("cuda") if self.amp_dtype is torch.float16 else None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nnssl_ext.data.crops import CropBatch
-from nnssl_ext.environment import keep_freed_memory, set_threads
+from nnssl_ext.environment import ask_for_huge_pages, set_threads
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
 from nnssl_ext.networks.target import target_network
@@ -71,7 +71,7 @@ class PretrainingTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.drawn = monotonic()
         set_threads(device.type)
-        keep_freed_memory(device.type)
+        ask_for_huge_pages(device.type)
         self.device, self.amp_dtype = rank_device(device), amp_dtype
         # bfloat16 has the range of float32: only float16 needs its gradients scaled
         self.grad_scaler = torch.amp.GradScaler("cuda") if self.amp_dtype is torch.float16 else None
