@@ -79,6 +79,7 @@ def seeded_loaders(trainer: nnsslTrainer_Finetune) -> tuple[Iterator[dict], Iter
         use_mask_for_norm=trainer.configuration_manager.use_mask_for_norm,
         **shared,
     )
+    never_by_time(augmentation)
     plain = trainer.get_validation_transforms(scales, **shared)
     train, val = trainer.get_tr_and_val_datasets()
     train_batches = SeededBatches(_batches(trainer, train, initial_patch, augmentation), trainer.seed, TRAINING)
@@ -92,6 +93,19 @@ def seeded_loaders(trainer: nnsslTrainer_Finetune) -> tuple[Iterator[dict], Iter
             leave_if_asked(trainer)
 
     return _patient(training, waiting), _again(validation, waiting)
+
+
+def never_by_time(transform: Any) -> None:
+    """Let no transform within ``transform`` choose its algorithm by its speed.
+
+    nnU-Net's blur times a direct convolution and one by FFT in each process and takes the faster. They round
+    differently, so that a run that goes on would now and then differ in the last bits from one that was never
+    interrupted.
+    """
+    if getattr(transform, "benchmark", False):
+        transform.benchmark = False
+    for inner in [*getattr(transform, "transforms", []), *filter(None, [getattr(transform, "transform", None)])]:
+        never_by_time(inner)
 
 
 def _patient(loader: DataLoader, waiting: Callable[[], None]) -> Iterator[dict]:

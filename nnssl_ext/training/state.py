@@ -80,6 +80,8 @@ def restore(trainer: PretrainingTrainer, content: dict[str, Any], source: str) -
     trainer._best_ema = content["_best_ema"]
     trainer.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
     trainer.step = own["counters"]["step"]
+    if trainer.step:  # a validation may come before the next step: schedules are where the last one left them
+        trainer.method.before_step((trainer.step - 1) / (trainer.num_epochs * trainer.num_iterations_per_epoch))
     trainer.guard.skipped = own["counters"].get("nonfinite", 0)
     trainer.outputs = steps.restored(own.get("outputs", {}), trainer.device)
 
