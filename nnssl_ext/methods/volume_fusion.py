@@ -123,7 +123,7 @@ class VolumeFusion(Method):
                 crop.mul_(inside)
 
         level = self._draw_levels(random)
-        image = fuse(foreground, background, level, self.settings.levels, self.settings.ignore_below, IGNORE)
+        image = fuse(foreground, background, level, self.settings.levels, self.settings.ignore_below)
         for inside in (background_inside, foreground_inside):
             if inside is not None:
                 level.masked_fill_(~inside[:, 0], IGNORE)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from nnssl_ext.environment import HUGE_PAGES
+from nnssl_ext.environment import ask_for_huge_pages
 from nnssl_ext.methods import METHODS
 from nnssl_ext.recipe import load_recipe, merged, read_json
 from nnssl_ext.resources import resource_folder
@@ -99,14 +99,13 @@ class Demo:
 
     def run(self) -> None:
         """Do what is not done yet."""
+        ask_for_huge_pages(self.device)  # the stock trainer, too
         for name in ("nnUNet_raw", "nnUNet_preprocessed"):
             (self.output / name).mkdir(parents=True, exist_ok=True)
         self.chain.run()
 
     def _variables(self) -> dict[str, str]:
-        huge = {HUGE_PAGES: "1"} if self.device == "cpu" else {}
         return {
-            **huge,
             "nnUNet_raw": str(self.output / "nnUNet_raw"),
             "nnUNet_preprocessed": str(self.output / "nnUNet_preprocessed"),
             "nnUNet_results": str(self.output / "results_pretraining"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nnssl_ext.losses.segmentation import IGNORE
 from nnssl_ext.views.random import BatchRandom
 from nnssl_ext.views.slabs import slabs
 
@@ -141,7 +142,7 @@ class GridLayout:
 
 
 def fuse(
-    foreground: Tensor, background: Tensor, level: Tensor, levels: int, ignore_below: float = 0.0, ignored: int = 255
+    foreground: Tensor, background: Tensor, level: Tensor, levels: int, ignore_below: float = 0.0, ignored: int = IGNORE
 ) -> Tensor:
     """a * foreground + (1 - a) * background with a = level / K, in place of ``background``.
 

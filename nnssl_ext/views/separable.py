@@ -41,14 +41,13 @@ def along_axes(volume: Tensor, matrices: Sequence[Tensor | None], out: Tensor | 
     Returns:
         A volume of the new lengths, on the device of ``volume``.
     """
-    lengths = [n if matrix is None else len(matrix) for n, matrix in zip(volume.shape, matrices, strict=True)]
-    out = volume.new_empty(lengths) if out is None else out
     if volume.device.type == "cpu":
-        return _by_planes(volume, matrices, out)
+        lengths = [n if matrix is None else len(matrix) for n, matrix in zip(volume.shape, matrices, strict=True)]
+        return _by_planes(volume, matrices, volume.new_empty(lengths) if out is None else out)
     for axis, matrix in enumerate(matrices):
         if matrix is not None:
             volume = torch.tensordot(matrix.to(volume.device), volume, ([1], [axis])).movedim(0, axis)
-    return out.copy_(volume)
+    return volume if out is None else out.copy_(volume)
 
 
 def _by_planes(volume: Tensor, matrices: Sequence[Tensor | None], out: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ SETTINGS = {
     "precision": "float32",
     "batch_size": 5,
     "epochs": 2,
+    "seed": 1,
     "iterations_per_epoch": 11,
     "volume_fusion": {"optimiser": "sgd"},
 }
@@ -78,15 +79,14 @@ def test_a_run_goes_on_with_any_number_of_processes_and_machines(with_data: Data
 
     # one process to the end
     whole = pretrain(environment, "plain", "whole")
-    # after 22 steps rounding has grown to more than single tensors may differ by
-    assert_equal_runs(whole, pretrain(environment, "plain", "parts", c=True), together=True)
+    assert_equal_runs(whole, pretrain(environment, "plain", "parts", c=True))
 
     # two machines to the end
     shutil.rmtree(fold)
     shutil.copytree(environment.root / "at_16", fold)
     agents = two_machines(environment, words("parts", "--c"))
     assert [agent.returncode for agent in agents] == [0, 0], agents
-    assert_equal_runs(whole, fold, together=True)
+    assert_equal_runs(whole, fold)
     assert [agent.stdout.count("Pretraining summary") for agent in agents] == [1, 0]
     names = {path.name.partition("_2")[0] for path in fold.iterdir()}
     assert names == {
