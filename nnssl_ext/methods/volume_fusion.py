@@ -113,7 +113,7 @@ class VolumeFusion(Method):
         """``image`` (B, C, D, H, W) and ``level`` (B, D, H, W) uint8 with ``IGNORE``."""
         size, device = self.geometry.crop_size, random.device
         background, background_inside = cut_batch(batch.boxes[0], size, device)
-        foreground, foreground_inside = cut_batch(batch.boxes[1], size, device)
+        foreground, foreground_inside = cut_batch(batch.boxes[1], size, device, for_a_while=True)
         for crop, inside in ((background, background_inside), (foreground, foreground_inside)):
             if self.settings.remap == "percentile":
                 remap_percentiles(crop)

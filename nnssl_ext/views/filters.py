@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_ext.views.separable import along_axes
+from nnssl_ext.views.intensity import changed
+from nnssl_ext.views.separable import Bands, along_axes, bands
 
 #: A Gaussian is cut off after this many standard deviations.
 TRUNCATE = 3.0
@@ -21,18 +22,16 @@ TRUNCATE = 3.0
 
 def blur(batch: Tensor, deviation: Tensor, spacing: Sequence[float]) -> Tensor:
     """Gaussian blur; ``deviation`` (B, C) in units of the finest voxel edge, 0 = none."""
-    for sample, channel in torch.nonzero(deviation).tolist():
-        volume = batch[sample, channel]
-        along_axes(volume, _gaussian(volume.shape, float(deviation[sample, channel]), spacing), out=volume)
+    for volume, value in changed(batch, deviation, 0.0):
+        along_axes(volume, _gaussian(volume.shape, value, spacing), out=volume)
     return batch
 
 
 def sharpen(batch: Tensor, amount: Tensor, spacing: Sequence[float], deviation: float = 1.0) -> Tensor:
     """Unsharp masking: add ``amount`` (B, C) times the difference to a blurred copy; 0 = none."""
-    for sample, channel in torch.nonzero(amount).tolist():
-        volume = batch[sample, channel]
+    for volume, value in changed(batch, amount, 0.0):
         blurred = along_axes(volume, _gaussian(volume.shape, deviation, spacing))
-        volume.add_(volume.sub(blurred), alpha=float(amount[sample, channel]))
+        volume.add_(volume.sub(blurred), alpha=value)
     return batch
 
 
@@ -42,13 +41,10 @@ def lower_resolution(batch: Tensor, zoom: Tensor, spacing: Sequence[float]) -> T
     An axis whose voxels are thicker already keeps its resolution as far as the finest axis' new voxels are finer.
     """
     finest = min(spacing)
-    for sample, channel in torch.nonzero(zoom != 1).tolist():
-        volume, factor = batch[sample, channel][None, None], float(zoom[sample, channel])
+    for volume, factor in changed(batch, zoom, 1.0):
         thick = [finest / factor / edge for edge in spacing]
-        size = [max(1, round(n / max(1.0, t))) for n, t in zip(volume.shape[2:], thick, strict=True)]
-        small = F.interpolate(volume, size=size, mode="nearest-exact")[0, 0]
-        matrices = [_enlarged(m, n) for m, n in zip(size, volume.shape[2:], strict=True)]
-        along_axes(small, matrices, out=batch[sample, channel])
+        size = [max(1, round(n / max(1.0, t))) for n, t in zip(volume.shape, thick, strict=True)]
+        along_axes(volume, _coarsened(size, volume), out=volume)
     return batch
 
 
@@ -57,21 +53,19 @@ def thicken(batch: Tensor, axis: Tensor, zoom: Tensor) -> Tensor:
     for sample in torch.nonzero(zoom != 1).flatten().tolist():
         size, thick = list(batch.shape[2:]), int(axis[sample])
         size[thick] = max(1, round(size[thick] * float(zoom[sample])))
-        matrices = [_enlarged(m, n) for m, n in zip(size, batch.shape[2:], strict=True)]
-        for channel, small in enumerate(F.interpolate(batch[sample][None], size=size, mode="nearest-exact")[0]):
-            along_axes(small, matrices, out=batch[sample, channel])
+        for volume in batch[sample]:
+            along_axes(volume, _coarsened(size, volume), out=volume)
     return batch
 
 
 def ring(batch: Tensor, cut: Tensor) -> Tensor:
     """Gibbs ringing: drop the spatial frequencies outside an ellipsoid of ``cut`` (B, C) times Nyquist; 0 = none."""
-    for sample, channel in torch.nonzero(cut).tolist():
-        volume = batch[sample, channel]
+    for volume, radius in changed(batch, cut, 0.0):
         frequencies = [torch.fft.fftfreq(n, device=batch.device) * 2 for n in volume.shape[:2]]
         frequencies.append(torch.fft.rfftfreq(volume.shape[2], device=batch.device) * 2)
         depth, height, width = torch.meshgrid(*frequencies, indexing="ij")
-        kept = depth**2 + height**2 + width**2 <= float(cut[sample, channel]) ** 2
-        batch[sample, channel] = torch.fft.irfftn(torch.fft.rfftn(volume) * kept, s=volume.shape)
+        kept = depth**2 + height**2 + width**2 <= radius**2
+        volume.copy_(torch.fft.irfftn(torch.fft.rfftn(volume) * kept, s=volume.shape))
     return batch
 
 
@@ -118,7 +112,21 @@ def _kernel(length: int, sigma: float) -> Tensor | None:
     return torch.zeros(length, length).scatter_add_(1, column, (weight / weight.sum()).expand(length, -1))
 
 
+def _coarsened(size: Sequence[int], volume: Tensor) -> list[Tensor | Bands | None]:
+    """Matrices that sample ``volume`` (D, H, W) down to ``size`` and back up."""
+    split = volume.device.type == "cpu"
+    pairs = zip(size, volume.shape, strict=True)
+    return [None if m == n else (_coarsening_bands if split else _coarsening)(m, n) for m, n in pairs]
+
+
 @lru_cache(maxsize=64)
-def _enlarged(small: int, length: int) -> Tensor | None:
-    """Linear interpolation from ``small`` to ``length`` voxels as a matrix (length, small)."""
-    return None if small == length else F.interpolate(torch.eye(small)[None], size=length, mode="linear")[0].T
+def _coarsening(small: int, length: int) -> Tensor:
+    """The nearest ``small`` of ``length`` voxels, and linear interpolation back, as a matrix (length, length)."""
+    nearest = F.interpolate(torch.arange(length)[None, None].float(), size=small, mode="nearest-exact")[0, 0].long()
+    back = F.interpolate(torch.eye(small)[None], size=length, mode="linear")[0].T
+    return torch.zeros(length, length).index_add_(1, nearest, back)
+
+
+@lru_cache(maxsize=64)
+def _coarsening_bands(small: int, length: int) -> Bands:
+    return bands(_coarsening(small, length))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,21 +50,18 @@ class BoxLayout:
             thinnest: Least box edge in voxels, per axis.
         """
         most = count[1]
-        draws = random.uniform(0.0, 1.0, (1 + 7 * most,))
-        boxes = count[0] + (draws[:, 0] * (most - count[0] + 1)).long()  # (B,)
-        present = torch.arange(most)[None] < boxes[:, None]
-        share, *rest = draws[:, 1:].unflatten(1, (7, most)).unbind(1)  # (B, M) each
-        level = (1 + (share * levels).long().clamp_max(levels - 1)) * present
+        draws = random.uniform(0.0, 1.0, (1 + 7 * most,)).numpy()  # whose small arrays are faster than torch's
+        boxes = count[0] + (draws[:, :1] * (most - count[0] + 1)).astype(int)  # (B, 1)
+        share, *rest = draws[:, 1:].reshape(-1, 7, most).swapaxes(0, 1)  # (B, M) each
+        level = (1 + np.minimum((share * levels).astype(int), levels - 1)) * (np.arange(most) < boxes)
         # an edge and a place along each axis; boxes stay within the crop
-        length = torch.tensor([int(n) for n in size])
         shortest = [min(max(round(edge[0] * n), least), n) for n, least in zip(size, thinnest, strict=True)]
         longest = [min(max(round(edge[1] * n), short), n) for n, short in zip(size, shortest, strict=True)]
-        span = torch.tensor(longest) - torch.tensor(shortest)
-        box_edge = torch.tensor(shortest) + (torch.stack(rest[:3], -1) * (span + 1)).long().clamp_max(span)
-        room = length - box_edge
-        low = (torch.stack(rest[3:], -1) * (room + 1)).long()
-        low = torch.minimum(low, room)
-        return cls(low, low + box_edge, level)
+        span = np.subtract(longest, shortest)
+        box_edge = shortest + np.minimum((np.stack(rest[:3], -1) * (span + 1)).astype(int), span)
+        room = np.asarray(size) - box_edge
+        low = np.minimum((np.stack(rest[3:], -1) * (room + 1)).astype(int), room)
+        return cls(*map(torch.from_numpy, (low, low + box_edge, level)))
 
     def paint(self, size: Sequence[int], device: torch.device) -> Tensor:
         """The map (B, D, H, W) uint8."""
@@ -71,13 +69,13 @@ class BoxLayout:
 
     def _paint_boxes(self, size: Sequence[int]) -> Tensor:
         """Box by box: on the CPU, where each is a fast fill."""
-        result = torch.zeros((len(self.level), *size), dtype=torch.uint8)
-        boxes = zip(result.numpy(), self.low.tolist(), self.high.tolist(), self.level.tolist(), strict=True)
+        result = np.zeros((len(self.level), *size), np.uint8)
+        boxes = zip(result, self.low.tolist(), self.high.tolist(), self.level.tolist(), strict=True)
         for canvas, lows, highs, levels in boxes:
             for (a, b, c), (d, e, f), level in zip(lows, highs, levels, strict=True):
                 if level:
                     canvas[a:d, b:e, c:f] = level
-        return result
+        return torch.from_numpy(result)
 
     def _paint_bits(self, size: Sequence[int], device: torch.device) -> Tensor:
         """All boxes of all samples at once: on a GPU, where a thousand small fills would take longer."""
@@ -154,8 +152,9 @@ def fuse(
         ignore_below: Alike is what differs by less in every channel.
         ignored: The level of voxels that do not count.
     """
-    for place in slabs(background):
-        front, back, share = foreground[place], background[place], level[(place[0], *place[2:])]
+    flat, over, under = level.flatten(1), foreground.flatten(2), background.flatten(2)
+    for samples, voxels in slabs(under):
+        front, back, share = over[samples, :, voxels], under[samples, :, voxels], flat[samples, voxels]
         weight = share[:, None].to(back.dtype).div_(levels)
         if ignore_below:
             alike = (front - back).abs_().amax(1) < ignore_below

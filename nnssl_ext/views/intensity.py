@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nnssl_ext.views.random import BatchRandom
+from nnssl_ext.views.slabs import pieces
 
 #: Intensity differences below this are rounding, not signal.
 EPSILON = 1e-6
@@ -20,39 +21,46 @@ EPSILON = 1e-6
 
 def add_noise(batch: Tensor, deviation: Tensor, random: BatchRandom) -> Tensor:
     """Add Gaussian noise; ``deviation`` (B,)."""
-    for sample in torch.nonzero(deviation).flatten().tolist():
-        batch[sample].add_(random.normal(sample, batch.shape[1:]), alpha=float(deviation[sample]))
+    for sample, value in enumerate(deviation.tolist()):
+        if value:
+            generator = random.noise(sample)
+            for piece in pieces(batch[sample]):
+                piece.add_(torch.empty_like(piece).normal_(generator=generator), alpha=value)
     return batch
 
 
 def scale_brightness(batch: Tensor, factor: Tensor) -> Tensor:
     """Multiply intensities; ``factor`` (B, C)."""
-    for volume, value in _changed(batch, factor, 1.0):
+    for volume, value in changed(batch, factor, 1.0):
         volume *= value
     return batch
 
 
 def stretch_contrast(batch: Tensor, factor: Tensor) -> Tensor:
     """Stretch intensities about their mean, kept within the range they had; ``factor`` (B, C)."""
-    for volume, value in _changed(batch, factor, 1.0):
+    for volume, value in changed(batch, factor, 1.0):
         low, high = torch.aminmax(volume)
-        torch.add(volume.mean() * (1 - value), volume, alpha=value, out=volume).clamp_(low, high)
+        shift = volume.mean() * (1 - value)
+        for piece in pieces(volume):
+            torch.add(shift, piece, alpha=value, out=piece)
+            torch.minimum(torch.maximum(piece, low, out=piece), high, out=piece)
     return batch
 
 
 def bend_gamma(batch: Tensor, exponent: Tensor) -> Tensor:
     """Raise intensities, scaled to [0, 1], to a power, and scale them back; ``exponent`` (B, C)."""
-    for volume, value in _changed(batch, exponent, 1.0):
+    for volume, value in changed(batch, exponent, 1.0):
         low, high = torch.aminmax(volume)
         # width ((x - low) / width)^value through logarithms, which is three times faster than a power; log 0 is -inf
         scale = (high - low).clamp_min(EPSILON).log() * (1 - value)
-        torch.add(scale, volume.sub_(low).log_(), alpha=value, out=volume).exp_().add_(low)
+        for piece in pieces(volume):
+            torch.add(scale, piece.sub_(low).log_(), alpha=value, out=piece).exp_().add_(low)
     return batch
 
 
 def invert(batch: Tensor, chosen: Tensor) -> Tensor:
     """Mirror the intensities of chosen samples about the middle of their range; ``chosen`` (B,) bool."""
-    for sample in torch.nonzero(chosen).flatten().tolist():
+    for sample in [sample for sample, wanted in enumerate(chosen.tolist()) if wanted]:
         low, high = batch[sample].amin((1, 2, 3), True), batch[sample].amax((1, 2, 3), True)
         batch[sample] = low + high - batch[sample]
     return batch
@@ -68,6 +76,9 @@ def remap_percentiles(batch: Tensor, low: float = 0.001, high: float = 0.999) ->
     return batch
 
 
-def _changed(batch: Tensor, values: Tensor, neutral: float) -> Iterator[tuple[Tensor, float]]:
-    for sample, channel in torch.nonzero(values != neutral).tolist():
-        yield batch[sample, channel], float(values[sample, channel])
+def changed(batch: Tensor, values: Tensor, neutral: float) -> Iterator[tuple[Tensor, float]]:
+    """Each channel (D, H, W) of ``batch`` whose value in ``values`` (B, C) is not neutral, and the value."""
+    for sample, row in enumerate(values.tolist()):
+        for channel, value in enumerate(row):
+            if value != neutral:
+                yield batch[sample, channel], value

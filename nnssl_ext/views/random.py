@@ -64,8 +64,11 @@ class BatchRandom:
         """(B, *shape) bool on the CPU."""
         return self.uniform(0.0, 1.0, shape) < probability
 
+    def noise(self, sample: int) -> torch.Generator:
+        """A generator on the device for one sample's noise in every voxel."""
+        generator = torch.Generator(self.device)
+        return generator.manual_seed(int(self._generators[sample].integers(1 << 62)))
+
     def normal(self, sample: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal noise for one sample, drawn on the device."""
-        generator = torch.Generator(self.device)
-        generator.manual_seed(int(self._generators[sample].integers(1 << 62)))
-        return torch.randn(*shape, generator=generator, device=self.device, dtype=dtype)
+        return torch.randn(*shape, generator=self.noise(sample), device=self.device, dtype=dtype)

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 #: Voxels of a piece, about: a few arrays of them lie in a core's cache together.
 VOXELS = 1 << 16
 
 
-def slabs(batch: Tensor) -> Iterator[tuple[slice, ...]]:
-    """Indices of pieces of a batch (B, C, D, H, W): planes of one sample on the CPU, the whole batch on a GPU."""
+def slabs(batch: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Which samples and voxels of a flattened batch (B, C, V) to take at a time: all of them on a GPU."""
     if batch.device.type != "cpu":
-        yield (slice(None),) * 5
+        yield slice(None), slice(None)
         return
-    samples, channels, depth, height, width = batch.shape
-    planes = max(1, VOXELS // max(1, channels * height * width))
+    samples, channels, voxels = batch.shape
+    together = max(1, VOXELS // channels)
     for sample in range(samples):
-        for begin in range(0, depth, planes):
-            yield slice(sample, sample + 1), slice(None), slice(begin, begin + planes), slice(None), slice(None)
+        for begin in range(0, voxels, together):
+            yield slice(sample, sample + 1), slice(begin, min(begin + together, voxels))
+
+
+def pieces(volume: Tensor) -> Iterator[Tensor]:
+    """Flat views of a contiguous volume, one after the other; all of it on a GPU."""
+    flat = volume.view(-1)
+    return iter(flat.split(VOXELS)) if volume.device.type == "cpu" else iter((flat,))
+
+
+class _Memory(threading.local):
+    buffer: Tensor | None = None
+
+
+_MEMORY = _Memory()
+
+
+def scratch(shape: Sequence[int], device: torch.device) -> Tensor:
+    """A float32 tensor with arbitrary content, valid until the next call in this thread.
+
+    On the CPU it is the same memory each time: the system fills new memory with zeros, which takes longer than a copy.
+    """
+    if device.type != "cpu":
+        return torch.empty(*shape, device=device)
+    number = torch.Size(shape).numel()
+    if _MEMORY.buffer is None or len(_MEMORY.buffer) < number:
+        _MEMORY.buffer = torch.empty(number)
+    return _MEMORY.buffer[:number].view(*shape)

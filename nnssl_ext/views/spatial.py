@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl_ext.views.slabs import scratch
+
 #: Above this ratio of spacings nnU-Net too turns in the plane of the thin slices alone.
 ANISOTROPY_LIMIT = 3.0
 
@@ -140,9 +142,15 @@ def cut(box: SourceBox, size: Sequence[int], device: torch.device) -> tuple[Tens
     return crop, _cut(box, size, crop)
 
 
-def cut_batch(boxes: Sequence[SourceBox], size: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Cut one crop of each box: (B, C, D, H, W), and ``inside`` (B, 1, D, H, W) or None."""
-    crops = torch.empty((len(boxes), len(boxes[0].data), *size), device=device)
+def cut_batch(
+    boxes: Sequence[SourceBox], size: Sequence[int], device: torch.device, for_a_while: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Cut one crop of each box: (B, C, D, H, W), and ``inside`` (B, 1, D, H, W) or None.
+
+    With ``for_a_while`` the crops are valid until the next such call in this thread.
+    """
+    shape = (len(boxes), len(boxes[0].data), *size)
+    crops = scratch(shape, device) if for_a_while else torch.empty(shape, device=device)
     insides = [_cut(box, size, crop) for box, crop in zip(boxes, crops, strict=True)]
     if all(inside is None for inside in insides):
         return crops, None

@@ -2,6 +2,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
@@ -53,6 +54,13 @@ def test_sharpening_undoes_some_blur() -> None:
     soft = blur(original.clone(), torch.tensor([[1.0]]), ISOTROPIC)
     sharp = sharpen(soft.clone(), torch.tensor([[1.0]]), ISOTROPIC)
     assert (sharp - original).norm() < (soft - original).norm()
+
+
+def test_lower_resolution_is_nearest_sampling_and_trilinear_interpolation() -> None:
+    volume = torch.randn(1, 1, 11, 36, 40, generator=torch.Generator().manual_seed(0))
+    small = F.interpolate(volume, size=(7, 22, 24), mode="nearest-exact")
+    expected = F.interpolate(small, size=volume.shape[2:], mode="trilinear")
+    torch.testing.assert_close(lower_resolution(volume, torch.tensor([[0.6]]), ISOTROPIC), expected)
 
 
 def test_lower_resolution_keeps_a_ramp_and_loses_detail() -> None:

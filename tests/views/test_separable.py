@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from nnssl_ext.views import separable
-from nnssl_ext.views.separable import PLANES, TILE, along_axes
+from nnssl_ext.views.separable import PLANES, TILE, along_axes, bands
 
 LONG = 2 * TILE + 3
 
@@ -64,3 +64,22 @@ def test_the_result_may_take_the_place_of_the_volume(shift: int) -> None:
         assert along_axes(inplace, [matrices[0], *others], out=inplace) is inplace
         assert torch.equal(inplace, expected)
         torch.testing.assert_close(expected, along_axes(volume().roll(shift, 0), [None, *others]))
+
+
+@pytest.mark.parametrize("length", [2 * TILE, 3 * TILE // 2, TILE + 7, 2 * TILE + 3, 5])
+@pytest.mark.parametrize("reach", [0, 2, 9])
+def test_rows_of_any_number_are_multiplied_in_tiles(length: int, reach: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    planes = torch.randn(2 * PLANES + 1, length, 6, generator=generator)
+    matrix = torch.randn(length, length, generator=generator).triu(-reach).tril(reach)
+    result = along_axes(planes, [None, bands(matrix), None])
+    torch.testing.assert_close(result, matrix @ planes, rtol=1e-4, atol=1e-4)
+    # whole planes in one go, and a plane's last rows never reach those of the next
+    torch.testing.assert_close(along_axes(planes[3:4], [None, matrix, None]), result[3:4])
+
+
+def test_bands_leave_most_zeros_out() -> None:
+    matrix = torch.randn(4 * TILE, 4 * TILE).triu(-2).tril(2)
+    split = bands(matrix)
+    assert split.stack.shape == (4, TILE, TILE + 4)
+    assert max(values.numel() for _, _, values in split.parts) == TILE * (TILE + 4)
