@@ -15,7 +15,6 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics, save_summa
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl_ext import checkpoint
 from nnssl_ext.checkpoint import plain
@@ -24,6 +23,18 @@ from nnssl_ext.training.finetune_parts import OtherWeights
 
 if TYPE_CHECKING:
     from nnssl_ext.training.finetune import nnsslTrainer_Finetune
+
+
+class _Predictor(nnUNetPredictor):
+    """nnU-Net's, which on GPUs computes in mixed precision; this one does so on CPUs too, as the training did."""
+
+    amp_dtype: torch.dtype | None = None
+
+    def _internal_maybe_mirror_and_predict(self, x: torch.Tensor) -> torch.Tensor:
+        if self.device.type != "cpu":
+            return super()._internal_maybe_mirror_and_predict(x)
+        with torch.autocast("cpu", self.amp_dtype, enabled=self.amp_dtype is not None):
+            return super()._internal_maybe_mirror_and_predict(x).float()
 
 
 def validate_snapshots(trainer: nnsslTrainer_Finetune) -> None:
@@ -41,11 +52,11 @@ def validate_snapshots(trainer: nnsslTrainer_Finetune) -> None:
     trainer.print_to_log_file(f"Mean Validation Dice: {dice}")
 
 
-def validate(trainer: nnUNetTrainer, folder: Path, mirroring: bool) -> float:
+def validate(trainer: nnsslTrainer_Finetune, folder: Path, mirroring: bool) -> float:
     """Predict the fold's validation cases with the trainer's network and write them and summary.json as stock does.
 
     Args:
-        trainer: Initialised; its network is used as it is.
+        trainer: Initialised; its network is used as it is, in the precision of its training (on GPUs as nnU-Net does).
         folder: Where to.
         mirroring: Average over mirrored predictions.
 
@@ -55,9 +66,8 @@ def validate(trainer: nnUNetTrainer, folder: Path, mirroring: bool) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
-    predictor = nnUNetPredictor(
-        0.5, True, mirroring, trainer.device.type == "cuda", trainer.device, False, False, False
-    )
+    predictor = _Predictor(0.5, True, mirroring, trainer.device.type == "cuda", trainer.device, False, False, False)
+    predictor.amp_dtype = trainer.amp_dtype
     plans, configuration = trainer.plans_manager, trainer.configuration_manager
     predictor.manual_initialization(
         trainer.network,
@@ -98,7 +108,7 @@ def validate(trainer: nnUNetTrainer, folder: Path, mirroring: bool) -> float:
     return summary["foreground_mean"]["Dice"]
 
 
-def _with_previous_stage(trainer: nnUNetTrainer, data: np.ndarray, previous: Any) -> np.ndarray:
+def _with_previous_stage(trainer: nnsslTrainer_Finetune, data: np.ndarray, previous: Any) -> np.ndarray:
     if not trainer.is_cascaded:
         return np.array(data)
     from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
@@ -107,7 +117,7 @@ def _with_previous_stage(trainer: nnUNetTrainer, data: np.ndarray, previous: Any
     return np.vstack((data, one_hot))
 
 
-def _metrics(trainer: nnUNetTrainer, folder: Path, case: str) -> dict:
+def _metrics(trainer: nnsslTrainer_Finetune, folder: Path, case: str) -> dict:
     labels, ending = trainer.label_manager, trainer.dataset_json["file_ending"]
     truth = Path(str(trainer.preprocessed_dataset_folder_base)) / "gt_segmentations" / f"{case}{ending}"
     return compute_metrics(
