@@ -10,7 +10,6 @@ the CPU seconds of all processes.
 
 from __future__ import annotations
 
-import os
 import resource
 import tempfile
 import time
@@ -27,6 +26,7 @@ from nnssl_ext.data import crops
 from nnssl_ext.data.crops import Crop, CropDataset, CropRequest
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.data.loader import Shard, crop_loader
+from nnssl_ext.environment import cores
 from nnssl_ext.views.spatial import SpatialRange
 
 ISOTROPIC = (1.0, 1.0, 1.0)
@@ -117,7 +117,7 @@ def main() -> None:
     options.add_argument("--edges", type=int, nargs="+", default=[64, 128], help="edges of the crops")
     options.add_argument("--cases", type=int, default=3)
     options.add_argument("--samples", type=int, default=24, help="crops of a measurement")
-    options.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+    options.add_argument("--workers", type=int, default=min(2, cores()))
     arguments = options.parse_args()
     torch.set_num_threads(1)
     blosc2.set_nthreads(1)

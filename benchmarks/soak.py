@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import random
 import shlex
@@ -30,6 +29,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.soak_runs import FINETUNE, Result, Soak  # noqa: E402
+from nnssl_ext.environment import cores  # noqa: E402
 from nnssl_ext.methods import METHODS  # noqa: E402
 from nnssl_ext.provenance import hardware, revision, versions  # noqa: E402
 
@@ -119,7 +119,7 @@ def main() -> int:
                 "seconds": time.monotonic() - begin,
                 "hardware": hardware(),
                 "system": platform.platform(),
-                "cores": os.cpu_count(),
+                "cores": cores(),
                 "versions": versions(),
                 "revision": revision(),
                 "flat": [flat(result) for result in results],

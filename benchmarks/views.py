@@ -4,8 +4,9 @@
 
 "each": milliseconds a crop when the transform is applied to every crop. "lists": complete samples a second, all crops
 of a sample cut out of boxes that were read before, with the default probabilities of each method, float32.
-"VolumeFusion, equal list" has no rotation, zoom, quarter turn and no ignored voxels, and nnU-Net's probabilities for
-the rest: mirror 0.5 an axis, noise 0.1, blur 0.2, brightness 0.15, contrast 0.15, low resolution 0.25, gamma 0.3.
+"VolumeFusion, equal list" has no rotation, zoom, quarter turn and no ignored voxels, and nnU-Net's chances for each
+channel of the rest: mirror 0.5 an axis, noise 0.1, blur 0.2 * 0.5, brightness 0.15, contrast 0.15, low resolution
+0.25 * 0.5, gamma 0.1 + 0.3. "every channel" is without nnU-Net's halves: blur 0.2, low resolution 0.25.
 Rates are samples per CPU second, on a GPU per second. A peer is measured in the same turns where it is installed
 (``pip install PYMIC``): PyMIC's Crop4VolumeFusion and VolumeFusion with the ranges of its example.
 """
@@ -92,10 +93,19 @@ def build(name: str, edge: int, change: dict[str, Any]) -> Method:
     return kind(UNetBackbone(network), settings, geometry)
 
 
-def equal_list() -> dict[str, Any]:
-    """VolumeFusion's settings with the transforms and probabilities of nnU-Net's own list."""
+def equal_list(channels: float = 0.5) -> dict[str, Any]:
+    """VolumeFusion's settings with the transforms and probabilities of nnU-Net's own list.
+
+    Args:
+        channels: Chance of a channel, once a sample is blurred or lowered in resolution.
+    """
     settings = METHODS["volume_fusion"].Settings()
-    looks = replace(settings.intensity, blur_probability=0.2, low_resolution_probability=0.25)
+    looks = replace(
+        settings.intensity,
+        blur_probability=0.2 * channels,
+        low_resolution_probability=0.25 * channels,
+        gamma_probability=0.4,
+    )
     return {"intensity": looks, "affine": 0.0, "rot90": 0.0, "ignore_below": 0.0}
 
 
@@ -109,7 +119,10 @@ def batches(method: Method, index: CaseIndex, number: int) -> list[CropBatch]:
 
 def lists(edge: int, index: CaseIndex, device: torch.device, number: int) -> dict[str, Callable[[], object]]:
     """The complete views of each method that reads crops."""
-    kinds: dict[str, tuple[str, dict[str, Any]]] = {"VolumeFusion, equal list": ("volume_fusion", equal_list())}
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "VolumeFusion, equal list": ("volume_fusion", equal_list()),
+        "VolumeFusion, every channel": ("volume_fusion", equal_list(1.0)),
+    }
     kinds |= {kind.title: (name, {}) for name, kind in METHODS.items() if not kind.needs_images}
     result: dict[str, Callable[[], object]] = {}
     for title, (name, change) in kinds.items():

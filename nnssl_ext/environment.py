@@ -36,11 +36,16 @@ def _identifier(text: str) -> int:
     return int(text)
 
 
+def cores() -> int:
+    """CPU cores that this process may use, which a scheduler or a container may have made fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def worker_count() -> int:
     """Processes or threads that may read: nnUNet_n_proc_DA, else up to four; box reads need no more."""
     if "nnUNet_n_proc_DA" in os.environ:
         return int(os.environ["nnUNet_n_proc_DA"])
-    return min(4, os.cpu_count() or 1)
+    return min(4, cores())
 
 
 def launched() -> bool:

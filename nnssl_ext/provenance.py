@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from functools import cache
@@ -11,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from nnssl_ext import __version__
+from nnssl_ext.environment import cores
 from nnssl_ext.resources import PACKAGE
 
 
@@ -42,4 +42,4 @@ def hardware() -> str:
     """What the run computes on, as a model card says it; no names of machines."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    return f"{cores()} CPU cores, {platform.machine()}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnssl_ext.environment import HUGE_PAGES
+from nnssl_ext.environment import HUGE_PAGES, cores
 from nnssl_ext.methods import METHODS
 from tests.conftest import Environment
 from tests.training.test_trainer import trainer_for
@@ -59,3 +59,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     environment |= {HUGE_PAGES: value} if value else {}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert (int(done.stdout) < 8000) == asked
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity")
+def test_cores_are_those_that_this_process_may_use() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert cores() == len(before)

@@ -55,11 +55,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     from nnssl_ext.data.corpus import Corpus
     from nnssl_ext.data.corpus_sources import Wishes, items_of, unused_words
-    from nnssl_ext.environment import dataset_folder
+    from nnssl_ext.environment import cores, dataset_folder
 
     if not 0 <= arguments.max_failures <= 100 or (arguments.np is not None and arguments.np < 1):
         raise UserError("--max-failures must be between 0 and 100, -np at least 1")
-    processes = arguments.np or min(default_num_processes, os.cpu_count() or 1)
+    processes = arguments.np or min(default_num_processes, cores())
     like = dataset_folder(arguments.like)
     folder = _folder(arguments.d, arguments.n, like)
     corpus = Corpus(folder, like, arguments.p, arguments.c, processes)

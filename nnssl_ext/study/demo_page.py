@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pandas as pd
 import SimpleITK
 import torch
 
+from nnssl_ext.environment import cores
 from nnssl_ext.methods import METHODS
 from nnssl_ext.recipe import read_json
 from nnssl_ext.study import pictures
@@ -134,7 +134,7 @@ def _what_was_run(demo: Demo) -> Section:
     records = demo.chain.records()
     rows = [[record["title"], f"{record['seconds']:.0f}"] for record in records]
     rows.append(["together", f"{sum(record['seconds'] for record in records):.0f}"])
-    device = torch.cuda.get_device_name() if demo.device == "cuda" else f"{os.cpu_count()} CPU cores"
+    device = torch.cuda.get_device_name() if demo.device == "cuda" else f"{cores()} CPU cores"
     made = ", ".join(f"{name} {number}" for name, number in versions().items())
     return Section(
         "What was run",

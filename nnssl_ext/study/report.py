@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import SimpleITK
 
+from nnssl_ext.environment import cores
 from nnssl_ext.files import replaced_on_success
 from nnssl_ext.recipe import read_json
 from nnssl_ext.study import pictures
@@ -219,7 +220,7 @@ def _cost(grid: Grid) -> Section:
             [arm.title, str(before["steps"]), f"{before['hours']:.2f}", str(len(cells)), f"{seconds / 3600:.2f}"]
         )
     made = ", ".join(f"{name} {number}" for name, number in versions().items())
-    text = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {grid.device}; {made}; {revision()}"
+    text = f"{platform.system()} {platform.machine()}, {cores()} CPU cores, {grid.device}; {made}; {revision()}"
     head = ["arm", "pretraining steps", "pretraining hours", "fine-tunings", "their hours"]
     return Section("Cost", [text.rstrip("; ")], Table(head, rows))
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
+from nnssl_ext.environment import cores
 from nnssl_ext.files import replaced_on_success
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.resources import resource_folder
@@ -36,16 +37,16 @@ class Slot:
 
 def slots(device: str, jobs: int) -> list[Slot]:
     """The places of this machine: ``jobs`` on each GPU, or ``jobs`` that share the CPU's cores."""
-    cores = os.cpu_count() or 1
+    available = cores()
     if device == "cuda":
         import torch
 
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
         places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus for _ in range(jobs)]
-        workers = str(max(1, min(12, cores // max(1, len(places)))))
+        workers = str(max(1, min(12, available // max(1, len(places)))))
         return [Slot({"nnUNet_n_proc_DA": workers, **place}) for place in places]
-    threads = str(max(1, cores // jobs))
+    threads = str(max(1, available // jobs))
     # augmentation in the run's own process: a second one would only compete for the same cores
     return [Slot({"nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": threads}) for _ in range(jobs)]
 

@@ -196,5 +196,5 @@ def test_rates_are_the_best_on_development_cases(tmp_path: Path) -> None:
 
 
 def test_cpu_slots_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("nnssl_ext.study.runner.cores", lambda: 8)
     assert [slot.variables["OMP_NUM_THREADS"] for slot in slots("cpu", 3)] == ["2"] * 3
