@@ -1,6 +1,6 @@
 """Views: each transform, each method's full list, and what others need for the same.
 
-    OMP_NUM_THREADS=1 python -m benchmarks views [--edges 64 128] [--device cuda]
+    OMP_NUM_THREADS=1 python -m benchmarks views [--edges 64 128] [--only lists] [--match VolumeFusion] [--device cuda]
 
 "each": milliseconds a crop when the transform is applied to every crop. "lists": complete samples a second, all crops
 of a sample cut out of boxes that were read before, with the default probabilities of each method, float32.
@@ -158,7 +158,8 @@ def pymic(edge: int, number: int) -> dict[str, Callable[[], object]]:
 def _rows(edge: int, arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[str, object]]:
     """The rows of one crop edge."""
     if arguments.only != "lists":
-        for name, costs in in_turns(each(edge, device), arguments.repeats, device=device).items():
+        turns = _matching(each(edge, device), arguments.match)
+        for name, costs in in_turns(turns, arguments.repeats, device=device).items():
             yield _row(edge, name, costs, 1, device)
     if arguments.only != "each":
         few = min(4, arguments.batches)
@@ -166,9 +167,16 @@ def _rows(edge: int, arguments: argparse.Namespace, device: torch.device) -> Ite
             write_cases(Path(folder) / DATA, (3 * edge // 2,) * 3, 4, [edge] * 3)
             index = CaseIndex.build(Path(folder) / DATA, workers=0, show_progress=False)
             peers = pymic(edge, few)
-            turns = lists(edge, index, device, arguments.batches) | peers
+            turns = _matching(lists(edge, index, device, arguments.batches) | peers, arguments.match)
             for name, costs in in_turns(turns, arguments.repeats, device=device).items():
                 yield _row(edge, name, costs, BATCH * (few if name in peers else arguments.batches), device)
+
+
+def _matching(turns: dict[str, Callable[[], object]], text: str) -> dict[str, Callable[[], object]]:
+    found = {name: turn for name, turn in turns.items() if text in name}
+    if not found:
+        raise SystemExit(f"--match {text}: no view is called so; there are {', '.join(turns)}")
+    return found
 
 
 def _row(edge: int, name: str, costs: list[Cost], samples: int, device: torch.device) -> dict[str, object]:
@@ -183,6 +191,7 @@ def main() -> None:
     options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options.add_argument("--batches", type=int, default=16, help=f"batches of {BATCH} of a measurement")
     options.add_argument("--only", choices=("each", "lists"), help="one of the two tables")
+    options.add_argument("--match", default="", help="only views whose name holds this")
     arguments = options.parse_args()
     device = torch.device(arguments.device)
     ask_for_huge_pages(device.type)  # as our trainers do
