@@ -117,7 +117,12 @@ class Run:
 def measure(method: str, plan: str, arguments: Any, device: torch.device) -> dict[str, object]:
     """The row of a method on a plan."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"precision": arguments.precision, "iterations_per_epoch": 100_000, "epochs": 1}
+        settings = {
+            "precision": arguments.precision,
+            "memory_format": arguments.memory_format,
+            "iterations_per_epoch": 100_000,
+            "epochs": 1,
+        }
         run = Run(write_dataset(Path(folder), plan, settings, batch=arguments.batch), method, device)
         run.full()
         costs = in_turns({"full": run.full}, 1, device=device)
@@ -168,6 +173,7 @@ def main() -> None:
     options.add_argument("--plan", nargs="+", choices=PLANS, default=["hippocampus"])
     options.add_argument("--batch", type=int, help="default: the plan's")
     options.add_argument("--precision", default="auto", help="as the setting nnssl_ext.precision (auto)")
+    options.add_argument("--memory-format", default="auto", help="as the setting nnssl_ext.memory_format (auto)")
     options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options.add_argument("--workers", type=int, default=0, help="processes that read (0)")
     options.add_argument("--steps", type=int, default=0, help="also look at the memory over so many steps")

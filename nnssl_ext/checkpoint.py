@@ -37,7 +37,7 @@ def plain(value: Any, memory: dict[Any, Tensor] | None = None, copy: bool = Fals
     if isinstance(value, Tensor):
         key = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), value.device)
         if value.numel() == 0 or key not in memory:
-            memory[key] = value.detach().to("cpu", copy=copy)
+            memory[key] = value.detach().to("cpu", copy=copy, memory_format=torch.contiguous_format)
         return memory[key]
     if isinstance(value, Mapping):
         return {plain(k, memory, copy): plain(v, memory, copy) for k, v in value.items()}

@@ -17,6 +17,7 @@ from nnssl_ext.networks import contract
 from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.provenance import hardware, revision, versions
 from nnssl_ext.training import steps
+from nnssl_ext.training.engine import lay_out_as_weights
 from nnssl_ext.transfer.adaptations import positions
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def restore(trainer: PretrainingTrainer, content: dict[str, Any], source: str) -
     refuse_other_data(own.get("data"), data(trainer), source)
     trainer.method.load_state_dict(own["state"])
     trainer.optimizer.load_state_dict(content["optimizer_state"])
+    lay_out_as_weights(trainer.optimizer)
     if trainer.grad_scaler is not None and content["grad_scaler_state"] is not None:
         trainer.grad_scaler.load_state_dict(content["grad_scaler_state"])
     trainer.my_init_kwargs = content["init_args"]

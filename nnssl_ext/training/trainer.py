@@ -28,7 +28,7 @@ from nnssl_ext.networks.target import target_network
 from nnssl_ext.training import run_folder, state, steps
 from nnssl_ext.training.collapse import stop_when_collapsed
 from nnssl_ext.training.distributed import mean_over_samples, rank, rank_device, world
-from nnssl_ext.training.engine import engine, mixed_precision
+from nnssl_ext.training.engine import arrange, engine, mixed_precision
 from nnssl_ext.training.guards import FiniteGuard
 from nnssl_ext.training.heartbeat import Heartbeat
 from nnssl_ext.training.interruption import Interruption
@@ -111,6 +111,7 @@ class PretrainingTrainer(nnUNetTrainer):
         backbone = target_backbone(*plans, geometry.channels, own_outputs or data_outputs, twice)
         self.method = self.method_class(backbone, self.checked.settings, geometry).to(self.device)
         self.network = self.method.network
+        arrange(self.method, common.memory_format, self.device, self.amp_dtype)
         compiled = self._do_i_compile()
         if compiled:
             self.print_to_log_file("Using torch.compile...")
