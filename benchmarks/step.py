@@ -156,14 +156,14 @@ def _figures(costs: dict[str, list[Cost]], device: torch.device, batch: int) -> 
 
 
 def _memory(run: Run, steps: int, device: torch.device) -> str:
-    """Resident memory of the process after a tenth of the steps, and after all."""
+    """Resident memory of the process after each fifth of the steps."""
     figures = []
-    for count in (steps // 10, steps - steps // 10):
-        for _ in range(count):
+    for _ in range(5):
+        for _ in range(steps // 5):
             run.full()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        figures.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
-    text = f"{figures[0]:,.0f} -> {figures[1]:,.0f} MiB"
+        figures.append(f"{pages * os.sysconf('SC_PAGE_SIZE') / 2**20:,.0f}")
+    text = f"{', '.join(figures)} MiB"
     return text + (f", GPU peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if device.type == "cuda" else "")
 
 
