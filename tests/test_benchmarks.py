@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from benchmarks import loader, measure, views
 from benchmarks.__main__ import BENCHMARKS, main
@@ -91,6 +92,12 @@ def test_each_view_and_each_list_runs(tmp_path: Path) -> None:
 def test_the_equal_list_is_nnunets() -> None:
     method = views.build("volume_fusion", 32, views.equal_list())
     looks = method.settings.intensity
-    chances = {name: getattr(looks, f"{name}_probability") for name in ("noise", "blur", "brightness", "contrast")}
-    assert chances == {"noise": 0.1, "blur": 0.2, "brightness": 0.15, "contrast": 0.15}
-    assert (looks.low_resolution_probability, looks.gamma_probability, method.settings.flip) == (0.25, 0.3, 0.5)
+    stock = nnUNetTrainer.get_training_transforms((32, 32, 32), (0.0, 0.0), None, (0, 1, 2), False)
+    chances = dict.fromkeys(("noise", "blur", "brightness", "contrast", "low_resolution", "gamma"), 0.0)
+    for chosen in stock.transforms:
+        kind = type(getattr(chosen, "transform", chosen)).__name__.lower().replace("lowres", "low_res")
+        for name in chances:
+            if name.replace("_", "") in kind.replace("_", ""):
+                chances[name] += chosen.apply_probability * getattr(chosen.transform, "p_per_channel", 1)
+    assert {name: getattr(looks, f"{name}_probability") for name in chances} == pytest.approx(chances)
+    assert method.settings.flip == 0.5

@@ -133,6 +133,15 @@ class Analysis:
                 against_all[labels] = effect([mine[pair] - reference[pair] for pair in pairs])
         return labels_saved(against_all, everything)
 
+    def saving(self, arm: str) -> str:
+        """``saved`` in words: "62 % (24 of 64)", "none shown", or "not measured" while budgets are missing."""
+        saved, steps = self.saved(arm), self.protocol.steps
+        if saved.share is not None:
+            return f"{100 * saved.share:.0f} % ({saved.labels} of {saved.everything})"
+        fewer = [labels for labels in self.protocol.labels if labels < saved.everything]
+        measured = self.score(SCRATCH, saved.everything, steps) and all(self.score(arm, n, steps) for n in fewer)
+        return "none shown" if measured else "not measured"
+
     def curve(self, arm: str, labels: int) -> dict[int, list[float]]:
         """step -> scores of an arm's runs."""
         steps = [self.grid.total_steps()] if arm == TOTAL else self.protocol.snapshots
@@ -157,12 +166,10 @@ class Analysis:
         verdict = "no significant gain"
         if e.p <= ALPHA:
             verdict = "a significant gain" if e.mean > 0 else "significantly worse than scratch"
-        saved = self.saved(arm.name)
-        labels = "no saving of labels shown"
+        saved, saving = self.saved(arm.name), self.saving(arm.name)
+        labels = "saving of labels not measured" if saving == "not measured" else "no saving of labels shown"
         if saved.share is not None:
             labels = f"{100 * saved.share:.0f} % of labels saved ({saved.labels} instead of {saved.everything})"
-        elif not self.score(SCRATCH, saved.everything, p.steps):
-            labels = "saving of labels not measured"
         return f"{what}: {verdict}, {size} {interval(e)}, p = {e.p:.3f}, {count(e.pairs, 'paired run')}; {labels}."
 
     def _cases(self, arm: str, against: str, labels: int, step: int, last: int, pairs: list[int]) -> float:

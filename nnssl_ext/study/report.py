@@ -87,12 +87,16 @@ def _sections_of_numbers(grid: Grid, dice: Analysis, nsd: Analysis) -> list[Sect
     head.append("p over cases*")
     saved = []
     for arm in arms:
-        s = dice.saved(arm.name)
-        labels = f"{100 * s.share:.0f} % ({s.labels} of {s.everything})" if s.share is not None else "none shown"
         saved += [
-            [arm.name, labels, str(budget), str(p.steps), str(dice.reached(arm.name, budget) or "not reached")]
+            [
+                arm.name,
+                dice.saving(arm.name),
+                str(budget),
+                str(p.steps),
+                str(dice.reached(arm.name, budget) or "not reached"),
+            ]
             for budget in budgets
-            if dice.score(arm.name, budget, p.steps)
+            if dice.score(arm.name, budget, p.steps) and dice.score(SCRATCH, budget, p.steps)
         ]
     surface = [comparison_row(c) for arm in arms for c in nsd.compare(arm.name, SCRATCH, budgets, p.primary_step)]
     names = [arm.name for arm in grid.arms]

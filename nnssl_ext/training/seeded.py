@@ -124,15 +124,18 @@ def _patient(loader: DataLoader, waiting: Callable[[], None]) -> Iterator[dict]:
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader "):
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            reason = str(error)
+            if not isinstance(error, RuntimeError):
+                reason = f"a worker exited unexpectedly while it handed a batch over: {error}"
+            elif not reason.startswith("DataLoader "):
                 raise  # a batch could not be made
             waiting()
             seconds = time.monotonic() - begin
-            if "timed out" in str(error) and seconds < TIMEOUT_SECONDS:
+            if "timed out" in reason and seconds < TIMEOUT_SECONDS:
                 continue
             raise UserError(
-                f"loader: no batch after {seconds:.0f} s ({error}): a case is damaged or too large for the memory, "
+                f"loader: no batch after {seconds:.0f} s ({reason}): a case is damaged or too large for the memory, "
                 f"or a disk does not answer. See to it, then go on with --c"
             ) from error
         yield batch

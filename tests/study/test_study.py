@@ -160,6 +160,19 @@ def test_a_planted_gain_is_said_and_a_null_too(tmp_path: Path) -> None:
     assert [c.adjusted for c in budgets] == pytest.approx([4 * 2 / 2**8] * 4)
 
 
+def test_saved_labels_are_not_measured_while_budgets_are_missing(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.0)
+    assert Analysis(grid, load_results(grid)).saving("MaskedAutoencoder") == "none shown"
+    for cell in grid.grid(next(arm for arm in grid.arms if arm.name == "MaskedAutoencoder"), 0.01):
+        if cell.labels == grid.protocol.labels[-2]:
+            grid.metrics_file(cell).unlink()
+    analysis = Analysis(grid, load_results(grid))
+    assert analysis.saving("MaskedAutoencoder") == "not measured"
+    assert "saving of labels not measured" in analysis.answer(
+        next(a for a in grid.arms if a.name == "MaskedAutoencoder")
+    )
+
+
 def test_the_report_of_a_planted_study(tmp_path: Path) -> None:
     grid = planted(tmp_path, -0.03, missing=1)
     (grid.preprocessed / "gt_segmentations").mkdir(parents=True)

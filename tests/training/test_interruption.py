@@ -84,7 +84,7 @@ def test_killed_at_random_moments_through_the_command(with_data: Data) -> None:
     """SIGKILL whenever it comes, checkpoint writing included; SIGTERM once; then to the end."""
     environment = with_data("plain")
     # checkpoints all the time: the kill will often meet one being written
-    settings = {"epochs": 10, "iterations_per_epoch": 1, "save_every": 1, "validation_iterations": 1}
+    settings = {"epochs": 30, "iterations_per_epoch": 1, "save_every": 1, "validation_iterations": 1}
     for plans in ("whole", "broken"):
         environment.write_plans("plain", plans, settings)
     whole = pretrain(environment, "plain", "whole")
