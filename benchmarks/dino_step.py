@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_ext.environment import ask_for_huge_pages
+from nnssl_ext.environment import keep_memory
 from nnssl_ext.losses.prototypes import Targets, koleo, prototype_cross_entropy
 from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.networks.distillation import DistilledNetwork, reader_of
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prototypes", type=int, default=PROTOTYPES)
     arguments = parser.parse_args()
-    ask_for_huge_pages("cpu")  # as our trainers do
+    keep_memory("cpu")  # as our trainers do
     step = Step(arguments.prototypes)
     times: dict[str, list[tuple[float, float]]] = {"ours": [], "bare": []}
     for repeat in range(arguments.repeats + 1):

@@ -55,16 +55,19 @@ def shuffle_voxels(method: Method) -> None:
     """Make ``method`` see every image or patch with its voxels in an order of its own, channels together."""
     original = method.views
 
+    def shuffled(images: torch.Tensor, indices: list[int]) -> torch.Tensor:
+        flat = images.flatten(3).flatten(0, 1)
+        orders = [np.random.default_rng((*indices, n)).permutation(flat.shape[-1]) for n in range(len(flat))]
+        flat = torch.stack([image[:, torch.from_numpy(o)] for image, o in zip(flat, orders, strict=True)])
+        return flat.view_as(images)
+
     def views(batch: CropBatch, random: BatchRandom) -> dict[str, torch.Tensor]:
         result = original(batch, random)
         for key, images in result.items():
             if images.ndim == 6:  # (B, N, C, D, H, W)
-                flat = images.flatten(3).flatten(0, 1)
-                orders = [
-                    np.random.default_rng((*batch.indices, n)).permutation(flat.shape[-1]) for n in range(len(flat))
-                ]
-                flat = torch.stack([image[:, torch.from_numpy(o)] for image, o in zip(flat, orders, strict=True)])
-                result[key] = flat.view_as(images)
+                result[key] = shuffled(images, batch.indices)
+            elif images.ndim == 5 and images.is_floating_point():  # (B, C, D, H, W)
+                result[key] = shuffled(images[:, None], batch.indices)[:, 0]
         return result
 
     method.views = views  # type: ignore[method-assign]

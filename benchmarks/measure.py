@@ -96,11 +96,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def parser(description: str | None, repeats: int = 5) -> argparse.ArgumentParser:
-    """A benchmark's options: --json and --repeats, and its own."""
+def parser(description: str | None, repeats: int | None = 5) -> argparse.ArgumentParser:
+    """A benchmark's options: --json and, where something is timed, --repeats; its own come on top."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--json", action="store_true", help="print all values as JSON")
-    result.add_argument("--repeats", type=int, default=repeats, help=f"how often each is measured ({repeats})")
+    if repeats is not None:
+        result.add_argument("--repeats", type=int, default=repeats, help=f"how often each is measured ({repeats})")
     return result
 
 

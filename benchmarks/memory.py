@@ -18,6 +18,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import nn
 
+from benchmarks.measure import Figure, parser, report
 from nnssl_ext.methods import METHODS, Geometry, Method
 from nnssl_ext.networks.backbone import Backbone, UNetBackbone
 from nnssl_ext.recipe import read_json
@@ -70,37 +71,45 @@ def measured(method: type[Method], case: Case, batch: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plans", nargs=2, type=Path, metavar=("PLANS", "DATASET"), help="JSON files of a data set")
-    parser.add_argument("--configuration", default="3d_fullres")
-    parser.add_argument("--edge", type=int, default=128, help="of the cubic crop, without plans")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--measure", action="store_true", help="also do the steps, on a GPU")
-    arguments = parser.parse_args()
-    print("| method | weights, gradients, optimiser | kept a sample | at this batch | with activation checkpointing |")
-    print("|---|---|---|---|---|")
-    for name in arguments.methods:
-        method, needs = METHODS[name], []
-        for checkpointing in (False, True):
-            if arguments.plans:
-                plans, dataset = (read_json(path) for path in arguments.plans)
-                case = planned(method, plans, arguments.configuration, dataset, checkpointing=checkpointing)
-            else:
-                case = residual_encoder(method, arguments.edge, checkpointing)
-            needs.append(step_memory(method, *case, "auto"))
-            if arguments.measure:
-                allocated, reserved = measured(method, case, arguments.batch)
-                print(
-                    f"{name}, checkpointing {checkpointing}: allocated {allocated / GIB:.2f} GiB, estimated "
-                    f"{needs[-1].allocated(arguments.batch) / GIB:.2f}; reserved {reserved / GIB:.2f}"
-                )
-        own, twice = needs
-        fixed = own.weights + own.gradients + own.optimiser
-        print(
-            f"| {method.title} | {fixed / GIB:.2f} | {own.kept.each / GIB:.2f} | {own.peak(arguments.batch) / GIB:.1f} "
-            f"| {twice.peak(arguments.batch) / GIB:.1f} |"
-        )
+    options = parser(__doc__, repeats=None)
+    options.add_argument("--plans", nargs=2, type=Path, metavar=("PLANS", "DATASET"), help="JSON files of a data set")
+    options.add_argument("--configuration", default="3d_fullres")
+    options.add_argument("--edge", type=int, default=128, help="of the cubic crop, without plans")
+    options.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    options.add_argument("--batch", type=int, default=2)
+    options.add_argument("--measure", action="store_true", help="also do the steps, on a GPU")
+    arguments = options.parse_args()
+    report([row(name, arguments) for name in arguments.methods], arguments.json)
+
+
+def row(name: str, arguments: argparse.Namespace) -> dict[str, object]:
+    """GiB that a method needs, and with ``--measure`` what was allocated and reserved."""
+    method, needs, found = METHODS[name], [], dict[str, object]()
+    for checkpointing in (False, True):
+        if arguments.plans:
+            plans, dataset = (read_json(path) for path in arguments.plans)
+            case = planned(method, plans, arguments.configuration, dataset, checkpointing=checkpointing)
+        else:
+            case = residual_encoder(method, arguments.edge, checkpointing)
+        needs.append(step_memory(method, *case, "auto"))
+        if arguments.measure:
+            allocated, reserved = measured(method, case, arguments.batch)
+            where = ", checkpointing" if checkpointing else ""
+            found[f"estimated{where}"] = gib(needs[-1].allocated(arguments.batch))
+            found |= {f"allocated{where}": gib(allocated), f"reserved{where}": gib(reserved)}
+    own, twice = needs
+    return {
+        "method": method.title,
+        "weights, gradients, optimiser": gib(own.weights + own.gradients + own.optimiser),
+        "kept a sample": gib(own.kept.each),
+        "at this batch": gib(own.peak(arguments.batch), 1),
+        "with activation checkpointing": gib(twice.peak(arguments.batch), 1),
+        **found,
+    }
+
+
+def gib(number: float, digits: int = 2) -> Figure:
+    return Figure((number / GIB,), digits)
 
 
 if __name__ == "__main__":

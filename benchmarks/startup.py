@@ -21,15 +21,17 @@ import os
 import resource
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks.measure import Figure, parser, report  # noqa: E402 (the line above makes it known)
 
 NAME = "Dataset811_Plain"
 DATA = "nnUNetPlans_3d_fullres"
@@ -84,14 +86,11 @@ def measure(root: Path) -> dict[str, float]:
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def row(number: int, index: str, runs: list[dict[str, float]]) -> str:
-    """A line of the table: medians and ranges."""
-    cells = []
-    for name, digits in (("checks", 3), ("first batch", 3), ("memory", 0)):
-        values = sorted(run[name] for run in runs)
-        spread = f" ({values[0]:.{digits}f} to {values[-1]:.{digits}f})" if len(values) > 1 else ""
-        cells.append(f"{statistics.median(values):.{digits}f}{spread}")
-    return f"| {number:,} | {index} | {' | '.join(cells)} |"
+def row(number: int, index: str, runs: list[dict[str, float]]) -> dict[str, object]:
+    """A line of the table."""
+    columns = (("checks, s", "checks", 3), ("first batch, s", "first batch", 3), ("memory, MiB", "memory", 0))
+    figures = {title: Figure(tuple(run[name] for run in runs), digits) for title, name, digits in columns}
+    return {"cases": f"{number:,}", "index": index, **figures}
 
 
 def until_first_epoch(root: Path, trainer: str) -> float:
@@ -116,43 +115,43 @@ def until_first_epoch(root: Path, trainer: str) -> float:
     sys.exit("".join(lines))
 
 
-def against_stock(repeats: int) -> None:
-    """A table of all trainers."""
-    from nnssl_ext.methods import METHODS
-
-    stock = "nnUNetTrainer"
-    trainers = [stock, *(method.trainer for method in METHODS.values() if not method.needs_images)]
+def against_stock(repeats: int, trainers: Sequence[str]) -> list[dict[str, object]]:
+    """A line for each trainer, stock's first."""
     with tempfile.TemporaryDirectory() as folder:
         write_cases(Path(folder), 8)
         turns = [{name: until_first_epoch(Path(folder), name) for name in trainers} for _ in range(repeats + 1)][1:]
-    print("| trainer | seconds to the first epoch | more than stock |\n|---|---|---|")
-    for name in trainers:
-        values = sorted(turn[name] for turn in turns)
-        more = sorted(turn[name] - turn[stock] for turn in turns)
-        shown = (f"{statistics.median(v):.2f} ({v[0]:.2f} to {v[-1]:.2f})" for v in (values, more))
-        print(f"| {name} | {' | '.join(shown)} |")
+    return [
+        {
+            "trainer": name,
+            "seconds to the first epoch": Figure(tuple(turn[name] for turn in turns), 2),
+            "more than stock": Figure(tuple(turn[name] - turn[trainers[0]] for turn in turns), 2),
+        }
+        for name in trainers
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, nargs="+", default=[100, 1000, 10_000])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--against-stock", action="store_true")
-    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--cases", type=int, nargs="+", default=[100, 1000, 10_000])
+    options.add_argument("--against-stock", action="store_true")
+    options.add_argument("--start", type=Path, help=argparse.SUPPRESS)
+    arguments = options.parse_args()
     if arguments.start:
         print(json.dumps(start(arguments.start)))
         return
     if arguments.against_stock:
-        against_stock(arguments.repeats)
+        from nnssl_ext.methods import METHODS
+
+        ours = [method.trainer for method in METHODS.values() if not method.needs_images]
+        report(against_stock(arguments.repeats, ["nnUNetTrainer", *ours]), arguments.json)
         return
-    print("| cases | index | checks, s | first batch, s | memory, MiB |\n|---|---|---|---|---|")
+    rows = []
     for number in arguments.cases:
         with tempfile.TemporaryDirectory() as folder:
             write_cases(Path(folder), number)
-            print(row(number, "made", [measure(Path(folder))]), flush=True)
-            runs = [measure(Path(folder)) for _ in range(arguments.repeats)]
-            print(row(number, "there", runs), flush=True)
+            rows.append(row(number, "made", [measure(Path(folder))]))
+            rows.append(row(number, "there", [measure(Path(folder)) for _ in range(arguments.repeats)]))
+    report(rows, arguments.json)
 
 
 if __name__ == "__main__":

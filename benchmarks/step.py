@@ -8,8 +8,8 @@ A real trainer on a data set made for it, in one process. "full" is everything b
 (reading it, with no workers), views, forward, backward, clipping, optimiser, guard. "bare" is the forward and backward
 pass of the same network, in the same precision, on the image of the batch just trained on, its gradient ones; the two
 take turns. For methods that do not run their network on one image there is no bare. The split is of a step
-with a wait for the device after each part, which the full step has not. --steps N: resident memory after a tenth of N
-steps and after all.
+with a wait for the device after each part, which the full step has not. --steps N: resident memory after each fifth of
+N steps.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from benchmarks.measure import Cost, Figure, in_turns, parser, rate, report
 from benchmarks.workload import DATA, volume, write_cases
 from nnssl_ext.data.crops import CropBatch, CropDataset, CropRequest, collate
 from nnssl_ext.data.index import CaseIndex
-from nnssl_ext.environment import ask_for_huge_pages
+from nnssl_ext.environment import keep_memory
 from nnssl_ext.methods import METHODS, Geometry, Method
 from nnssl_ext.networks.backbone import UNetBackbone
 from nnssl_ext.views import filters, intensity
@@ -194,7 +194,7 @@ def main() -> None:
     options.add_argument("--match", default="", help="only views whose name holds this")
     arguments = options.parse_args()
     device = torch.device(arguments.device)
-    ask_for_huge_pages(device.type)  # as our trainers do
+    keep_memory(device.type)  # as our trainers do
     rows = [row for edge in arguments.edges for row in _rows(edge, arguments, device)]
     report(rows, arguments.json)
 

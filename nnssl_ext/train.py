@@ -67,7 +67,7 @@ def _take_max_time(arguments: Sequence[str]) -> tuple[list[str], str | None]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; nnssl_ext train --help lists the arguments")
+        raise UserError(f"{message}; nnUNetv2_train --help lists the arguments")
 
 
 def stock_parser() -> argparse.ArgumentParser:

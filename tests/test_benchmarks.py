@@ -6,7 +6,7 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from benchmarks import loader, measure, views
+from benchmarks import loader, measure, memory, startup, step, views
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.workload import DATA, write_cases
 from nnssl_ext.data.crops import Crop, CropDataset, CropRequest
@@ -76,6 +76,33 @@ def test_loader_prints_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["crop"] for row in rows] == ["12^3 straight", "12^3 turned"]
     assert all(len(row["ratio"]) == 2 and min(row["ratio"]) > 0 for row in rows)
+
+
+def test_memory_prints_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["memory", "--edge", "64", "--methods", "rotation", "--json"])
+    memory.main()
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["method"] == "Rotation"
+    assert row["at this batch"][0] > 2 * row["kept a sample"][0] > 0
+
+
+def test_startup_prints_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["startup", "--cases", "9", "--repeats", "2", "--json"])
+    # a start of its own takes ten seconds
+    monkeypatch.setattr(startup, "measure", lambda root: {"checks": 0.5, "first batch": 1.0, "memory": 10.0})
+    startup.main()
+    made, there = json.loads(capsys.readouterr().out)["rows"]
+    assert (made["index"], there["index"]) == ("made", "there")
+    assert (len(made["first batch, s"]), len(there["first batch, s"])) == (1, 2)
+
+
+def test_step_prints_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["rotation", "--plan", "hippocampus", "--batch", "1", "--repeats", "1", "--workers", "0", "--json"]
+    monkeypatch.setattr(sys, "argv", ["step", *words])
+    step.main()
+    out = capsys.readouterr().out
+    (row,) = json.loads(out[out.index("{\n") :])["rows"]
+    assert row["CPU s a step"][0] > 0
 
 
 def test_each_view_and_each_list_runs(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnssl_ext.environment import HUGE_PAGES, cores
+from nnssl_ext.environment import HUGE_PAGES, KEPT_MEMORY, cores, keep_memory
 from nnssl_ext.methods import METHODS
 from tests.conftest import Environment
 from tests.training.test_trainer import trainer_for
@@ -49,8 +50,8 @@ def test_huge_pages_on_the_cpu(device: str, value: str, asked: bool) -> None:
     """Page faults of a new array of 64 MiB: 16,384 pages of 4 KiB, or some of 2 MiB and what was not to be had."""
     program = f"""
 import resource, torch
-from nnssl_ext.environment import ask_for_huge_pages
-ask_for_huge_pages({device!r})
+from nnssl_ext.environment import keep_memory
+keep_memory({device!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.zeros(16 << 20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -59,6 +60,59 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     environment |= {HUGE_PAGES: value} if value else {}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert (int(done.stdout) < 8000) == asked
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other memory than glibc's")
+@pytest.mark.parametrize(
+    ("device", "set_before", "kept"),
+    [("cpu", {}, True), ("cuda", {}, False), ("cpu", {"MALLOC_MMAP_THRESHOLD_": "1048576"}, False)],
+)
+def test_memory_is_kept_on_the_cpu(device: str, set_before: dict[str, str], kept: bool) -> None:
+    """Page faults of an array of 64 MiB after one of 80 MiB, here and in a process that is started."""
+    again = """
+import resource, sys
+b"x" * (80 * len(sys.argv) << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+b"x" * (64 * len(sys.argv) << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    program = f"""
+import subprocess, sys
+from nnssl_ext.environment import keep_memory
+keep_memory({device!r})
+exec({again!r})
+print(subprocess.run([sys.executable, "-c", {again!r}], capture_output=True, text=True, check=True).stdout)
+"""
+    environment = {name: text for name, text in os.environ.items() if name not in (*KEPT_MEMORY, "GLIBC_TUNABLES")}
+    environment |= {HUGE_PAGES: "0"} | set_before
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    here, there = map(int, done.stdout.split())
+    assert (here < 1000) == (there < 1000) == kept
+
+
+@pytest.mark.parametrize(("accepted", "kept"), [(2**31, 2**31 - 1), (32 << 20, 32 << 20), (0, None)])
+def test_what_this_glibc_refuses_is_not_asked_of_others(
+    monkeypatch: pytest.MonkeyPatch, accepted: int, kept: int | None
+) -> None:
+    """Before 2.35, glibc keeps at most 32 MiB; the limit for trimming alone would make it slower."""
+    asked: list[tuple[int, int]] = []
+
+    class Library:
+        @staticmethod
+        def mallopt(parameter: int, value: int) -> int:
+            asked.append((parameter, value))
+            return int(parameter != -3 or value <= accepted)
+
+    for name in (*KEPT_MEMORY, "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("nnssl_ext.environment.sys.platform", "linux")
+    monkeypatch.setattr("nnssl_ext.environment.ctypes.CDLL", lambda _: Library)
+    keep_memory("cpu")
+    values = {os.environ.get(name) for name in KEPT_MEMORY}
+    assert values == {None if kept is None else str(kept)}
+    assert ((-1, kept) in asked) == (kept is not None)
+    for name in KEPT_MEMORY:
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity")

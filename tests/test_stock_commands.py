@@ -46,7 +46,7 @@ def test_hand_over(with_data: Data, method: str, kind: str) -> None:
     """Every tensor but the heads reaches the stock trainer, under every alias, and it is what was learned."""
     environment, trainer = with_data(kind), METHODS[method].trainer
     environment.write_plans(kind, "quick", {})
-    if KINDS.index(kind) % len(METHODS) == list(METHODS).index(method):  # one real command per kind of plan
+    if list(METHODS).index(method) % len(KINDS) == KINDS.index(kind):  # one real command for each method
         words = ["3d_fullres", "0", "-tr", trainer, "-p", "quick", "-device", "cpu"]
         assert "Pretraining summary" in environment.run("nnUNetv2_train", dataset_name(kind), *words).stdout
     else:

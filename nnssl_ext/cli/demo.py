@@ -3,7 +3,7 @@
     nnssl_ext demo [--output nnssl_demo] [--msd TaskXX_NAME[.tar]]
 
 Phantom or task -> stock planning and preprocessing -> pretraining -> stock fine-tuning with and without the pretrained
-weights -> demo.html. Eight minutes or so on two CPU cores. Called again, it goes on where it stopped.
+weights -> demo.html. About ten minutes on two CPU cores. Called again, it goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Look at the installation and at a data set, and say what to do about each trouble.
+"""Look at the installation and at a data set, and say what to do about each problem.
 
 nnssl_ext doctor [-d DATASET]
 """

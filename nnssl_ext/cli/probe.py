@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from nnssl_ext.environment import dataset_folder
     from nnssl_ext.study.analysis import Analysis, load_results
-    from nnssl_ext.study.grid import arms_of
+    from nnssl_ext.study.arms import arms_of
     from nnssl_ext.study.metrics import tolerance_of
     from nnssl_ext.study.protocol import Protocol
     from nnssl_ext.study.runner import run_grid, slots

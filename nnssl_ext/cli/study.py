@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from nnssl_ext.study.protocol import Protocol
     from nnssl_ext.study.study import Study
 
+#: Budgets of labelled cases, as far as there are more cases than that; all of them come on top.
+BUDGETS = (1, 2, 4, 8, 24)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -32,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     add("--methods", nargs="+", default=["scratch"], metavar="METHOD", help="trainers without nnsslTrainer_")
     add("--init", nargs="+", default=[], metavar="NAME=FILE", help="pretrained weights from elsewhere, as arms")
-    add("--labels", nargs="+", default=["1", "2", "4", "8", "24", "all"], metavar="N", help="labelled cases, or all")
+    add("--labels", nargs="+", metavar="N", help="labelled cases, or all (1 2 4 8 24 as far as there are more, all)")
     add("--subsets", type=int, default=8, help="paired runs per budget (8); below 6 no interval exists")
     add("--steps", type=int, default=600, help="fine-tuning steps of every arm (600)")
     add("--snapshots", nargs="+", type=int, default=[75, 150, 300, 600], help="steps at which cases are predicted")
@@ -44,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fold", type=int, default=0, help="the fold whose validation cases are held out (0)")
     add("--transductive", action="store_true", help="pretraining sees the held-out images; the report says so")
     add("--tolerance", type=float, metavar="MM", help="of the surface Dice (the Decathlon's for its tasks, else 2)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of all random draws (0)")
     add("--jobs", type=int, default=1, help="runs at a time on each GPU, or on the CPU (1)")
     add("--keep-checkpoints", action="store_true", help="keep the fine-tunings' checkpoints")
     add("--estimate", action="store_true", help="say what it will cost and stop")
@@ -80,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
 def study_of(arguments: argparse.Namespace, folder: Path, device: str) -> Study:
     """The study that the command line's words define, of data set ``arguments.d``."""
     from nnssl_ext.environment import dataset_folder
-    from nnssl_ext.study.grid import arms_of
+    from nnssl_ext.study.arms import arms_of
     from nnssl_ext.study.study import Study
 
     protocol = protocol_of(arguments, dataset_folder(arguments.d).name)
@@ -96,7 +99,7 @@ def _estimate(studies: list[Study]) -> None:
     hours = 0.0
     for study in studies:
         with locked(study.folder):
-            cost = estimate(study.prepare())
+            cost = estimate(study.prepare(keep=False))
         hours += cost.hours
         print(f"{study.protocol.dataset}: {cost}", flush=True)
     print(f"together: about {hours:.2g} h", flush=True)
@@ -135,7 +138,8 @@ def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:
     from nnssl_ext.study.study import pool_size
 
     everything = pool_size(arguments.d, arguments.p, arguments.c, arguments.fold)
-    labels = sorted({everything if word == "all" else _positive("--labels", word) for word in arguments.labels})
+    words = arguments.labels or [*(str(n) for n in BUDGETS if n < everything), "all"]
+    labels = sorted({everything if word == "all" else _positive("--labels", word) for word in words})
     snapshots = sorted({*arguments.snapshots, arguments.steps})
     if arguments.subsets < 1 or arguments.steps < 1 or arguments.development_runs < 1 or arguments.seed < 0:
         raise UserError("--subsets, --steps and --development-runs must be at least 1, --seed at least 0")

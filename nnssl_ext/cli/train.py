@@ -1,4 +1,4 @@
-"""nnUNetv2_train with its very arguments, our trainers found without a variable, and errors in one line.
+"""Like nnUNetv2_train, with the same arguments; finds our trainers without nnUNet_extTrainer, and errors are one line.
 
 nnssl_ext train 4 3d_fullres 0 -tr nnsslTrainer_VolumeFusion [--max-time HOURS]
 

@@ -30,21 +30,19 @@ from nnssl_ext.losses.prototypes import (
     sinkhorn_bias,
 )
 from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, ParameterGroup, Readable
-from nnssl_ext.methods.dino_health import Seen, sign_of_collapse
+from nnssl_ext.methods.dino_health import Seen, seen_cells, sign_of_collapse
 from nnssl_ext.methods.dino_settings import DINOSettings, local_size
 from nnssl_ext.methods.encoder_only import sample_index
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.distillation import DistilledNetwork, reader_of
 from nnssl_ext.views.masking import expand_blocks
 from nnssl_ext.views.multicrop import ViewKind, cut_views, draw_cell_masks
-from nnssl_ext.views.random import BatchRandom
+from nnssl_ext.views.random import BatchRandom, sent
 from nnssl_ext.views.spatial import SpatialRange
 
 GLOBALS = 2
 #: From this many samples a step on, Sinkhorn has enough of them to balance prototypes.
 SINKHORN_BATCH = 256
-#: Cells of a view that are looked at in a validation, about.
-SEEN_CELLS = 32
 #: The total, through which gradients flow, and what each sample gives to it.
 Distilled = tuple[Tensor, Tensor]
 
@@ -72,6 +70,7 @@ class DINO(Method):
         super().__init__(backbone, settings, geometry)
         backbone.train_encoder_only()
         self.patience = settings.patience
+        self.warming_up = False
         self.local_size = local_size(settings, geometry)
         self.student = DistilledNetwork(
             reader_of(backbone, settings.cell_stride),
@@ -163,7 +162,7 @@ class DINO(Method):
         share = 1 / hidden.sum(-1).clamp_min(1) / GLOBALS  # (B, 2)
         views |= {"hidden": hidden, "row": row, "weight": share.flatten()[row // number]}
         views |= {"owner": row // (GLOBALS * number), "index": sample_index(batch.indices, torch.device("cpu"))}
-        views = {name: value.to(device, non_blocking=True) for name, value in views.items()}
+        views = {name: sent(value, device) for name, value in views.items()}
         if self.student.reader.hides_voxels:
             views["seen"] = self._hide(views["global"], views["hidden"], random)
         return views
@@ -190,7 +189,7 @@ class DINO(Method):
         cell = image.new_zeros(number).index_add(0, views["owner"], per_cell)
         spread = self._spread(own_features.float().unflatten(0, (number, GLOBALS)), views["index"])
         if not self.training:
-            some = slice(None, None, max(1, cells.shape[1] // SEEN_CELLS))
+            some = sent(seen_cells(cells.shape[1]), cells.device)
             guessed, right = student.cell_head(own_cells[:, some]), teacher.cell_head(cells[:, some])
             self.seen.add(views["index"], features.float(), said, guessed, right, hidden[:, some])
         settings = self.settings
@@ -198,6 +197,7 @@ class DINO(Method):
         return {"loss": loss + settings.koleo_weight * spread, "image": image, "cells": cell, "spread": spread}
 
     def before_step(self, progress: float) -> None:
+        self.warming_up = progress < self.settings.warm_up
         first, last = self.settings.teacher_temperature
         share = min(1.0, progress / self.settings.temperature_warm_up) if self.settings.temperature_warm_up else 1.0
         self.teacher_temperature.fill_(first + (last - first) * share)
@@ -215,7 +215,8 @@ class DINO(Method):
         return self.seen.measures(self._targets)
 
     def diagnose(self, measures: dict[str, float]) -> str:
-        return sign_of_collapse(measures, self.settings)
+        # a vision transformer starts with features that are all alike (LayerScale), and leaves that as the rate rises
+        return "" if self.warming_up else sign_of_collapse(measures, self.settings)
 
     def _distil(self, level: str, own: Tensor, said: Tensor, pairs: Tensor, weight: Tensor | None = None) -> Distilled:
         """Cross-entropy of (N, S, E) under the targets of (N, T, E), over weighted pairs: its total, and (N,)."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,14 @@ from nnssl_ext.methods.dino_settings import DINOSettings
 LEAST_INFORMATION, MOST_ENTROPY, LEAST_RANK, MOST_COSINE = 0.005, 0.9, 1.5, 0.9999
 #: Fewer samples in a validation tell nothing of a collapse.
 FEWEST_SAMPLES = 4
+#: Cells of a view that are looked at.
+SEEN_CELLS = 32
+
+
+def seen_cells(number: int) -> Tensor:
+    """Which of a view's cells are looked at: some of them all over it, the same ones at each validation."""
+    order = np.random.default_rng(number).permutation(number)[:SEEN_CELLS]
+    return torch.from_numpy(np.sort(order))
 
 
 class Seen:

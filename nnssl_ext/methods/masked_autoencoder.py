@@ -84,7 +84,7 @@ class MaskedAutoencoder(Method):
         image, inside = cut_batch(batch.boxes[0], size, random.device)
         draw = IntensityDraw.draw(self.settings.intensity, random, image.shape[1], self.geometry.spacing)
         draw.apply(image, random)
-        hidden = draw_block_mask(random, size, self.block, self.settings.ratio).to(random.device)[:, None]
+        hidden = draw_block_mask(random, size, self.block, self.settings.ratio)[:, None]
 
         if inside is not None:
             image.mul_(inside)

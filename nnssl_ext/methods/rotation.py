@@ -24,7 +24,7 @@ from nnssl_ext.networks.probe import SpacingProbe
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
 from nnssl_ext.views.filters import thicken
-from nnssl_ext.views.random import BatchRandom
+from nnssl_ext.views.random import BatchRandom, sent
 from nnssl_ext.views.spatial import SpatialRange, cut_batch, part, turn
 from nnssl_ext.views.turns import cube_group, grid_turns, published_turns, same_spacing, turnable_size
 
@@ -113,7 +113,7 @@ class Rotation(EncoderMethod):
             IntensityDraw.draw(s.intensity, random, image.shape[1], spacing).apply(image, random)
             images.append(thicken(image, axis[:, copy], zoom[:, copy]))
         index = sample_index(batch.indices, random.device)
-        return {"image": torch.stack(images, 1), "turn": label.to(random.device), "index": index}
+        return {"image": torch.stack(images, 1), "turn": sent(label, random.device), "index": index}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """``loss``; in evaluation ``accuracy``, its ``chance``, ``spacing_probe_accuracy`` and health; each (B,)."""

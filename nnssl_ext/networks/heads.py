@@ -36,9 +36,10 @@ class GridHead(nn.Sequential):
 
 
 class VoxelHead(nn.Module):
-    """A layer at every voxel of a feature map, then the mean over voxels, then a linear layer.
+    """A layer at every voxel of a feature map, then the means over octants, then a linear layer.
 
-    The layer before pooling is what lets the mean tell crops apart: after an instance norm the plain mean cannot.
+    Octants are what tells images apart: after an instance norm the mean over a whole map cannot, with a layer before it
+    or without.
 
     Args:
         channels: C of the feature map.
@@ -49,11 +50,11 @@ class VoxelHead(nn.Module):
     def __init__(self, *, channels: int, hidden: int, outputs: int) -> None:
         super().__init__()
         self.voxel = nn.Sequential(nn.Conv3d(channels, hidden, 1), nn.GELU())
-        self.linear = nn.Linear(hidden, outputs)
+        self.linear = nn.Linear(GRID**3 * hidden, outputs)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, D, H, W) -> (B, outputs), and the pooled features (B, hidden)."""
-        pooled = self.voxel(features).mean((2, 3, 4))
+        """(B, C, D, H, W) -> (B, outputs), and the pooled features (B, 8 hidden)."""
+        pooled = grid_features(self.voxel(features))
         return self.linear(pooled), pooled
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from nnssl_ext.study.grid import Arm, Grid
+from nnssl_ext.study.arms import Arm
+from nnssl_ext.study.grid import Grid
 from nnssl_ext.study.metrics import run_scores
 from nnssl_ext.study.protocol import SCRATCH, TOTAL
 from nnssl_ext.study.statistics import (
@@ -97,7 +98,7 @@ class Analysis:
         return {int(subset): float(value) for subset, value in values.items() if math.isfinite(value)}
 
     def compare(self, arm: str, against: str, budgets: Sequence[int], step: int) -> list[Comparison]:
-        """An arm against another at several budgets; Holm over them; budgets without a pair are left out."""
+        """An arm against another at several budgets with Holm over all of them; those without a pair are left out."""
         last = self.grid.total_steps() if against == TOTAL else step
         found = []
         for labels in budgets:
@@ -108,10 +109,11 @@ class Analysis:
                 difference = effect([mine[pair] - theirs[pair] for pair in pairs])
                 cases = self._cases(arm, against, labels, step, last, pairs)
                 found.append((labels, means, difference, cases))
-        adjusted = holm([difference.p for _, _, difference, _ in found])
+        # a budget that is not measured yet will be tested, too
+        adjusted = holm([difference.p for _, _, difference, _ in found] + [1.0] * (len(budgets) - len(found)))
         return [
             Comparison(arm, against, labels, step, means[0], means[1], difference, p, cases)
-            for (labels, means, difference, cases), p in zip(found, adjusted, strict=True)
+            for (labels, means, difference, cases), p in zip(found, adjusted, strict=False)
         ]
 
     def primary(self, arm: str, against: str = SCRATCH) -> Comparison | None:
@@ -122,25 +124,29 @@ class Analysis:
         return found[0] if found else None
 
     def saved(self, arm: str) -> LabelsSaved:
-        """Labels saved at the end of fine-tuning, against scratch with all cases."""
+        """Labels saved at the end of fine-tuning, against scratch with all cases; of budgets with all their pairs."""
         everything, steps = len(self.grid.cases.pool), self.protocol.steps
         reference = self.score(SCRATCH, everything, steps)
         against_all = {}
         for labels in self.protocol.labels:
             mine = self.score(arm, labels, steps)
             pairs = sorted(set(mine) & set(reference))
-            if pairs:
+            if len(pairs) == self.protocol.subsets:
                 against_all[labels] = effect([mine[pair] - reference[pair] for pair in pairs])
         return labels_saved(against_all, everything)
 
     def saving(self, arm: str) -> str:
         """``saved`` in words: "62 % (24 of 64)", "none shown", or "not measured" while budgets are missing."""
-        saved, steps = self.saved(arm), self.protocol.steps
+        saved = self.saved(arm)
         if saved.share is not None:
             return f"{100 * saved.share:.0f} % ({saved.labels} of {saved.everything})"
-        fewer = [labels for labels in self.protocol.labels if labels < saved.everything]
-        measured = self.score(SCRATCH, saved.everything, steps) and all(self.score(arm, n, steps) for n in fewer)
-        return "none shown" if measured else "not measured"
+        return "none shown" if self._measured(arm, saved.everything) else "not measured"
+
+    def _measured(self, arm: str, everything: int) -> bool:
+        """Whether there are runs of all that says how many labels are saved."""
+        steps, fewer = self.protocol.steps, [labels for labels in self.protocol.labels if labels < everything]
+        runs = [self.score(SCRATCH, everything, steps), *(self.score(arm, n, steps) for n in fewer)]
+        return all(len(scores) == self.protocol.subsets for scores in runs)
 
     def curve(self, arm: str, labels: int) -> dict[int, list[float]]:
         """step -> scores of an arm's runs."""
@@ -150,8 +156,12 @@ class Analysis:
     def reached(self, arm: str, labels: int) -> int | None:
         """The first snapshot at which an arm's mean is scratch's final one."""
         final = self.score(SCRATCH, labels, self.protocol.steps)
-        means = {step: float(np.mean(scores)) for step, scores in self.curve(arm, labels).items() if scores}
-        return steps_to_reach(means, float(np.mean(list(final.values())))) if final and means else None
+        scores = {step: self.score(arm, labels, step) for step in self.protocol.snapshots}
+        shared = sorted(set(final).intersection(*scores.values()))
+        if not shared:
+            return None
+        means = {step: float(np.mean([runs[pair] for pair in shared])) for step, runs in scores.items()}
+        return steps_to_reach(means, float(np.mean([final[pair] for pair in shared])))
 
     def answer(self, arm: Arm) -> str:
         """One sentence about an arm."""
@@ -166,11 +176,16 @@ class Analysis:
         verdict = "no significant gain"
         if e.p <= ALPHA:
             verdict = "a significant gain" if e.mean > 0 else "significantly worse than scratch"
-        saved, saving = self.saved(arm.name), self.saving(arm.name)
-        labels = "saving of labels not measured" if saving == "not measured" else "no saving of labels shown"
+        pairs = count(e.pairs, "paired run")
+        if e.pairs < p.subsets:  # who stops at the first good look finds gains that are none
+            verdict, pairs = "not decided yet", f"{e.pairs} of {count(p.subsets, 'paired run')}"
+        saved = self.saved(arm.name)
+        labels = "no saving of labels shown"
         if saved.share is not None:
             labels = f"{100 * saved.share:.0f} % of labels saved ({saved.labels} instead of {saved.everything})"
-        return f"{what}: {verdict}, {size} {interval(e)}, p = {e.p:.3f}, {count(e.pairs, 'paired run')}; {labels}."
+        elif not self._measured(arm.name, saved.everything):
+            labels = "saving of labels not measured"
+        return f"{what}: {verdict}, {size} {interval(e)}, p = {e.p:.3f}, {pairs}; {labels}."
 
     def _cases(self, arm: str, against: str, labels: int, step: int, last: int, pairs: list[int]) -> float:
         frame = self.results[(self.results.labels == labels) & self.results.subset.isin(pairs)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from nnssl_ext.environment import ask_for_huge_pages
+from nnssl_ext.environment import keep_memory
 from nnssl_ext.methods import METHODS
 from nnssl_ext.recipe import load_recipe, merged, read_json
 from nnssl_ext.resources import resource_folder
@@ -99,7 +99,7 @@ class Demo:
 
     def run(self) -> None:
         """Do what is not done yet."""
-        ask_for_huge_pages(self.device)  # the stock trainer, too
+        keep_memory(self.device)  # the stock trainer, too
         for name in ("nnUNet_raw", "nnUNet_preprocessed"):
             (self.output / name).mkdir(parents=True, exist_ok=True)
         self.chain.run()

@@ -37,8 +37,8 @@ def write_page(demo: Demo) -> Path:
         f"scratch, {means['pretrained']:.3f} after {method} on {seen} images without labels ({difference:+.1f} points)."
     )
     caution = (
-        "One run of each arm on a deliberately small network: this shows that the line works and what it writes. It is "
-        "no evidence for or against pretraining; differences of several points between two runs are ordinary."
+        "One run of each arm on a deliberately small network: this shows that the pipeline works and what it writes. "
+        "It is no evidence for or against pretraining; differences of several points between two runs are ordinary."
     )
     sections = [
         Section("Dice per class", table=table, images=[pictures.bars(_by_class(dice))]),

@@ -9,9 +9,8 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl_ext.methods import SCHEMAS
 from nnssl_ext.recipe import read_json
-from nnssl_ext.settings import PLANS_KEY, CommonSettings, split_sections
+from nnssl_ext.settings import CommonSettings
 from nnssl_ext.study.grid import PRETRAINING, Grid
 from nnssl_ext.study.protocol import TOTAL
 from nnssl_ext.training.engine import mixed_precision
@@ -48,9 +47,7 @@ class Estimate:
 
 def estimate(grid: Grid) -> Estimate:
     """What the runs of a prepared grid that are not done will take."""
-    plans = read_json(grid.preprocessed / f"{grid.protocol.plans}_study.json")
-    common, _ = split_sections(plans.get(PLANS_KEY, {}), SCHEMAS, "the study's plans")
-    pretraining = common.epochs * common.iterations_per_epoch
+    pretraining = grid.pretraining_steps()
     runs, steps = 0, 0
     for cell in grid.all_cells():
         if grid.done(cell):
@@ -59,7 +56,9 @@ def estimate(grid: Grid) -> Estimate:
         steps += pretraining if cell.kind == PRETRAINING else grid.protocol.steps
         steps += pretraining if cell.arm.name == TOTAL else 0
     dataset_json = read_json(grid.preprocessed / "dataset.json")
-    seconds = seconds_per_step(plans, grid.protocol.configuration, dataset_json, common, torch.device(grid.device))
+    seconds = seconds_per_step(
+        grid.plans, grid.protocol.configuration, dataset_json, grid.common, torch.device(grid.device)
+    )
     return Estimate(runs, steps, seconds)
 
 

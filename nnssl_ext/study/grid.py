@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from nnssl_ext.errors import UserError
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import METHODS, SCHEMAS
 from nnssl_ext.recipe import read_json, write_json
-from nnssl_ext.settings import PLANS_KEY
+from nnssl_ext.settings import PLANS_KEY, CommonSettings, split_sections
+from nnssl_ext.study.arms import Arm
 from nnssl_ext.study.protocol import SCRATCH, TOTAL, Cases, Protocol
 
 FINETUNER = "nnsslTrainer_Finetune"
@@ -32,30 +32,10 @@ FINETUNE = {
     "precision": "auto",
     "mirroring": False,
 }
+#: The fine-tuner's ways of sparing pretrained weights, switched off.
+SPARE_NOTHING = {"head_only_steps": 0, "freeze_encoder_steps": 0, "encoder_rate": 1.0}
 #: Kinds of runs in the order in which they are wanted.
 PRETRAINING, DEVELOPMENT, GRID = "pretraining", "development", "grid"
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One side of the comparison.
-
-    Attributes:
-        name: As on the command line.
-        method: Its pretraining method, '' for none.
-        init: A file of pretrained weights from elsewhere, '' for none.
-    """
-
-    name: str
-    method: str = ""
-    init: str = ""
-
-    @property
-    def title(self) -> str:
-        """The exact name of an arm for the report."""
-        if self.name == SCRATCH:
-            return "scratch, equal fine-tuning steps"
-        return "scratch, equal total steps" if self.name == TOTAL else self.name
 
 
 @dataclass(frozen=True)
@@ -116,8 +96,14 @@ class Grid:
         base = f"{self.protocol.plans}_study"
         if cell.kind == PRETRAINING:
             return base
-        total = "_total" if cell.arm.name == TOTAL else ""
+        total = "_total" if cell.arm.name == TOTAL else "" if self.weights(cell.arm) or not self._gentle else "_scratch"
         return f"{base}{total}_rate_{cell.rate:g}"
+
+    @property
+    def _gentle(self) -> dict[str, float]:
+        """The overlays' settings that spare pretrained weights: from scratch there is nothing to spare."""
+        asked = self.plans.get(PLANS_KEY, {}).get("finetune", {})
+        return {name: value for name, value in SPARE_NOTHING.items() if name in asked}
 
     def pretrained_arms(self) -> list[Arm]:
         return [arm for arm in self.arms if arm.method]
@@ -145,15 +131,25 @@ class Grid:
     def rate(self, arm: Arm) -> float:
         """The rate with the best mean Dice on development cases at the primary step; scratch's for both baselines."""
         chosen_by = next(a for a in self.arms if a.name == SCRATCH) if arm.name == TOTAL else arm
-        runs = self.development(chosen_by)
-        if not runs:
-            return self.protocol.rates[0]
-        scores: dict[float, list[float]] = {}
-        for cell in runs:
-            frame = self.metrics(cell)
-            at_step = frame[frame["step"] == self.protocol.primary_step]
-            scores.setdefault(cell.rate, []).append(at_step.groupby("organ")["dice"].mean().mean())
-        return max(scores, key=lambda rate: sum(scores[rate]) / len(scores[rate]))
+        used = self._rate_of_done(chosen_by)
+        if used is not None:
+            return used
+        scores: dict[float, float] = {}
+        for rate, cells in self._development_by_rate(chosen_by).items():
+            if all(self.done(cell) for cell in cells):
+                frames = [self.metrics(cell) for cell in cells]
+                at_step = [frame[frame["step"] == self.protocol.primary_step] for frame in frames]
+                scores[rate] = sum(frame.groupby("organ")["dice"].mean().mean() for frame in at_step)
+        return max(scores, key=lambda rate: scores[rate]) if scores else self.protocol.rates[0]
+
+    def _development_by_rate(self, arm: Arm) -> dict[float, list[Cell]]:
+        cells = self.development(arm)
+        return {rate: [cell for cell in cells if cell.rate == rate] for rate in self.protocol.rates} if cells else {}
+
+    def _rate_of_done(self, arm: Arm) -> float | None:
+        """The rate of an arm's compared runs, if any is done: it never changes between them."""
+        notes = (self.metrics_file(cell).with_suffix(".json") for cell in self.grid(arm, 0.0))
+        return next((float(read_json(note)["rate"]) for note in notes if note.is_file()), None)
 
     def fold_folder(self, cell: Cell) -> Path:
         trainer = METHODS[cell.arm.method].trainer if cell.kind == PRETRAINING else self.finetuner
@@ -196,9 +192,14 @@ class Grid:
         yield from (cell for cell in cells if not self.done(cell))
 
     def rate_is_known(self, arm: Arm) -> bool:
-        if arm.name == TOTAL:
-            return self.total_steps() > 0 and self.rate_is_known(self.arms[0])
-        return all(self.done(cell) for cell in self.development(arm))
+        """Whether every development run is done, but for those of a rate of which one failed; one rate must be left."""
+        arm = self.arms[0] if arm.name == TOTAL else arm
+        by_rate = self._development_by_rate(arm)
+        if not by_rate or self._rate_of_done(arm) is not None:
+            return True
+        complete = [all(self.done(cell) for cell in cells) for cells in by_rate.values()]
+        failed = [any(cell in self.failed for cell in cells) for cells in by_rate.values()]
+        return any(complete) and all(a or b for a, b in zip(complete, failed, strict=True))
 
     def all_cells(self) -> list[Cell]:
         """Every run, done or not; grid cells of arms whose rate is still unknown with the first rate."""
@@ -208,15 +209,22 @@ class Grid:
             cells += self.grid(arm, self.rate(arm) if self.rate_is_known(arm) else self.protocol.rates[0])
         return cells
 
-    def pretraining_steps(self, arm: Arm) -> int:
-        """Steps of an arm's pretraining; 0 if unknown or not finished."""
-        summary = self.fold_folder(self.pretraining(arm)) / "pretraining_summary.json" if arm.method else Path()
-        return int(read_json(summary)["steps"]) if summary.is_file() else 0
+    @cached_property
+    def plans(self) -> dict:
+        """The study's plans, as ``Study.prepare`` wrote them."""
+        return read_json(self.preprocessed / f"{self.protocol.plans}_study.json")
+
+    @cached_property
+    def common(self) -> CommonSettings:
+        """Their settings for every pretraining."""
+        return split_sections(self.plans.get(PLANS_KEY, {}), SCHEMAS, "the study's plans")[0]
+
+    def pretraining_steps(self) -> int:
+        return self.common.epochs * self.common.iterations_per_epoch
 
     def total_steps(self) -> int:
-        """Fine-tuning steps and the longest pretraining's; 0 until all pretrainings are finished."""
-        steps = [self.pretraining_steps(arm) for arm in self.pretrained_arms()]
-        return self.protocol.steps + max(steps) if steps and all(steps) else 0
+        """Fine-tuning steps and a pretraining's."""
+        return self.protocol.steps + self.pretraining_steps()
 
     def last_step(self, cell: Cell) -> int:
         """The step at which a fine-tuning ends."""
@@ -227,12 +235,13 @@ class Grid:
         name, p = self.plans_name(cell), self.protocol
         if cell.kind == PRETRAINING:
             return
-        plans = read_json(self.preprocessed / f"{p.plans}_study.json")
-        section, last = plans.get(PLANS_KEY, {}), self.last_step(cell)
+        section, last = self.plans.get(PLANS_KEY, {}), self.last_step(cell)
         snapshots = [last] if cell.arm.name == TOTAL else p.snapshots
         own = {"steps": last, "snapshots": snapshots, "learning_rate": cell.rate, "seed": p.seed}
+        if not self.weights(cell.arm):
+            own |= self._gentle
         section = {**section, "finetune": {**FINETUNE, **section.get("finetune", {}), **own}}
-        write_json({**plans, "plans_name": name, PLANS_KEY: section}, self.preprocessed / f"{name}.json")
+        write_json({**self.plans, "plans_name": name, PLANS_KEY: section}, self.preprocessed / f"{name}.json")
 
     def command(self, cell: Cell) -> list[str]:
         """The run's command; it goes on where an interrupted one stopped."""
@@ -254,31 +263,3 @@ class Grid:
             words += ["-pretrained_weights", str(weights)]
         line = f"nnUNet_results={self.folder / 'results' / cell.arm.name} {shlex.join(words)}"
         return line.replace(str(self.folder), "$STUDY")
-
-
-def arms_of(methods: list[str], inits: list[str], total_baseline: int) -> list[Arm]:
-    """The arms that the command line names; scratch is always the first.
-
-    Raises:
-        UserError: For an unknown method or a file that does not exist.
-    """
-    known = {method.trainer.removeprefix("nnsslTrainer_"): name for name, method in METHODS.items()}
-    arms = [Arm(SCRATCH)]
-    for name in methods:
-        if name == SCRATCH:
-            continue
-        if name not in known:
-            raise UserError(f"--methods: unknown method '{name}'; known: scratch, {', '.join(known)}")
-        arms.append(Arm(name, method=known[name]))
-    for word in inits:
-        name, _, file = word.partition("=")
-        if not file or not Path(file).is_file():
-            raise UserError(f"--init {word}: expected NAME=FILE with a file that exists")
-        if not name.replace("_", "").replace("-", "").isalnum() or name in (SCRATCH, TOTAL):
-            raise UserError(f"--init {word}: the name may have letters, digits, - and _, and is not {SCRATCH}")
-        arms.append(Arm(name, init=str(Path(file).resolve())))
-    if len({arm.name for arm in arms}) != len(arms):
-        raise UserError("two arms have the same name; give each --methods and --init once")
-    if total_baseline and any(arm.method for arm in arms):
-        arms.append(Arm(TOTAL))
-    return arms

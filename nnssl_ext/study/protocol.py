@@ -131,14 +131,15 @@ def _covering_order(cases: Sequence[str], classes: Mapping[str, set], least: int
     )
 
 
-def keep_protocol(protocol: Protocol, path: Path) -> None:
-    """Write the protocol, or check that it is the one that was written.
+def keep_protocol(protocol: Protocol, path: Path, keep: bool = True) -> None:
+    """Write the protocol (with ``keep``), or check that it is the one that was written.
 
     Raises:
         UserError: If the folder holds another study.
     """
     if not path.is_file():
-        write_json(asdict(protocol), path)
+        if keep:
+            write_json(asdict(protocol), path)
         return
     stored = load_protocol(path)
     for entry in fields(Protocol):

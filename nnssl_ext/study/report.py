@@ -13,13 +13,14 @@ import SimpleITK
 
 from nnssl_ext.environment import cores
 from nnssl_ext.files import replaced_on_success
+from nnssl_ext.provenance import revision, versions
 from nnssl_ext.recipe import read_json
 from nnssl_ext.study import pictures
 from nnssl_ext.study.analysis import Analysis, Comparison, count, interval, load_results
-from nnssl_ext.study.grid import GRID, PRETRAINING, Arm, Grid
+from nnssl_ext.study.arms import Arm
+from nnssl_ext.study.grid import GRID, PRETRAINING, Grid
 from nnssl_ext.study.page import Page, Section, Table, render, render_markdown
 from nnssl_ext.study.protocol import SCRATCH, TOTAL
-from nnssl_ext.training.state import revision, versions
 
 
 def write_report(grid: Grid) -> Path:
@@ -84,7 +85,7 @@ def _sections_of_numbers(grid: Grid, dice: Analysis, nsd: Analysis) -> list[Sect
     ]
     rows += [comparison_row(c) for arm in arms if (c := dice.primary(arm.name, TOTAL))]
     head = ["arm", "against", "labels", "steps", "arm's Dice", "other's", "difference (points) [95 %]", "p", "p, Holm"]
-    head.append("p over cases*")
+    head.append("p over cases")
     saved = []
     for arm in arms:
         saved += [
@@ -103,7 +104,7 @@ def _sections_of_numbers(grid: Grid, dice: Analysis, nsd: Analysis) -> list[Sect
     return [
         Section(
             "Dice, with and without pretraining",
-            ["* Wilcoxon over held-out cases, given these networks: it says nothing about other runs."],
+            ["p over cases: Wilcoxon over held-out cases, given these networks: it says nothing about other runs."],
             Table(head, rows),
             [
                 pictures.with_intervals(
@@ -143,9 +144,7 @@ def comparison_row(c: Comparison) -> list[str]:
         f"{c.arm_mean:.3f}",
         f"{c.against_mean:.3f}",
         f"{100 * c.effect.mean:+.1f} {interval(c.effect)}, n = {c.effect.pairs}",
-        f"{c.effect.p:.3f}",
-        f"{c.adjusted:.3f}",
-        f"{c.cases:.3f}",
+        *("< 0.001" if p < 0.0005 else f"{p:.3f}" for p in (c.effect.p, c.adjusted, c.cases)),
     ]
 
 
@@ -153,6 +152,8 @@ def _per_class(grid: Grid, dice: Analysis) -> Table:
     p, frame = grid.protocol, dice.results
     names = [arm.name for arm in grid.arms if arm.name != TOTAL]
     frame = frame[(frame.labels == p.primary_labels) & (frame.step == p.primary_step)]
+    shared = set.intersection(*(set(runs) for _, runs in frame.groupby("arm")["subset"])) if len(frame) else set()
+    frame = frame[frame.subset.isin(shared)]
     means = frame.groupby(["organ", "arm"], sort=False)["dice"].mean() if len(frame) else pd.Series(dtype=float)
     rows = [
         [str(organ), *(f"{means[organ, name]:.3f}" if (organ, name) in means.index else "" for name in names)]
@@ -172,14 +173,17 @@ def _slices(grid: Grid, dice: Analysis) -> list[Section]:
     frame = dice.results
     frame = frame[(frame.labels == p.primary_labels) & (frame.step == p.primary_step) & (frame.subset == 0)]
     order = frame[frame.arm == shown[1].name].groupby("case")["dice"].mean().sort_values(ascending=False)
-    overlays = []
+    overlays, seen = [], 0
     for title, place in {"best": 0, "median": len(order) // 2, "worst": len(order) - 1}.items():
         case = str(order.index[place])
         outlines = {"truth": _read(grid.preprocessed / "gt_segmentations" / case)}
         outlines |= {arm.name: _read(_prediction(grid, arm, case)) for arm in shown}
-        image = _image(grid, case, outlines["truth"])
+        image = _image(grid, case)
+        seen += image is not None
+        image = np.zeros(outlines["truth"].shape, np.float32) if image is None else image
         overlays.append(pictures.Overlay(f"{title}: {case.split('.')[0]} ({order.iloc[place]:.2f})", image, outlines))
     text = f"By {shown[1].name}'s Dice, first label subset, {count(p.primary_labels, 'label')}, {p.primary_step} steps."
+    text += "" if seen else " The images are not drawn: they were not found in nnUNet_raw."
     return [Section("Held-out cases", [text], images=[pictures.slices(overlays)])]
 
 
@@ -190,12 +194,12 @@ def _prediction(grid: Grid, arm: Arm, case: str) -> Path:
     return grid.fold_folder(cell) / step / case
 
 
-def _image(grid: Grid, case: str, like: np.ndarray) -> np.ndarray:
-    """The raw image behind a held-out case, or an empty one where nnUNet_raw is not at hand."""
+def _image(grid: Grid, case: str) -> np.ndarray | None:
+    """The raw image behind a held-out case, where nnUNet_raw is at hand."""
     ending = read_json(grid.preprocessed / "dataset.json")["file_ending"]
     name = case.removesuffix(ending)
     raw = Path(os.environ.get("nnUNet_raw", "")) / grid.protocol.dataset / "imagesTr" / f"{name}_0000{ending}"
-    return _read(raw) if raw.is_file() else np.zeros(like.shape, np.float32)
+    return _read(raw) if raw.is_file() else None
 
 
 def _read(path: Path) -> np.ndarray:
@@ -214,19 +218,28 @@ def _protocol(grid: Grid) -> Section:
 
 
 def _cost(grid: Grid) -> Section:
-    rows = []
+    rows, made_by = [], dict[str, None]()
     for arm in grid.arms:
         cells = [cell for cell in grid.all_cells() if cell.arm == arm and cell.kind != PRETRAINING and grid.done(cell)]
-        seconds = sum(read_json(grid.metrics_file(cell).with_suffix(".json"))["seconds"] for cell in cells)
+        notes = [read_json(grid.metrics_file(cell).with_suffix(".json")) for cell in cells]
+        seconds = sum(note["seconds"] for note in notes)
+        made_by |= dict.fromkeys(_software(note.get("versions", {}), note.get("revision", "")) for note in notes)
         summary = grid.fold_folder(grid.pretraining(arm)) / "pretraining_summary.json" if arm.method else None
         before = read_json(summary) if summary and summary.is_file() else {"steps": 0, "hours": 0.0}
         rows.append(
             [arm.title, str(before["steps"]), f"{before['hours']:.2f}", str(len(cells)), f"{seconds / 3600:.2f}"]
         )
-    made = ", ".join(f"{name} {number}" for name, number in versions().items())
-    text = f"{platform.system()} {platform.machine()}, {cores()} CPU cores, {grid.device}; {made}; {revision()}"
+    text = [f"{platform.system()} {platform.machine()}, {cores()} CPU cores, {grid.device}"]
+    text += [f"Fine-tunings by {software}" for software in made_by]
+    text += [f"This report by {_software(versions(), revision())}"]
     head = ["arm", "pretraining steps", "pretraining hours", "fine-tunings", "their hours"]
-    return Section("Cost", [text.rstrip("; ")], Table(head, rows))
+    return Section("Cost", text, Table(head, rows))
+
+
+def _software(numbers: dict[str, str], commit: str) -> str:
+    if not numbers:
+        return "versions that were not noted"
+    return ", ".join([*(f"{name} {number}" for name, number in numbers.items()), *filter(None, [commit])])
 
 
 def _commands(grid: Grid) -> Section:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from nnssl_ext.environment import cores
 from nnssl_ext.files import replaced_on_success
+from nnssl_ext.provenance import revision, versions
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.resources import resource_folder
 from nnssl_ext.study.grid import PRETRAINING, Cell, Grid
@@ -26,6 +27,8 @@ from nnssl_ext.study.metrics import fold_metrics
 
 #: How long a stopped command may take to end.
 GRACE_SECONDS = 20
+#: How often the time that a run has taken is noted, so that it is known of runs that were interrupted, too.
+NOTE_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ def run_grid(grid: Grid, places: Sequence[Slot]) -> None:
     """Do every run that is not done; failed ones are noted in ``grid.failed`` and tried again by the next call."""
     total = grid.all_cells()
     finished = sum(grid.done(cell) for cell in total)
+    for cell in total:
+        if cell.kind != PRETRAINING and grid.done(cell):
+            drop_checkpoints(grid, cell)  # of a run that was killed just before it would have
     bar = tqdm(total=len(total), initial=finished, desc="Runs", unit="run", disable=not sys.stderr.isatty())
     pool = _Pool(grid, bar)
     threads = [threading.Thread(target=pool.work, args=(place,), daemon=True) for place in places]
@@ -81,6 +87,7 @@ class _Pool:
         self.changed = threading.Condition()
         self.running: set[Cell] = set()
         self.processes: set[subprocess.Popen] = set()
+        self.begin, self.ended = time.monotonic(), 0
         self.stopped = False
         self.error: BaseException | None = None
 
@@ -121,10 +128,10 @@ class _Pool:
         return None
 
     def _run(self, cell: Cell, slot: Slot) -> None:
-        begin = time.monotonic()
+        clock = _Clock(self.grid.log_file(cell).with_suffix(".seconds"))
         self.bar.set_postfix_str(f"{cell.arm.name} {cell.name}")
         if not validated(self.grid, cell):
-            status = self._command(cell, slot)
+            status = self._command(cell, slot, clock)
             if self.stopped:
                 return
             if status or not validated(self.grid, cell):
@@ -132,11 +139,19 @@ class _Pool:
                 self.bar.write(f"failed: {cell.arm.name} {cell.name}, see {self.grid.log_file(cell)}", sys.stderr)
                 return
         if cell.kind != PRETRAINING:
-            keep_metrics(self.grid, cell, time.monotonic() - begin)
-        print(f"{cell.arm.name} {cell.name}: {time.monotonic() - begin:.0f} s", flush=True)
+            keep_metrics(self.grid, cell, clock.note())
         self.bar.update()
+        self.ended += 1
+        print(f"{cell.arm.name} {cell.name}: {clock.note():.0f} s; {self._progress()}", flush=True)
 
-    def _command(self, cell: Cell, slot: Slot) -> int:
+    def _progress(self) -> str:
+        """Runs that are done, and about how long the others take if they are like those of this call."""
+        cells = self.grid.all_cells()
+        left = sum(not self.grid.done(cell) for cell in cells)
+        hours = (time.monotonic() - self.begin) / 3600 * left / max(1, self.ended)
+        return f"{len(cells) - left} of {len(cells)} runs done, about {hours:.1f} h left"
+
+    def _command(self, cell: Cell, slot: Slot, clock: _Clock) -> int:
         grid, log = self.grid, self.grid.log_file(cell)
         log.parent.mkdir(parents=True, exist_ok=True)
         grid.write_plans(cell)
@@ -153,10 +168,35 @@ class _Pool:
                 preexec_fn=_die_with_parent() if sys.platform == "linux" else None,
             )
             self.processes.add(process)
-        status = process.wait()
+        while True:
+            try:
+                status = process.wait(NOTE_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                clock.note()
         with self.changed:
             self.processes.discard(process)
         return status
+
+
+class _Clock:
+    """The seconds that a run has taken, those before it was interrupted included.
+
+    Args:
+        file: Where they are noted.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.begin = file, time.monotonic()
+        text = file.read_text() if file.is_file() else ""
+        self.before = float(text) if text else 0.0
+
+    def note(self) -> float:
+        seconds = self.before + time.monotonic() - self.begin
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_on_success(self.file) as temporary:
+            temporary.write_text(f"{seconds:.1f}")
+        return seconds
 
 
 def environment(grid: Grid, cell: Cell, slot: Slot) -> dict[str, str]:
@@ -195,11 +235,17 @@ def keep_metrics(grid: Grid, cell: Cell, seconds: float) -> None:
         frame.insert(0, "step", step)
         frames.append(frame)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json({"seconds": seconds, "rate": cell.rate}, file.with_suffix(".json"))
+    made = {"versions": versions(), "revision": revision()}
+    write_json({"seconds": seconds, "rate": cell.rate, **made}, file.with_suffix(".json"))
     with replaced_on_success(file) as temporary:
         pd.concat(frames).to_csv(temporary, index=False)
+    drop_checkpoints(grid, cell)
+
+
+def drop_checkpoints(grid: Grid, cell: Cell) -> None:
+    """Those of a measured run, which nobody will ask for, unless they are to be kept."""
     if not grid.keep_checkpoints:
-        for checkpoint in fold.glob("checkpoint_*.pth"):
+        for checkpoint in grid.fold_folder(cell).glob("checkpoint_*.pth"):
             checkpoint.unlink()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.files import lock_file
 from nnssl_ext.methods import METHODS, SCHEMAS
 from nnssl_ext.recipe import assignments_recipe, derive_plans, load_recipe, read_json, write_json
-from nnssl_ext.settings import split_sections
-from nnssl_ext.study.grid import FINETUNER, Arm, Grid
+from nnssl_ext.settings import PLANS_KEY, split_sections
+from nnssl_ext.study.arms import Arm
+from nnssl_ext.study.grid import FINETUNER, Grid
 from nnssl_ext.study.protocol import Protocol, draw_cases, keep_protocol
 from nnssl_ext.training.finetune_parts import finetune_settings
 from nnssl_ext.training.preflight import check_plans
@@ -49,8 +51,8 @@ class Study:
     def __post_init__(self) -> None:
         self.source = dataset_folder(self.protocol.dataset)
 
-    def prepare(self) -> Grid:
-        """Check everything, then write the protocol, the links, the plans and the splits.
+    def prepare(self, keep: bool = True) -> Grid:
+        """Check everything, then write the protocol (with ``keep``), the links, the plans and the splits.
 
         Raises:
             UserError: One line about the first thing that cannot work; nothing is written then.
@@ -60,7 +62,8 @@ class Study:
         cases = draw_cases(self.protocol, held_out, pool, classes_of(self._data, pool))
         grid = Grid(self.folder, self.protocol, cases, self.arms, self.device, self.keep_checkpoints, self.finetuner)
         self.folder.mkdir(parents=True, exist_ok=True)
-        keep_protocol(self.protocol, self.folder / "study.json")
+        keep_protocol(self.protocol, self.folder / "study.json", keep)
+        keep_files(self.arms, self.folder / "init.json", keep)
         grid.preprocessed.mkdir(parents=True, exist_ok=True)
         for name in (self._data.name, "gt_segmentations"):
             link = grid.preprocessed / name
@@ -90,8 +93,30 @@ class Study:
         for arm in self.arms:
             if arm.method:
                 check_plans(METHODS[arm.method], derived, p.configuration, dataset_json)
-        finetune_settings(derived)
+        own = {"steps": p.steps, "snapshots": p.snapshots}
+        section = derived.get(PLANS_KEY, {})
+        finetune_settings({**derived, PLANS_KEY: {**section, "finetune": {**section.get("finetune", {}), **own}}})
         return derived
+
+
+def keep_files(arms: Sequence[Arm], path: Path, keep: bool) -> None:
+    """Note the sha256 of the arms' files, or check that they are those that were noted.
+
+    Raises:
+        UserError: If an arm's file is another one than its runs were started from.
+    """
+    noted = read_json(path) if path.is_file() else {}
+    for arm in arms:
+        if not arm.init:
+            continue
+        digest = hashlib.sha256(Path(arm.init).read_bytes()).hexdigest()
+        if noted.setdefault(arm.name, digest) != digest:
+            raise UserError(
+                f"--init {arm.name}={arm.init} is another file than the one that {path.parent} knows by this name; "
+                f"give it another name"
+            )
+    if keep and noted:
+        write_json(noted, path)
 
 
 def data_folder(source: Path, plans: str, configuration: str) -> Path:

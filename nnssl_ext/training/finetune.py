@@ -21,7 +21,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from nnssl_ext.environment import ask_for_huge_pages, set_threads
+from nnssl_ext.environment import keep_memory, set_threads
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import OptimiserRecipe
 from nnssl_ext.training import finetune_state, finetune_steps, run_folder
@@ -33,12 +33,14 @@ from nnssl_ext.training.finetune_parts import (
     OtherWeights,
     finetune_settings,
     frozen_parts,
+    hold_statistics,
     moving_average,
     parameter_groups,
 )
 from nnssl_ext.training.interruption import Interruption
 from nnssl_ext.training.log import PlainLog
 from nnssl_ext.training.optimisation import learning_rate_at
+from nnssl_ext.training.out_of_memory import finetuning_described, told_when_out_of_memory
 from nnssl_ext.training.preflight import target_network
 from nnssl_ext.training.seeded import run_seed, seeded_loaders
 from nnssl_ext.training.writer import CheckpointWriter
@@ -74,7 +76,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         self.logger.local_logger = PlainLog()
         self.drawn = monotonic()
         set_threads(device.type)
-        ask_for_huge_pages(device.type)
+        keep_memory(device.type)
         self.device = rank_device(device)
         self.amp_dtype = amp_dtype
         self.grad_scaler = torch.amp.GradScaler("cuda") if self.amp_dtype is torch.float16 else None
@@ -136,7 +138,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
             self.averaged = moving_average(self.plain_network, self.settings.average)
 
     def run_training(self) -> None:
-        with run_folder.entered(self), self.interruption:
+        with run_folder.entered(self), self.interruption, told_when_out_of_memory(self, finetuning_described):
             self.on_train_start()
             finetune_steps.keep_first(self)
             for _ in range(self.current_epoch, self.num_epochs):
@@ -166,7 +168,9 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         self.logger.log("lrs", rate, self.current_epoch)
 
     def train_step(self, batch: dict) -> dict:
-        rate, frozen = self._rate(), frozen_parts(self.settings, self.step)
+        rate = learning_rate_at(self.schedule, self.initial_lr, self.step, self.settings.steps)
+        frozen = frozen_parts(self.settings, self.step)
+        hold_statistics(self.plain_network, self.settings, frozen)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * (self.settings.encoder_rate if group["part"] == "encoder" else 1)
         torch.manual_seed(step_seed(self.seed, self.step, rank()))
@@ -206,7 +210,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
     def validation_step(self, batch: dict) -> dict:
         if self.averaged is None:
             return super().validation_step(batch)
-        trained, self.network = self.network, self.averaged.module
+        trained, self.network = self.network, self.averaged.module.eval()
         try:
             return super().validation_step(batch)
         finally:
@@ -275,9 +279,6 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
 
     def _weights(self, weights: dict[str, torch.Tensor]) -> OtherWeights:
         return OtherWeights(self.plain_network, weights)
-
-    def _rate(self) -> float:
-        return learning_rate_at(self.schedule, self.initial_lr, self.step, self.settings.steps)
 
     def _phase(self) -> str:
         frozen = frozen_parts(self.settings, self.step)

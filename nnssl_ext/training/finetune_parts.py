@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 from nnssl_ext.errors import UserError
@@ -37,10 +38,14 @@ def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The parameters of a segmentation network: its encoder's, its heads', and the rest (``decoder``)."""
     groups: dict[str, list[nn.Parameter]] = {"encoder": [], "decoder": [], "heads": []}
     for name, parameter in network.named_parameters():
-        name = f".{name.removeprefix('module.').removeprefix('_orig_mod.')}"
-        part = "heads" if HEADS in name else "encoder" if name.startswith(".encoder.") else "decoder"
-        groups[part].append(parameter)
+        groups[part_of(name)].append(parameter)
     return groups
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to by its name: ``encoder``, ``decoder`` or ``heads``."""
+    name = f".{name.removeprefix('module.').removeprefix('_orig_mod.')}"
+    return "heads" if HEADS in name else "encoder" if name.startswith(".encoder.") else "decoder"
 
 
 def frozen_parts(settings: FinetuneSettings, step: int) -> tuple[str, ...]:
@@ -48,6 +53,15 @@ def frozen_parts(settings: FinetuneSettings, step: int) -> tuple[str, ...]:
     if step < settings.head_only_steps:
         return ("encoder", "decoder")
     return ("encoder",) if step < settings.freeze_encoder_steps else ()
+
+
+def hold_statistics(network: nn.Module, settings: FinetuneSettings, frozen: tuple[str, ...]) -> None:
+    """Batch norm of parts that are left as they are keeps its running statistics, and uses them."""
+    if not (settings.head_only_steps or settings.freeze_encoder_steps):
+        return
+    for name, module in network.named_modules():
+        if isinstance(module, _BatchNorm):
+            module.train(part_of(name + ".weight") not in frozen)
 
 
 def moving_average(network: nn.Module, decay: float) -> AveragedModel:

@@ -11,6 +11,16 @@ from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnssl_ext.checkpoint import plain
 from nnssl_ext.methods import Readable
 
+#: What tells of a collapse, in every method that measures it; it has a panel of its own.
+HEALTH = (
+    "feature_deviation",
+    "effective_rank",
+    "off_diagonal_cosine",
+    "image_entropy",
+    "cell_entropy",
+    "image_information",
+    "cell_information",
+)
 #: Weight of the newest epoch in the moving average that chooses checkpoint_best.
 NEWEST = 0.3
 
@@ -49,13 +59,20 @@ class PretrainingLog(LocalLogger):
             average = (1 - NEWEST) * average + NEWEST * value
         return average
 
+    def told_health(self) -> str:
+        """Chance and health of the newest epoch in a line, as far as they are measured."""
+        log = self.my_fantastic_logging
+        found = {name: log[f"val_{name}"][-1] for name in ("chance", *HEALTH) if log.get(f"val_{name}")}
+        return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in found.items())
+
     def plot_progress_png(self, output_folder: str) -> None:
-        """Draw progress.png: the objective, its terms, the readable number, the learning rate, epoch times."""
+        """Draw progress.png: the objective, its terms, the readable number and chance, health, rate, epoch times."""
         log = self.my_fantastic_logging
         terms = sorted(k.removeprefix("val_") for k in log if k.startswith("val_") and k != "val_losses")
-        terms = [term for term in terms if term != self.readable.key]
-        figure, axes = plt.subplots(2, 2, figsize=(13, 9), constrained_layout=True)
-        objective, parts, readable, rate = axes.flat
+        terms = [term for term in terms if term not in (self.readable.key, "chance", "samples", *HEALTH)]
+        figure, axes = plt.subplots(2, 3, figsize=(19, 9), constrained_layout=True)
+        objective, parts, readable, health, rate, unused = axes.flat
+        unused.remove()
         objective.plot(log["train_losses"], color="tab:blue", label="training")
         objective.plot(log["val_losses"], color="tab:red", label="validation")
         objective.set(title="Objective", ylabel="loss")
@@ -65,7 +82,15 @@ class PretrainingLog(LocalLogger):
             parts.plot(log[f"val_{term}"], color=colour, label=f"{term}, validation")
         parts.set(title="Its terms")
         readable.plot(log.get(f"val_{self.readable.key}", []), color="tab:green", label="validation")
+        readable.plot(log.get("val_chance", []), color="tab:gray", linestyle="--", label="chance")
         readable.set(title=self.readable.title)
+        for name in HEALTH:
+            if f"val_{name}" in log:
+                values = log[f"val_{name}"]
+                largest = max(map(abs, values), default=0.0)
+                shown = [value / largest for value in values] if largest else values
+                health.plot(shown, label=f"{name.replace('_', ' ')} / {largest:.3g}")
+        health.set(title="Health, each as a share of its largest")
         rate.plot(log["lrs"], color="tab:purple", label="learning rate")
         rate.set(title="Learning rate and epoch time", ylabel="learning rate")
         starts, ends = log["epoch_start_timestamps"], log["epoch_end_timestamps"]
@@ -74,7 +99,7 @@ class PretrainingLog(LocalLogger):
         seconds.plot(times, color="tab:gray", linestyle="--", label="seconds an epoch")
         seconds.set_ylabel("s")
         seconds.set_ylim(bottom=0)
-        for axis in axes.flat:
+        for axis in (objective, parts, readable, health, rate):
             axis.set_xlabel("epoch")
             axis.grid(alpha=0.3)
             lines, labels = axis.get_legend_handles_labels()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,7 @@ from nnssl_ext.training.distributed import world
 from nnssl_ext.training.memory import GIB, planned_memory
 
 if TYPE_CHECKING:
+    from nnssl_ext.training.finetune import nnsslTrainer_Finetune
     from nnssl_ext.training.trainer import PretrainingTrainer
 
 #: How torch's allocators on CPUs say it; they raise plain RuntimeErrors.
@@ -22,8 +23,12 @@ ON_CPU = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: no
 
 
 @contextmanager
-def told_when_out_of_memory(trainer: PretrainingTrainer) -> Iterator[None]:
+def told_when_out_of_memory(trainer: Any, described: Callable[[Any], str] | None = None) -> Iterator[None]:
     """Around a training: memory that does not suffice ends it with one line; checkpoints stay as they are.
+
+    Args:
+        trainer: The training.
+        described: What was too much and what to change; for a pretraining, if not given.
 
     Raises:
         UserError: With the batch, the crop, what was estimated, what the device has, and what to change.
@@ -38,7 +43,7 @@ def told_when_out_of_memory(trainer: PretrainingTrainer) -> Iterator[None]:
         traceback.clear_frames(error.__traceback__)
         if trainer.optimizer is not None:
             trainer.optimizer.zero_grad(set_to_none=True)
-        raise UserError(f"out of memory ({where}): {_described(trainer)}") from error
+        raise UserError(f"out of memory ({where}): {(described or _described)(trainer)}") from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -60,6 +65,18 @@ def _described(trainer: PretrainingTrainer) -> str:
         change.append("nnssl_ext.activation_checkpointing=true")
     return (
         f"{needs}. Use {', '.join(change[:-1])} or {change[-1]} (nnssl_ext plan); checkpoints written before are intact"
+    )
+
+
+def finetuning_described(trainer: nnsslTrainer_Finetune) -> str:
+    """What was too much for a fine-tuning, and what to change."""
+    configuration = trainer.configuration_manager
+    crop, total = "x".join(map(str, configuration.patch_size)), device_memory(trainer.device)
+    device = f"{_device_name(trainer.device)} ({total / GIB:.1f} GiB)"
+    return (
+        f"a batch of {trainer.batch_size} crops of {crop} does not fit {device}. Use a smaller "
+        f"configuration.batch_size (now {configuration.batch_size}) or configuration.patch_size "
+        f"(nnssl_ext plan); checkpoints written before are intact"
     )
 
 

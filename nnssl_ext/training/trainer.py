@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nnssl_ext.data.crops import CropBatch
-from nnssl_ext.environment import ask_for_huge_pages, set_threads
+from nnssl_ext.environment import keep_memory, set_threads
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
 from nnssl_ext.networks.target import target_network
@@ -71,7 +71,7 @@ class PretrainingTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.drawn = monotonic()
         set_threads(device.type)
-        ask_for_huge_pages(device.type)
+        keep_memory(device.type)
         self.device, self.amp_dtype = rank_device(device), amp_dtype
         # bfloat16 has the range of float32: only float16 needs its gradients scaled
         self.grad_scaler = torch.amp.GradScaler("cuda") if self.amp_dtype is torch.float16 else None
@@ -253,6 +253,7 @@ class PretrainingTrainer(nnUNetTrainer):
         self.print_to_log_file("train_loss", np.round(log("train_losses", -1), 4))
         self.print_to_log_file("val_loss", np.round(log("val_losses", -1), 4))
         self.print_to_log_file(readable.title, np.round(log(f"val_{readable.key}", -1), 4))
+        self.print_to_log_file(self.logger.local_logger.told_health())
         seconds = log("epoch_end_timestamps", -1) - log("epoch_start_timestamps", -1)
         self.print_to_log_file(f"Epoch time: {seconds:.2f} s")
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl_ext.views.intensity import changed
+from nnssl_ext.views.random import sent
 from nnssl_ext.views.separable import Bands, along_axes, bands
 
 #: A Gaussian is cut off after this many standard deviations.
@@ -82,7 +83,7 @@ def shift_histogram(batch: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
     for sample, channel in torch.nonzero(chosen).tolist():
         volume = batch[sample, channel]
         low, width = volume.min(), (volume.max() - volume.min()).clamp_min(1e-6)
-        curve = values[sample, channel].sort().values.to(batch.device)
+        curve = sent(values[sample, channel].sort().values, batch.device)
         curve[0], curve[-1] = 0.0, 1.0
         place = ((volume - low) / width).clamp(0, 1) * (points - 1)
         below = place.floor().clamp_max(points - 2)

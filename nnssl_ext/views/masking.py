@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_ext.views.random import BatchRandom
+from nnssl_ext.views.random import BatchRandom, sent
 
 
 def draw_block_mask(random: BatchRandom, size: Sequence[int], block: Sequence[int], ratio: float) -> Tensor:
-    """Hide a share of the blocks of each sample: (B, D, H, W) bool on the CPU, True = hidden.
+    """Hide a share of the blocks of each sample: (B, D, H, W) bool on the device, True = hidden.
 
     The number of hidden blocks is the nearest to ``ratio`` that leaves at least one hidden and one visible.
     """
@@ -25,7 +25,7 @@ def draw_block_mask(random: BatchRandom, size: Sequence[int], block: Sequence[in
     hidden = min(max(1, round(ratio * total)), max(1, total - 1))
     order = random.uniform(0, 1, (total,)).argsort(1)
     mask = torch.zeros(len(random), total, dtype=torch.bool).scatter_(1, order[:, :hidden], True)
-    return expand_blocks(mask.view(-1, *cells), size, block)
+    return expand_blocks(sent(mask.view(-1, *cells), random.device), size, block)
 
 
 def expand_blocks(values: Tensor, size: Sequence[int], block: Sequence[int]) -> Tensor:

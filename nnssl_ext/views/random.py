@@ -27,6 +27,14 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     return int(np.random.default_rng((seed, 1 << 16, step, *([rank] if rank else []))).integers(1 << 62))
 
 
+def sent(draws: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Draws that were made on the CPU, on the device; the host does not wait for it."""
+    draws = draws if dtype is None else draws.to(dtype)
+    if device.type == "cuda" and not draws.is_cuda:
+        draws = draws.pin_memory()
+    return draws.to(device, non_blocking=True)
+
+
 class BatchRandom:
     """Draws for a batch, each sample from its own stream.
 
@@ -52,9 +60,11 @@ class BatchRandom:
         return self._generators[sample]
 
     def uniform(self, low: float, high: float, shape: tuple[int, ...] = ()) -> Tensor:
-        """(B, *shape) float32 on the CPU."""
+        """(B, *shape) float32 in [low, high) on the CPU."""
         draws = np.asarray([g.random(shape) for g in self._generators])
-        return torch.from_numpy((low + (high - low) * draws).astype(np.float32))
+        values = (low + (high - low) * draws).astype(np.float32)
+        # what is just below the end in float64 is the end in float32
+        return torch.from_numpy(np.minimum(values, np.nextafter(np.float32(high), np.float32(low))))
 
     def integers(self, low: int, high: int, shape: tuple[int, ...] = ()) -> Tensor:
         """(B, *shape) int64 in [low, high], both ends included, on the CPU."""

@@ -90,7 +90,7 @@ class RowLayout:
             places[along] = [(last - row if direction % 2 else row) * pitch]
             found += list(product(*places))
         room = torch.tensor([w - n for w, n in zip(self.window, length, strict=True)])
-        return torch.tensor(found) + (place * (room + 1)).long()
+        return torch.tensor(found) + (place * (room + 1)).long().minimum(room)
 
 
 def solve_rows(

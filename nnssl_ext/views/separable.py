@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnssl_ext.views.random import sent
 from nnssl_ext.views.slabs import VOXELS
 
 #: On the CPU: planes, at least, that go through the products at a time while they are in the core's cache; and rows of
@@ -47,11 +48,6 @@ def bands(matrix: Tensor) -> Bands:
     touched = values != 0
     first, last = touched.argmax(1), length - touched[:, ::-1].argmax(1)
     last[~touched.any(1)] = 1  # a row of zeros touches its first column
-    parts = []
-    for begin in range(0, rows, TILE):
-        place = slice(begin, min(begin + TILE, rows))
-        columns = slice(int(first[place].min()), int(last[place].max()))
-        parts.append((place, columns, matrix[place, columns].contiguous()))
     # only rows of a square matrix stay where they are, so that windows are as far apart as their rows
     tile = max(n for n in range(1, min(TILE, rows) + 1) if rows % n == 0) if rows == length else rows
     tile = tile if 4 * tile > TILE else rows
@@ -61,7 +57,7 @@ def bands(matrix: Tensor) -> Bands:
     wide = np.zeros((rows, length + margin + width), values.dtype)
     wide[:, margin : margin + length] = values
     stack = [wide[n * tile : (n + 1) * tile, begin : begin + width] for n, begin in enumerate(starts)]
-    return Bands((rows, length), parts, torch.from_numpy(np.stack(stack)), margin)
+    return Bands((rows, length), _parts(matrix, TILE), torch.from_numpy(np.stack(stack)), margin)
 
 
 def along_axes(volume: Tensor, matrices: Sequence[Tensor | Bands | None], out: Tensor | None = None) -> Tensor:
@@ -82,7 +78,7 @@ def along_axes(volume: Tensor, matrices: Sequence[Tensor | Bands | None], out: T
     for axis, matrix in enumerate(matrices):
         if matrix is not None:
             assert isinstance(matrix, Tensor)
-            volume = torch.tensordot(matrix.to(volume.device), volume, ([1], [axis])).movedim(0, axis)
+            volume = torch.tensordot(sent(matrix, volume.device), volume, ([1], [axis])).movedim(0, axis)
     return volume if out is None else out.copy_(volume)
 
 
@@ -109,7 +105,15 @@ class _Planes:
             edges = [*range(0, length, self.together), length]
             parts = [(slice(a, b), slice(a, b), None) for a, b in pairwise(edges)]
         else:
-            parts = _by_rows(depth, self.together)
+            parts = [
+                (
+                    slice(rows.start + inner.start, rows.start + inner.stop),
+                    slice(columns.start + touched.start, columns.start + touched.stop),
+                    piece,
+                )
+                for rows, columns, values in depth.parts
+                for inner, touched, piece in _parts(values, self.together)
+            ]
         # planes that a step and those after it read, and, as ``out`` may be ``volume``, those that it writes
         unread = list(accumulate((columns.start for _, columns, _ in reversed(parts)), min))[::-1]
         needed = [min(length, max(rows.stop, columns.stop)) for rows, columns, _ in parts]
@@ -160,14 +164,12 @@ class _Planes:
             torch.mm(flat[:, columns], values.T, out=flat_out[:, rows])
 
 
-def _by_rows(matrix: Bands, most: int) -> list[tuple[slice, slice, Tensor | None]]:
-    """The parts of a matrix in pieces of ``most`` rows at most."""
-    result: list[tuple[slice, slice, Tensor | None]] = []
-    for rows, columns, values in matrix.parts:
-        for begin in range(0, len(values), most):
-            piece = values[begin : begin + most]
-            touched = torch.nonzero(piece.any(0)).flatten().tolist() or [0]
-            low, high = touched[0], touched[-1] + 1
-            place = slice(rows.start + begin, rows.start + begin + len(piece))
-            result.append((place, slice(columns.start + low, columns.start + high), piece[:, low:high].contiguous()))
-    return result
+def _parts(matrix: Tensor, most: int) -> list[tuple[slice, slice, Tensor]]:
+    """A matrix in pieces of ``most`` rows at most, each with the columns in which it is not all zero, at least one."""
+    parts = []
+    for begin in range(0, len(matrix), most):
+        piece = matrix[begin : begin + most]
+        touched = np.flatnonzero(piece.numpy().any(0))
+        low, high = (int(touched[0]), int(touched[-1]) + 1) if len(touched) else (0, 1)
+        parts.append((slice(begin, begin + len(piece)), slice(low, high), piece[:, low:high].contiguous()))
+    return parts

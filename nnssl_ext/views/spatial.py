@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl_ext.views.random import sent
 from nnssl_ext.views.slabs import scratch
 
 #: Above this ratio of spacings nnU-Net too turns in the plane of the thin slices alone.
@@ -229,7 +230,7 @@ def _resample(data: Tensor, box: SourceBox, size: Sequence[int], crop: Tensor) -
 
 
 def _line(values: np.ndarray, shape: Sequence[int], device: torch.device) -> Tensor:
-    return torch.from_numpy(values[::-1].copy()).to(device, torch.float32).view(*shape)
+    return sent(torch.from_numpy(values[::-1].copy()), device, torch.float32).view(*shape)
 
 
 def _rotation(angles: np.ndarray) -> np.ndarray:

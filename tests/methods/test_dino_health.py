@@ -1,8 +1,16 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
-from nnssl_ext.methods.dino_health import sign_of_collapse, told_cells
+from nnssl_ext.methods.dino import DINO
+from nnssl_ext.methods.dino_health import SEEN_CELLS, seen_cells, sign_of_collapse, told_cells
 from nnssl_ext.methods.dino_settings import DINOSettings
+from tests.methods.helpers import build, write_anatomy
+from tests.methods.test_dino import BROKEN, LEARNING, SMALL, trained, validated
 
 HEALTHY = {
     "samples": 50.0,
@@ -46,3 +54,62 @@ def test_told_cells_are_compared_at_their_place() -> None:
     mixed = torch.cat([cells[:1], cells[1:].flip(0)])
     assert told_cells(mixed, cells, hidden) == 1
     assert told_cells(cells, cells, hidden & False) == 0
+
+
+@pytest.mark.parametrize("cells", [(6, 6, 6), (8, 8, 8), (5, 4, 4), (4, 4, 4), (7, 7, 7), (2, 8, 8)])
+def test_cells_that_are_looked_at_lie_all_over_the_view(cells: tuple[int, int, int]) -> None:
+    """Every n-th of them would lie in one plane of common grids."""
+    number = math.prod(cells)
+
+    def planes(chosen: np.ndarray) -> list[int]:
+        return [len(set(place.tolist())) for place in np.unravel_index(chosen, cells)]
+
+    assert all(seen >= edge - 1 for seen, edge in zip(planes(seen_cells(number).numpy()), cells, strict=True))
+    if cells in ((6, 6, 6), (8, 8, 8)):
+        assert planes(np.arange(number)[:: number // SEEN_CELLS])[-1] == 1
+
+
+def test_no_collapse_is_told_while_the_rate_rises() -> None:
+    """A vision transformer's first features are all alike."""
+    method = build(DINO, replace(SMALL, warm_up=0.1), kind="vit")
+    alike = {"samples": 8.0, "image_information": 1.0, "cell_information": 1.0, "image_entropy": 0.5}
+    alike |= {"cell_entropy": 0.5, "effective_rank": 1.0, "off_diagonal_cosine": 1.0}
+    for progress, told in ((0.05, False), (0.2, True)):
+        method.before_step(progress)
+        assert bool(method.diagnose(alike)) == told
+
+
+def test_it_learns_and_its_health_is_told(tmp_path: Path) -> None:
+    folder = write_anatomy(tmp_path)
+    method = build(DINO, LEARNING)
+    untrained = validated(folder, method)["hidden_cells"]
+    trained(folder, method, 80, 1e-3)
+    measures = validated(folder, method)
+    health = {"image_entropy", "cell_entropy", "feature_deviation", "effective_rank", "off_diagonal_cosine"}
+    assert health | {"view_retrieval", "image_information", "cell_information"} <= set(measures)
+    assert measures["samples"] == 16
+    assert measures["hidden_cells"] > max(untrained, 5 * measures["chance"])
+    assert method.diagnose(measures) == ""
+
+
+def test_a_broken_run_shows_its_sign(tmp_path: Path) -> None:
+    folder = write_anatomy(tmp_path)
+    method = build(DINO, BROKEN)
+    trained(folder, method, 10)
+    sign = method.diagnose(validated(folder, method))
+    assert "targets are uniform" in sign
+    assert "dino.teacher_temperature" in sign
+    # every image and every cell the same, but sharply
+    method = build(DINO, LEARNING)
+    with torch.no_grad():
+        for head in (method.teacher.image_head, method.teacher.cell_head):
+            head.mlp[-1].weight.zero_()
+            head.mlp[-1].bias.copy_(head.directions[0])
+    assert "the same whatever it sees" in method.diagnose(validated(folder, method))
+    # the same features of every image
+    method = build(DINO, LEARNING)
+    with torch.no_grad():
+        method.teacher.reader.voxel[0].weight.zero_()
+    assert "features of all images are alike" in method.diagnose(validated(folder, method))
+    # one validation sample tells nothing
+    assert method.diagnose({"samples": 2.0, "image_information": 0.0, "cell_information": 0.0}) == ""

@@ -17,7 +17,7 @@ from nnssl_ext.methods.variable_dimension_transform import (
     VariableDimensionTransformSettings,
 )
 from nnssl_ext.networks.backbone import backbone_of
-from nnssl_ext.views.random import VIEWS, BatchRandom
+from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom
 from tests.conftest import Environment
 from tests.datasets import KINDS
 from tests.images import make_images
@@ -101,10 +101,11 @@ def test_it_learns_photographs_and_not_shuffled_labels(images: ImageFolder) -> N
     def accuracy(shuffled: bool) -> float:
         method = build(images, channels=1, intensity=OFF, label_smoothing=0.0)
         optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 5e-3)
-        data = ImageDataset(images, method.crops(method.settings, method.geometry), 0)
+        request = method.crops(method.settings, method.geometry)
 
-        def views(indices: list[int]) -> dict[str, torch.Tensor]:
-            found = method.views(collate([data[i] for i in indices]), BatchRandom(0, VIEWS, indices, CPU))
+        def views(indices: list[int], stream: int = 0) -> dict[str, torch.Tensor]:
+            data = ImageDataset(images, request, 0, stream)
+            found = method.views(collate([data[i] for i in indices]), BatchRandom(0, stream + VIEWS, indices, CPU))
             if shuffled:
                 found["label"] = torch.tensor([(7 * i + i // 3) % 3 for i in indices])
             return found
@@ -116,7 +117,9 @@ def test_it_learns_photographs_and_not_shuffled_labels(images: ImageFolder) -> N
             optimiser.step()
         method.eval()
         with torch.no_grad():
-            return float(method(views(list(range(10_000, 10_060))))["accuracy"].mean())
+            return float(method(views(list(range(60)), VALIDATION))["accuracy"].mean())
+
+    assert not set(images.training) & set(images.validation)
 
     assert accuracy(shuffled=False) > 0.7
     assert accuracy(shuffled=True) < 0.5

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.networks.context import ConvolutionalContext, RecurrentContext
-from nnssl_ext.networks.heads import GridHead, grid_features
+from nnssl_ext.networks.heads import GridHead, VoxelHead, grid_features
 from nnssl_ext.networks.probe import SpacingProbe, roughness
 from tests.networks.test_backbone import network
 
@@ -27,6 +27,11 @@ def test_octants_tell_images_apart_where_a_global_average_does_not(kind: str) ->
         features = backbone_of(network(kind)).features(images)[-1]
     assert mean_cosine(features.mean((2, 3, 4))) > 0.97
     assert mean_cosine(grid_features(features)) < 0.9
+    # a layer at every voxel alone is no remedy
+    head = VoxelHead(channels=features.shape[1], hidden=64, outputs=5)
+    with torch.no_grad():
+        assert mean_cosine(head.voxel(features).mean((2, 3, 4))) > 0.97
+        assert mean_cosine(head(features)[1]) < 0.9
 
 
 def test_octants_of_two_voxels_are_the_voxels() -> None:

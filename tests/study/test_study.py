@@ -1,4 +1,4 @@
-"""The study through its command: real trainings, killed at random, and what the report says of planted numbers."""
+"""The study through its command: real trainings, killed at random."""
 
 import random
 import re
@@ -6,23 +6,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from nnssl_ext.cli import main
 from nnssl_ext.errors import UserError
-from nnssl_ext.recipe import write_json
-from nnssl_ext.study.analysis import Analysis, load_results
-from nnssl_ext.study.grid import Arm, Grid, arms_of
-from nnssl_ext.study.protocol import SCRATCH, TOTAL, draw_cases
-from nnssl_ext.study.report import write_report
-from nnssl_ext.study.runner import slots
+from nnssl_ext.study.protocol import SCRATCH, TOTAL
 from tests.conftest import Environment
-from tests.study.test_protocol import ALL, HELD_OUT, POOL, PROTOCOL
 
 Data = Callable[[str], Environment]
 WORDS = ["study", "-d", "817", "-c", "3d_fullres", "-device", "cpu", "--methods", "scratch", "VolumeFusion"]
@@ -117,97 +109,29 @@ def test_bad_words_are_one_line_and_write_nothing(
     assert [path.name for path in (environment.root / "st").rglob("*") if path.name != ".lock"] == []
 
 
-def planted(tmp_path: Path, gain: float, arms: list[Arm] | None = None, missing: int = 0) -> Grid:
-    """A finished study whose numbers we made: pretraining adds ``gain``, runs differ by half a point."""
-    protocol = replace(PROTOCOL, subsets=8, rates=[0.01])
-    cases = draw_cases(protocol, HELD_OUT, POOL, ALL)
-    grid = Grid(tmp_path, protocol, cases, arms or arms_of(["VolumeFusion", "MaskedAutoencoder"], [], 0))
-    generator = np.random.default_rng(0)
-    for arm in grid.arms:
-        if arm.method:
-            folder = grid.fold_folder(grid.pretraining(arm))
-            folder.mkdir(parents=True)
-            write_json({"steps": 1000, "hours": 1.0}, folder / "pretraining_summary.json")
-        for cell in grid.grid(arm, 0.01)[: len(grid.grid(arm, 0.01)) - missing]:
-            ceiling = 0.9 - 0.2 / cell.labels
-            rows = [
-                (step, case, organ, ceiling - 30 / step + gain * (arm.name == "VolumeFusion") + luck, 0.5)
-                for step in protocol.snapshots
-                for luck in [generator.normal(0, 0.005)]
-                for case in HELD_OUT
-                for organ in ("a", "b")
+def test_settings_are_checked_against_the_studys_own_steps(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("labelled")
+    monkeypatch.chdir(environment.root)
+    with pytest.raises(UserError, match="finetune.warm_up=4 leaves none of 4 steps"):
+        main([*WORDS, "finetune.warm_up=4", "-o", "st"])
+
+
+def test_an_estimate_decides_nothing(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = with_data("labelled")
+    monkeypatch.chdir(environment.root)
+    for labels in ("2", "4"):
+        main(
+            [
+                *WORDS[: WORDS.index("--labels")],
+                "--labels",
+                labels,
+                *WORDS[WORDS.index("--labels") + 2 :],
+                "--estimate",
+                "-o",
+                "st",
             ]
-            file = grid.metrics_file(cell)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            pd.DataFrame(rows, columns=["step", "case", "organ", "dice", "nsd"]).to_csv(file, index=False)
-            write_json({"seconds": 60.0, "rate": 0.01}, file.with_suffix(".json"))
-    return grid
-
-
-def test_a_planted_gain_is_said_and_a_null_too(tmp_path: Path) -> None:
-    grid = planted(tmp_path, 0.03)
-    analysis = Analysis(grid, load_results(grid))
-    found = analysis.primary("VolumeFusion")
-    assert found is not None
-    assert found.effect.low < 0.03 < found.effect.high
-    assert found.effect.p == pytest.approx(2 / 2**8)
-    answers = {arm.name: analysis.answer(arm) for arm in analysis.tested_arms}
-    assert "a significant gain, +" in answers["VolumeFusion"]
-    assert "of labels saved (8 instead of 20)" in answers["VolumeFusion"]
-    assert "no significant gain" in answers["MaskedAutoencoder"]
-    assert analysis.reached("VolumeFusion", 2) == 600
-    budgets = analysis.compare("VolumeFusion", SCRATCH, grid.protocol.labels, 300)
-    assert [c.adjusted for c in budgets] == pytest.approx([4 * 2 / 2**8] * 4)
-
-
-def test_saved_labels_are_not_measured_while_budgets_are_missing(tmp_path: Path) -> None:
-    grid = planted(tmp_path, 0.0)
-    assert Analysis(grid, load_results(grid)).saving("MaskedAutoencoder") == "none shown"
-    for cell in grid.grid(next(arm for arm in grid.arms if arm.name == "MaskedAutoencoder"), 0.01):
-        if cell.labels == grid.protocol.labels[-2]:
-            grid.metrics_file(cell).unlink()
-    analysis = Analysis(grid, load_results(grid))
-    assert analysis.saving("MaskedAutoencoder") == "not measured"
-    assert "saving of labels not measured" in analysis.answer(
-        next(a for a in grid.arms if a.name == "MaskedAutoencoder")
-    )
-
-
-def test_the_report_of_a_planted_study(tmp_path: Path) -> None:
-    grid = planted(tmp_path, -0.03, missing=1)
-    (grid.preprocessed / "gt_segmentations").mkdir(parents=True)
-    grid.protocol = replace(grid.protocol, transductive=True)
-    # no predictions are there to be drawn: the first subset of the endpoint is left out
-    for arm in grid.arms:
-        grid.metrics_file(next(c for c in grid.grid(arm, 0.01) if (c.labels, c.subset) == (2, 0))).unlink()
-    page = write_report(grid)
-    text = (tmp_path / "report.md").read_text()
-    assert "significantly worse than scratch" in text
-    assert "Transductive" in text
-    assert "runs are not done" in text
-    assert "MaskedAutoencoder | 2 |" in text  # the control is compared with
-    assert page.read_text().count("data:image/png;base64,") == text.count("](report/") == 2
-
-
-def test_no_run_at_all_is_no_answer(tmp_path: Path) -> None:
-    grid = planted(tmp_path, 0.0, missing=10**6)
-    analysis = Analysis(grid, load_results(grid))
-    assert all("no pair of runs is finished" in analysis.answer(arm) for arm in analysis.tested_arms)
-
-
-def test_rates_are_the_best_on_development_cases(tmp_path: Path) -> None:
-    protocol = replace(PROTOCOL, development_runs=2)
-    grid = Grid(tmp_path, protocol, draw_cases(protocol, HELD_OUT, POOL, ALL), [Arm(SCRATCH)])
-    wanted = {0.01: (0.5, 0.7), 0.001: (0.65, 0.65)}
-    for cell in grid.development(grid.arms[0]):
-        file = grid.metrics_file(cell)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        rows = [(300, "c", "a", wanted[cell.rate][cell.subset], 0.5), (600, "c", "a", 0.9 * (cell.rate > 0.005), 0.5)]
-        pd.DataFrame(rows, columns=["step", "case", "organ", "dice", "nsd"]).to_csv(file, index=False)
-    assert grid.rate_is_known(grid.arms[0])
-    assert grid.rate(grid.arms[0]) == 0.001
-
-
-def test_cpu_slots_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nnssl_ext.study.runner.cores", lambda: 8)
-    assert [slot.variables["OMP_NUM_THREADS"] for slot in slots("cpu", 3)] == ["2"] * 3
+        )
+    assert "together: about" in capsys.readouterr().out
+    assert not (environment.root / "st" / "study.json").exists()

@@ -22,7 +22,7 @@ def test_a_collapsed_run_stops_and_a_healthy_one_does_not(
 ) -> None:
     environment = with_data("plain")
     common = {"epochs": 4, "validation_iterations": 4, "save_every": 1, "seed": 1}
-    environment.write_plans("plain", "healthy", {**common, "dino": SMALL})
+    environment.write_plans("plain", "healthy", {**common, "dino": {**SMALL, "patience": 2}})
     assert (pretrain(environment, "plain", "healthy", trainer=TRAINER) / "checkpoint_final.pth").is_file()
 
     environment.write_plans("plain", "broken", {**common, "dino": BROKEN})

@@ -11,17 +11,17 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
-from nnssl_ext.settings import FinetuneSettings
 from nnssl_ext.training import finetune
 from nnssl_ext.training.finetune import nnsslTrainer_Finetune
-from nnssl_ext.training.finetune_parts import finetune_settings, frozen_parts, moving_average, parameter_groups
+from nnssl_ext.training.finetune_parts import finetune_settings, moving_average
 from nnssl_ext.training.optimisation import learning_rate_at
 from tests.conftest import Environment
 from tests.datasets import dataset_name
-from tests.networks.test_backbone import network
+from tests.training.test_trainer import trainer_for
 
 Data = Callable[[str], Environment]
 NAME = "nnsslTrainer_Finetune"
@@ -197,12 +197,6 @@ def test_the_default_schedule_is_stocks() -> None:
         )
 
 
-def test_phases() -> None:
-    settings = FinetuneSettings(head_only_steps=3, freeze_encoder_steps=6)
-    parts = [frozen_parts(settings, step) for step in range(8)]
-    assert parts == [("encoder", "decoder")] * 3 + [("encoder",)] * 3 + [()] * 2
-
-
 def test_frozen_parts_stay_and_the_encoder_has_its_own_rate(with_data: Data) -> None:
     environment = with_data("labelled")
     settings = {**RUN, "steps": 4, "snapshots": [1, 2, 3], "head_only_steps": 1, "freeze_encoder_steps": 2}
@@ -223,29 +217,37 @@ def test_frozen_parts_stay_and_the_encoder_has_its_own_rate(with_data: Data) -> 
     assert not moved("encoder.stages", 0, 3)  # frozen, then at rate 0
 
 
-def test_groups_hold_every_parameter_once() -> None:
-    for kind in ("plain", "residual"):
-        net = network(kind, 2, 3)
-        groups = parameter_groups(net)
-        found = [p for part in groups.values() for p in part]
-        assert len(found) == len(set(map(id, found))) == len(list(net.parameters()))
-        assert {id(p) for p in net.encoder.parameters()} == {id(p) for p in groups["encoder"]}  # type: ignore[union-attr]
+def test_the_average_is_what_is_written_and_validating_does_not_change_it(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch norm in training mode would change its running statistics."""
+    environment = with_data("labelled")
+    environment.write_plans("labelled", "run", {"finetune": {**RUN, "average": 0.9}})
+    trainer: Any = trainer_for("labelled", "run", NAME)
+    trainer.averaged = moving_average(torch.nn.BatchNorm3d(1), 0.9)
+    trainer.averaged.train()
+    monkeypatch.setattr(nnUNetTrainer, "validation_step", lambda self, batch: self.network(batch["data"]))
+    before = {name: tensor.clone() for name, tensor in trainer.exported_weights().items()}
+    trainer.validation_step({"data": torch.randn(2, 1, 4, 4, 4) * 5 + 3})
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.exported_weights().items())
+    with torch.no_grad():
+        trainer.averaged.module.weight.fill_(7.0)
+    assert trainer.exported_weights()["weight"].item() == 7
 
 
-def test_the_moving_average_forgets_its_start() -> None:
-    layer: Any = torch.nn.Linear(1, 1, bias=False)
-    with torch.no_grad():
-        layer.weight.fill_(0.0)
-    averaged: Any = moving_average(layer, 0.99)
-    with torch.no_grad():
-        layer.weight.fill_(1.0)
-    for _ in range(400):
-        averaged.update_parameters(layer)
-    assert averaged.module.weight.item() == pytest.approx(1.0, abs=0.02)
-    with torch.no_grad():
-        layer.weight.fill_(2.0)
-    averaged.update_parameters(layer)
-    assert 1.0 < averaged.module.weight.item() < 1.03
+def test_out_of_memory_is_one_line(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("labelled")
+    environment.write_plans("labelled", "run", {"finetune": RUN})
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(nnsslTrainer_Finetune, "_loss", fail)
+    with pytest.raises(SystemExit) as stopped:
+        tune(environment, "labelled", "run")
+    line = str(stopped.value.code)
+    assert line.startswith("nnssl_ext: error: out of memory (MemoryError after step 0): a batch of 2 crops of ")
+    assert "Use a smaller configuration.batch_size (now 2)" in line
 
 
 @pytest.mark.parametrize(

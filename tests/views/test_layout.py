@@ -92,7 +92,7 @@ def test_rows_are_legal_on_every_kind_of_plan(plan: str) -> None:
     assert layout.stages == len(strides)
     assert layout.axes
     assert len({layout.beside(axis) for axis in layout.axes}) == 1
-    starts = layout.starts(torch.arange(2 * len(layout.axes)), torch.full((2 * len(layout.axes), 3), 0.999))
+    starts = layout.starts(torch.arange(2 * len(layout.axes)), torch.full((2 * len(layout.axes), 3), 1 - 2.0**-24))
     assert starts.shape == (2 * len(layout.axes), 4 * layout.beside(layout.axes[0]), 3)
     assert (starts >= 0).all()
     assert (starts + torch.tensor(layout.patch) <= torch.tensor(layout.window)).all()

@@ -1,3 +1,5 @@
+import numpy as np
+import pytest
 import torch
 
 from nnssl_ext.views.random import VIEWS, BatchRandom, sample_generator, step_seed
@@ -25,9 +27,26 @@ def test_limits() -> None:
     assert set(integers.tolist()) == {2, 3, 4}
     uniform = random.uniform(0.5, 0.75, (3,))
     assert 0.5 <= uniform.min() < 0.55
-    assert 0.70 < uniform.max() <= 0.75
+    assert 0.70 < uniform.max() < 0.75
     assert not random.chance(0.0, (9,)).any()
     assert random.chance(1.0, (9,)).all()
+
+
+class Last:
+    """A generator at the end of its range."""
+
+    def random(self, shape: tuple[int, ...]) -> np.ndarray:
+        return np.full(shape, 1 - 2.0**-53)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-1.0, 2.0), (0.5, 0.5), (-180.0, 180.0)])
+def test_the_end_is_never_drawn(low: float, high: float) -> None:
+    """In float32 the last numbers below 1 would be 1, and a place in a room of n voxels would be its n-th."""
+    random = BatchRandom(0, VIEWS, [0], CPU)
+    random._generators = [Last()]  # type: ignore[list-item]
+    found = random.uniform(low, high, (2,))
+    assert (found < high).all() or low == high
+    assert torch.allclose(found, torch.tensor(high))
 
 
 def test_streams_seeds_and_steps_differ() -> None:

@@ -1,0 +1,137 @@
+"""What a study and its report say of planted numbers."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from nnssl_ext.recipe import write_json
+from nnssl_ext.study.analysis import Analysis, load_results
+from nnssl_ext.study.arms import Arm, arms_of
+from nnssl_ext.study.grid import Grid
+from nnssl_ext.study.protocol import SCRATCH, draw_cases
+from nnssl_ext.study.report import write_report
+from tests.study.test_protocol import ALL, HELD_OUT, POOL, PROTOCOL
+
+
+def planted(tmp_path: Path, gain: float, arms: list[Arm] | None = None, missing: int = 0) -> Grid:
+    """A finished study whose numbers we made: pretraining adds ``gain``, runs differ by half a point."""
+    protocol = replace(PROTOCOL, subsets=8, rates=[0.01])
+    cases = draw_cases(protocol, HELD_OUT, POOL, ALL)
+    grid = Grid(tmp_path, protocol, cases, arms or arms_of(["VolumeFusion", "MaskedAutoencoder"], [], 0))
+    grid.preprocessed.mkdir(parents=True)
+    plans = {"plans_name": "study", "nnssl_ext": {"epochs": 10, "iterations_per_epoch": 100}}
+    write_json(plans, grid.preprocessed / f"{protocol.plans}_study.json")
+    generator = np.random.default_rng(0)
+    for arm in grid.arms:
+        if arm.method:
+            folder = grid.fold_folder(grid.pretraining(arm))
+            folder.mkdir(parents=True)
+            write_json({"steps": 1000, "hours": 1.0}, folder / "pretraining_summary.json")
+        for cell in grid.grid(arm, 0.01)[: len(grid.grid(arm, 0.01)) - missing]:
+            ceiling = 0.9 - 0.2 / cell.labels
+            rows = [
+                (step, case, organ, ceiling - 30 / step + gain * (arm.name == "VolumeFusion") + luck, 0.5)
+                for step in protocol.snapshots
+                for luck in [generator.normal(0, 0.005)]
+                for case in HELD_OUT
+                for organ in ("a", "b")
+            ]
+            file = grid.metrics_file(cell)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pd.DataFrame(rows, columns=["step", "case", "organ", "dice", "nsd"]).to_csv(file, index=False)
+            write_json({"seconds": 60.0, "rate": 0.01}, file.with_suffix(".json"))
+    return grid
+
+
+def test_a_planted_gain_is_said_and_a_null_too(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.03)
+    analysis = Analysis(grid, load_results(grid))
+    found = analysis.primary("VolumeFusion")
+    assert found is not None
+    assert found.effect.low < 0.03 < found.effect.high
+    assert found.effect.p == pytest.approx(2 / 2**8)
+    answers = {arm.name: analysis.answer(arm) for arm in analysis.tested_arms}
+    assert "a significant gain, +" in answers["VolumeFusion"]
+    assert "of labels saved (8 instead of 20)" in answers["VolumeFusion"]
+    assert "no significant gain" in answers["MaskedAutoencoder"]
+    assert analysis.reached("VolumeFusion", 2) == 600
+    budgets = analysis.compare("VolumeFusion", SCRATCH, grid.protocol.labels, 300)
+    assert [c.adjusted for c in budgets] == pytest.approx([4 * 2 / 2**8] * 4)
+
+
+def test_saved_labels_are_not_measured_while_budgets_are_missing(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.0)
+    assert Analysis(grid, load_results(grid)).saving("MaskedAutoencoder") == "none shown"
+    for cell in grid.grid(next(arm for arm in grid.arms if arm.name == "MaskedAutoencoder"), 0.01):
+        if cell.labels == grid.protocol.labels[-2]:
+            grid.metrics_file(cell).unlink()
+    analysis = Analysis(grid, load_results(grid))
+    assert analysis.saving("MaskedAutoencoder") == "not measured"
+    assert "saving of labels not measured" in analysis.answer(
+        next(a for a in grid.arms if a.name == "MaskedAutoencoder")
+    )
+
+
+def test_nothing_is_decided_before_all_pairs_are_there(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.03)
+    arm = next(arm for arm in grid.arms if arm.name == "VolumeFusion")
+    for cell in grid.grid(arm, 0.01):
+        if cell.subset >= 6 and cell.labels in (2, grid.protocol.labels[-2]):
+            grid.metrics_file(cell).unlink()
+    analysis = Analysis(grid, load_results(grid))
+    found = analysis.primary(arm.name)
+    assert found is not None
+    assert found.effect.p < 0.05  # six pairs would be enough for that
+    assert "not decided yet, +" in analysis.answer(arm)
+    assert "6 of 8 paired runs" in analysis.answer(arm)
+    assert grid.protocol.labels[-2] not in (analysis.saved(arm.name).labels, None)
+    # budgets without a run will be tested, too
+    for cell in grid.grid(arm, 0.01):
+        if cell.labels != 2:
+            grid.metrics_file(cell).unlink(missing_ok=True)
+    analysis = Analysis(grid, load_results(grid))
+    only = analysis.compare(arm.name, SCRATCH, grid.protocol.labels, 300)
+    assert [(c.labels, c.adjusted) for c in only] == [(2, pytest.approx(len(grid.protocol.labels) * only[0].effect.p))]
+    assert analysis.saving(arm.name) == "not measured"
+
+
+def test_steps_are_saved_on_the_same_pairs(tmp_path: Path) -> None:
+    """The runs that scratch lacks are the good ones of the arm: they must not count."""
+    grid = planted(tmp_path, 0.0)
+    scratch = grid.arms[0]
+    for cell in grid.grid(scratch, 0.01):
+        if cell.subset >= 2:
+            grid.metrics_file(cell).unlink()
+    arm = next(arm for arm in grid.arms if arm.name == "VolumeFusion")
+    for cell in grid.grid(arm, 0.01):
+        frame = grid.metrics(cell)
+        frame["dice"] += 0.5 if cell.subset >= 2 else -0.5
+        frame.to_csv(grid.metrics_file(cell), index=False)
+    assert Analysis(grid, load_results(grid)).reached(arm.name, 2) is None
+
+
+def test_the_report_of_a_planted_study(tmp_path: Path) -> None:
+    grid = planted(tmp_path, -0.03, missing=1)
+    analysis = Analysis(grid, load_results(grid))
+    assert "significantly worse than scratch" in analysis.answer(grid.arms[1])
+    (grid.preprocessed / "gt_segmentations").mkdir(parents=True)
+    grid.protocol = replace(grid.protocol, transductive=True)
+    # no predictions are there to be drawn: the first subset of the endpoint is left out
+    for arm in grid.arms:
+        grid.metrics_file(next(c for c in grid.grid(arm, 0.01) if (c.labels, c.subset) == (2, 0))).unlink()
+    page = write_report(grid)
+    text = (tmp_path / "report.md").read_text()
+    assert "not decided yet, -" in text
+    assert "Transductive" in text
+    assert "runs are not done" in text
+    assert "MaskedAutoencoder | 2 |" in text  # the control is compared with
+    assert page.read_text().count("data:image/png;base64,") == text.count("](report/") == 2
+
+
+def test_no_run_at_all_is_no_answer(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.0, missing=10**6)
+    analysis = Analysis(grid, load_results(grid))
+    assert all("no pair of runs is finished" in analysis.answer(arm) for arm in analysis.tested_arms)

@@ -1,0 +1,86 @@
+"""Which runs a study has, and with what."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from nnssl_ext.errors import UserError
+from nnssl_ext.recipe import read_json, write_json
+from nnssl_ext.study.arms import Arm, arms_of
+from nnssl_ext.study.grid import GRID, Grid
+from nnssl_ext.study.protocol import SCRATCH, draw_cases
+from nnssl_ext.study.study import keep_files
+from tests.study.test_analysis import planted
+from tests.study.test_protocol import ALL, HELD_OUT, POOL, PROTOCOL
+
+
+def test_rates_are_the_best_on_development_cases(tmp_path: Path) -> None:
+    protocol = replace(PROTOCOL, development_runs=2)
+    grid = Grid(tmp_path, protocol, draw_cases(protocol, HELD_OUT, POOL, ALL), [Arm(SCRATCH)])
+    wanted = {0.01: (0.5, 0.7), 0.001: (0.65, 0.65)}
+    for cell in grid.development(grid.arms[0]):
+        file = grid.metrics_file(cell)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = [(300, "c", "a", wanted[cell.rate][cell.subset], 0.5), (600, "c", "a", 0.9 * (cell.rate > 0.005), 0.5)]
+        pd.DataFrame(rows, columns=["step", "case", "organ", "dice", "nsd"]).to_csv(file, index=False)
+    assert grid.rate_is_known(grid.arms[0])
+    assert grid.rate(grid.arms[0]) == 0.001
+
+
+def test_a_failed_development_run_takes_its_rate_out(tmp_path: Path) -> None:
+    protocol = replace(PROTOCOL, development_runs=2)
+    scratch = Arm(SCRATCH)
+    grid = Grid(tmp_path, protocol, draw_cases(protocol, HELD_OUT, POOL, ALL), [scratch])
+    for cell in grid.development(scratch):
+        if (cell.rate, cell.subset) == (0.01, 1):
+            grid.failed[cell] = grid.log_file(cell)
+            continue
+        file = grid.metrics_file(cell)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = [(300, "c", "a", 0.5 + 10 * cell.rate, 0.5)]
+        pd.DataFrame(rows, columns=["step", "case", "organ", "dice", "nsd"]).to_csv(file, index=False)
+    assert grid.rate_is_known(scratch)
+    assert grid.rate(scratch) == max(rate for rate in protocol.rates if rate != 0.01)
+    assert any(cell.kind == GRID for cell in grid.ready())
+    # what was compared with stays, though the failed run may succeed later
+    cell = grid.grid(scratch, 0.001)[0]
+    write_json({"seconds": 1.0, "rate": 0.001}, grid.metrics_file(cell).with_suffix(".json"))
+    grid.failed.clear()
+    assert grid.rate_is_known(scratch)
+    assert grid.rate(scratch) == 0.001
+
+
+def test_the_long_baseline_needs_no_pretraining_to_succeed(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.0, arms_of(["VolumeFusion", "MaskedAutoencoder"], [], 1))
+    assert grid.total_steps() == grid.protocol.steps + 1000
+    grid.fold_folder(grid.pretraining(grid.arms[2])).joinpath("pretraining_summary.json").unlink()
+    assert grid.total_steps() == grid.protocol.steps + 1000
+    assert grid.rate_is_known(grid.arms[-1])
+
+
+def test_what_spares_weights_is_not_done_from_scratch(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.0)
+    file = grid.preprocessed / f"{grid.protocol.plans}_study.json"
+    write_json({**read_json(file), "nnssl_ext": {"finetune": {"head_only_steps": 100, "encoder_rate": 0.1}}}, file)
+    found = {}
+    for arm in grid.arms:
+        cell = grid.grid(arm, 0.01)[0]
+        grid.write_plans(cell)
+        found[arm.name] = read_json(grid.preprocessed / f"{grid.plans_name(cell)}.json")["nnssl_ext"]["finetune"]
+    assert (found[SCRATCH]["head_only_steps"], found[SCRATCH]["encoder_rate"]) == (0, 1.0)
+    assert (found["VolumeFusion"]["head_only_steps"], found["VolumeFusion"]["encoder_rate"]) == (100, 0.1)
+
+
+def test_a_name_stays_with_its_file(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.pth", tmp_path / "b.pth"
+    first.write_bytes(b"a")
+    second.write_bytes(b"b")
+    keep_files([Arm("x", init=str(first))], tmp_path / "init.json", keep=False)
+    assert not (tmp_path / "init.json").exists()
+    for _ in range(2):
+        keep_files([Arm("x", init=str(first))], tmp_path / "init.json", keep=True)
+    keep_files([Arm("y", init=str(second))], tmp_path / "init.json", keep=True)
+    with pytest.raises(UserError, match="x=.*b.pth is another file than the one that .* knows by this name"):
+        keep_files([Arm("x", init=str(second))], tmp_path / "init.json", keep=True)

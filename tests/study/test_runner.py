@@ -1,0 +1,43 @@
+"""Where a study's runs take place, and how long they took."""
+
+from pathlib import Path
+
+import pytest
+
+from nnssl_ext.study.runner import _Clock, run_grid, slots
+from tests.study.test_analysis import planted
+
+
+def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnssl_ext.study.runner.cores", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    places = [slot.variables for slot in slots("cuda", 2)]
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["3", "3", "5", "5"]
+    assert {place["nnUNet_n_proc_DA"] for place in places} == {"2"}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert [slot.variables["CUDA_VISIBLE_DEVICES"] for slot in slots("cuda", 1)] == ["0", "1", "2"]
+
+
+def test_seconds_before_an_interruption_count(tmp_path: Path) -> None:
+    file = tmp_path / "logs" / "run.seconds"
+    assert 0 <= _Clock(file).note() < 5
+    file.write_text("100.0")
+    assert 100 <= _Clock(file).note() < 105
+
+
+def test_cpu_slots_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnssl_ext.study.runner.cores", lambda: 8)
+    assert [slot.variables["OMP_NUM_THREADS"] for slot in slots("cpu", 3)] == ["2"] * 3
+
+
+def test_checkpoints_that_a_kill_left_behind_are_dropped(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.0)
+    cell = grid.grid(grid.arms[0], 0.01)[0]
+    left = grid.fold_folder(cell) / "checkpoint_latest.pth"
+    left.parent.mkdir(parents=True)
+    for keep in (True, False):
+        left.write_bytes(b"weights")
+        grid.keep_checkpoints = keep
+        run_grid(grid, [])
+        assert left.is_file() == keep
