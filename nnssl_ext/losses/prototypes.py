@@ -17,6 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+#: The longest gradient of a vector that float16 layers get from KoLeo.
+LONGEST = 2.0**8
 #: Logits that are held at once; more samples are computed piece by piece.
 ELEMENTS = 1 << 25
 
@@ -232,3 +234,13 @@ def koleo(vectors: Tensor, everyone: Tensor, own: Tensor, epsilon: float = 1e-8)
         similar = (mine @ others.T).detach().scatter_(1, own[:, None], -2.0)
         distance = F.pairwise_distance(mine, others[similar.argmax(1)], eps=epsilon)
         return -(distance + epsilon).log()
+
+
+def held_by_float16(gradient: Tensor) -> Tensor:
+    """Gradients (..., F), the long ones shortened to what float16 layers can pass on.
+
+    That of KoLeo is one over the distance of neighbours, which are all alike at the start of a vision transformer. A
+    gradient scaler would fall below one for it, and most other gradients would be zero in float16.
+    """
+    length = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
+    return gradient * (LONGEST / length.clamp_min(LONGEST))

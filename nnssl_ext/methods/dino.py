@@ -24,6 +24,7 @@ from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.losses.prototypes import (
     Targets,
     carried,
+    held_by_float16,
     koleo,
     moved_centre,
     prototype_cross_entropy,
@@ -243,6 +244,10 @@ class DINO(Method):
 
     def _spread(self, features: Tensor, index: Tensor) -> Tensor:
         """KoLeo of each global view among the same view of all samples: (B, 2, F) -> (B,); 0 for one sample."""
+        kind = features.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        if features.requires_grad and dtype == torch.float16:
+            features.register_hook(held_by_float16)
         everyone, own = gather_samples(features, index)
         return torch.stack([koleo(features[:, v], everyone[:, v], own) for v in range(GLOBALS)]).sum(0)
 

@@ -12,6 +12,7 @@ from nnssl_ext.losses import prototypes as module
 from nnssl_ext.losses.prototypes import (
     Targets,
     carried,
+    held_by_float16,
     koleo,
     moved_centre,
     prototype_cross_entropy,
@@ -180,3 +181,12 @@ def test_koleo_of_equal_and_of_single_vectors_is_finite() -> None:
     assert koleo(half, half, torch.arange(4)).isfinite().all()
     alone = torch.randn(1, 8)
     assert koleo(alone, alone, torch.zeros(1, dtype=torch.int64)) == 0
+
+
+def test_what_float16_cannot_hold_is_shortened_and_nothing_else() -> None:
+    short, long = torch.tensor([3.0, -4.0]), torch.tensor([3e5, -4e5])
+    held = held_by_float16(torch.stack([short, long, torch.zeros(2)]))
+    assert torch.equal(held[0], short)
+    assert held[1].norm().item() == pytest.approx(module.LONGEST)
+    assert torch.allclose(held[1] / held[1].norm(), long / long.norm())
+    assert torch.equal(held[2], torch.zeros(2))
