@@ -47,6 +47,7 @@ class Environment:
         if not images.exists():
             make_images(images, classes=2, each=4)
         content = {**QUICK, "images": str(images), **settings}
+        content["dino"] = {**QUICK["dino"], **settings.get("dino", {})}
         plans = {**self.plans(kind), "plans_name": name, "nnssl_ext": content}
         if change:
             change(plans)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK
@@ -16,7 +17,13 @@ KINDS = ("plain", "residual", "anisotropic", "two_channel")
 OWN_NETWORKS = ("vit", "pct_net")
 
 #: The smallest settings that are still a training.
-QUICK = {"epochs": 2, "iterations_per_epoch": 3, "validation_iterations": 2, "save_every": 1}
+QUICK: dict[str, Any] = {
+    "epochs": 2,
+    "iterations_per_epoch": 3,
+    "validation_iterations": 2,
+    "save_every": 1,
+    "dino": {"local_crops": 2, "hidden": 64, "bottleneck": 16, "prototypes": 128},
+}
 
 _NUMBERS = {
     "plain": 811,

@@ -26,7 +26,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.methods import OptimiserRecipe
 from nnssl_ext.training import finetune_state, finetune_steps, run_folder
 from nnssl_ext.training.distributed import rank, rank_device
-from nnssl_ext.training.engine import mixed_precision
+from nnssl_ext.training.engine import mixed_precision, right_in_bfloat16
 from nnssl_ext.training.evaluation import validate_snapshots
 from nnssl_ext.training.finetune_parts import (
     PEAK,
@@ -90,16 +90,16 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         self.save_every = s.save_every
         self.step = 0
         self.outputs: finetune_state.Outputs = []
-        common = self.common
-        self.interruption = Interruption(common.max_time, self.device)
-        go_on = common.on_write_failure == "go_on"
-        self.writer = CheckpointWriter(common.write_in_background, go_on, self.print_to_log_file)
+        self.interruption = Interruption(self.common.max_time, self.device)
+        go_on = self.common.on_write_failure == "go_on"
+        self.writer = CheckpointWriter(self.common.write_in_background, go_on, self.print_to_log_file)
         self.predicted_by = self.common.target_trainer
         self.averaged: AveragedModel | None = None
 
     def initialize(self) -> None:
         torch.manual_seed(self.seed)
         super().initialize()
+        right_in_bfloat16(self.network, self.device, self.amp_dtype)
 
     @staticmethod
     def build_network_architecture(
