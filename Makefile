@@ -50,9 +50,10 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# at least twenty kills of each method and the fine-tuner, for an hour; not part of the tests
+# at least twenty kills of each method and the fine-tuner, for an hour, and ten of a study; not part of the tests
 soak: install
 	$(BIN)/python benchmarks/soak.py --kills 20 --minutes 60 --jobs 2
+	STUDY_KILLS=10 $(BIN)/python -m pytest tests/study/test_study.py -k killed
 
 fuzz: install
 	FUZZ_INPUTS=4000 $(BIN)/python -m pytest tests/test_fuzz.py

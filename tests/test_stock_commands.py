@@ -23,6 +23,7 @@ from nnssl_ext.networks.backbone import backbone_of
 from tests.conftest import Environment
 from tests.datasets import KINDS, blob, dataset_name
 from tests.documents import shown_lines
+from tests.trainers import SHORT, short_trainer
 from tests.training.test_trainer import pretrain, trainer_for
 
 Data = Callable[[str], Environment]
@@ -185,8 +186,8 @@ def test_the_readme_from_raw_images_to_a_prediction(environment: Environment) ->
     finished = environment.run(
         "bash",
         "-ec",
-        f"{weights}\n{finetuning} -tr nnUNetTrainer_1epoch -device cpu",
-        variables={"nnUNet_def_n_proc": "1"},
+        f"{weights}\n{finetuning} -tr {SHORT} -device cpu",
+        variables={"nnUNet_def_n_proc": "1", "nnUNet_extTrainer": short_trainer(environment.root)},
     )
     assert "Loading pretrained weights from file" in finished.stdout
     assert "Mean Validation Dice" in finished.stdout
@@ -204,7 +205,7 @@ def test_the_readme_from_raw_images_to_a_prediction(environment: Environment) ->
         "-c",
         "3d_fullres",
         "-tr",
-        "nnUNetTrainer_1epoch",
+        SHORT,
         "-f",
         "0",
         "-device",
@@ -213,7 +214,7 @@ def test_the_readme_from_raw_images_to_a_prediction(environment: Environment) ->
         "1",
         "-nps",
         "1",
-        variables={"nnUNet_extTrainer": ""},
+        variables={"nnUNet_extTrainer": short_trainer(environment.root)},
     )
     prediction = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(environment.root / "out" / "c6.nii.gz")))
     assert prediction.shape == (24, 28, 26)

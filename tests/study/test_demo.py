@@ -1,5 +1,6 @@
 """The demonstration, made small: real stock commands from phantom to page."""
 
+import os
 import re
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from nnssl_ext.study.demo import Demo
 from nnssl_ext.study.demo_page import dice_table, write_page
 from nnssl_ext.study.page import Page, Section, Table, render
 from nnssl_ext.study.sources import PhantomSource
+from tests.trainers import SHORT, short_trainer
 
 TINY = [
     "epochs=1",
@@ -29,8 +31,15 @@ def test_from_nothing_to_a_page_and_again_in_no_time(
 ) -> None:
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"):
         monkeypatch.setenv(name, "/nonexistent")  # the user's own folders are not touched
+    variables = Demo._variables
+
+    def with_short_trainer(self: Demo) -> dict[str, str]:
+        found = variables(self)
+        return {**found, "nnUNet_extTrainer": f"{found['nnUNet_extTrainer']}{os.pathsep}{short_trainer(tmp_path)}"}
+
+    monkeypatch.setattr(Demo, "_variables", with_short_trainer)
     source = PhantomSource(PhantomOptions(cases=8, labelled=2, test=2, field_of_view=26.0))
-    demo = Demo(tmp_path / "demo", source, finetuner="nnUNetTrainer_1epoch", settings=TINY)
+    demo = Demo(tmp_path / "demo", source, finetuner=SHORT, settings=TINY)
     with monkeypatch.context() as patch:
         # the first call is interrupted in its pretraining
         patch.setattr(Demo, "_pretraining_command", lambda self: ["false"])
@@ -38,7 +47,7 @@ def test_from_nothing_to_a_page_and_again_in_no_time(
             UserError, match=r"step 'Pretrain with VolumeFusion' failed with status 1; its log is .*\.txt"
         ):
             demo.run()
-    demo = Demo(tmp_path / "demo", source, finetuner="nnUNetTrainer_1epoch", settings=TINY)
+    demo = Demo(tmp_path / "demo", source, finetuner=SHORT, settings=TINY)
     capsys.readouterr()
     demo.run()
     page = write_page(demo)
@@ -48,7 +57,7 @@ def test_from_nothing_to_a_page_and_again_in_no_time(
         assert words in text
     assert text.count("data:image/png;base64,") == 3
     assert not re.findall(r'(?:src|href)="(?!data:)', text)
-    assert [p.name for p in tmp_path.iterdir()] == ["demo"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["demo", "short_trainer"]
 
     begin = time.monotonic()
     demo.run()
