@@ -19,6 +19,7 @@ BENCHMARKS = {
     "activation_memory": "what a network of ours keeps for its backward pass, counted",
     "dino_step": "3DINO's student step against its bare blocks and heads",
     "learning": "whether an objective learns, on real crops and on shuffled voxels",
+    "hand_over": "every method on a real data set, through the stock command into a stock trainer",
     "soak": "random kills against an uninterrupted run",
     "fuzz_atheris": "the readers of outside files, fuzzed with coverage as a guide",
 }

@@ -109,7 +109,7 @@ def test_from_a_recipe_to_a_prediction(environment: Environment, monkeypatch: py
     """Raw images, stock planning, a recipe, pretraining, stock training and validation, nnUNetv2_predict."""
     write_raw(environment, "Dataset004_Tiny")
     environment.run(
-        *("nnUNetv2_plan_and_preprocess", "-d", "4", "-c", "3d_fullres", "-np", "2"),
+        *("nnUNetv2_plan_and_preprocess", "-d", "4", "-c", "3d_fullres", "-np", "1"),
         variables={"nnUNet_n_proc_DA": "1"},
     )
     monkeypatch.setenv("nnUNet_def_n_proc", "1")

@@ -166,7 +166,7 @@ def test_the_readme_from_raw_images_to_a_prediction(environment: Environment) ->
     write_raw(environment, "Dataset004_Tiny")
     plan_and_preprocess, pretraining, weights, finetuning = readme_block("four lines")
     # stock planning sets torch's threads to nnUNet_n_proc_DA and fails at 0
-    environment.run("bash", "-ec", f"{plan_and_preprocess} -np 2", variables={"nnUNet_n_proc_DA": "1"})
+    environment.run("bash", "-ec", f"{plan_and_preprocess} -np 1", variables={"nnUNet_n_proc_DA": "1"})
     folder = environment.preprocessed / "Dataset004_Tiny"
     (readme_plan,) = readme_block("plan")
     environment.run("bash", "-ec", readme_plan)
