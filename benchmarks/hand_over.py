@@ -12,6 +12,8 @@ but the plans ``nnUNetPlans_hand_over`` is written outside of FOLDER.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -69,13 +71,15 @@ def try_method(name: str, arguments: argparse.Namespace) -> tuple[str, bool]:
     )
     seconds = time.monotonic() - begin
 
-    pretraining = get_trainer_from_args(arguments.d, arguments.c, 0, method.trainer, PLANS, device=device)
+    with contextlib.redirect_stdout(io.StringIO()):
+        pretraining = get_trainer_from_args(arguments.d, arguments.c, 0, method.trainer, PLANS, device=device)
+        pretraining.initialize()
+        stock = get_trainer_from_args(arguments.d, arguments.c, 0, "nnUNetTrainer", PLANS, device=device)
     file = Path(pretraining.output_folder) / "checkpoint_final.pth"
     content = checkpoint.load(file)
-    pretraining.initialize()
     before = pretraining.method.exported.state_dict()
-    stock = get_trainer_from_args(arguments.d, arguments.c, 0, "nnUNetTrainer", PLANS, device=device)
-    maybe_load_checkpoint(stock, False, False, str(file))
+    with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net lists every tensor
+        maybe_load_checkpoint(stock, False, False, str(file))
     handed = {key: value for key, value in stock.network.state_dict().items() if ".seg_layers." not in key}
     equal = all(torch.equal(value.cpu(), content["network_weights"][key]) for key, value in handed.items())
     changed = sum(differs(value, before.get(key)) for key, value in handed.items())
