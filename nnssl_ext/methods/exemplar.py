@@ -107,7 +107,7 @@ class Exemplar(EncoderMethod):
         return CropRequest((crop, Crop(crop.size, crop.spatial, other_case=True, fit=True)))
 
     def optimiser(self) -> OptimiserRecipe:
-        return self.settings.recipe(1e-3)
+        return self.settings.recipe(3e-4)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """``image`` (B, 3, C, D, H, W), ``case`` (B, 3) which case each is of, ``index`` (B,)."""
