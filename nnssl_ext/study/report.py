@@ -131,6 +131,11 @@ def _sections_of_numbers(grid: Grid, dice: Analysis, nsd: Analysis) -> list[Sect
             f"Normalised surface Dice at {p.tolerance:g} mm", table=Table([*head[:4], "arm's", *head[5:]], surface)
         ),
         Section("Per class", table=_per_class(grid, dice)),
+        Section(
+            "Every run",
+            [f"Dice after {p.primary_step} steps; of equal total steps, after {grid.total_steps()}."],
+            _every_run(grid, dice),
+        ),
     ]
 
 
@@ -160,6 +165,21 @@ def _per_class(grid: Grid, dice: Analysis) -> Table:
         for organ in dict.fromkeys(frame["organ"])
     ]
     return Table([f"class, {count(p.primary_labels, 'label')}, {p.primary_step} steps", *names], rows)
+
+
+def _every_run(grid: Grid, dice: Analysis) -> Table:
+    """The numbers under the tests: a paired run a row, an arm a column."""
+    p, rows = grid.protocol, []
+    for labels in p.labels:
+        scores = [
+            dice.score(arm.name, labels, grid.total_steps() if arm.name == TOTAL else p.primary_step)
+            for arm in grid.arms
+        ]
+        rows += [
+            [str(labels), str(subset), *(f"{own[subset]:.4f}" if subset in own else "" for own in scores)]
+            for subset in sorted(set().union(*scores))
+        ]
+    return Table(["labels", "pair", *(arm.title for arm in grid.arms)], rows)
 
 
 def _slices(grid: Grid, dice: Analysis) -> list[Section]:

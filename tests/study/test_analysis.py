@@ -131,6 +131,25 @@ def test_the_report_of_a_planted_study(tmp_path: Path) -> None:
     assert page.read_text().count("data:image/png;base64,") == text.count("](report/") == 2
 
 
+def test_the_report_shows_every_run(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.03, missing=1)
+    (grid.preprocessed / "gt_segmentations").mkdir(parents=True)
+    for arm in grid.arms:
+        grid.metrics_file(next(c for c in grid.grid(arm, 0.01) if (c.labels, c.subset) == (2, 0))).unlink()
+    write_report(grid)
+    shown = (tmp_path / "report.md").read_text().split("## Every run")[1].split("\n## ")[0]
+    rows = [
+        [word.strip() for word in line.strip("| ").split("|")] for line in shown.splitlines() if line.count("|") > 3
+    ]
+    analysis = Analysis(grid, load_results(grid))
+    p = grid.protocol
+    wanted = {arm.name: analysis.score(arm.name, p.primary_labels, p.primary_step) for arm in grid.arms}
+    mine = {int(row[1]): row[2:] for row in rows[2:] if row[0] == str(p.primary_labels)}
+    assert sorted(mine) == list(range(1, 8))
+    for subset, values in mine.items():
+        assert values == [f"{wanted[arm.name][subset]:.4f}" for arm in grid.arms]
+
+
 def test_no_run_at_all_is_no_answer(tmp_path: Path) -> None:
     grid = planted(tmp_path, 0.0, missing=10**6)
     analysis = Analysis(grid, load_results(grid))
