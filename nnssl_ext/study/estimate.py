@@ -12,7 +12,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnssl_ext.recipe import read_json
 from nnssl_ext.settings import CommonSettings
 from nnssl_ext.study.grid import PRETRAINING, Grid
-from nnssl_ext.study.protocol import TOTAL
 from nnssl_ext.training.engine import mixed_precision
 from nnssl_ext.training.preflight import target_network
 
@@ -47,14 +46,12 @@ class Estimate:
 
 def estimate(grid: Grid) -> Estimate:
     """What the runs of a prepared grid that are not done will take."""
-    pretraining = grid.pretraining_steps()
     runs, steps = 0, 0
     for cell in grid.all_cells():
         if grid.done(cell):
             continue
         runs += 1
-        steps += pretraining if cell.kind == PRETRAINING else grid.protocol.steps
-        steps += pretraining if cell.arm.name == TOTAL else 0
+        steps += grid.pretraining_steps() if cell.kind == PRETRAINING else grid.last_step(cell)
     dataset_json = read_json(grid.preprocessed / "dataset.json")
     seconds = seconds_per_step(
         grid.plans, grid.protocol.configuration, dataset_json, grid.common, torch.device(grid.device)

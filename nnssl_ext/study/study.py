@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from nnssl_ext.study.grid import FINETUNER, Grid
 from nnssl_ext.study.protocol import Protocol, draw_cases, keep_protocol
 from nnssl_ext.training.finetune_parts import finetune_settings
 from nnssl_ext.training.preflight import check_plans
+from nnssl_ext.transfer.write import file_digest
 
 
 @dataclass
@@ -109,7 +109,7 @@ def keep_files(arms: Sequence[Arm], path: Path, keep: bool) -> None:
     for arm in arms:
         if not arm.init:
             continue
-        digest = hashlib.sha256(Path(arm.init).read_bytes()).hexdigest()
+        digest = file_digest(Path(arm.init))
         if noted.setdefault(arm.name, digest) != digest:
             raise UserError(
                 f"--init {arm.name}={arm.init} is another file than the one that {path.parent} knows by this name; "

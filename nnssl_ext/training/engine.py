@@ -51,7 +51,7 @@ def right_in_bfloat16(network: nn.Module, device: torch.device, precision: torch
 
 
 def arrange(method: Method, memory_format: str, device: torch.device, precision: torch.dtype | None) -> None:
-    """Lay the convolutions' weights out in memory as the setting says; what they compute follows them.
+    """Make convolutions right in bfloat16, and lay their weights out in memory as the setting says.
 
     Before the optimiser is made and the method wrapped. Values are the same in either format, up to rounding.
     """
