@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import wait
 from typing import Any
@@ -27,6 +27,22 @@ POLL_SECONDS, HANG_SECONDS = 5, 45
 #: So often in a row workers are replaced without a batch in between.
 REPLACEMENTS = 3
 _IDLE = -1
+
+
+@contextmanager
+def unanswered(give_up: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Call ``give_up`` from another thread if what is within takes longer.
+
+    A batch is fetched from the worker that made it. Where that one is stopped, the wait for its answer has no limit of
+    its own, and only the worker's death ends it.
+    """
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class SteadyLoader:
@@ -73,13 +89,12 @@ class SteadyLoader:
                 else:
                     return
                 failures += 1
-                lost = crew.lost()
             if failures > REPLACEMENTS:
                 raise UserError(
-                    f"loader: {lost}, {failures} times in a row: these cases are damaged or too large for the memory "
-                    f"(fewer workers need less: nnUNet_n_proc_DA). Look at them, then go on with --c"
+                    f"loader: {crew.problem}, {failures} times in a row: these cases are damaged or too large for the "
+                    f"memory (fewer workers need less: nnUNet_n_proc_DA). Look at them, then go on with --c"
                 )
-            self.tell(f"WARNING: loader: {lost}; it is replaced, and no batch is lost")
+            self.tell(f"WARNING: loader: {crew.problem}; it is replaced, and no batch is lost")
 
 
 class _Crew:
@@ -94,6 +109,7 @@ class _Crew:
         loader = crop_loader(noting, shard, workers=workers, pin_memory=pin_memory, timeout=POLL_SECONDS)
         self.batches: Any = iter(loader)
         self.processes = sorted(set(multiprocessing.active_children()) - before, key=lambda p: p.pid or 0)
+        #: Which worker was lost, how, and what it was reading.
         self.problem = ""
         if workers and threading.current_thread() is threading.main_thread():
             # torch's handler would raise amid an optimiser step; deaths are noticed where a batch is waited for
@@ -105,9 +121,7 @@ class _Crew:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # torch asks its workers to end and waits, for ever where one is stopped or hangs
         if self.problem or kind is not None:
-            for process in self.processes:
-                with suppress(OSError, ValueError):
-                    process.kill()
+            self._kill()
         self.batches = None
 
     def next(self, waiting: Callable[[], None]) -> CropBatch | None:
@@ -115,32 +129,46 @@ class _Crew:
         begin = time.monotonic()
         while True:
             try:
-                return next(self.batches)
+                with unanswered(self._give_up, HANG_SECONDS):
+                    return next(self.batches)
             except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-                if not isinstance(error, RuntimeError):
+                if not isinstance(error, RuntimeError) and not self.problem:
                     # it died while handing over a batch, which shows before its death does
                     ending = wait([process.sentinel for process in self.processes], timeout=POLL_SECONDS)
                     for process in self.processes:
                         if process.sentinel in ending:
                             process.join(POLL_SECONDS)
+                if self.problem:
+                    return None
+                waited = time.monotonic() - begin
                 if any(not process.is_alive() for process in self.processes):
-                    self.problem = "was killed"
-                elif time.monotonic() - begin > HANG_SECONDS - POLL_SECONDS / 2:
-                    self.problem = f"gave no batch for {time.monotonic() - begin:.0f} s"
-                elif not self.workers or time.monotonic() - begin < POLL_SECONDS - 1:
+                    self.problem = self._lost("was killed")
+                elif waited > HANG_SECONDS - POLL_SECONDS / 2:
+                    self.problem = self._lost(f"gave no batch for {waited:.0f} s")
+                elif not self.workers or waited < POLL_SECONDS - 1:
                     raise  # not the end of a wait
                 if self.problem:
                     return None
                 waiting()
 
-    def lost(self) -> str:
+    def _give_up(self) -> None:
+        if not self.processes:
+            return
+        self.problem = self._lost(f"gave no batch for {HANG_SECONDS} s")
+        self._kill()
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            with suppress(OSError, ValueError):
+                process.kill()
+
+    def _lost(self, how: str) -> str:
         """Which worker it was and what it was reading."""
         dead = [place for place, process in enumerate(self.processes) if not process.is_alive()]
         places = dead or [place for place, sample in enumerate(self.reading) if sample != _IDLE]
         samples = [self.reading[place] for place in places if self.reading[place] != _IDLE]
         pids = ", ".join(str(self.processes[place].pid) for place in places) or "unknown"
         what = "; ".join(f"sample {s} ({', '.join(self.dataset.sources(s))})" for s in samples) or "nothing"
-        how = self.problem
         if dead and (code := self.processes[dead[0]].exitcode) is not None:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
         return f"worker {pids} {how} while reading {what}"

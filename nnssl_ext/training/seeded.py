@@ -18,7 +18,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch.utils.data import DataLoader, Dataset
 
 from nnssl_ext.data.loader import TIMEOUT_SECONDS
-from nnssl_ext.data.steady import POLL_SECONDS
+from nnssl_ext.data.steady import POLL_SECONDS, unanswered
 from nnssl_ext.errors import UserError
 from nnssl_ext.training.distributed import rank, world
 from nnssl_ext.training.finetune_steps import leave_if_asked
@@ -114,14 +114,15 @@ def _patient(loader: DataLoader, waiting: Callable[[], None]) -> Iterator[dict]:
     Raises:
         UserError: If a worker is gone, or there is no batch for a minute.
     """
-    batches = iter(loader)
+    batches: Any = iter(loader)
     if loader.num_workers and threading.current_thread() is threading.main_thread():
         # torch's handler would raise amid an optimiser step; deaths are noticed where a batch is waited for
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     begin = time.monotonic()
     while True:
         try:
-            batch = next(batches)
+            with unanswered(lambda: _kill_workers(batches), TIMEOUT_SECONDS):
+                batch = next(batches)
         except StopIteration:
             return
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
@@ -140,6 +141,11 @@ def _patient(loader: DataLoader, waiting: Callable[[], None]) -> Iterator[dict]:
             ) from error
         yield batch
         begin = time.monotonic()
+
+
+def _kill_workers(batches: Any) -> None:
+    for worker in getattr(batches, "_workers", []):
+        worker.kill()
 
 
 def _batches(trainer: nnsslTrainer_Finetune, cases: Any, read_size: Any, transforms: Any) -> nnUNetDataLoader:

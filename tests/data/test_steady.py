@@ -36,12 +36,15 @@ def same(first: list[CropBatch], second: list[CropBatch]) -> bool:
     )
 
 
-def fault(monkeypatch: pytest.MonkeyPatch, flag: Path, sample: int, number: int, once: bool = True) -> None:
-    """The worker that reads this sample gets a signal."""
+def fault(
+    monkeypatch: pytest.MonkeyPatch, flag: Path, sample: int, number: int, once: bool = True, after: float = 0
+) -> None:
+    """The worker that reads this sample gets a signal, ``after`` so many seconds."""
     original = CropDataset.__getitem__
 
     def getitem(self: CropDataset, index: int) -> Sample:
         if index == sample and not (once and flag.exists()):
+            time.sleep(after)
             flag.touch()
             os.kill(os.getpid(), number)
         return original(self, index)
@@ -91,6 +94,33 @@ def test_a_lost_worker_is_named_and_replaced(
     assert ("gave no batch for" in line) == (number == signal.SIGSTOP)
     if number == signal.SIGKILL:
         assert "was killed by signal 9" in line
+    assert not steady.multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_is_lost_before_its_batch_was_fetched_is_replaced(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A batch is fetched from the worker that made it, which must answer."""
+    monkeypatch.setattr(steady, "POLL_SECONDS", 2)
+    monkeypatch.setattr(steady, "HANG_SECONDS", 5)
+    flag, told = tmp_path / "flag", list[str]()
+    data = dataset(folder)
+    expected = list(loader(data, told, workers=0))
+    original = _MultiProcessingDataLoaderIter._next_data
+
+    def next_data(self: Any) -> Any:
+        while not flag.exists():
+            time.sleep(0.05)
+        time.sleep(0.2)
+        return original(self)
+
+    fault(monkeypatch, flag, 9, number, after=0.5)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", next_data)
+    assert same(list(loader(data, told)), expected)
+    (line,) = told
+    assert "while reading sample 9 (" in line
+    assert ("gave no batch for" in line) == (number == signal.SIGSTOP)
     assert not steady.multiprocessing.active_children()
 
 

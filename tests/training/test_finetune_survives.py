@@ -15,6 +15,7 @@ import torch
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
+from nnssl_ext.training import seeded
 from nnssl_ext.training.finetune import nnsslTrainer_Finetune
 from nnssl_ext.training.run_folder import HOLDER, LATEST, LOCK, PREVIOUS
 from tests.conftest import Environment
@@ -172,7 +173,10 @@ def test_the_newest_checkpoint_is_never_older_than_the_best(with_data: Data, mon
     same_run(tune(environment, "labelled", "whole"), tune(environment, "labelled", "broken", c=True))
 
 
-def test_a_lost_worker_ends_the_run_without_losing_a_step(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_worker_ends_the_run_without_losing_a_step(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     environment = with_data("labelled")
     plans(environment, "whole", "broken")
     whole = tune(environment, "labelled", "whole")
@@ -181,11 +185,13 @@ def test_a_lost_worker_ends_the_run_without_losing_a_step(with_data: Data, monke
 
     def train_step(self: nnsslTrainer_Finetune, batch: dict) -> dict:
         if self.step == 1:
+            time.sleep(0.5)  # its next batches wait to be fetched
             for child in multiprocessing.active_children():
-                child.kill()
+                os.kill(child.pid or 0, number)
         return original(self, batch)
 
     with monkeypatch.context() as patch:
+        patch.setattr(seeded, "TIMEOUT_SECONDS", 4)
         patch.setattr(nnsslTrainer_Finetune, "train_step", train_step)
         with pytest.raises(UserError, match=r"loader: no batch after .* exited unexpectedly.*go on with --c"):
             tune(environment, "labelled", "broken")
