@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nnssl_ext import checkpoint
+from nnssl_ext.environment import commands_path
 from nnssl_ext.methods import METHODS
 from nnssl_ext.resources import resource_folder
 
@@ -98,8 +99,7 @@ def differs(value: Tensor, other: Tensor | None) -> bool:
 
 def run(*words: str) -> None:
     """A command of this Python's environment; its output is shown if it fails."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    finished = subprocess.run(words, env={**os.environ, "PATH": path}, text=True, capture_output=True)
+    finished = subprocess.run(words, env={**os.environ, "PATH": commands_path()}, text=True, capture_output=True)
     if finished.returncode:
         sys.exit(
             f"{' '.join(words)} ended with {finished.returncode}\n{finished.stdout[-2000:]}\n{finished.stderr[-2000:]}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnssl_ext import __version__
+from nnssl_ext.environment import named_trainer_folders
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import METHODS
 from nnssl_ext.recipe import read_json, total_stride
@@ -115,7 +116,7 @@ def _workers() -> Finding:
 def _trainers() -> Iterator[Finding]:
     folder = resource_folder("trainers")
     advice = 'export nnUNet_extTrainer="$(nnssl_ext trainers --append)"'
-    listed = [path for path in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if path]
+    listed = named_trainer_folders()
     if not listed:
         yield Finding("nnUNet_extTrainer", "", "is not set: nnU-Net will not find our trainers", advice)
         return

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from nnssl_ext.errors import UserError
+from nnssl_ext.resources import resource_folder
 
 #: Hours, of ``nnssl_ext train --max-time``; it goes before the setting ``max_time``.
 MAX_TIME = "nnssl_ext_max_time"
@@ -40,6 +41,22 @@ def _identifier(text: str) -> int:
     if not text.isdigit():
         raise UserError(f"a data set is given as DatasetXXX_NAME or by its number, got '{text}'")
     return int(text)
+
+
+def commands_path() -> str:
+    """PATH with this Python's commands first: nnU-Net's and ours, of the very environment that is asked."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+def named_trainer_folders() -> list[str]:
+    """The folders that nnUNet_extTrainer names."""
+    return [folder for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if folder]
+
+
+def trainer_folders() -> str:
+    """nnUNet_extTrainer as it is, and our trainers if they are not among it."""
+    named, ours = named_trainer_folders(), str(resource_folder("trainers"))
+    return os.pathsep.join(named if ours in named else [*named, ours])
 
 
 def cores() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -34,6 +35,19 @@ def replaced_on_success(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    with path.open("rb") as file:
+        result = hashlib.sha256()
+        while block := file.read(2**20):
+            result.update(block)
+    return result.hexdigest()
 
 
 def lock_file(path: Path, work: str) -> FileLock:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from nnssl_ext.environment import MAX_TIME, dataset_folder, launched, time_limit
+from nnssl_ext.environment import MAX_TIME, dataset_folder, launched, time_limit, trainer_folders
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json
 from nnssl_ext.resources import resource_folder
@@ -124,10 +124,7 @@ def _check_together(known: argparse.Namespace) -> None:
 
 
 def _add_our_trainers() -> None:
-    ours = str(resource_folder("trainers"))
-    folders = [folder for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if folder]
-    if ours not in folders:
-        os.environ["nnUNet_extTrainer"] = os.pathsep.join([*folders, ours])
+    os.environ["nnUNet_extTrainer"] = trainer_folders()
 
 
 def _check_trainer(name: str) -> None:

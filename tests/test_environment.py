@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnssl_ext.environment import HUGE_PAGES, KEPT_MEMORY, cores, keep_memory
+from nnssl_ext.environment import HUGE_PAGES, KEPT_MEMORY, cores, keep_memory, trainer_folders
 from nnssl_ext.methods import METHODS
+from nnssl_ext.resources import resource_folder
 from tests.conftest import Environment
 from tests.training.test_trainer import trainer_for
 
@@ -124,3 +125,13 @@ def test_cores_are_those_that_this_process_may_use() -> None:
     finally:
         os.sched_setaffinity(0, before)
     assert cores() == len(before)
+
+
+def test_our_trainers_are_named_once_and_after_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ours = str(resource_folder("trainers"))
+    monkeypatch.delenv("nnUNet_extTrainer", raising=False)
+    assert trainer_folders() == ours
+    monkeypatch.setenv("nnUNet_extTrainer", f"{tmp_path}{os.pathsep}")
+    assert trainer_folders() == f"{tmp_path}{os.pathsep}{ours}"
+    monkeypatch.setenv("nnUNet_extTrainer", trainer_folders())
+    assert trainer_folders() == f"{tmp_path}{os.pathsep}{ours}"

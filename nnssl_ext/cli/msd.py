@@ -102,7 +102,7 @@ def _check_number(dataset: str) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from nnssl_ext.resources import resource_folder
+    from nnssl_ext.environment import trainer_folders
     from nnssl_ext.study.decathlon import find_task, run_stock
 
     task = find_task(arguments.task)
@@ -117,8 +117,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     words += ["-p", arguments.p, "-tr", arguments.tr, "-f", *arguments.f, "-device", arguments.device]
     words += ["--continue_prediction", *(["--disable_tta"] if arguments.disable_tta else [])]
     _check_predictor(Path(arguments.o), model, arguments)
-    trainers = [str(resource_folder("trainers")), *filter(None, [os.environ.get("nnUNet_extTrainer")])]
-    run_stock(words, f"could not predict {task.folder}", {"nnUNet_extTrainer": os.pathsep.join(trainers)}, show=True)
+    run_stock(words, f"could not predict {task.folder}", {"nnUNet_extTrainer": trainer_folders()}, show=True)
 
 
 def _check_predictor(folder: Path, model: Path, arguments: argparse.Namespace) -> None:

@@ -8,8 +8,8 @@ A value that is already set is kept in front of it with --append.
 from __future__ import annotations
 
 import argparse
-import os
 
+from nnssl_ext.environment import trainer_folders
 from nnssl_ext.resources import resource_folder
 
 
@@ -18,8 +18,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    folders = [str(resource_folder("trainers"))]
-    if arguments.append:
-        now = [folder for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if folder]
-        folders = [*now, *(folder for folder in folders if folder not in now)]
-    print(os.pathsep.join(folders))
+    print(trainer_folders() if arguments.append else resource_folder("trainers"))

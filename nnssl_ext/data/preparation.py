@@ -29,7 +29,7 @@ from nnssl_ext.data.volumes import (
     NotAnImage,
     Unusable,
     Volume,
-    file_digest,
+    files_digest,
     read_file,
     read_series,
     reason,
@@ -94,7 +94,7 @@ def prepare(item: Item, target: Target) -> list[Prepared]:
     results: list[Prepared] = []
     try:
         stamp = item.stamp()
-        sha256 = file_digest(list(item.files)) if not item.dicom else _folder_digest(item.files[0])
+        sha256 = files_digest(list(item.files)) if not item.dicom else _folder_digest(item.files[0])
     except OSError as error:
         return [Prepared(_entry(item, [0, 0, 0], "", Unusable(f"cannot be read: {error.strerror}")))]
     for group, volumes in _read(item, _managers(target, item.normalization)[0]):
@@ -230,4 +230,4 @@ def _leave_out(entry: Entry, verdict: Unusable) -> None:
 
 
 def _folder_digest(folder: str) -> str:
-    return file_digest(sorted(str(path) for path in Path(folder).iterdir() if path.is_file()))
+    return files_digest(sorted(str(path) for path in Path(folder).iterdir() if path.is_file()))

@@ -17,6 +17,8 @@ import nibabel
 import numpy as np
 import SimpleITK
 
+from nnssl_ext.files import file_digest
+
 #: Endings of image files that hold a volume of their own.
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 #: No volume has more voxels: 8 GB of float32.
@@ -135,18 +137,10 @@ def read_series(folder: str, canonical: bool = False) -> Iterator[Volume | Unusa
             yield Unusable(f"series {series} cannot be read: {reason(error)}")
 
 
-def file_digest(files: list[str]) -> str:
+def files_digest(files: list[str]) -> str:
     """The sha256 of a file, or of the digests of several in their order."""
-    digests = []
-    for name in files:
-        with open(name, "rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-            digests.append(digest)
-    if len(digests) == 1:
-        return digests[0].hexdigest()
-    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+    digests = [file_digest(Path(name)) for name in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()
 
 
 def reason(error: BaseException) -> str:

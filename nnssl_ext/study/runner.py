@@ -17,11 +17,10 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from nnssl_ext.environment import cores
+from nnssl_ext.environment import commands_path, cores, trainer_folders
 from nnssl_ext.files import replaced_on_success
 from nnssl_ext.provenance import revision, versions
 from nnssl_ext.recipe import read_json, write_json
-from nnssl_ext.resources import resource_folder
 from nnssl_ext.study.grid import PRETRAINING, Cell, Grid
 from nnssl_ext.study.metrics import fold_metrics
 
@@ -201,15 +200,14 @@ class _Clock:
 
 def environment(grid: Grid, cell: Cell, slot: Slot) -> dict[str, str]:
     """The environment of a run's command."""
-    folders = [str(resource_folder("trainers")), *filter(None, [os.environ.get("nnUNet_extTrainer")])]
     return {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PATH": commands_path(),
         "PYTHONUNBUFFERED": "1",
         "nnUNet_raw": os.environ.get("nnUNet_raw", str(grid.folder)),
         "nnUNet_preprocessed": str(grid.preprocessed.parent),
         "nnUNet_results": str(grid.folder / "results" / cell.arm.name),
-        "nnUNet_extTrainer": os.pathsep.join(folders),
+        "nnUNet_extTrainer": trainer_folders(),
         **slot.variables,
     }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nnssl_ext.environment import commands_path
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
 
@@ -92,10 +93,9 @@ class Chain:
         logs = self.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / f"{number:02d}_{re.sub(r'[^a-z0-9]+', '_', step.title.lower()).strip('_')}.txt"
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         process = subprocess.Popen(
             words,
-            env={**os.environ, **self.variables, **step.variables, "PATH": path, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **self.variables, **step.variables, "PATH": commands_path(), "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -15,7 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
-from nnssl_ext.files import lock_file
+from nnssl_ext.files import file_digest, lock_file
 from nnssl_ext.methods import METHODS, SCHEMAS
 from nnssl_ext.recipe import assignments_recipe, derive_plans, load_recipe, read_json, write_json
 from nnssl_ext.settings import PLANS_KEY, split_sections
@@ -24,7 +24,6 @@ from nnssl_ext.study.grid import FINETUNER, Grid
 from nnssl_ext.study.protocol import Protocol, draw_cases, keep_protocol
 from nnssl_ext.training.finetune_parts import finetune_settings
 from nnssl_ext.training.preflight import check_plans
-from nnssl_ext.transfer.write import file_digest
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
+from nnssl_ext.files import file_digest
 from nnssl_ext.networks.contract import adaptation_plan
 from nnssl_ext.networks.target import target_network
 from nnssl_ext.provenance import revision, versions
@@ -125,12 +125,3 @@ def write(path: Path, target: Target, to: Destination, source: Source, report: R
         },
     }
     checkpoint.save(content, path)
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        result = hashlib.sha256()
-        while block := file.read(2**20):
-            result.update(block)
-    return result.hexdigest()

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from nnssl_ext import checkpoint
+from nnssl_ext.environment import commands_path
 from nnssl_ext.errors import UserError
 from nnssl_ext.training import seeded
 from nnssl_ext.training.finetune import nnsslTrainer_Finetune
@@ -203,8 +203,7 @@ def test_a_signal_to_the_whole_group_through_the_command(with_data: Data) -> Non
     """As a cluster sends it: to the command and its workers; and once more SIGKILL."""
     environment = with_data("labelled")
     plans(environment, "broken", steps=2000, snapshots=[])
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    variables = {**os.environ, **environment.variables, "PATH": path, "nnUNet_n_proc_DA": "1"}
+    variables = {**os.environ, **environment.variables, "PATH": commands_path(), "nnUNet_n_proc_DA": "1"}
     latest = fold(environment) / LATEST
     for number, status in ((signal.SIGTERM, 0), (signal.SIGKILL, -9), (signal.SIGUSR1, 0)):
         before = latest.stat().st_mtime if latest.exists() else 0.0

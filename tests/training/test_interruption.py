@@ -12,7 +12,7 @@ import pytest
 
 from nnssl_ext import checkpoint
 from nnssl_ext.cli import main
-from nnssl_ext.environment import MAX_TIME, time_limit
+from nnssl_ext.environment import MAX_TIME, commands_path, time_limit
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import METHODS
 from nnssl_ext.training.trainer import PretrainingTrainer
@@ -92,10 +92,9 @@ def test_killed_at_random_moments_through_the_command(with_data: Data) -> None:
     words = ["nnUNetv2_train", "811", "3d_fullres", "0", "-tr", TRAINER, "-p", "broken", "-device", "cpu", "--c"]
     for number, seconds in ((signal.SIGKILL, 0.4), (signal.SIGTERM, 0.2)):
         before = _written(fold)
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         process = subprocess.Popen(
             words,
-            env={**os.environ, **environment.variables, "PATH": path},
+            env={**os.environ, **environment.variables, "PATH": commands_path()},
             stdout=subprocess.PIPE,
             text=True,
         )
