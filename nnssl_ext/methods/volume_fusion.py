@@ -29,6 +29,7 @@ from nnssl_ext.views.appearance import IntensityDraw
 from nnssl_ext.views.fusion import MOST_BOXES, BoxLayout, GridLayout, fuse
 from nnssl_ext.views.intensity import remap_percentiles
 from nnssl_ext.views.random import BatchRandom
+from nnssl_ext.views.slabs import scratch, together
 from nnssl_ext.views.spatial import cut_batch
 
 ARXIV, TIP = "arXiv 2306.16925", "IEEE TIP 34:6041"
@@ -111,22 +112,26 @@ class VolumeFusion(Method):
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """``image`` (B, C, D, H, W) and ``level`` (B, D, H, W) uint8 with ``IGNORE``."""
-        size, device = self.geometry.crop_size, random.device
-        background, background_inside = cut_batch(batch.boxes[0], size, device)
-        foreground, foreground_inside = cut_batch(batch.boxes[1], size, device, for_a_while=True)
-        for crop, inside in ((background, background_inside), (foreground, foreground_inside)):
-            if self.settings.remap == "percentile":
-                remap_percentiles(crop)
-            draw = IntensityDraw.draw(self.settings.intensity, random, crop.shape[1], self.geometry.spacing)
-            draw.apply(crop, random)
-            if inside is not None:
-                crop.mul_(inside)
-
+        s, size, device = self.settings, self.geometry.crop_size, random.device
+        channels = len(batch.boxes[0][0].data)
+        draws = [IntensityDraw.draw(s.intensity, random, channels, self.geometry.spacing) for _ in batch.boxes]
         level = self._draw_levels(random)
-        image = fuse(foreground, background, level, self.settings.levels, self.settings.ignore_below)
-        for inside in (background_inside, foreground_inside):
-            if inside is not None:
-                level.masked_fill_(~inside[:, 0], IGNORE)
+        image = torch.empty((len(random), channels, *size), device=device)
+        for samples in together(image):
+            own, levels = random.of(samples), level[samples]
+            background, foreground = image[samples], scratch(image[samples].shape, device)
+            insides = []
+            for crop, boxes, draw in zip((background, foreground), batch.boxes, draws, strict=True):
+                _, inside = cut_batch(boxes[samples], size, device, out=crop)
+                if s.remap == "percentile":
+                    remap_percentiles(crop)
+                draw.of(samples).apply(crop, own)
+                if inside is not None:
+                    crop.mul_(inside)
+                    insides.append(inside)
+            fuse(foreground, background, levels, s.levels, s.ignore_below)
+            for inside in insides:
+                levels.masked_fill_(~inside[:, 0], IGNORE)
         return {"image": image, "level": level}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ B batch, C channel.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,15 @@ class IntensitySettings:
         [0.4, 0.9], "Range of the frequencies that are kept, as a share of Nyquist's.", low=0.05, high=2, length=2
     )
 
+    @cached_property
+    def table(self) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of the views that are drawn per channel: names, and (N, 1) lower ends, widths, neutral values, chances."""
+        in_use = [name for name in ("blur", "low_resolution", "sharpen", "gibbs") if _chance(self, name)]
+        names = [*in_use, "gamma", "brightness", "contrast"]
+        low, high = np.array([getattr(self, name) for name in names], np.float32).T[..., None]
+        neutral = np.array([[NEUTRAL.get(name, 0.0)] for name in names], np.float32)
+        return names, low, high - low, neutral, np.array([[_chance(self, name)] for name in names], np.float32)
+
 
 @dataclass
 class IntensityDraw:
@@ -96,21 +106,17 @@ class IntensityDraw:
         cls, settings: IntensitySettings, random: BatchRandom, channels: int, spacing: Sequence[float]
     ) -> IntensityDraw:
         """Draw for a batch; ``spacing`` in mm, for the filters."""
-        filters_in_use = [name for name in ("blur", "low_resolution", "sharpen", "gibbs") if _chance(settings, name)]
-        names = [*filters_in_use, "gamma", "brightness", "contrast"]
+        names, low, span, neutral, chances = settings.table
         # one draw for everything; what a sample gets as a whole is last
         draws = random.uniform(0.0, 1.0, (2 * len(names) * channels + 3,))
         # small arrays are faster in numpy
         chance, place = draws[:, :-3].view(len(random), 2, len(names), channels).numpy().swapaxes(0, 1)
-        low, high = np.array([getattr(settings, name) for name in names], np.float32).T[..., None]
-        neutral = np.array([[NEUTRAL.get(name, 0.0)] for name in names], np.float32)
-        chances = np.array([[_chance(settings, name)] for name in names], np.float32)
-        values = np.where(chance < chances, low + (high - low) * place, neutral)
+        values = np.where(chance < chances, low + span * place, neutral)
         strength: dict[str, Any] = dict(zip(names, torch.from_numpy(values).unbind(1), strict=True))
-        low, high = settings.noise
+        least, most = settings.noise
         result = cls(
             **strength,
-            noise=(draws[:, -3] < settings.noise_probability) * (low + (high - low) * draws[:, -2]),
+            noise=(draws[:, -3] < settings.noise_probability) * (least + (most - least) * draws[:, -2]),
             invert=draws[:, -1] < settings.invert_probability,
             spacing=spacing,
         )
@@ -118,6 +124,18 @@ class IntensityDraw:
             chosen = random.chance(settings.histogram_probability, (channels,))
             result.histogram = (random.uniform(0, 1, (channels, POINTS)), chosen)
         return result
+
+    def of(self, samples: slice) -> IntensityDraw:
+        """Those of some of the samples."""
+        if (samples.start, samples.stop) == (0, len(self.noise)):
+            return self
+        parts: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                parts[name] = value[samples]
+            elif name == "histogram" and value is not None:
+                parts[name] = tuple(part[samples] for part in value)
+        return replace(self, **parts)
 
     def apply(self, batch: Tensor, random: BatchRandom) -> Tensor:
         """Apply all of them, in nnU-Net's order as far as nnU-Net has them, to (B, C, D, H, W) in place."""

@@ -7,15 +7,14 @@ channel untouched. Every function works in place on its batch and returns it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl_ext.views.coarse import coarse_matrix, lower
 from nnssl_ext.views.intensity import changed
 from nnssl_ext.views.random import sent
-from nnssl_ext.views.separable import Bands, along_axes, bands
+from nnssl_ext.views.separable import along_axes
 
 #: A Gaussian is cut off after this many standard deviations.
 TRUNCATE = 3.0
@@ -45,7 +44,7 @@ def lower_resolution(batch: Tensor, zoom: Tensor, spacing: Sequence[float]) -> T
     for volume, factor in changed(batch, zoom, 1.0):
         thick = [finest / factor / edge for edge in spacing]
         size = [max(1, round(n / max(1.0, t))) for n, t in zip(volume.shape, thick, strict=True)]
-        along_axes(volume, _coarsened(size, volume), out=volume)
+        _coarsen(volume, size)
     return batch
 
 
@@ -55,7 +54,7 @@ def thicken(batch: Tensor, axis: Tensor, zoom: Tensor) -> Tensor:
         size, thick = list(batch.shape[2:]), int(axis[sample])
         size[thick] = max(1, round(size[thick] * float(zoom[sample])))
         for volume in batch[sample]:
-            along_axes(volume, _coarsened(size, volume), out=volume)
+            _coarsen(volume, size)
     return batch
 
 
@@ -113,21 +112,10 @@ def _kernel(length: int, sigma: float) -> Tensor | None:
     return torch.zeros(length, length).scatter_add_(1, column, (weight / weight.sum()).expand(length, -1))
 
 
-def _coarsened(size: Sequence[int], volume: Tensor) -> list[Tensor | Bands | None]:
-    """Matrices that sample ``volume`` (D, H, W) down to ``size`` and back up."""
-    split = volume.device.type == "cpu"
+def _coarsen(volume: Tensor, size: Sequence[int]) -> None:
+    """Sample ``volume`` (D, H, W) down to ``size`` and back up, in place."""
+    if volume.device.type == "cpu":
+        lower(volume, size)
+        return
     pairs = zip(size, volume.shape, strict=True)
-    return [None if m == n else (_coarsening_bands if split else _coarsening)(m, n) for m, n in pairs]
-
-
-@lru_cache(maxsize=64)
-def _coarsening(small: int, length: int) -> Tensor:
-    """The nearest ``small`` of ``length`` voxels, and linear interpolation back, as a matrix (length, length)."""
-    nearest = F.interpolate(torch.arange(length)[None, None].float(), size=small, mode="nearest-exact")[0, 0].long()
-    back = F.interpolate(torch.eye(small)[None], size=length, mode="linear")[0].T
-    return torch.zeros(length, length).index_add_(1, nearest, back)
-
-
-@lru_cache(maxsize=64)
-def _coarsening_bands(small: int, length: int) -> Bands:
-    return bands(_coarsening(small, length))
+    along_axes(volume, [None if m == n else coarse_matrix(m, n) for m, n in pairs], out=volume)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,11 +52,21 @@ def bend_gamma(batch: Tensor, exponent: Tensor) -> Tensor:
     """Raise intensities, scaled to [0, 1], to a power, and scale them back; ``exponent`` (B, C)."""
     for volume, value in changed(batch, exponent, 1.0):
         low, high = torch.aminmax(volume)
-        # width ((x - low) / width)^value through logarithms, which is three times faster than a power; log 0 is -inf
-        scale = (high - low).clamp_min(EPSILON).log() * (1 - value)
+        # width ((x - low) / width)^value through logarithms, which is faster than a power by far; log 0 is -inf
+        scale = (high - low).clamp_min(EPSILON).log2() * (1 - value)
         for piece in pieces(volume):
-            torch.add(scale, piece.sub_(low).log_(), alpha=value, out=piece).exp_().add_(low)
+            torch.add(scale, _log2(piece.sub_(low)), alpha=value, out=piece).exp2_().add_(low)
     return batch
+
+
+def _log2(values: Tensor) -> Tensor:
+    """In place; on a CPU with AVX-512 numpy's, which takes a quarter of the time of torch's."""
+    if values.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return values.log2_()
+    array = values.numpy()
+    with np.errstate(divide="ignore"):
+        np.log2(array, out=array)
+    return values
 
 
 def invert(batch: Tensor, chosen: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ B batch. No number of ranks, no order of workers and no interruption changes wha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -54,6 +55,12 @@ class BatchRandom:
 
     def __len__(self) -> int:
         return len(self._generators)
+
+    def of(self, samples: slice) -> BatchRandom:
+        """The same streams of some of the samples."""
+        result = copy(self)
+        result._generators = self._generators[samples]
+        return result
 
     def generator(self, sample: int) -> np.random.Generator:
         """The generator of one sample, for draws that are made sample by sample."""

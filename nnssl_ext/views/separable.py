@@ -42,7 +42,7 @@ class Bands(NamedTuple):
 
 
 def bands(matrix: Tensor) -> Bands:
-    """Split a matrix on the CPU; worth keeping where it is used again."""
+    """Split a matrix on the CPU."""
     values = matrix.numpy()
     rows, length = values.shape
     touched = values != 0
@@ -57,27 +57,26 @@ def bands(matrix: Tensor) -> Bands:
     wide = np.zeros((rows, length + margin + width), values.dtype)
     wide[:, margin : margin + length] = values
     stack = [wide[n * tile : (n + 1) * tile, begin : begin + width] for n, begin in enumerate(starts)]
-    return Bands((rows, length), _parts(matrix, TILE), torch.from_numpy(np.stack(stack)), margin)
+    return Bands((rows, length), banded_parts(matrix, TILE), torch.from_numpy(np.stack(stack)), margin)
 
 
-def along_axes(volume: Tensor, matrices: Sequence[Tensor | Bands | None], out: Tensor | None = None) -> Tensor:
+def along_axes(volume: Tensor, matrices: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
     """Multiply each axis of ``volume`` (D, H, W) by a matrix (new length, length) on the CPU; None leaves it.
 
     Args:
         volume: On any device; every value finite.
-        matrices: One an axis; ``Bands`` where the volume is on the CPU and the matrix is used again.
+        matrices: One an axis.
         out: Where to write the result; may be ``volume``. None for a new tensor.
 
     Returns:
         A volume of the new lengths, on the device of ``volume``.
     """
     if volume.device.type == "cpu":
-        split: dict[int, Bands] = {id(m): bands(m) for m in matrices if isinstance(m, Tensor)}
-        depth, height, width = (split[id(m)] if isinstance(m, Tensor) else m for m in matrices)
+        split = {id(m): bands(m) for m in matrices if m is not None}
+        depth, height, width = (None if m is None else split[id(m)] for m in matrices)
         return _Planes(volume, height, width).through(depth, out)
     for axis, matrix in enumerate(matrices):
         if matrix is not None:
-            assert isinstance(matrix, Tensor)
             volume = torch.tensordot(sent(matrix, volume.device), volume, ([1], [axis])).movedim(0, axis)
     return volume if out is None else out.copy_(volume)
 
@@ -112,7 +111,7 @@ class _Planes:
                     piece,
                 )
                 for rows, columns, values in depth.parts
-                for inner, touched, piece in _parts(values, self.together)
+                for inner, touched, piece in banded_parts(values, self.together)
             ]
         # planes that a step and those after it read, and, as ``out`` may be ``volume``, those that it writes
         unread = list(accumulate((columns.start for _, columns, _ in reversed(parts)), min))[::-1]
@@ -164,7 +163,7 @@ class _Planes:
             torch.mm(flat[:, columns], values.T, out=flat_out[:, rows])
 
 
-def _parts(matrix: Tensor, most: int) -> list[tuple[slice, slice, Tensor]]:
+def banded_parts(matrix: Tensor, most: int) -> list[tuple[slice, slice, Tensor]]:
     """A matrix in pieces of ``most`` rows at most, each with the columns in which it is not all zero, at least one."""
     parts = []
     for begin in range(0, len(matrix), most):

@@ -10,6 +10,8 @@ from torch import Tensor
 
 #: Voxels of a piece, about: a few arrays of them lie in a core's cache together.
 VOXELS = 1 << 16
+#: Voxels of the samples that several views pass through one after the other.
+SAMPLES = 1 << 20
 
 
 def slabs(batch: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -22,6 +24,13 @@ def slabs(batch: Tensor) -> Iterator[tuple[slice, slice]]:
     for sample in range(samples):
         for begin in range(0, voxels, together):
             yield slice(sample, sample + 1), slice(begin, min(begin + together, voxels))
+
+
+def together(batch: Tensor) -> list[slice]:
+    """Samples of a batch (B, ...) to take at a time: as many as a CPU's last cache holds; all of them on a GPU."""
+    samples = len(batch)
+    at_once = max(1, SAMPLES // max(1, batch[0].numel())) if batch.device.type == "cpu" else samples
+    return [slice(begin, min(begin + at_once, samples)) for begin in range(0, samples, at_once)]
 
 
 def pieces(volume: Tensor) -> Iterator[Tensor]:

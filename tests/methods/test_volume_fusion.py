@@ -7,6 +7,8 @@ import torch
 
 from nnssl_ext.losses.segmentation import IGNORE
 from nnssl_ext.methods.volume_fusion import VolumeFusion, VolumeFusionSettings
+from nnssl_ext.views import slabs
+from nnssl_ext.views.appearance import IntensitySettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from tests.methods.helpers import CPU, OFF, SIZE, batch_of, build, views_of, write_cases
 
@@ -49,8 +51,11 @@ def test_undecidable_voxels_and_padding_are_ignored(folder: Path, tmp_path: Path
     assert not padded["image"][:, :, :4].any()
 
 
-def test_a_sample_looks_the_same_in_any_batch(folder: Path) -> None:
-    method = build(VolumeFusion, VolumeFusionSettings(remap="percentile"))
+@pytest.mark.parametrize("at_once", [1, slabs.SAMPLES])
+def test_a_sample_looks_the_same_in_any_batch(folder: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(slabs, "SAMPLES", at_once)
+    looks = IntensitySettings(noise_probability=0.5, blur_probability=0.5, histogram_probability=0.5)
+    method = build(VolumeFusion, VolumeFusionSettings(remap="percentile", intensity=looks))
     together = views_of(folder, method, [3, 4, 5])
     for place, index in enumerate([3, 4, 5]):
         alone = views_of(folder, method, [index])

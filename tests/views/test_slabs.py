@@ -2,7 +2,7 @@ import threading
 
 import torch
 
-from nnssl_ext.views.slabs import VOXELS, pieces, scratch, slabs
+from nnssl_ext.views.slabs import SAMPLES, VOXELS, pieces, scratch, slabs, together
 
 CPU = torch.device("cpu")
 
@@ -33,3 +33,12 @@ def test_scratch_is_the_same_memory_again_and_another_threads_is_not() -> None:
     thread.start()
     thread.join()
     assert found[0] != first.data_ptr()
+
+
+def test_samples_together_are_all_of_a_batch_once() -> None:
+    for voxels, number in ((SAMPLES // 2, 3), (2 * SAMPLES, 5), (SAMPLES, 5), (1, 1)):
+        batch = torch.zeros(1).expand(5, 1, voxels)
+        taken = [list(range(5))[samples] for samples in together(batch)]
+        assert [n for part in taken for n in part] == list(range(5))
+        assert len(taken) == number
+    assert together(torch.empty(5, 1, 2 * SAMPLES, device="meta")) == [slice(0, 5)]
