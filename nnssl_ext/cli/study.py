@@ -121,10 +121,11 @@ def _run(study: Study, arguments: argparse.Namespace) -> str:
     for arm in analysis.tested_arms:
         print(analysis.answer(arm))
     print(f"the report: {report}", flush=True)
-    if not grid.failed:
+    failures = grid.failures()
+    if not failures:
         return ""
-    logs = ", ".join(str(log) for log in grid.failed.values())
-    return f"{len(grid.failed)} runs failed and are missing from the report; their logs: {logs}"
+    logs = ", ".join(str(log) for log in failures.values())
+    return f"{len(failures)} runs failed and are missing from the report; their logs: {logs}"
 
 
 def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:
@@ -133,9 +134,10 @@ def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:
     Raises:
         UserError: For numbers that make no study.
     """
+    from nnssl_ext.environment import dataset_folder
     from nnssl_ext.study.metrics import tolerance_of
     from nnssl_ext.study.protocol import Protocol
-    from nnssl_ext.study.study import pool_size
+    from nnssl_ext.study.study import optimiser_of, pool_size
 
     everything = pool_size(arguments.d, arguments.p, arguments.c, arguments.fold)
     words = arguments.labels or [*(str(n) for n in BUDGETS if n < everything), "all"]
@@ -152,8 +154,8 @@ def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:
             f"the endpoint, {primary_labels} labels at step {primary_step}, must be among --labels {labels} and "
             f"--snapshots {snapshots}"
         )
-    adamw = "finetune.optimiser=adamw" in arguments.overlays
-    rates = arguments.rates or ([3e-4, 1e-3, 3e-3] if adamw else [1e-3, 3e-3, 1e-2])
+    optimiser = optimiser_of(dataset_folder(dataset), arguments.p, arguments.c, arguments.overlays)
+    rates = arguments.rates or ([3e-4, 1e-3, 3e-3] if optimiser == "adamw" else [1e-3, 3e-3, 1e-2])
     if min(rates) <= 0:
         raise UserError(f"--rates must be positive, got {rates}")
     total = arguments.subsets if arguments.total_baseline is None else arguments.total_baseline

@@ -136,7 +136,10 @@ class Analysis:
         return labels_saved(against_all, everything)
 
     def saving(self, arm: str) -> str:
-        """``saved`` in words: "62 % (24 of 64)", "none shown", or "not measured" while budgets are missing."""
+        """``saved`` in words: "62 % (24 of 64)", "none shown", or "not measured" while budgets are missing.
+
+        Of scratch it says how many labels are more than this length of training makes use of.
+        """
         saved = self.saved(arm)
         if saved.share is not None:
             return f"{100 * saved.share:.0f} % ({saved.labels} of {saved.everything})"
@@ -179,13 +182,26 @@ class Analysis:
         pairs = count(e.pairs, "paired run")
         if e.pairs < p.subsets:  # who stops at the first good look finds gains that are none
             verdict, pairs = "not decided yet", f"{e.pairs} of {count(p.subsets, 'paired run')}"
-        saved = self.saved(arm.name)
-        labels = "no saving of labels shown"
-        if saved.share is not None:
-            labels = f"{100 * saved.share:.0f} % of labels saved ({saved.labels} instead of {saved.everything})"
-        elif not self._measured(arm.name, saved.everything):
-            labels = "saving of labels not measured"
-        return f"{what}: {verdict}, {size} {interval(e)}, p = {e.p:.3f}, {pairs}; {labels}."
+        elif 2.0 ** (1 - e.pairs) > ALPHA:
+            verdict = f"cannot be decided with {count(e.pairs, 'pair')}"
+        total = self.primary(arm.name, TOTAL)
+        longer = f"{100 * total.effect.mean:+.1f} {interval(total.effect)}" if total else "not measured"
+        against = f"; against scratch of equal total steps {longer}" if self.grid.has_total else ""
+        return f"{what}: {verdict}, {size} {interval(e)}, p = {e.p:.3f}, {pairs}{against}; {self._labels(arm.name)}."
+
+    def _labels(self, arm: str) -> str:
+        """The answer's words about labels, beside those that scratch itself has no use for."""
+        saved, alone = self.saved(arm), self.saved(SCRATCH)
+        if saved.share is None:
+            measured = self._measured(arm, saved.everything)
+            return "no saving of labels shown" if measured else "saving of labels not measured"
+        if alone.labels is not None and alone.labels <= (saved.labels or 0):
+            return f"no saving of labels shown: {alone.labels} of {saved.everything} are enough for scratch, too"
+        scratch = "none shown" if self._measured(SCRATCH, saved.everything) else "not measured"
+        if alone.labels is not None:
+            scratch = f"{alone.labels} of {saved.everything}"
+        instead = f"{saved.labels} instead of {saved.everything}"
+        return f"{100 * saved.share:.0f} % of labels saved ({instead}; by scratch alone: {scratch})"
 
     def _cases(self, arm: str, against: str, labels: int, step: int, last: int, pairs: list[int]) -> float:
         frame = self.results[(self.results.labels == labels) & self.results.subset.isin(pairs)]

@@ -10,10 +10,12 @@ import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from nnssl_ext.environment import keep_memory
+from nnssl_ext.errors import UserError
 from nnssl_ext.methods import METHODS
-from nnssl_ext.recipe import load_recipe, merged, read_json
+from nnssl_ext.recipe import load_recipe, merged, read_json, write_json
 from nnssl_ext.resources import resource_folder
 from nnssl_ext.settings import CommonSettings
 from nnssl_ext.study.sources import Source
@@ -98,11 +100,36 @@ class Demo:
         return Chain(self.output, self._variables(), steps)
 
     def run(self) -> None:
-        """Do what is not done yet."""
+        """Do what is not done yet.
+
+        Raises:
+            UserError: If the folder holds a demonstration with other options.
+        """
+        self.output.mkdir(parents=True, exist_ok=True)
+        file, options = self.output / "options.json", self._options()
+        before = read_json(file) if file.is_file() else options
+        for name, value in options.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"{self.output} holds a demonstration with {name} {before.get(name)!r}, this one has {value!r}; "
+                    f"give another --output, or remove that folder"
+                )
+        write_json(options, file)
         keep_memory(self.device)  # the stock trainer, too
         for name in ("nnUNet_raw", "nnUNet_preprocessed"):
             (self.output / name).mkdir(parents=True, exist_ok=True)
         self.chain.run()
+
+    def _options(self) -> dict[str, Any]:
+        """What its results depend on."""
+        return {
+            "data": self.source.title,
+            "--labelled": self.source.labelled,
+            "-device": self.device,
+            "method": self.method,
+            "fine-tuner": self.finetuner,
+            "settings": self.settings,
+        }
 
     def _variables(self) -> dict[str, str]:
         return {

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json
 from nnssl_ext.settings import CommonSettings
 from nnssl_ext.study.grid import PRETRAINING, Grid
@@ -53,10 +57,19 @@ def estimate(grid: Grid) -> Estimate:
         runs += 1
         steps += grid.pretraining_steps() if cell.kind == PRETRAINING else grid.last_step(cell)
     dataset_json = read_json(grid.preprocessed / "dataset.json")
-    seconds = seconds_per_step(
-        grid.plans, grid.protocol.configuration, dataset_json, grid.common, torch.device(grid.device)
-    )
-    return Estimate(runs, steps, seconds)
+    words = grid.plans, grid.protocol.configuration, dataset_json, grid.common, torch.device(grid.device)
+    if grid.device == "cpu":
+        return Estimate(runs, steps, seconds_per_step(*words))
+    # in a process of its own, which gives the GPU's memory back before the study's runs want it
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return Estimate(runs, steps, pool.submit(seconds_per_step, *words).result())
+        except (torch.OutOfMemoryError, BrokenProcessPool) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"{grid.protocol.dataset}: a step of this network could not be timed on the GPU ({reason}); "
+                f"nnssl_ext plan --gpu-memory-target finds a batch that fits"
+            ) from error
 
 
 def seconds_per_step(

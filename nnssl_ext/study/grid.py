@@ -105,6 +105,11 @@ class Grid:
         asked = self.plans.get(PLANS_KEY, {}).get("finetune", {})
         return {name: value for name, value in SPARE_NOTHING.items() if name in asked}
 
+    @property
+    def has_total(self) -> bool:
+        """Whether scratch is also trained for equal total steps."""
+        return any(arm.name == TOTAL for arm in self.arms)
+
     def pretrained_arms(self) -> list[Arm]:
         return [arm for arm in self.arms if arm.method]
 
@@ -161,6 +166,15 @@ class Grid:
 
     def log_file(self, cell: Cell) -> Path:
         return self.folder / "logs" / cell.arm.name / f"{cell.name}.txt"
+
+    def failure_mark(self, cell: Cell) -> Path:
+        """There while a run's last attempt failed."""
+        return self.log_file(cell).with_suffix(".failed")
+
+    def failures(self) -> dict[Cell, Path]:
+        """Runs that failed, in this call or an earlier one, and were not done since; and their logs."""
+        cells = (cell for cell in self.all_cells() if not self.done(cell) and self.failure_mark(cell).is_file())
+        return {cell: self.log_file(cell) for cell in cells}
 
     def metrics(self, cell: Cell) -> pd.DataFrame:
         """Columns step, case, organ, dice, nsd of a run that is done."""

@@ -18,6 +18,7 @@ from nnssl_ext.recipe import read_json
 from nnssl_ext.study import pictures
 from nnssl_ext.study.analysis import Analysis, Comparison, count, interval, load_results
 from nnssl_ext.study.arms import Arm
+from nnssl_ext.study.cautions import caution, warnings
 from nnssl_ext.study.grid import GRID, PRETRAINING, Grid
 from nnssl_ext.study.page import Page, Section, Table, render, render_markdown
 from nnssl_ext.study.protocol import SCRATCH, TOTAL
@@ -34,8 +35,8 @@ def write_report(grid: Grid) -> Path:
         title="Does pretraining pay?",
         subtitle=f"{p.dataset}, {p.configuration}, plans {p.plans}; {count(len(grid.cases.held_out), 'held-out case')}",
         answers=[dice.answer(arm) for arm in dice.tested_arms],
-        caution=_caution(grid),
-        warnings=_warnings(grid),
+        caution=caution(grid, len(dice.tested_arms)),
+        warnings=warnings(grid),
         sections=[
             *_sections_of_numbers(grid, dice, nsd),
             *_slices(grid, dice),
@@ -46,30 +47,6 @@ def write_report(grid: Grid) -> Path:
     )
     render_markdown(grid.folder / "report.md", page)
     return render(grid.folder / "report.html", page)
-
-
-def _caution(grid: Grid) -> str:
-    p = grid.protocol
-    return (
-        f"The endpoint was fixed before the runs: Dice at {count(p.primary_labels, 'label')} after "
-        f"{p.primary_step} steps. The unit is the paired run (label subset and seed), tested by exact sign flips; "
-        f"intervals belong to the same test. Every arm is fine-tuned for {p.steps} steps."
-    )
-
-
-def _warnings(grid: Grid) -> list[str]:
-    found = []
-    if grid.protocol.transductive:
-        found.append("Transductive: pretraining saw the images (not the labels) of the held-out cases.")
-    missing = [cell for cell in grid.all_cells() if not grid.done(cell)]
-    if missing:
-        found.append(f"{len(missing)} of {len(grid.all_cells())} runs are not done; what follows is without them.")
-    for cell, log in grid.failed.items():
-        found.append(f"Failed: {cell.arm.name} {cell.name}; its log is {log.relative_to(grid.folder)}.")
-    for arm in grid.arms:
-        if arm.init:
-            found.append(f"{arm.name} comes from a file: which images it has seen is not known to this study.")
-    return found
 
 
 def _sections_of_numbers(grid: Grid, dice: Analysis, nsd: Analysis) -> list[Section]:
@@ -99,6 +76,7 @@ def _sections_of_numbers(grid: Grid, dice: Analysis, nsd: Analysis) -> list[Sect
             for budget in budgets
             if dice.score(arm.name, budget, p.steps) and dice.score(SCRATCH, budget, p.steps)
         ]
+    saved.append([SCRATCH, dice.saving(SCRATCH), "", "", ""])
     surface = [comparison_row(c) for arm in arms for c in nsd.compare(arm.name, SCRATCH, budgets, p.primary_step)]
     names = [arm.name for arm in grid.arms]
     return [
@@ -123,7 +101,9 @@ def _sections_of_numbers(grid: Grid, dice: Analysis, nsd: Analysis) -> list[Sect
             "Labels and steps saved",
             [
                 "Labels: the smallest budget whose lower limit against scratch with all cases lies above -0.5 points. "
-                "Steps: the first snapshot at which the arm's mean is scratch's at the end of the same budget."
+                "Scratch's own row says how many labels are more than training for so long makes use of, which no "
+                "pretraining has saved. Steps: the first snapshot at which the arm's mean is scratch's at the end of "
+                "the same budget."
             ],
             Table(["arm", "labels saved", "labels", "scratch's steps", "arm's steps"], saved),
         ),
@@ -190,6 +170,9 @@ def _slices(grid: Grid, dice: Analysis) -> list[Section]:
     ]
     if len(shown) < 2:
         return []
+    shown = [arm for arm in shown if _prediction_folder(grid, arm).is_dir()]  # they may have been cleared away
+    if len(shown) < 2:
+        return []
     frame = dice.results
     frame = frame[(frame.labels == p.primary_labels) & (frame.step == p.primary_step) & (frame.subset == 0)]
     order = frame[frame.arm == shown[1].name].groupby("case")["dice"].mean().sort_values(ascending=False)
@@ -197,7 +180,7 @@ def _slices(grid: Grid, dice: Analysis) -> list[Section]:
     for title, place in {"best": 0, "median": len(order) // 2, "worst": len(order) - 1}.items():
         case = str(order.index[place])
         outlines = {"truth": _read(grid.preprocessed / "gt_segmentations" / case)}
-        outlines |= {arm.name: _read(_prediction(grid, arm, case)) for arm in shown}
+        outlines |= {arm.name: _read(_prediction_folder(grid, arm) / case) for arm in shown}
         image = _image(grid, case)
         seen += image is not None
         image = np.zeros(outlines["truth"].shape, np.float32) if image is None else image
@@ -207,11 +190,11 @@ def _slices(grid: Grid, dice: Analysis) -> list[Section]:
     return [Section("Held-out cases", [text], images=[pictures.slices(overlays)])]
 
 
-def _prediction(grid: Grid, arm: Arm, case: str) -> Path:
+def _prediction_folder(grid: Grid, arm: Arm) -> Path:
     p = grid.protocol
     cell = next(c for c in grid.grid(arm, grid.rate(arm)) if c.labels == p.primary_labels and c.subset == 0)
     step = "validation" if p.primary_step == grid.last_step(cell) else f"validation_step_{p.primary_step:06d}"
-    return grid.fold_folder(cell) / step / case
+    return grid.fold_folder(cell) / step
 
 
 def _image(grid: Grid, case: str) -> np.ndarray | None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from nnssl_ext.study.metrics import fold_metrics
 GRACE_SECONDS = 20
 #: How often the time that a run has taken is noted, so that it is known of runs that were interrupted, too.
 NOTE_SECONDS = 20
+#: In a study's folder: its fine-tunings' checkpoints are kept.
+KEEP = ".keep_checkpoints"
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ def slots(device: str, jobs: int) -> list[Slot]:
 
 def run_grid(grid: Grid, places: Sequence[Slot]) -> None:
     """Do every run that is not done; failed ones are noted in ``grid.failed`` and tried again by the next call."""
+    if grid.keep_checkpoints:
+        (grid.folder / KEEP).touch()  # a later call without the option deletes none
     total = grid.all_cells()
     finished = sum(grid.done(cell) for cell in total)
     for cell in total:
@@ -91,14 +96,18 @@ class _Pool:
         self.error: BaseException | None = None
 
     def work(self, slot: Slot) -> None:
-        while (cell := self._take()) is not None:
+        cell = None
+        while not self.stopped:
             try:
+                cell = self._take()
+                if cell is None:
+                    return
                 self._run(cell, slot)
             except BaseException as error:  # it is raised again in the main thread
                 self.error = error
                 self.stop()
             with self.changed:
-                self.running.discard(cell)
+                self.running -= {cell}
                 self.changed.notify_all()
 
     def stop(self) -> None:
@@ -134,14 +143,26 @@ class _Pool:
             if self.stopped:
                 return
             if status or not validated(self.grid, cell):
-                self.grid.failed[cell] = self.grid.log_file(cell)
-                self.bar.write(f"failed: {cell.arm.name} {cell.name}, see {self.grid.log_file(cell)}", sys.stderr)
+                self._failed(cell)
                 return
         if cell.kind != PRETRAINING:
-            keep_metrics(self.grid, cell, clock.note())
+            try:
+                keep_metrics(self.grid, cell, clock.note())
+            except Exception:  # a prediction that cannot be read raises anything
+                with self.grid.log_file(cell).open("a") as log:
+                    log.write(f"its predictions could not be measured:\n{traceback.format_exc()}")
+                self._failed(cell)
+                return
+        self.grid.failure_mark(cell).unlink(missing_ok=True)
         self.bar.update()
         self.ended += 1
         print(f"{cell.arm.name} {cell.name}: {clock.note():.0f} s; {self._progress()}", flush=True)
+
+    def _failed(self, cell: Cell) -> None:
+        log = self.grid.log_file(cell)
+        self.grid.failed[cell] = log
+        self.grid.failure_mark(cell).touch()
+        self.bar.write(f"failed: {cell.arm.name} {cell.name}, see {log}", sys.stderr)
 
     def _progress(self) -> str:
         """Runs that are done, and about how long the others take if they are like those of this call."""
@@ -234,7 +255,7 @@ def keep_metrics(grid: Grid, cell: Cell, seconds: float) -> None:
         frames.append(frame)
     file.parent.mkdir(parents=True, exist_ok=True)
     made = {"versions": versions(), "revision": revision()}
-    write_json({"seconds": seconds, "rate": cell.rate, **made}, file.with_suffix(".json"))
+    write_json({"seconds": seconds, "rate": cell.rate, "device": grid.device, **made}, file.with_suffix(".json"))
     with replaced_on_success(file) as temporary:
         pd.concat(frames).to_csv(temporary, index=False)
     drop_checkpoints(grid, cell)
@@ -242,7 +263,7 @@ def keep_metrics(grid: Grid, cell: Cell, seconds: float) -> None:
 
 def drop_checkpoints(grid: Grid, cell: Cell) -> None:
     """Those of a measured run, which nobody will ask for, unless they are to be kept."""
-    if not grid.keep_checkpoints:
+    if not grid.keep_checkpoints and not (grid.folder / KEEP).exists():
         for checkpoint in grid.fold_folder(cell).glob("checkpoint_*.pth"):
             checkpoint.unlink()
 

@@ -28,6 +28,7 @@ class Source(ABC):
 
     title: str
     dataset: str
+    labelled: int
 
     @abstractmethod
     def write_raw(self, root: Path, scratch: Path) -> None:
@@ -46,6 +47,10 @@ class PhantomSource(Source):
     options: PhantomOptions
     title = "the phantom"
     dataset = "Dataset900_Phantom"
+
+    @property
+    def labelled(self) -> int:  # type: ignore[override]
+        return self.options.labelled
 
     def write_raw(self, root: Path, scratch: Path) -> None:
         total = self.options.cases

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -17,13 +20,33 @@ from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import file_digest, lock_file
 from nnssl_ext.methods import METHODS, SCHEMAS
-from nnssl_ext.recipe import assignments_recipe, derive_plans, load_recipe, read_json, write_json
-from nnssl_ext.settings import PLANS_KEY, split_sections
+from nnssl_ext.recipe import Recipe, assignments_recipe, derive_plans, load_recipe, read_json, write_json
+from nnssl_ext.settings import PLANS_KEY, FinetuneSettings, split_sections
 from nnssl_ext.study.arms import Arm
 from nnssl_ext.study.grid import FINETUNER, Grid
 from nnssl_ext.study.protocol import Protocol, draw_cases, keep_protocol
 from nnssl_ext.training.finetune_parts import finetune_settings
 from nnssl_ext.training.preflight import check_plans
+
+
+def recipes_of(overlays: Sequence[str]) -> list[Recipe]:
+    """The command line's recipes and settings, their names and types checked.
+
+    Raises:
+        UserError: For an unknown one.
+    """
+    recipes = [assignments_recipe([word]) if "=" in word else load_recipe(word) for word in overlays]
+    for recipe in recipes:
+        split_sections(recipe.settings, SCHEMAS, recipe.name)
+    return recipes
+
+
+def optimiser_of(source: Path, plans: str, configuration: str, overlays: Sequence[str]) -> str:
+    """The fine-tuner's optimiser, as a data set's plans and what is laid over them say."""
+    derived = derive_plans(read_json(source / f"{plans}.json"), plans, recipes_of(overlays), [configuration])
+    _, sections = split_sections(derived.get(PLANS_KEY, {}), SCHEMAS, f"plans {plans}")
+    settings: FinetuneSettings = sections["finetune"]
+    return settings.optimiser
 
 
 @dataclass
@@ -63,6 +86,16 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         keep_protocol(self.protocol, self.folder / "study.json", keep)
         keep_files(self.arms, self.folder / "init.json", keep)
+        keep_inputs(
+            {
+                "cases that are held out": digest_of(sorted(held_out)),
+                "cases to train on": digest_of(sorted(pool)),
+                "labels and channels": digest_of(read_json(self.source / "dataset.json")),
+                "plans, with this study's settings": digest_of(plans),
+            },
+            self.folder / "inputs.json",
+            keep,
+        )
         grid.preprocessed.mkdir(parents=True, exist_ok=True)
         for name in (self._data.name, "gt_segmentations"):
             link = grid.preprocessed / name
@@ -81,13 +114,20 @@ class Study:
     def _checked_plans(self) -> dict:
         p = self.protocol
         plans = read_json(self.source / f"{p.plans}.json")
-        recipes = [assignments_recipe([word]) if "=" in word else load_recipe(word) for word in p.overlays]
+        recipes = recipes_of(p.overlays)
         for recipe in recipes:
-            split_sections(recipe.settings, SCHEMAS, recipe.name)
             for name in ("steps", "snapshots", "learning_rate", "seed"):
                 if name in recipe.settings.get("finetune", {}):
                     raise UserError(f"{recipe.name}: finetune.{name} is the study's own; it has an option for it")
+            if "seed" in recipe.settings:
+                raise UserError(f"{recipe.name}: seed is the study's own; use --seed")
         derived = derive_plans(plans, f"{p.plans}_study", recipes, [p.configuration])
+        if derived.get(PLANS_KEY, {}).get("start_from"):
+            raise UserError(
+                "start_from: a study's pretraining starts from nothing, since it could not know which images those "
+                "weights have seen; compare a finished pretraining with --init NAME=FILE"
+            )
+        derived[PLANS_KEY] = {**derived.get(PLANS_KEY, {}), "seed": p.seed}
         dataset_json = read_json(self.source / "dataset.json")
         for arm in self.arms:
             if arm.method:
@@ -116,6 +156,28 @@ def keep_files(arms: Sequence[Arm], path: Path, keep: bool) -> None:
             )
     if keep and noted:
         write_json(noted, path)
+
+
+def keep_inputs(inputs: dict[str, str], path: Path, keep: bool) -> None:
+    """Note the digests of what all runs share, or check that they are those that were noted.
+
+    Raises:
+        UserError: If one of them has changed since the study began.
+    """
+    noted = read_json(path) if path.is_file() else {}
+    for name, digest in inputs.items():
+        if noted.setdefault(name, digest) != digest:
+            raise UserError(
+                f"the study in {path.parent} was begun with other {name}; its runs would not be comparable with new "
+                f"ones. Give another -o, or put them back"
+            )
+    if keep:
+        write_json(noted, path)
+
+
+def digest_of(content: Any) -> str:
+    """sha256 of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def data_folder(source: Path, plans: str, configuration: str) -> Path:
@@ -154,8 +216,8 @@ def held_out_and_pool(source: Path, data: Path, fold: int) -> tuple[list[str], l
     else:
         cases = sorted(infer_dataset_class(str(data)).get_identifiers(str(data)))
         splits = generate_crossval_split(list(np.sort(cases)), seed=12345, n_splits=5)
-    if fold >= len(splits):
-        raise UserError(f"--fold {fold}: {source.name} has {len(splits)} folds")
+    if not 0 <= fold < len(splits):
+        raise UserError(f"--fold {fold}: {source.name} has the folds 0 to {len(splits) - 1}")
     held_out, pool = ([str(case) for case in splits[fold][part]] for part in ("val", "train"))
     shared = set(held_out) & set(pool)
     if shared or not held_out:

@@ -10,8 +10,9 @@ import pytest
 from nnssl_ext.recipe import write_json
 from nnssl_ext.study.analysis import Analysis, load_results
 from nnssl_ext.study.arms import Arm, arms_of
+from nnssl_ext.study.cautions import caution, warnings
 from nnssl_ext.study.grid import Grid
-from nnssl_ext.study.protocol import SCRATCH, draw_cases
+from nnssl_ext.study.protocol import SCRATCH, TOTAL, draw_cases
 from nnssl_ext.study.report import write_report
 from tests.study.test_protocol import ALL, HELD_OUT, POOL, PROTOCOL
 
@@ -55,7 +56,7 @@ def test_a_planted_gain_is_said_and_a_null_too(tmp_path: Path) -> None:
     assert found.effect.p == pytest.approx(2 / 2**8)
     answers = {arm.name: analysis.answer(arm) for arm in analysis.tested_arms}
     assert "a significant gain, +" in answers["VolumeFusion"]
-    assert "of labels saved (8 instead of 20)" in answers["VolumeFusion"]
+    assert "of labels saved (8 instead of 20; by scratch alone: none shown)" in answers["VolumeFusion"]
     assert "no significant gain" in answers["MaskedAutoencoder"]
     assert analysis.reached("VolumeFusion", 2) == 600
     budgets = analysis.compare("VolumeFusion", SCRATCH, grid.protocol.labels, 300)
@@ -148,6 +149,65 @@ def test_the_report_shows_every_run(tmp_path: Path) -> None:
     assert sorted(mine) == list(range(1, 8))
     for subset, values in mine.items():
         assert values == [f"{wanted[arm.name][subset]:.4f}" for arm in grid.arms]
+
+
+def test_labels_that_scratch_needs_neither_are_not_saved(tmp_path: Path) -> None:
+    """So short a training has no use for all labels: the arm's budget is scratch's, too."""
+    grid = planted(tmp_path, 0.0)
+    for arm in grid.arms:
+        for cell in grid.grid(arm, 0.01):
+            frame = grid.metrics(cell)
+            frame["dice"] = 0.7 + 0.001 * cell.subset + 0.01 * (arm.name == "VolumeFusion")
+            frame.to_csv(grid.metrics_file(cell), index=False)
+    analysis = Analysis(grid, load_results(grid))
+    answer = analysis.answer(grid.arms[1])
+    assert f"no saving of labels shown: {grid.protocol.labels[0]} of 20 are enough for scratch, too" in answer
+    assert analysis.saving(SCRATCH).endswith(f"({grid.protocol.labels[0]} of 20)")
+
+
+def test_the_answer_names_the_baseline_of_equal_total_steps(tmp_path: Path) -> None:
+    arms = arms_of(["VolumeFusion"], [], 8)
+    grid = planted(tmp_path, 0.03, arms)
+    grid.protocol = replace(grid.protocol, total_baseline=8)
+    assert "; against scratch of equal total steps not measured; " in Analysis(grid, load_results(grid)).answer(arms[1])
+    total = next(arm for arm in arms if arm.name == TOTAL)
+    for cell in grid.grid(total, 0.01):
+        grid.metrics_file(cell).parent.mkdir(parents=True, exist_ok=True)
+        write_json({"seconds": 60.0, "rate": 0.01}, grid.metrics_file(cell).with_suffix(".json"))
+        frame = grid.metrics(grid.grid(arms[1], 0.01)[0]).assign(step=grid.total_steps(), dice=0.1)
+        frame.to_csv(grid.metrics_file(cell), index=False)
+    answer = Analysis(grid, load_results(grid)).answer(arms[1])
+    assert "against scratch of equal total steps +" in answer
+
+
+def test_five_pairs_cannot_decide(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.03)
+    grid.protocol = replace(grid.protocol, subsets=5)
+    results = load_results(grid)
+    answer = Analysis(grid, results[results.subset < 5]).answer(grid.arms[1])
+    assert "cannot be decided with 5 pairs" in answer
+
+
+def test_what_a_reader_must_know(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.0)
+    assert "2 arms are tested against the same runs" in caution(grid, 2)
+    assert "tested against the same" not in caution(grid, 1)
+    assert "one pretraining" in caution(grid, 1)
+    assert not warnings(grid)
+    grid.protocol = replace(grid.protocol, rates=[0.01, 0.03])
+    (line,) = [line for line in warnings(grid) if "rates at an end" in line]
+    assert "(0.01, 0.03): scratch 0.01, VolumeFusion 0.01, MaskedAutoencoder 0.01" in line
+    grid.protocol = replace(grid.protocol, rates=[0.003, 0.01, 0.03])
+    assert not [line for line in warnings(grid) if "rates at an end" in line]
+    for cell, device in zip(grid.grid(grid.arms[0], 0.01), ("cpu", "cuda"), strict=False):
+        write_json({"seconds": 1.0, "rate": 0.01, "device": device}, grid.metrics_file(cell).with_suffix(".json"))
+    assert any("different devices (cpu, cuda)" in line for line in warnings(grid))
+
+
+def test_predictions_that_were_cleared_away_do_not_stop_the_report(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.03)
+    write_report(grid)
+    assert "Held-out cases" not in (tmp_path / "report.md").read_text()
 
 
 def test_no_run_at_all_is_no_answer(tmp_path: Path) -> None:

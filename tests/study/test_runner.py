@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from nnssl_ext.study.grid import Grid
 from nnssl_ext.study.runner import _Clock, run_grid, slots
 from tests.study.test_analysis import planted
 
@@ -36,8 +37,40 @@ def test_checkpoints_that_a_kill_left_behind_are_dropped(tmp_path: Path) -> None
     cell = grid.grid(grid.arms[0], 0.01)[0]
     left = grid.fold_folder(cell) / "checkpoint_latest.pth"
     left.parent.mkdir(parents=True)
-    for keep in (True, False):
+    for keep, kept in ((False, False), (True, True), (False, True)):  # once asked for, a later call keeps them too
         left.write_bytes(b"weights")
         grid.keep_checkpoints = keep
         run_grid(grid, [])
-        assert left.is_file() == keep
+        assert left.is_file() == kept
+
+
+def test_a_run_whose_predictions_cannot_be_read_is_a_failed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = planted(tmp_path, 0.0)
+    cells = grid.grid(grid.arms[0], 0.01)[:2]
+    for cell in cells:
+        grid.metrics_file(cell).unlink()
+        summary = grid.fold_folder(cell) / "validation" / "summary.json"
+        summary.parent.mkdir(parents=True)
+        summary.write_text("{}")
+
+    def unreadable(*_: object) -> None:
+        raise RuntimeError("cannot be read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nnssl_ext.study.runner.keep_metrics", unreadable)
+        run_grid(grid, slots("cpu", 2))
+    assert set(grid.failures()) == set(cells)
+    assert "RuntimeError: cannot be read" in grid.log_file(cells[0]).read_text()
+
+
+def test_an_error_in_finding_the_next_run_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = planted(tmp_path, 0.0)
+
+    def broken(_: object) -> None:
+        raise OSError("damaged")
+
+    monkeypatch.setattr(Grid, "ready", broken)
+    with pytest.raises(OSError, match="damaged"):
+        run_grid(grid, slots("cpu", 2))

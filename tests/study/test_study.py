@@ -17,6 +17,7 @@ import pytest
 
 from nnssl_ext.cli import main
 from nnssl_ext.errors import UserError
+from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.study.protocol import SCRATCH, TOTAL
 from tests.conftest import Environment
 
@@ -86,6 +87,10 @@ def test_a_failed_run_is_reported_and_stops_nobody(
     text = (environment.root / "st" / "report.md").read_text()
     assert "Failed: bad labels_2_subset_0" in text
     assert "no pair of runs is finished" in text
+    # a later call that runs nothing knows it still
+    with pytest.raises(UserError, match="2 runs failed and are missing"):
+        main([*study, "--report-only"])
+    assert "Failed: bad labels_2_subset_0" in (environment.root / "st" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,8 @@ def test_a_failed_run_is_reported_and_stops_nobody(
         (["--primary-labels", "3"], "the endpoint, 3 labels"),
         (["--snapshots", "9"], r"must lie between 1 and --steps 4"),
         (["--init", "x=missing.pth"], "expected NAME=FILE"),
-        (["--fold", "7"], "has 5 folds"),
+        (["--fold", "7"], "has the folds 0 to 4"),
+        (["--fold", "-1"], "has the folds 0 to 4"),
         (["-p", "nothing"], "has no plans 'nothing'"),
         (["-c", "3d_half"], "no configuration '3d_half'"),
         (["--jobs", "0"], "--jobs must be at least 1"),
@@ -119,6 +125,10 @@ def test_settings_are_checked_against_the_studys_own_steps(with_data: Data, monk
     monkeypatch.chdir(environment.root)
     with pytest.raises(UserError, match="finetune.warm_up=4 leaves none of 4 steps"):
         main([*WORDS, "finetune.warm_up=4", "-o", "st"])
+    with pytest.raises(UserError, match="seed is the study's own; use --seed"):
+        main([*WORDS, "seed=1", "-o", "st"])
+    with pytest.raises(UserError, match="start_from: a study's pretraining starts from nothing"):
+        main([*WORDS, "start_from=weights.pth", "-o", "st"])
 
 
 def test_an_estimate_decides_nothing(
@@ -140,3 +150,34 @@ def test_an_estimate_decides_nothing(
         )
     assert "together: about" in capsys.readouterr().out
     assert not (environment.root / "st" / "study.json").exists()
+
+
+def test_what_all_runs_share_may_not_change_between_calls(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("labelled")
+    monkeypatch.chdir(environment.root)
+    only = [*WORDS, *RATE, "--report-only", "-o", "st"]
+    main(only)
+    main(only)
+    splits = environment.dataset("labelled") / "splits_final.json"
+    before = splits.read_bytes() if splits.is_file() else None
+    held_out = read_json(environment.root / "st" / "nnUNet_preprocessed" / splits.parent.name / splits.name, list)[-1]
+    cases = sorted({*held_out["val"], *(path.stem for path in splits.parent.glob("*3d_fullres/*.pkl"))})
+    other = [case for case in cases if case not in held_out["val"]][: len(held_out["val"])]
+    try:
+        # as many held out, but others
+        write_json([{"train": [case for case in cases if case not in other], "val": other}], splits)
+        with pytest.raises(UserError, match="was begun with other cases that are held out; its runs would not be"):
+            main(only)
+    finally:
+        splits.write_bytes(before) if before else splits.unlink()
+
+
+def test_the_seed_is_the_pretrainings_too_and_the_rates_follow_the_optimiser(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = with_data("labelled")
+    monkeypatch.chdir(environment.root)
+    main([*WORDS, 'finetune.optimiser="adamw"', "--seed", "3", "--report-only", "-o", "st"])
+    (file,) = (environment.root / "st").rglob("nnUNetPlans_study.json")
+    assert read_json(file)["nnssl_ext"]["seed"] == 3
+    assert read_json(environment.root / "st" / "study.json")["rates"] == [3e-4, 1e-3, 3e-3]
