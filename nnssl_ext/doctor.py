@@ -75,8 +75,10 @@ def _packages() -> Iterator[Finding]:
 def _device() -> Finding:
     import torch
 
+    from nnssl_ext.training.engine import computes_in_bfloat16
+
     if torch.cuda.is_available():
-        half = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        half = "bfloat16" if computes_in_bfloat16() else "float16"
         return Finding(
             "device", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}, {half}"
         )

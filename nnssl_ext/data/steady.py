@@ -145,6 +145,8 @@ class _Crew:
                     self.problem = self._lost("was killed")
                 elif waited > HANG_SECONDS - POLL_SECONDS / 2:
                     self.problem = self._lost(f"gave no batch for {waited:.0f} s")
+                elif isinstance(error, RuntimeError) and not str(error).startswith("DataLoader "):
+                    raise  # a batch that could not be made, which no wait brings back
                 elif not self.workers or waited < POLL_SECONDS - 1:
                     raise  # not the end of a wait
                 if self.problem:

@@ -45,7 +45,13 @@ def paired_bce(predictions: Tensor, candidates: Tensor, right: Tensor, draw: Ten
 
 def similarities(predictions: Tensor, candidates: Tensor) -> Tensor:
     """Cosines (P, K)."""
-    return F.normalize(predictions.float(), dim=1) @ F.normalize(candidates.float(), dim=1).T
+    return products(F.normalize(predictions.float(), dim=1), F.normalize(candidates.float(), dim=1))
+
+
+def products(predictions: Tensor, candidates: Tensor) -> Tensor:
+    """Scalar products (P, K), in float32 under autocast, too."""
+    with torch.autocast(predictions.device.type, enabled=False):
+        return predictions.float() @ candidates.float().T
 
 
 def hits(scores: Tensor, right: Tensor) -> Tensor:

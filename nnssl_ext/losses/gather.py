@@ -32,6 +32,7 @@ class _Gather(torch.autograd.Function):
         return gradient[begin : begin + context.counts[dist.get_rank()]]
 
 
+@torch.compiler.disable  # it asks other processes how many there are
 def gather_samples(rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of the global batch, and where this process's rows are among them.
 

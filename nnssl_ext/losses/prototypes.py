@@ -43,6 +43,7 @@ class Targets(NamedTuple):
         return self._replace(prototypes=self.prototypes.to(dtype))
 
 
+@torch.compiler.disable  # its gradient is written out, and the number of samples may be another at each step
 def prototype_cross_entropy(
     student: Tensor,
     directions: Tensor,
@@ -73,9 +74,11 @@ def prototype_cross_entropy(
     kind = student.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else student.dtype
     weight = student.new_ones(len(student), dtype=torch.float32) if weight is None else weight
-    total, rows = _PrototypeCrossEntropy.apply(
-        student, directions, *targets, pairs, temperature, weight, moving, dtype, torch.is_grad_enabled()
-    )
+    # the two products with the prototypes are in autocast's type, everything else in float32
+    with torch.autocast(kind, enabled=False):
+        total, rows = _PrototypeCrossEntropy.apply(
+            student, directions, *targets, pairs, temperature, weight, moving, dtype, torch.is_grad_enabled()
+        )
     return total, rows
 
 

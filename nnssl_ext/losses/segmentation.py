@@ -19,6 +19,7 @@ IGNORE = 255
 SMOOTH = 1e-5
 
 
+@torch.compiler.disable  # compiled, its backward pass would run in autocast's type
 def dice_cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Soft Dice loss (1 - Dice, mean over classes) and cross-entropy (mean over voxels), in float32.
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 
 def squared_distances(anchors: Tensor, candidates: Tensor) -> Tensor:
-    """(A, F), (K, F) -> (A, K)."""
+    """(A, F), (K, F) -> (A, K), in float32 under autocast, too: the differences of near vectors are small."""
     a, c = anchors.float(), candidates.float()
-    return ((a**2).sum(1, keepdim=True) - 2 * a @ c.T + (c**2).sum(1)).clamp_min(0)
+    with torch.autocast(a.device.type, enabled=False):
+        return ((a**2).sum(1, keepdim=True) - 2 * a @ c.T + (c**2).sum(1)).clamp_min(0)
 
 
 def semi_hard_triplet(anchors: Tensor, positives: Tensor, candidates: Tensor, allowed: Tensor, margin: float) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nnssl_ext.data.crops import CropBatch, CropRequest
-from nnssl_ext.losses.contrastive import hits, info_nce, paired_bce, similarities, within_sample
+from nnssl_ext.losses.contrastive import hits, info_nce, paired_bce, products, similarities, within_sample
 from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
 from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
@@ -149,7 +149,7 @@ class ContrastivePredictiveCoding(EncoderMethod):
         if self.settings.loss == "infonce":
             scores = similarities(predicted, candidates)
         else:
-            scores = predicted.float() @ candidates.float().T
+            scores = products(predicted, candidates)
         place = torch.arange(len(candidates), device=right.device)
         # a patch of the context is never right: left out, so that chance is one in T
         targets = scores.masked_fill(place[None] % number < number - self.targets, -torch.inf)

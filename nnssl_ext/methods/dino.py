@@ -219,6 +219,7 @@ class DINO(Method):
         # a vision transformer starts with features that are all alike (LayerScale), and leaves that as the rate rises
         return "" if self.warming_up else sign_of_collapse(measures, self.settings)
 
+    @torch.compiler.disable  # the number of hidden cells is another at each step
     def _distil(self, level: str, own: Tensor, said: Tensor, pairs: Tensor, weight: Tensor | None = None) -> Distilled:
         """Cross-entropy of (N, S, E) under the targets of (N, T, E), over weighted pairs: its total, and (N,)."""
         targets = self._targets(level, said)

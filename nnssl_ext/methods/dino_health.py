@@ -19,7 +19,7 @@ from nnssl_ext.losses.health import (
     off_diagonal_cosine,
     retrieval_accuracy,
 )
-from nnssl_ext.losses.prototypes import Targets, target_distributions
+from nnssl_ext.losses.prototypes import ELEMENTS, Targets, target_distributions
 from nnssl_ext.methods.dino_settings import DINOSettings
 
 #: Signs of collapse: targets of images and of cells both say less than this, in nats (uniform ones are told from equal
@@ -27,8 +27,9 @@ from nnssl_ext.methods.dino_settings import DINOSettings
 LEAST_INFORMATION, MOST_ENTROPY, LEAST_RANK, MOST_COSINE = 0.005, 0.9, 1.5, 0.9999
 #: Fewer samples in a validation tell nothing of a collapse.
 FEWEST_SAMPLES = 4
-#: Cells of a view that are looked at.
-SEEN_CELLS = 32
+#: Cells of a view that are looked at, and samples of a validation at most: each of their cells is compared with all
+#: others, and with every prototype.
+SEEN_CELLS, SEEN_SAMPLES = 32, 128
 
 
 def seen_cells(number: int) -> Tensor:
@@ -38,18 +39,20 @@ def seen_cells(number: int) -> Tensor:
 
 
 class Seen:
-    """What the validation batches of all processes showed."""
+    """What the first validation batches of all processes showed."""
 
     def __init__(self) -> None:
         self._batches: list[tuple[Tensor, ...]] = []
+        self._samples = 0
 
     def __repr__(self) -> str:
         return f"Seen({len(self._batches)} batches)"
 
+    @torch.compiler.disable
     def add(
         self, index: Tensor, features: Tensor, said: Tensor, guessed: Tensor, cells: Tensor, hidden: Tensor
     ) -> None:
-        """Keep a batch.
+        """Keep a batch, or what fits of it.
 
         Args:
             index: (B,) global sample indices.
@@ -58,8 +61,13 @@ class Seen:
             guessed, cells: (2 B, N, E), what the student and the teacher say of some of their cells.
             hidden: (2 B, N) bool, whether the student did not see them.
         """
+        room = SEEN_SAMPLES - self._samples
+        if room <= 0:
+            return
         parts = [part.unflatten(0, (len(said), -1)) for part in (features, guessed, cells, hidden.float())]
-        self._batches.append(tuple(gather_samples(part, index)[0] for part in (said, *parts)))
+        batch = tuple(gather_samples(part, index)[0][:room] for part in (said, *parts))
+        self._samples += len(batch[0])
+        self._batches.append(batch)
 
     def measures(self, targets: Callable[[str, Tensor], Targets]) -> dict[str, float]:
         """What all batches tell together, and forget them.
@@ -71,10 +79,13 @@ class Seen:
             return {}
         said, features, guessed, cells, hidden = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
         self._batches.clear()
+        self._samples = 0
         found = {"hidden_cells": told_cells(guessed.flatten(0, 1), cells.flatten(0, 1), hidden.flatten(0, 1) > 0)}
         for level, vectors in (("image", said.flatten(0, 1)), ("cell", cells.flatten(0, 2))):
-            distributions = target_distributions(targets(level, vectors[:, None]))[:, 0]
-            found[f"{level}_entropy"], found[f"{level}_information"] = entropies(distributions)
+            what = targets(level, vectors[:, None])
+            rows = max(1, ELEMENTS // len(what.prototypes))
+            pieces = (target_distributions(what._replace(vectors=v))[:, 0] for v in what.vectors.split(rows))
+            found[f"{level}_entropy"], found[f"{level}_information"] = entropies(pieces)
         found |= {
             "view_retrieval": retrieval_accuracy(*said.unbind(1)),
             "feature_deviation": feature_deviation(features.flatten(0, 1)),

@@ -29,7 +29,7 @@ from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
 from nnssl_ext.views.layout import standardise
-from nnssl_ext.views.random import BatchRandom
+from nnssl_ext.views.random import BatchRandom, sent
 from nnssl_ext.views.spatial import SourceBox, SpatialRange, cut_batch, part
 
 TALEB = "Taleb et al. 2020"
@@ -120,7 +120,7 @@ class Exemplar(EncoderMethod):
         case = [[zlib.crc32(box.case.encode()) for box in row] for row in (own, own, other)]
         return {
             "image": torch.stack(images, 1),
-            "case": torch.tensor(case, device=random.device).T,
+            "case": sent(torch.tensor(case), random.device).T,
             "index": sample_index(batch.indices, random.device),
         }
 

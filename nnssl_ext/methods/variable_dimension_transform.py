@@ -26,7 +26,7 @@ from nnssl_ext.networks.heads import VoxelHead
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
 from nnssl_ext.views.depth import DEVIATION, MEAN, colours_as_depth, drifting, repeated
-from nnssl_ext.views.random import BatchRandom
+from nnssl_ext.views.random import BatchRandom, sent
 from nnssl_ext.views.spatial import cut_batch
 
 ZHANG = "arXiv 2201.01426"
@@ -99,7 +99,7 @@ class VariableDimensionTransform(EncoderMethod):
         label = [self.geometry.image_classes.index(name.split("/", 1)[0]) for name in names]
         return {
             "image": volume.expand(-1, self.geometry.channels, -1, -1, -1).contiguous(),
-            "label": torch.tensor(label, device=random.device),
+            "label": sent(torch.tensor(label), random.device),
             "index": sample_index(batch.indices, random.device),
         }
 

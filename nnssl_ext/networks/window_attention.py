@@ -41,10 +41,13 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def bias(self, edges: Sequence[int]) -> Tensor:
-        """(heads, N, N) for a window with these edges, none larger than the largest window."""
+        """(heads, N, N) for a window with these edges, none larger than the largest window.
+
+        Contiguous: on GPUs fused attention takes nothing else.
+        """
         d, h, w = edges
         index = self.relative_position_index.view([self.window] * 6)[:d, :h, :w, :d, :h, :w]
-        return self.relative_position_bias_table[index.reshape(d * h * w, -1)].permute(2, 0, 1)
+        return self.relative_position_bias_table[index.reshape(d * h * w, -1)].permute(2, 0, 1).contiguous()
 
     def forward(self, cells: Tensor, edges: Sequence[int], mask: Tensor | None) -> Tensor:
         """``mask`` (n, N, N) is added to the logits of each map's windows; None hides nothing."""

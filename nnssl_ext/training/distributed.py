@@ -32,7 +32,8 @@ def mean_over_samples(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, floa
     """
     result = {}
     for key in outputs[0]:
-        values = torch.cat([output[key].float() for output in outputs]).double()
+        values = torch.cat([output[key].float() for output in outputs])
+        values = (values.cpu() if values.device.type == "mps" else values).double()  # mps has no doubles
         finite = values[torch.isfinite(values)]
         total = torch.stack([finite.sum(), torch.full_like(finite.sum(), finite.numel())])
         if world() > 1:

@@ -19,6 +19,9 @@ def engine(method: Method, device: torch.device, compile_it: bool) -> nn.Module:
         (nn.SyncBatchNorm.convert_sync_batchnorm if device.type == "cuda" else synchronise)(method)
     trained: nn.Module = method
     if compile_it:
+        if world() > 1:
+            # it splits graphs between gradient buckets, which older torch cannot do around an autograd.Function
+            torch._dynamo.config.optimize_ddp = False
         trained = torch.compile(method)  # type: ignore[assignment]
     if world() > 1:
         trained = DistributedDataParallel(trained, device_ids=[device.index] if device.type == "cuda" else None)
@@ -85,9 +88,14 @@ def mixed_precision(device: torch.device, precision: str = "auto") -> torch.dtyp
     if precision != "auto":
         return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if computes_in_bfloat16(device) else torch.float16
     # other CPUs take bfloat16 too, but are slower with it
     return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16() else None
+
+
+def computes_in_bfloat16(device: torch.device | None = None) -> bool:
+    """Whether a GPU computes in bfloat16; torch's own answer counts those that only emulate it."""
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -36,6 +36,7 @@ from nnssl_ext.training.finetune_parts import (
     hold_statistics,
     moving_average,
     parameter_groups,
+    predict_alone,
 )
 from nnssl_ext.training.interruption import Interruption
 from nnssl_ext.training.log import PlainLog
@@ -152,8 +153,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
                     self.on_validation_epoch_end([self.validation_step(batch) for batch in batches])
                 self.outputs = []
                 self.on_epoch_end()
-            self.on_train_end()
-            run_folder.remove_previous(self)
+            run_folder.finish(self, self.on_train_end)
             finetune_steps.leave_before_validation(self)
 
     def on_train_epoch_start(self) -> None:
@@ -254,6 +254,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Stock's validation; with snapshots each of them and the end, case by case in this process."""
+        predict_alone(self.network)
         with run_folder.locked(Path(self.output_folder)) if self.local_rank == 0 else nullcontext():
             if not any(self.snapshot_file(step).is_file() for step in self.settings.snapshots):
                 with self._weights(self.exported_weights()):
@@ -281,8 +282,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         return OtherWeights(self.plain_network, weights)
 
     def _phase(self) -> str:
-        frozen = frozen_parts(self.settings, self.step)
-        return {0: "everything", 1: "decoder and heads", 2: "heads"}[len(frozen)]
+        return {0: "everything", 1: "decoder and heads", 2: "heads"}[len(frozen_parts(self.settings, self.step))]
 
     def save_checkpoint(self, *filenames: str) -> None:
         complete = [Path(name) for name in filenames] != [self.snapshot_file(self.step)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from nnssl_ext.errors import UserError
@@ -68,11 +71,17 @@ def moving_average(network: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of a network's weights, which starts with short memory: the decay of update t is at
     most (1 + t) / (10 + t)."""
 
-    def average(averaged: torch.Tensor, new: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
-        t = float(count)
-        return torch.lerp(new, averaged, min(decay, (1 + t) / (10 + t)))
+    def average(averaged: Any, new: Any, count: torch.Tensor | int) -> None:
+        t = float(count)  # once a step, where a function of single tensors would wait for a GPU at each of them
+        torch._foreach_lerp_(averaged, new, 1 - min(decay, (1 + t) / (10 + t)))
 
-    return AveragedModel(network, avg_fn=average)
+    return AveragedModel(network, multi_avg_fn=average)
+
+
+def predict_alone(network: nn.Module) -> None:
+    """Let no forward pass wait for other processes: they predict other cases, or none."""
+    if isinstance(network, DistributedDataParallel):
+        network.require_forward_param_sync = False
 
 
 class OtherWeights:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nnssl_ext.data.cases import shorten
-from nnssl_ext.training.distributed import rank, world
+from nnssl_ext.training.distributed import world
 
 #: On a GPU the host looks at the verdicts once in so many steps.
 READ_EVERY = 16
@@ -67,8 +67,7 @@ class FiniteGuard:
         self._bad = bad
         if norm is None:
             return True
-        # a fused SGD that skips its very first step would leave its momentum uninitialised
-        if bad.is_cuda and self.optimiser.param_groups[0].get("fused") and self.optimiser.state:
+        if bad.is_cuda and self.optimiser.param_groups[0].get("fused"):
             self.optimiser.found_inf = bad.float()  # type: ignore[attr-defined]
             return True
         return not bool(bad)
@@ -87,15 +86,22 @@ class FiniteGuard:
         if not self._pending:
             return
         verdicts = torch.stack([torch.stack([bad, blame]) for _, _, bad, blame in self._pending]).tolist()
-        for (step, cases, _, _), (bad, blame) in zip(self._pending, verdicts, strict=True):
-            if bad:
-                self.skipped += 1
-                reason = "the objective" if blame else "a gradient" if world() == 1 else "another process's objective"
-                where = f" of process {rank()}" if world() > 1 else ""
-                self.tell(
-                    f"{reason} was not finite at step {step}: the batch changed nothing ({self.skipped} of at most "
-                    f"{self.limit} skipped); cases{where}: {shorten(cases, 20)}"
-                )
+        steps = [(step, blame, cases) for (step, cases, _, _), (_, blame) in zip(self._pending, verdicts, strict=True)]
+        everyone = [steps]
+        if world() > 1 and any(bad for bad, _ in verdicts):  # on which all agree; the first one writes the log
+            everyone = [steps] * world()
+            dist.all_gather_object(everyone, steps)
+        for place, (bad, _) in enumerate(verdicts):
+            if not bad:
+                continue
+            self.skipped += 1
+            blamed = [process for process, own in enumerate(everyone) if own[place][1]]
+            named = {process: shorten(everyone[process][place][2], 20) for process in blamed or range(len(everyone))}
+            cases = [text if world() == 1 else f"{text} (process {process})" for process, text in named.items()]
+            self.tell(
+                f"{'the objective' if blamed else 'a gradient'} was not finite at step {steps[place][0]}: the batch "
+                f"changed nothing ({self.skipped} of at most {self.limit} skipped); cases: {', '.join(cases)}"
+            )
         self._pending.clear()
 
     @property

@@ -29,6 +29,10 @@ def build_optimiser(
         optimiser: torch.optim.Optimizer = torch.optim.SGD(
             optimised, learning_rate, momentum=0.99, nesterov=True, fused=fused
         )
+        # a fused first step that an overflow skips would leave it uninitialised; from zero it is what it always is
+        for group in groups:
+            for parameter in group.parameters:
+                optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     else:
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.name]
         optimiser = kind(optimised, learning_rate, fused=fused)

@@ -18,8 +18,14 @@ if TYPE_CHECKING:
     from nnssl_ext.training.finetune import nnsslTrainer_Finetune
     from nnssl_ext.training.trainer import PretrainingTrainer
 
-#: How torch's allocators on CPUs say it; they raise plain RuntimeErrors.
-ON_CPU = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+#: How torch's allocators on CPUs, the driver and libraries say it; they raise plain RuntimeErrors.
+SAID = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 @contextmanager
@@ -47,7 +53,7 @@ def told_when_out_of_memory(trainer: Any, described: Callable[[Any], str] | None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in ON_CPU)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in SAID)
 
 
 def _described(trainer: PretrainingTrainer) -> str:

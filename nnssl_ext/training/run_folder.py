@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
+from nnunetv2.utilities.helpers import empty_cache
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
@@ -79,6 +80,19 @@ def entered(trainer: Training) -> Iterator[None]:
             set_aside(folder, trainer.print_to_log_file)
         refuse_unshared(trainer, trainer.step)
         yield
+
+
+def finish(trainer: Training, stocks_end: Callable[[], None]) -> None:
+    """``stocks_end`` of a training, and no other checkpoint than the final one; where none is written all stay.
+
+    Stock removes checkpoint_latest.pth in any case, an earlier run's too.
+    """
+    if trainer.disable_checkpointing:
+        empty_cache(trainer.device)
+        trainer.print_to_log_file("Training done; no checkpoint was written, as --disable_checkpointing says.")
+        return
+    stocks_end()
+    remove_previous(trainer)
 
 
 def refuse_unshared(trainer: Training, found: Any) -> None:

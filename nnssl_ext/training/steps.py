@@ -42,8 +42,10 @@ def training_steps(trainer: PretrainingTrainer, batches: Iterable[CropBatch]) ->
             raise UserError(trainer.guard.problem)
     except UserError:
         # one of several processes cannot do this alone
-        if world() == 1 and trainer.step and trainer.guard.sound():
-            keep_progress(trainer)
+        if world() == 1:
+            trainer.guard.read()
+            if trainer.step and trainer.guard.sound():
+                keep_progress(trainer)
         raise
     trainer.outputs = []
     return outputs

@@ -169,8 +169,7 @@ class PretrainingTrainer(nnUNetTrainer):
             self.on_train_end()
 
     def on_train_end(self) -> None:
-        super().on_train_end()
-        run_folder.remove_previous(self)
+        run_folder.finish(self, super().on_train_end)
         self.dataloader_train = self.dataloader_val = None  # ends the workers
 
     def on_train_epoch_start(self) -> None:

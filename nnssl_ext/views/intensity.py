@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnssl_ext.views.random import BatchRandom
+from nnssl_ext.views.random import BatchRandom, sent
 from nnssl_ext.views.slabs import pieces
 
 #: Intensity differences below this are rounding, not signal.
@@ -82,7 +82,7 @@ def remap_percentiles(batch: Tensor, low: float = 0.001, high: float = 0.999) ->
     for volume in batch.flatten(0, 1):
         # every k-th voxel is enough for a quantile, and torch.quantile takes 16 million values at most
         sample = volume.flatten()[:: max(1, volume.numel() // 100_000)]
-        bottom, top = torch.quantile(sample, torch.tensor([low, high], device=batch.device))
+        bottom, top = torch.quantile(sample, sent(torch.tensor([low, high]), batch.device))
         volume.sub_(bottom).div_((top - bottom).clamp_min(EPSILON)).clamp_(0, 1)
     return batch
 

@@ -147,3 +147,16 @@ def test_who_waits_may_be_called_away(folder: Path, tmp_path: Path, monkeypatch:
 
     with pytest.raises(SystemExit):
         list(loader(dataset(folder), [], workers=1, waiting=called_away))
+
+
+def test_an_error_that_comes_late_is_no_end_of_a_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked again, torch would give the next batch in its place."""
+    monkeypatch.setattr(steady, "POLL_SECONDS", 1.2)
+
+    def next_data(self: Any) -> Any:
+        time.sleep(0.5)
+        raise RuntimeError("Caught AcceleratorError in pin memory thread for device 0.")
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", next_data)
+    with pytest.raises(RuntimeError, match="pin memory thread"):
+        list(loader(dataset(folder), []))

@@ -49,3 +49,11 @@ def test_in_one_process_samples_are_gathered_in_their_order() -> None:
 
 def test_cosines() -> None:
     assert similarities(torch.tensor([[2.0, 0.0]]), torch.tensor([[5.0, 0.0], [0.0, 1.0]])).tolist() == [[1.0, 0.0]]
+
+
+def test_cosines_are_exact_under_autocast() -> None:
+    predictions = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    candidates = predictions + 0.01 * torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = similarities(predictions, candidates)
+    torch.testing.assert_close(found, similarities(predictions, candidates), rtol=1e-5, atol=1e-6)

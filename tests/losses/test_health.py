@@ -44,5 +44,11 @@ def test_retrieval_finds_what_is_like_and_chance_what_is_not() -> None:
 def test_entropy_and_information_of_targets() -> None:
     same, uniform, each = torch.eye(4)[[0] * 8], torch.full((8, 4), 0.25), torch.eye(4).repeat(2, 1)
     for distributions, entropy, information in ((same, 0, 0), (uniform, 1, 0), (each, 0, math.log(4))):
-        found = [value.item() for value in entropies(distributions)]
+        found = [value.item() for value in entropies(distributions.split(3))]
         assert found == pytest.approx([entropy, information], abs=1e-5)
+
+
+def test_rank_of_features_that_are_not_finite_is_no_number() -> None:
+    features = torch.randn(5, 3)
+    features[2, 1] = torch.inf
+    assert effective_rank(features).isnan()

@@ -33,3 +33,13 @@ def test_with_one_negative_it_is_the_plain_triplet_loss() -> None:
     a, p, n = torch.randn(3, 1, 4).unbind(0)
     semi_hard = semi_hard_triplet(a, p, n, torch.ones(1, 1, dtype=torch.bool), 1.0)
     torch.testing.assert_close(semi_hard, plain_triplet(a, p, n, 1.0))
+
+
+def test_distances_of_near_vectors_are_exact_under_autocast() -> None:
+    base = torch.nn.functional.normalize(torch.randn(64, generator=torch.Generator().manual_seed(0)), dim=0)
+    near = torch.nn.functional.normalize(base + 1e-3 * torch.randn(8, 64, generator=torch.Generator().manual_seed(1)))
+    exact = squared_distances(base[None], near)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = squared_distances(base[None], near)
+    torch.testing.assert_close(found, exact, rtol=1e-2, atol=1e-6)
+    assert exact.max() < 1e-2  # bfloat16 would round the products by as much

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from nnssl_ext.losses.prototypes import Targets
 from nnssl_ext.methods.dino import DINO
-from nnssl_ext.methods.dino_health import SEEN_CELLS, seen_cells, sign_of_collapse, told_cells
+from nnssl_ext.methods.dino_health import SEEN_CELLS, SEEN_SAMPLES, Seen, seen_cells, sign_of_collapse, told_cells
 from nnssl_ext.methods.dino_settings import DINOSettings
 from tests.methods.helpers import build, write_anatomy
 from tests.methods.test_dino import BROKEN, LEARNING, SMALL, trained, validated
@@ -113,3 +114,23 @@ def test_a_broken_run_shows_its_sign(tmp_path: Path) -> None:
     assert "features of all images are alike" in method.diagnose(validated(folder, method))
     # one validation sample tells nothing
     assert method.diagnose({"samples": 2.0, "image_information": 0.0, "cell_information": 0.0}) == ""
+
+
+def test_a_large_validation_is_seen_in_part() -> None:
+    """Each cell is compared with all others: thousands of samples would not fit any memory."""
+    seen, width = Seen(), 4
+    generator = torch.Generator().manual_seed(0)
+
+    def unit(*shape: int) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.randn(*shape, width, generator=generator), dim=-1)
+
+    for first in range(0, 3 * SEEN_SAMPLES, 100):
+        cells, hidden = unit(200, 2), torch.ones(200, 2, dtype=torch.bool)
+        seen.add(torch.arange(first, first + 100), torch.randn(200, 5), unit(100, 2), cells, cells, hidden)
+    prototypes = unit(6)
+    for _ in range(2):  # and forgotten
+        measures = seen.measures(lambda _, vectors: Targets(vectors, prototypes, torch.zeros(6), 0.1))
+        if measures:
+            assert measures["samples"] == SEEN_SAMPLES
+            assert measures["hidden_cells"] == 1
+    assert not measures

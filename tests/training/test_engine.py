@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from nnssl_ext.methods.volume_fusion import VolumeFusion, VolumeFusionSettings
-from nnssl_ext.training.engine import TwoSliceConv3d, arrange, lay_out_as_weights, right_in_bfloat16
+from nnssl_ext.training.engine import TwoSliceConv3d, arrange, lay_out_as_weights, mixed_precision, right_in_bfloat16
 from tests.methods.helpers import build
 
 CPU, LAST = torch.device("cpu"), torch.channels_last_3d
@@ -113,3 +113,12 @@ def test_a_fused_optimiser_goes_on_whatever_the_format_of_its_averages(stored: t
     lay_out_as_weights(other)
     go_on(weight, other, range(3, 6))
     assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize(("capability", "wanted"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_gpus_that_only_emulate_bfloat16_take_float16(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], wanted: torch.dtype
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _=None: capability)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)  # as torch says of both
+    assert mixed_precision(torch.device("cuda")) is wanted

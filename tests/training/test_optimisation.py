@@ -59,3 +59,18 @@ def test_groups_keep_their_multiples_of_rate_and_decay() -> None:
         set_rates(optimiser, rising, 0.2, step, 100)
         assert [g["lr"] for g in optimiser.param_groups] == pytest.approx([0.2, 0.1])
         assert [g["weight_decay"] for g in optimiser.param_groups] == pytest.approx([decay, 0.0])
+
+
+def test_a_first_step_that_is_skipped_leaves_no_momentum() -> None:
+    """As an overflow does at the first step in float16: torch's fused SGD would keep memory that it never wrote."""
+    weight = nn.Parameter(torch.zeros(4))
+    optimiser = build_optimiser(recipe("constant", name="sgd"), [ParameterGroup([weight], 1.0, 0.0)], 0.1)
+    assert not optimiser.state[weight]["momentum_buffer"].any()
+    plain = nn.Parameter(torch.zeros(4))
+    stock = torch.optim.SGD([plain], 0.1, momentum=0.99, nesterov=True)
+    for step in range(3):
+        weight.grad = plain.grad = torch.arange(4.0) - step
+        set_rates(optimiser, recipe("constant", name="sgd"), 0.1, step, 3)
+        optimiser.step()
+        stock.step()
+    torch.testing.assert_close(weight, plain)

@@ -221,6 +221,11 @@ def test_checkpointing_can_be_disabled(with_data: Data) -> None:
     environment.write_plans("plain", "quick", {})
     fold = pretrain(environment, "plain", "quick", disable_checkpointing=True)
     assert not list(fold.glob("*.pth"))
+    # an earlier run's, which stock would remove
+    for name in ("checkpoint_latest.pth", "checkpoint_previous.pth"):
+        (fold / name).write_bytes(b"an interrupted run's")
+    pretrain(environment, "plain", "quick", disable_checkpointing=True)
+    assert sorted(path.name for path in fold.glob("*.pth")) == ["checkpoint_latest.pth", "checkpoint_previous.pth"]
 
 
 def test_workers_change_nothing(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,39 @@
+"""Every method compiled, as nnU-Net does by default on GPUs: traced by Dynamo and AOTAutograd, on the CPU."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from nnssl_ext import checkpoint
+from nnssl_ext.methods import METHODS
+from nnssl_ext.training.trainer import PretrainingTrainer
+from tests.conftest import Environment
+from tests.training.test_trainer import pretrain
+
+Data = Callable[[str], Environment]
+RUN = {"epochs": 1, "iterations_per_epoch": 5, "validation_iterations": 2, "precision": "float32"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_it_learns_the_same_and_stays_compiled(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    environment, trainer = with_data("plain"), METHODS[method].trainer
+    environment.write_plans("plain", "eager", RUN)
+    environment.write_plans("plain", "compiled", RUN)
+    eager = checkpoint.load(pretrain(environment, "plain", "eager", trainer=trainer) / "checkpoint_final.pth")
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(PretrainingTrainer, "_do_i_compile", lambda _: True)
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend="aot_eager"))
+    # what is compiled anew at each step, for a number that changes, is soon not compiled at all
+    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
+        compiled = checkpoint.load(pretrain(environment, "plain", "compiled", trainer=trainer) / "checkpoint_final.pth")
+    assert counters["stats"]["unique_graphs"] > 0
+    for key in ("train_losses", "val_losses"):
+        assert math.isfinite(compiled["logging"][key][0])
+        assert compiled["logging"][key][0] == pytest.approx(eager["logging"][key][0], rel=1e-3)
