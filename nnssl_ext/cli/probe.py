@@ -3,7 +3,7 @@
     nnssl_ext probe vf=.../checkpoint_final.pth mae=.../checkpoint_final.pth -d 802 -c 3d_fullres -p PLANS -o PROBE
 
 PLANS are those that the checkpoints were trained with. An untrained encoder is probed beside them. What a probe ranks
-first need not be best after fine-tuning: nnssl_ext study answers that.
+first need not be best after fine-tuning: nnssl_ext study answers that, on another fold than the one that was chosen by.
 """
 
 from __future__ import annotations

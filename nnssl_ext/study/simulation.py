@@ -7,7 +7,7 @@ prints the table of docs/study.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,6 +28,7 @@ class TruthModel:
         case: Deviation over held-out cases, shared by all runs.
         noise: Deviation of a case within a run.
         cases: Held-out cases.
+        pretraining: Deviation over pretraining runs of one method, shared by all pairs of a study.
     """
 
     gain: float
@@ -36,6 +37,7 @@ class TruthModel:
     case: float = 0.04
     noise: float = 0.01
     cases: int = 16
+    pretraining: float = 0.0
 
     def draw(self, pairs: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Dice of scratch and of the pretrained arm, each (pairs, cases)."""
@@ -44,7 +46,7 @@ class TruthModel:
             easy + generator.normal(0, self.run, (pairs, 1)) + generator.normal(0, self.noise, (pairs, self.cases))
             for _ in range(2)
         ]
-        return sides[0], sides[1] + self.gain
+        return sides[0], sides[1] + self.gain + generator.normal(0, self.pretraining)
 
 
 def simulate(truth: TruthModel, *, pairs: int, repetitions: int, seed: int) -> float:
@@ -74,11 +76,13 @@ def table(repetitions: int = 1000, seed: int = 0) -> list[str]:
         "| true gain (points) | " + " | ".join(f"{n} pairs" for n in numbers) + " | 3 seeds averaged, over cases |",
         "|---|" + "---|" * (len(numbers) + 1),
     ]
-    for gain in gains:
-        truth = replace(TruthModel(0.0), gain=gain)
+    truths = {f"{100 * gain:g}": TruthModel(gain) for gain in gains}
+    for spread in (0.005, 0.01, 0.02):
+        truths[f"0, pretraining runs differ by {100 * spread:g}"] = TruthModel(0.0, pretraining=spread)
+    for name, truth in truths.items():
         shares = [simulate(truth, pairs=n, repetitions=repetitions, seed=seed) for n in numbers]
         shares.append(case_level_false_alarms(truth, seeds=3, repetitions=repetitions, seed=seed))
-        rows.append(f"| {100 * gain:g} | " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |")
+        rows.append(f"| {name} | " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |")
     return rows
 
 

@@ -18,7 +18,7 @@ from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.networks.target import target_network
 from nnssl_ext.recipe import read_json, write_json
-from nnssl_ext.transfer.hub import CONFIG, PLAN, SAFETENSORS, WEIGHTS
+from nnssl_ext.transfer.hub import CONFIG, NOTE, PLAN, SAFETENSORS, WEIGHTS
 from nnssl_ext.transfer.names import canonical_weights
 
 #: What is given away of our section; heads, teachers and the data position are for the run that continues.
@@ -190,5 +190,8 @@ def _save_safetensors(content: Mapping[str, Any], path: Path) -> None:
     outputs = manager.get_label_manager(arguments["dataset_json"]).num_segmentation_heads
     network = target_network(manager, configuration, channels, outputs)
     network.load_state_dict(content["network_weights"])
+    own = content["nnssl_ext"]
+    noted = {"title": own.get("title"), "trained": own.get("trained")}
+    noted["weights_sha256"] = checkpoint.digest(canonical_weights(content["network_weights"], "the checkpoint"))
     # a U-Net names one tensor up to four times; the format holds each once and save_model notes the other names
-    save_model(network, str(path))
+    save_model(network, str(path), {NOTE: json.dumps(noted)})

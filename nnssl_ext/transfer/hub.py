@@ -12,6 +12,8 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json
 
 WEIGHTS, PLAN, CONFIG, SAFETENSORS = "checkpoint_final.pth", "adaptation_plan.json", "config.json", "model.safetensors"
+#: The entry of our safetensors files' metadata.
+NOTE = "nnssl_ext_export"
 #: nnssl's and nnU-Net's own variable: the folder that downloads go to.
 DOWNLOADS = "nnssl_pretrained_models"
 #: An adaptation plan is a few kilobytes; what is much larger is something else.

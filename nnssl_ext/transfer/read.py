@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from nnssl_ext.foreign import RefusedError, load_tensors
 from nnssl_ext.networks import pct_net, vit
 from nnssl_ext.transfer import resnet
 from nnssl_ext.transfer.geometry import geometry, planned_geometry
-from nnssl_ext.transfer.hub import Located, locate
+from nnssl_ext.transfer.hub import NOTE, Located, locate
 from nnssl_ext.transfer.names import canonical_name, canonical_weights
 from nnssl_ext.transfer.source import Geometry, Source
 
@@ -48,9 +49,12 @@ def _content(located: Located) -> dict[str, Any]:
     path = located.weights
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+            from safetensors import safe_open
 
-            return {"network_weights": load_file(path)}
+            with safe_open(path, framework="pt") as file:
+                content = {"network_weights": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+                noted = (file.metadata() or {}).get(NOTE)
+            return content if noted is None else {**content, NOTE: json.loads(noted)}
         content = load_tensors(path)
     except PermissionError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
@@ -79,16 +83,33 @@ def _own(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Source | 
     raw = content["network_weights"]
     checkpoint.verify(content, path)
     weights = canonical_weights(raw, str(path))
-    trained = own.get("trained")
-    untrained: frozenset[str] = frozenset()
-    if isinstance(trained, list):
-        seen = {canonical_name(name) for name in trained}
-        untrained = frozenset(n for n in weights if n not in seen and not n.endswith(_BUFFERS))
+    untrained = _untrained(weights, own.get("trained"))
     plan = content.get("nnssl_adaptation_plan") or plan
     # a fine-tuned network has nnU-Net's own record of its plans instead
     found, note = (planned_geometry(plan, weights), "") if plan else _recorded_geometry(content, path, weights)
     kind = f"nnssl_ext, {own.get('title') or content.get('trainer_name', 'unknown origin')}"
     return Source(path, kind, weights, found, untrained, content.get("citations") or [], note)
+
+
+def _untrained(weights: Mapping[str, Tensor], trained: Any) -> frozenset[str]:
+    """The tensors that a pretraining left at their initial values, as it noted which it trained."""
+    if not isinstance(trained, list):
+        return frozenset()
+    seen = {canonical_name(name) for name in trained if isinstance(name, str)}
+    return frozenset(name for name in weights if name not in seen and not name.endswith(_BUFFERS))
+
+
+def _own_safetensors(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Source | None:
+    """What ``nnssl_ext export --safetensors`` wrote; the rest of what is known stands in the plan beside it."""
+    own, raw = content.get(NOTE), content.get("network_weights")
+    if not isinstance(own, dict) or not _tensors(raw):
+        return None
+    weights = canonical_weights(raw, str(path))
+    if checkpoint.digest(weights) != own.get("weights_sha256"):
+        raise UserError(f"{path} is damaged: what it holds does not match its sha256")
+    untrained = _untrained(weights, own.get("trained"))
+    kind = f"nnssl_ext, {own.get('title') or 'unknown origin'}"
+    return Source(path, kind, weights, planned_geometry(plan, weights), untrained, plan.get("citations") or [])
 
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "mask_token")
@@ -180,7 +201,7 @@ def _vision_transformer(content: dict[str, Any], path: Path, plan: dict[str, Any
     return Source(path, "3DINO's vision transformer", weights, note=note)
 
 
-READERS: tuple[Reader, ...] = (_own, _nnssl, _stock, _bare, _resnet, _pct_net, _vision_transformer)
+READERS: tuple[Reader, ...] = (_own, _own_safetensors, _nnssl, _stock, _bare, _resnet, _pct_net, _vision_transformer)
 
 
 def _tensors(content: Any) -> TypeGuard[dict[str, Tensor]]:

@@ -1,10 +1,12 @@
 """Numbers that are not finite, through stock's code path: the batch changes nothing, is named, and the run goes on."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nnssl_ext import checkpoint
@@ -12,6 +14,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.methods.volume_fusion import VolumeFusion
 from nnssl_ext.training.guards import READ_EVERY, FiniteGuard
 from tests.conftest import Environment
+from tests.training.test_distributed import ranks
 from tests.training.test_interruption import same_run
 from tests.training.test_trainer import pretrain
 
@@ -143,3 +146,24 @@ def test_overflows_of_a_scaler_do_not_count() -> None:
     guard.settle(1, ["b"])
     assert "cases: b" in told[0]
     assert READ_EVERY > 1
+
+
+def _judging(rank: int, world: int, port: int, folder: Path) -> None:
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    network, told = nn.Linear(2, 1), list[str]()
+    guard = FiniteGuard(network, torch.optim.SGD(network.parameters(), 0.1), 10, told.append)
+    for step, values in enumerate([(1.0, torch.nan), (1.0, 1.0), (torch.inf, 1.0)], 1):
+        guard.remember()
+        assert guard.judge(torch.tensor(values[rank]), torch.tensor(1.0)) == (step == 2)
+        guard.settle(step, [f"case_{rank}_{step}"])
+    (folder / str(rank)).write_text("\n".join(told))
+    dist.destroy_process_group()
+
+
+def test_the_process_with_the_bad_batch_is_named_in_all(tmp_path: Path) -> None:
+    assert ranks(2, _judging, tmp_path) == [0, 0]
+    first, second = ((tmp_path / name).read_text() for name in "01")
+    assert first == second
+    lines = first.splitlines()
+    assert [line.rpartition("cases: ")[2] for line in lines] == ["case_1_1 (process 1)", "case_0_3 (process 0)"]
+    assert "the objective was not finite at step 1" in lines[0]

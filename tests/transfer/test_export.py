@@ -13,6 +13,7 @@ from safetensors.torch import load_model
 from nnssl_ext import __version__
 from nnssl_ext.cli import main
 from nnssl_ext.errors import UserError
+from nnssl_ext.methods import METHODS
 from nnssl_ext.provenance import hardware
 from nnssl_ext.transfer.read import read_source
 from tests.conftest import Environment
@@ -55,6 +56,24 @@ def test_hugging_face_folder(with_data: Data, tmp_path: Path, capsys: pytest.Cap
     load_model(network, folder / "model.safetensors")
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, original["network_weights"][name]), name
+
+
+def test_safetensors_know_what_was_trained_and_their_sum(with_data: Data, tmp_path: Path) -> None:
+    environment, trainer = with_data("residual"), METHODS["rotation"].trainer
+    environment.write_plans("residual", "turned", {})
+    run = pretrain(environment, "residual", "turned", trainer=trainer)
+    main(["export", str(run), "-o", str(tmp_path / "model"), "--safetensors"])
+    file = tmp_path / "model" / "model.safetensors"
+    whole, alone = read_source(str(tmp_path / "model")), read_source(str(file))
+    assert alone.kind == whole.kind == "nnssl_ext, Rotation"
+    assert alone.untrained == whole.untrained
+    assert any(name.startswith("decoder.") for name in alone.untrained)
+    assert alone.geometry.spacing == whole.geometry.spacing
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged: what it holds does not match its sha256"):
+        read_source(str(file))
 
 
 def test_the_model_card_is_filled_from_the_run(with_data: Data, tmp_path: Path) -> None:
