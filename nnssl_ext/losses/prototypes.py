@@ -17,8 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-#: The longest gradient of a vector that float16 layers get from KoLeo.
-LONGEST = 2.0**8
+#: The longest derivative of KoLeo by a vector that float16 layers get.
+LONGEST = 2.0**2
 #: Logits that are held at once; more samples are computed piece by piece.
 ELEMENTS = 1 << 25
 
@@ -239,11 +239,23 @@ def koleo(vectors: Tensor, everyone: Tensor, own: Tensor, epsilon: float = 1e-8)
         return -(distance + epsilon).log()
 
 
-def held_by_float16(gradient: Tensor) -> Tensor:
-    """Gradients (..., F), the long ones shortened to what float16 layers can pass on.
+def held_by_float16(features: Tensor, rows: Tensor) -> None:
+    """Let no feature's gradient through KoLeo be longer than what float16 layers can pass on.
 
-    That of KoLeo is one over the distance of neighbours, which are all alike at the start of a vision transformer. A
-    gradient scaler would fall below one for it, and most other gradients would be zero in float16.
+    It is one over the distance of neighbours, which are all alike at the start of a vision transformer: a gradient
+    scaler would fall below one for it, and most other gradients would be zero in float16. Whatever the scale is, the
+    same gradients are shortened.
+
+    Args:
+        features: (..., F), used for nothing else.
+        rows: (N,), KoLeo's.
     """
-    length = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
-    return gradient * (LONGEST / length.clamp_min(LONGEST))
+    upstream: list[Tensor] = []
+
+    def shortened(gradient: Tensor) -> Tensor:
+        limit = LONGEST * upstream.pop()
+        length = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
+        return torch.where(length > limit, gradient * (limit / length), gradient)
+
+    rows.register_hook(lambda gradient: upstream.append(gradient.abs().amax()))
+    features.register_hook(shortened)

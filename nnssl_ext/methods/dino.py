@@ -243,14 +243,16 @@ class DINO(Method):
             bias = -self._centre(level) / temperature
         return Targets(said, prototypes, bias, temperature)
 
+    @torch.compiler.disable  # it listens to gradients
     def _spread(self, features: Tensor, index: Tensor) -> Tensor:
         """KoLeo of each global view among the same view of all samples: (B, 2, F) -> (B,); 0 for one sample."""
         kind = features.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        if features.requires_grad and dtype == torch.float16:
-            features.register_hook(held_by_float16)
         everyone, own = gather_samples(features, index)
-        return torch.stack([koleo(features[:, v], everyone[:, v], own) for v in range(GLOBALS)]).sum(0)
+        rows = torch.stack([koleo(features[:, v], everyone[:, v], own) for v in range(GLOBALS)]).sum(0)
+        if features.requires_grad and dtype == torch.float16:
+            held_by_float16(features, rows)
+        return rows
 
     def _hide(self, image: Tensor, hidden: Tensor, random: BatchRandom) -> Tensor:
         """``image`` (B, 2, C, D, H, W) with hidden cells as noise of the view's mean and deviation, or as its mean."""

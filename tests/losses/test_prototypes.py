@@ -183,10 +183,21 @@ def test_koleo_of_equal_and_of_single_vectors_is_finite() -> None:
     assert koleo(alone, alone, torch.zeros(1, dtype=torch.int64)) == 0
 
 
-def test_what_float16_cannot_hold_is_shortened_and_nothing_else() -> None:
-    short, long = torch.tensor([3.0, -4.0]), torch.tensor([3e5, -4e5])
-    held = held_by_float16(torch.stack([short, long, torch.zeros(2)]))
-    assert torch.equal(held[0], short)
-    assert held[1].norm().item() == pytest.approx(module.LONGEST)
-    assert torch.allclose(held[1] / held[1].norm(), long / long.norm())
-    assert torch.equal(held[2], torch.zeros(2))
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_what_float16_cannot_hold_is_shortened_whatever_the_scale_and_nothing_else(scale: float) -> None:
+    directions = torch.eye(4)
+    near = torch.stack([directions[0], directions[0] + 1e-5 * directions[1], directions[2], directions[3]])
+    gradients = []
+    for held in (False, True):
+        features = near.clone().requires_grad_()
+        rows = koleo(features, features, torch.arange(4))
+        if held:
+            held_by_float16(features, rows)
+        (scale * rows.sum()).backward()
+        assert features.grad is not None
+        gradients.append(features.grad / scale)
+    plain, held_ones = gradients
+    assert plain[:2].norm(dim=1).min() > 1e4
+    torch.testing.assert_close(held_ones[:2].norm(dim=1), torch.full((2,), module.LONGEST))
+    torch.testing.assert_close(F.normalize(held_ones[:2], dim=1), F.normalize(plain[:2], dim=1))
+    assert torch.equal(held_ones[2:], plain[2:])
