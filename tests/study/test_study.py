@@ -26,7 +26,7 @@ WORDS = ["study", "-d", "817", "-c", "3d_fullres", "-device", "cpu", "--methods"
 WORDS += ["--labels", "2", "--subsets", "2", "--steps", "4", "--snapshots", "2", "--total-baseline", "1"]
 WORDS += ["epochs=1", "iterations_per_epoch=2", "validation_iterations=1", "finetune.steps_per_epoch=2"]
 RATE = ["--rates", "0.01"]
-KILLS = int(os.environ.get("STUDY_KILLS", "4"))
+KILLS = int(os.environ.get("STUDY_KILLS", "2"))
 
 
 def comparable(study: Path) -> tuple[str, str]:

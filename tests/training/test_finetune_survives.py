@@ -186,8 +186,8 @@ def test_a_lost_worker_ends_the_run_without_losing_a_step(
     def train_step(self: nnsslTrainer_Finetune, batch: dict) -> dict:
         if self.step == 1:
             time.sleep(0.5)  # its next batches wait to be fetched
-            for child in multiprocessing.active_children():
-                os.kill(child.pid or 0, number)
+            training, *_ = sorted(child.pid or 0 for child in multiprocessing.active_children())
+            os.kill(training, number)
         return original(self, batch)
 
     with monkeypatch.context() as patch:
