@@ -154,8 +154,10 @@ def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:
             f"the endpoint, {primary_labels} labels at step {primary_step}, must be among --labels {labels} and "
             f"--snapshots {snapshots}"
         )
-    optimiser = optimiser_of(dataset_folder(dataset), arguments.p, arguments.c, arguments.overlays)
-    rates = arguments.rates or ([3e-4, 1e-3, 3e-3] if optimiser == "adamw" else [1e-3, 3e-3, 1e-2])
+    rates = arguments.rates
+    if not rates:
+        optimiser = optimiser_of(dataset_folder(dataset), arguments.p, arguments.c, arguments.overlays)
+        rates = [3e-4, 1e-3, 3e-3] if optimiser == "adamw" else [1e-3, 3e-3, 1e-2]
     if min(rates) <= 0:
         raise UserError(f"--rates must be positive, got {rates}")
     total = arguments.subsets if arguments.total_baseline is None else arguments.total_baseline

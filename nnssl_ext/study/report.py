@@ -168,8 +168,6 @@ def _slices(grid: Grid, dice: Analysis) -> list[Section]:
     shown = [
         arm for arm in grid.arms if arm.name != TOTAL and 0 in dice.score(arm.name, p.primary_labels, p.primary_step)
     ]
-    if len(shown) < 2:
-        return []
     shown = [arm for arm in shown if _prediction_folder(grid, arm).is_dir()]  # they may have been cleared away
     if len(shown) < 2:
         return []

@@ -263,7 +263,7 @@ def keep_metrics(grid: Grid, cell: Cell, seconds: float) -> None:
 
 def drop_checkpoints(grid: Grid, cell: Cell) -> None:
     """Those of a measured run, which nobody will ask for, unless they are to be kept."""
-    if not grid.keep_checkpoints and not (grid.folder / KEEP).exists():
+    if not (grid.folder / KEEP).exists():
         for checkpoint in grid.fold_folder(cell).glob("checkpoint_*.pth"):
             checkpoint.unlink()
 
