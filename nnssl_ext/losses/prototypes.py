@@ -193,29 +193,35 @@ def sinkhorn_bias(vectors: Tensor, prototypes: Tensor, temperature: Tensor | flo
     """The bias (K,) with which the targets of (N, E) use all prototypes alike.
 
     Sinkhorn and Knopp's iterations in logarithms, over the samples of all processes: divide by what each prototype
-    got, then by what each sample got; the last division is the softmax that makes the targets.
+    got, then by what each sample got; the last division is the softmax that makes the targets. Never more than
+    ``ELEMENTS`` logits are held: of more samples they are computed piece by piece, again in each iteration.
     """
+    bias = prototypes.new_zeros(len(prototypes), dtype=torch.float32)
     with torch.autocast(vectors.device.type, enabled=False):
-        scores = vectors.float() @ prototypes.float().T / temperature  # (N, K)
-    per_sample = scores.new_zeros((len(scores), 1))
-    bias = scores.new_zeros(len(prototypes))
-    for _ in range(iterations):
-        bias = -_logsumexp_everywhere(scores - per_sample)
-        per_sample = (scores + bias).logsumexp(1, keepdim=True)
+        pieces = (vectors.float() / temperature).split(max(1, ELEMENTS // len(prototypes)))
+        columns = prototypes.float().T
+        kept = pieces[0] @ columns if len(pieces) == 1 else None
+        for iteration in range(iterations):
+            got = torch.full_like(bias, -torch.inf)
+            for piece in pieces:
+                scores = piece @ columns if kept is None else kept  # (n, K)
+                if iteration:
+                    scores = scores - (scores + bias).logsumexp(1, keepdim=True)
+                got = torch.logaddexp(got, scores.logsumexp(0)) if len(piece) else got
+            bias = -_logsumexp_everywhere(got)
     return bias
 
 
-def _logsumexp_everywhere(values: Tensor) -> Tensor:
-    """Over rows (N, K) of all processes, (K,); no row has the weight of all of them, so nothing is minus infinity."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return values.logsumexp(0) if len(values) else values.new_zeros(values.shape[1])
-    largest = values.max(0).values if len(values) else values.new_full(values.shape[1:], -torch.inf)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    largest = torch.where(largest.isfinite(), largest, 0.0)
-    total = (values - largest).exp().sum(0)
-    dist.all_reduce(total)
-    # no vector in any process: nothing to balance
-    return torch.where(total > 0, total.clamp_min(1e-38).log() + largest, 0.0)
+def _logsumexp_everywhere(own: Tensor) -> Tensor:
+    """Of what each process has (K,), minus infinity where it has nothing; 0 where nobody has anything."""
+    if dist.is_available() and dist.is_initialized():
+        largest = own.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        largest = torch.where(largest.isfinite(), largest, 0.0)
+        total = (own - largest).exp()
+        dist.all_reduce(total)
+        own = total.log() + largest
+    return torch.where(own.isfinite(), own, 0.0)
 
 
 def koleo(vectors: Tensor, everyone: Tensor, own: Tensor, epsilon: float = 1e-8) -> Tensor:

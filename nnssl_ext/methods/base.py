@@ -52,7 +52,7 @@ class OptimiserRecipe:
         weight_decay: Of weight matrices and kernels alike.
         schedule: ``constant``, ``poly`` (exponent 0.9, as nnU-Net) or ``cosine``, to zero at the end.
         warm_up: Share of all steps over which the rate rises linearly.
-        clip: Largest norm of the gradient.
+        clip: Largest norm of the gradient of each of ``Method.clipped_parts``.
         final_weight_decay: What the weight decay reaches at the end, along a cosine; None leaves it as it is.
     """
 
@@ -155,6 +155,10 @@ class Method(nn.Module, ABC):
     def parameter_groups(self) -> list[ParameterGroup]:
         """The parameters to optimise; all alike where a method does not say otherwise."""
         return [ParameterGroup([parameter for parameter in self.parameters() if parameter.requires_grad])]
+
+    def clipped_parts(self) -> list[nn.Module]:
+        """The parts whose gradients are shortened each for itself; all of it where a method does not say otherwise."""
+        return [self]
 
     @abstractmethod
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:

@@ -130,6 +130,10 @@ class DINO(Method):
                 groups.setdefault((rates.get(id(parameter), 1.0), decays), []).append(parameter)
         return [ParameterGroup(parameters, rate, decays) for (rate, decays), parameters in groups.items()]
 
+    def clipped_parts(self) -> list[nn.Module]:
+        """As DINOv2: at the start of a vision transformer KoLeo's gradient is hundreds of times the heads'."""
+        return [self.student.reader, self.student.image_head, self.student.cell_head]
+
     def train(self, mode: bool = True) -> DINO:
         """The teacher always predicts: without dropout, with running statistics."""
         super().train(mode)

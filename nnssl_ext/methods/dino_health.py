@@ -118,9 +118,11 @@ def sign_of_collapse(measures: dict[str, float], settings: DINOSettings) -> str:
     """The sign by which ``Seen.measures`` show a collapse, and what to change; '' if none."""
     if measures.get("samples", 0) < FEWEST_SAMPLES:
         return ""
-    informed = max(measures["image_information"], measures["cell_information"])
+    # what is not trained says something or nothing by chance; the image's term has no weight, it is always there
+    levels = ["image", "cell"] if settings.cell_weight and settings.mask_probability else ["image"]
+    informed = max(measures[f"{level}_information"] for level in levels)
     if informed < LEAST_INFORMATION:
-        return _collapsed_targets(max(measures["image_entropy"], measures["cell_entropy"]), informed, settings)
+        return _collapsed_targets(max(measures[f"{level}_entropy"] for level in levels), informed, settings)
     rank, cosine = measures["effective_rank"], measures["off_diagonal_cosine"]
     if rank < LEAST_RANK or cosine > MOST_COSINE:
         return (

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from nnssl_ext.methods import OptimiserRecipe, ParameterGroup
 
@@ -46,6 +47,13 @@ def set_rates(optimiser: torch.optim.Optimizer, recipe: OptimiserRecipe, peak: f
     for group in optimiser.param_groups:
         group["lr"] = rate * group.get("rate", 1.0)
         group["weight_decay"] = decay * group.get("decay", 1.0)
+
+
+def clip_gradients(parts: Iterable[nn.Module], largest: float) -> Tensor:
+    """Shorten each part's gradient to the norm ``largest``; the norm of all of them before, ()."""
+    norms = [torch.nn.utils.clip_grad_norm_(part.parameters(), largest) for part in parts]
+    # a part without gradients says 0 on the CPU
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
 def weight_decay_at(recipe: OptimiserRecipe, step: int, steps: int) -> float:

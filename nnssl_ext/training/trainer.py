@@ -33,7 +33,7 @@ from nnssl_ext.training.guards import FiniteGuard
 from nnssl_ext.training.heartbeat import Heartbeat
 from nnssl_ext.training.interruption import Interruption
 from nnssl_ext.training.log import PretrainingLog
-from nnssl_ext.training.optimisation import build_optimiser, set_rates
+from nnssl_ext.training.optimisation import build_optimiser, clip_gradients, set_rates
 from nnssl_ext.training.out_of_memory import told_when_out_of_memory
 from nnssl_ext.training.preflight import check_run, target_backbone
 from nnssl_ext.training.samples import sample_loaders, unreadable
@@ -222,7 +222,7 @@ class PretrainingTrainer(nnUNetTrainer):
             return self.objective(views)
 
     def _clip(self) -> Tensor:
-        return torch.nn.utils.clip_grad_norm_(self.method.parameters(), self.recipe.clip)
+        return clip_gradients(self.method.clipped_parts(), self.recipe.clip)
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Tensor]]) -> None:
         means = mean_over_samples(train_outputs)

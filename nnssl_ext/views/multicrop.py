@@ -10,7 +10,7 @@ B batch, V views of a sample, C channel, D H W voxels, N cells of a view.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,10 @@ from torch import Tensor
 
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
 from nnssl_ext.views.random import BatchRandom
-from nnssl_ext.views.spatial import SourceBox, SpatialRange, cut_batch, part
+from nnssl_ext.views.spatial import SourceBox, SpatialRange, cut_batch, is_constant, part
+
+#: Draws of a view until it shows more than one value.
+CONSTANT_TRIES = 32
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ def cut_views(
 ) -> Tensor:
     """Views of one kind of each sample's region, each with its own look: (B, V, C, D, H, W).
 
+    A view that would show one value everywhere (air) is drawn again, a number of times.
+
     Args:
         boxes: What was read for the regions.
         region: Edges of the regions, in voxels.
@@ -64,12 +69,17 @@ def cut_views(
         random: Where draws come from.
     """
     views = []
+    there = [box.data.to(random.device, torch.float32, non_blocking=True) for box in boxes]  # once for all views
     for _ in range(kind.number):
         parts = []
         for b, box in enumerate(boxes):
             generator = random.generator(b)
-            view, place = kind.draw(generator, region), generator.uniform(-1, 1, 3)
-            parts.append(part(box, region, view, place, view_size=kind.size))
+            for _ in range(CONSTANT_TRIES):
+                view, place = kind.draw(generator, region), generator.uniform(-1, 1, 3)
+                drawn = part(box, region, view, place, view_size=kind.size)
+                if not is_constant(drawn, kind.size):
+                    break
+            parts.append(replace(drawn, data=there[b]))
         image, _ = cut_batch(parts, kind.size, random.device)
         IntensityDraw.draw(intensity, random, image.shape[1], kind.turns.spacing).apply(image, random)
         views.append(image)

@@ -128,6 +128,18 @@ def part(
     return SourceBox(box.data, matrix, box.centre + np.asarray(place) * left, box.case)
 
 
+def is_constant(box: SourceBox, size: Sequence[int]) -> bool:
+    """Whether all that a crop with edges ``size`` is made from has one value in each channel."""
+    half, volume = reach(box.matrix, size), np.asarray(box.data.shape[1:])
+    low = np.clip(np.floor(box.centre - half + 1e-6), 0, volume - 1).astype(int)
+    high = np.clip(np.ceil(box.centre + half - 1e-6) + 1, low + 1, volume).astype(int)
+    seen = box.data[(slice(None), *map(slice, low.tolist(), high.tolist()))]
+    # two voxels nearly always tell it already
+    if not torch.equal(seen[:, 0, 0, 0], seen[:, -1, -1, -1]):
+        return False
+    return torch.equal(seen.amin((1, 2, 3)), seen.amax((1, 2, 3)))
+
+
 def turn(angles: Sequence[float] | np.ndarray, spacing: Sequence[float] | np.ndarray) -> np.ndarray:
     """The matrix (3, 3) in voxels of a rotation in mm by ``angles`` (3,) in degrees about the three axes."""
     edges = np.asarray(spacing)

@@ -133,8 +133,18 @@ def test_no_logits_are_kept_or_held_together(monkeypatch: pytest.MonkeyPatch) ->
     assert max(largest) <= 4 * 3 * 512
     largest.clear()
     with Watch():
+        pieces = sinkhorn_bias(wanted.vectors[:, 0], wanted.prototypes, 0.06)
+    assert max(largest) <= 4 * 5 * 512
+    largest.clear()
+    with Watch():
         plain(student, own, wanted, torch.ones(3, 2), 0.1)
     assert max(largest) >= 64 * 3 * 512
+    largest.clear()
+    monkeypatch.undo()
+    with Watch():
+        whole = sinkhorn_bias(wanted.vectors[:, 0], wanted.prototypes, 0.06)
+    assert max(largest) >= 64 * 512
+    assert torch.allclose(pieces, whole, atol=1e-5)
 
 
 def test_mixed_precision_is_near_and_finite() -> None:

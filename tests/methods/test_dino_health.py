@@ -41,6 +41,14 @@ def test_signs(changed: dict[str, float], sign: str) -> None:
     assert bool(found) == bool(sign)
 
 
+@pytest.mark.parametrize("off", [{"cell_weight": 0.0}, {"mask_probability": 0.0}])
+def test_a_level_that_is_not_trained_is_no_sign_of_health(off: dict[str, float]) -> None:
+    measures = {**HEALTHY, "image_information": 0.0}
+    assert not sign_of_collapse(measures, DINOSettings())
+    assert "uniform" in sign_of_collapse(measures, DINOSettings(**off))
+    assert not sign_of_collapse({**HEALTHY, "image_information": 0.5, "cell_information": 0.0}, DINOSettings(**off))
+
+
 def test_told_cells_are_compared_at_their_place() -> None:
     # what a cell shows is told by its view's direction, where it lies by its place's, which is larger
     views, places = torch.eye(6)[:3], torch.eye(6)[3:5]

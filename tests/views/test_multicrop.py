@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from nnssl_ext.views import multicrop
 from nnssl_ext.views.appearance import IntensitySettings
 from nnssl_ext.views.multicrop import ViewKind, cut_views, draw_cell_masks
 from nnssl_ext.views.random import BatchRandom
@@ -68,6 +69,21 @@ def test_a_sample_draws_the_same_in_any_batch() -> None:
     together = cut_views([places()] * 3, REGION, of, IntensitySettings(), BatchRandom(5, 2, [7, 8, 9], CPU))
     alone = cut_views([places()], REGION, of, IntensitySettings(), BatchRandom(5, 2, [8], CPU))
     assert torch.equal(together[1:2], alone)
+
+
+@pytest.mark.parametrize(("tries", "most"), [(32, 0.05), (1, 0.95)])
+def test_views_of_nothing_but_air_are_drawn_again(monkeypatch: pytest.MonkeyPatch, tries: int, most: float) -> None:
+    monkeypatch.setattr(multicrop, "CONSTANT_TRIES", tries)
+    data = torch.full((1, *REGION), -1.0)
+    data[:, :6, :10, :10] = torch.rand(1, 6, 10, 10, generator=torch.Generator().manual_seed(0))
+    corner = SourceBox(data, np.eye(3), (np.asarray(REGION) - 1) / 2)
+    random = BatchRandom(0, 2, range(40), CPU)
+    views = cut_views([corner] * 40, REGION, kind((6, 8, 8), (0.1, 0.3), (0.2, 0.4)), OFF, random)
+    empty = (views.flatten(2).std(2) < 1e-3).float().mean()
+    assert most - 0.4 < empty < most
+    # a region without anything is shown as it is
+    nothing = SourceBox(torch.zeros(1, *REGION), np.eye(3), (np.asarray(REGION) - 1) / 2)
+    assert (cut_views([nothing], REGION, kind((6, 8, 8), (0.1, 0.3), (0.2, 0.4)), OFF, random).std() < 1e-3).all()
 
 
 def test_masks_hide_what_was_asked_for() -> None:
