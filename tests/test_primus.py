@@ -53,5 +53,10 @@ def test_the_stock_trainer_loads_what_was_learned(with_data: Data, method: str) 
     assert {name: value.shape for name, value in loaded.items()} == {
         name: value.shape for name, value in fresh.network.state_dict().items()
     }
+    environment.write_plans("plain", "still", {**settings, "learning_rate": 0.0})
+    still = checkpoint.load(pretrain(environment, "plain", "still", trainer=trainer) / "checkpoint_final.pth")
+    weighty = {name for name, value in weights.items() if value.is_floating_point()} - heads
+    changed = {name for name in weighty if not torch.equal(weights[name], still["network_weights"][name])}
+    assert len(changed) > 0.9 * len(weighty)
     trained = set(checkpoint.load(file)["nnssl_ext"]["trained"])
     assert trained >= {name for name, _ in stock.network.named_parameters()} - heads

@@ -41,6 +41,13 @@ class ContrastivePredictiveCodingSettings(PuzzleSettings):
     overlap: float = setting(
         0.5, "Overlap of one row with the next, as a share of a patch's edge.", source=OORD, low=0, high=0.9
     )
+    gap: float = setting(
+        0.25,
+        "Least distance of context and prediction, as a share of a patch's edge.",
+        source="nearer faces match",
+        low=0,
+        high=2,
+    )
     columns: int = setting(2, "Most patches of a row, along each of its two axes.", low=1, high=4)
     directions: str = setting(
         "six", "Rows run in any direction that fits, drawn per window, or always in the same.", choices=("six", "one")
@@ -93,7 +100,7 @@ class ContrastivePredictiveCoding(EncoderMethod):
         return solve_rows(
             geometry.strides,
             geometry.case_size or geometry.crop_size,
-            Rows(s.context_rows, s.skipped_rows, s.predicted_rows, s.overlap),
+            Rows(s.context_rows, s.skipped_rows, s.predicted_rows, s.overlap, s.gap),
             title=cls.title,
             columns=s.columns,
             most_zoom=s.zoom,

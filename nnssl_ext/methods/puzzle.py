@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
@@ -16,14 +17,16 @@ from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
 from nnssl_ext.views.layout import cut_patches, standardise
 from nnssl_ext.views.random import BatchRandom
-from nnssl_ext.views.spatial import SpatialRange, cut_batch
+from nnssl_ext.views.spatial import SpatialRange
 
 
 @dataclass(frozen=True)
 class PatchIntensitySettings(IntensitySettings):
     """Intensity views of each patch by itself; standardising makes brightness and contrast moot."""
 
-    gamma_probability: float = setting(0.5, "Chance of a gamma curve, per channel.", source="0.3 in nnU-Net")
+    gamma_probability: float = setting(
+        0.5, "Chance of a gamma curve, per channel.", source="0.3 in nnU-Net", low=0, high=1
+    )
     brightness_probability: float = setting(0.0, "Chance of scaled brightness, per channel.", low=0, high=1)
     contrast_probability: float = setting(0.3, "Chance of stretched contrast, per channel.", low=0, high=1)
     noise_probability: float = setting(0.2, "Chance of Gaussian noise, per sample.", low=0, high=1)
@@ -80,8 +83,13 @@ def read_patches(
         starts: (B, N, 3) lowest voxel of each patch.
         size: Edges of a patch.
     """
-    image, _ = cut_batch(batch.boxes[0], window, random.device)
-    patches = cut_patches(image, starts, size)
+    moved = random.uniform(0, 1, starts.shape[1:])
+    patches = torch.stack(
+        [
+            cut_patches(box, window, places, size, moves, random.device)
+            for box, places, moves in zip(batch.boxes[0], starts, moved, strict=True)
+        ]
+    )
     # each patch looks different: to the intensity views patches are channels
     merged = patches.flatten(1, 2)
     IntensityDraw.draw(settings.intensity, random, merged.shape[1], geometry.spacing).apply(merged, random)

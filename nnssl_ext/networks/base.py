@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,20 @@ from nnssl_ext.networks.activation_checkpointing import checkpoint_activations
 Triple = tuple[int, int, int]
 #: The last part of the name of the layers that stock nnU-Net does not transfer.
 HEADS = ".seg_layers."
+
+
+class LearnedPositions(NamedTuple):
+    """A table of what is added to tokens by their place.
+
+    Attributes:
+        table: (1, prefix + N, E).
+        grid: Tokens per axis, N together.
+        prefix: Tokens before them that have no place.
+    """
+
+    table: nn.Parameter
+    grid: tuple[int, ...]
+    prefix: int
 
 
 class Backbone(ABC):
@@ -101,6 +115,10 @@ class Backbone(ABC):
     def is_head(self, name: str) -> bool:
         """Whether a tensor of the network's state belongs to the outputs, whose shapes depend on the classes."""
         return HEADS in f".{name}"
+
+    def learned_positions(self) -> LearnedPositions | None:
+        """The table of positions, of networks that have one; it belongs to one grid of tokens."""
+        return None
 
     def equalise_input_channels(self) -> None:
         """Give all input channels the same kernels, their mean: they stay equal under inputs that are."""

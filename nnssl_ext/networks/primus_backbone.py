@@ -16,7 +16,7 @@ from dynamic_network_architectures.architectures.primus import Primus
 from timm.layers import build_rotary_pos_embed
 from torch import Tensor, nn
 
-from nnssl_ext.networks.base import Backbone, edges_problem
+from nnssl_ext.networks.base import Backbone, LearnedPositions, edges_problem
 
 #: Edges of an image from which a token's edges are measured; every published token divides it.
 PROBE = 32
@@ -66,6 +66,14 @@ class PrimusBackbone(Backbone):
         for block in eva.blocks:
             tokens = block(tokens, rope=rotary)
         return [eva.norm(tokens)[:, registers:].transpose(1, 2).unflatten(2, grid)][:stages]
+
+    def learned_positions(self) -> LearnedPositions | None:
+        eva, registers = self.network.eva, self.network.register_tokens
+        if eva.pos_embed is None or eva.rope is None:  # without rotary positions it does not say its grid
+            return None
+        return LearnedPositions(
+            eva.pos_embed, tuple(eva.rope.ref_feat_shape), 0 if registers is None else registers.shape[1]
+        )
 
     def encoder_parameters(self, stages: int | None = None) -> Iterable[nn.Parameter]:
         return [parameter for layer in self.layers() for parameter in layer]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from nnssl_ext.networks.base import Backbone, edges_problem
+from nnssl_ext.networks.base import Backbone, LearnedPositions, edges_problem
 from nnssl_ext.networks.vit import ViTUNETR, as_map
 
 
@@ -55,6 +55,9 @@ class ViTBackbone(Backbone):
     def train_mask_token(self) -> None:
         """Put the mask token into the training, for an objective that hides tokens."""
         self.encoder.mask_token.requires_grad_(True)
+
+    def learned_positions(self) -> LearnedPositions:
+        return LearnedPositions(self.encoder.pos_embed, self.encoder.position_grid, 1)
 
     def encoder_parameters(self, stages: int | None = None) -> Iterable[nn.Parameter]:
         return self.encoder.parameters()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
 from nnssl_ext.networks import contract
 from nnssl_ext.networks.backbone import backbone_of
+from nnssl_ext.networks.base import LearnedPositions
 from nnssl_ext.provenance import hardware, revision, versions
 from nnssl_ext.training import steps
 from nnssl_ext.training.engine import lay_out_as_weights
@@ -108,9 +111,10 @@ def start_from(method: Method, path: Path) -> None:
     if own.get("method") != method.name:
         raise UserError(f"start_from={path} is a run of {own.get('method')}, this is {method.name}; name a run of it")
     mine, theirs = method.state_dict(), dict(own["state"])
+    learned = method.backbone.learned_positions()
     for name, tensor in mine.items():
-        if name.endswith("backbone.pos_embed") and name in theirs and theirs[name].shape != tensor.shape:
-            theirs[name] = _resized_positions(theirs[name], tensor)
+        if learned and name in theirs and name.endswith(".pos_embed") and tensor.shape == learned.table.shape:
+            theirs[name] = _resized_positions(theirs[name], own.get("position_grid"), learned, path)
     wrong = sorted(k for k in {*mine, *theirs} if k not in mine or k not in theirs or mine[k].shape != theirs[k].shape)
     if wrong:
         raise UserError(
@@ -120,10 +124,17 @@ def start_from(method: Method, path: Path) -> None:
     method.load_state_dict(theirs)
 
 
-def _resized_positions(table: Tensor, like: Tensor) -> Tensor:
-    """Learned positions of a cubic grid of tokens for another cubic grid."""
-    edges = [round((rows.shape[1] - 1) ** (1 / 3)) for rows in (table, like)]
-    return positions(table, [edges[0]] * 3, [edges[1]] * 3, prefix=1)
+def _resized_positions(table: Tensor, grid: Sequence[int] | None, learned: LearnedPositions, path: Path) -> Tensor:
+    """The positions of a checkpoint's grid of tokens for the network's own."""
+    number = table.shape[1] - learned.prefix
+    if grid is None:  # files of earlier versions do not say it
+        grid = [round(number ** (1 / 3))] * 3
+    if math.prod(grid) != number:
+        raise UserError(
+            f"start_from={path} has {number} positions of tokens, and does not say of which grid; plan with the patch "
+            f"size and position_grid that it was made with"
+        )
+    return table if tuple(grid) == learned.grid else positions(table, grid, learned.grid, learned.prefix)
 
 
 def network_weights(method: Method, heads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -142,6 +153,7 @@ def fresh_heads(network: nn.Module) -> dict[str, Tensor]:
 def own_section(trainer: PretrainingTrainer) -> dict[str, Any]:
     """What stands under ``nnssl_ext``: enough to continue exactly, and to know what the weights are."""
     method, checked = trainer.method, trainer.checked
+    learned = method.backbone.learned_positions()
     return {
         "format": checkpoint.FORMAT,
         "method": method.name,
@@ -149,6 +161,7 @@ def own_section(trainer: PretrainingTrainer) -> dict[str, Any]:
         "settings": {"common": asdict(checked.common), method.name: asdict(checked.settings)},
         "identity": identity(trainer),
         "state": method.state_dict(),
+        "position_grid": list(learned.grid) if learned else None,
         # a teacher is written instead of the network, under the same names
         "trained": [name for name, p in method.network.named_parameters() if p.requires_grad],
         "counters": {

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.views.random import BatchRandom
+from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.spatial import SourceBox, cut
 
 #: A patch whose longest edge is shorter shows nothing.
 SMALLEST_EDGE = 8
@@ -32,7 +35,7 @@ class Layout:
     Attributes:
         cells: Patches along each axis.
         patch: Their edges in voxels.
-        gap: Least distance of neighbours, in voxels.
+        gap: Least distance of neighbours, in voxels; of a magnified window with what patches may be moved.
         jitter: How far a patch may be moved from its place, in voxels.
         stages: How many encoder stages are read, and so trained.
         zoom: Magnification of the window.
@@ -60,15 +63,43 @@ class Layout:
         return cells * pitch + torch.stack(moved, -1)
 
 
-def cut_patches(window: Tensor, starts: Tensor, patch: Sequence[int]) -> Tensor:
-    """(B, C, *window), (B, N, 3) -> (B, N, C, *patch)."""
-    depth, height, width = patch
-    return torch.stack(
-        [
-            torch.stack([image[:, z : z + depth, y : y + height, x : x + width] for z, y, x in places])
-            for image, places in zip(window, starts.tolist(), strict=True)
-        ]
-    )
+def cut_patches(
+    box: SourceBox, window: Sequence[int], starts: Tensor, patch: Sequence[int], moved: Tensor, device: torch.device
+) -> Tensor:
+    """Patches of one window, (N, C, *patch) float32: copies, or resampled where the window is magnified.
+
+    Interpolation smooths the more, the farther from a voxel's centre it reads: in a magnified window the places that are
+    smoothed follow one pattern, and noise tells where in the window a patch lies. So each patch of a magnified window
+    is moved by itself, by up to one voxel of the case along each axis, for which the window is made smaller.
+
+    Args:
+        box: What was read for the window, which is not turned.
+        window: Edges of the window, all of which lies in the case.
+        starts: (N, 3) lowest voxel of each patch in the window.
+        patch: Edges of a patch.
+        moved: (N, 3) in [0, 1), by what part of a voxel of the case each patch is moved.
+        device: Of the patches.
+    """
+    scale = np.diag(box.matrix)
+    if (scale == 1).all():
+        image, _ = cut(box, window, device)
+        depth, height, width = patch
+        return torch.stack([image[:, z : z + depth, y : y + height, x : x + width] for z, y, x in starts.tolist()])
+    data = box.data.to(device, torch.float32, non_blocking=True)
+    half = scale * (np.asarray(window) - 1) / 2
+    room = (2 * half >= 2).astype(float)  # of one plane there is nothing to be moved
+    scale = scale * (1 - room / np.maximum(2 * half, 1))
+    first = box.centre - half + starts.numpy() * scale + moved.numpy() * room  # (N, 3)
+    # grid_sample's coordinates (align_corners=False): voxel x of n lies at (2 x + 1) / n - 1, axes in reverse order
+    lines = [
+        (2 * (first[:, axis, None] + np.arange(patch[axis]) * scale[axis]) + 1) / data.shape[1 + axis] - 1
+        for axis in range(3)
+    ]
+    z, y, x = (sent(torch.from_numpy(line), device, torch.float32) for line in lines)
+    grid = torch.stack(
+        torch.broadcast_tensors(x[:, None, None, :], y[:, None, :, None], z[:, :, None, None]), -1
+    )  # (N, D, H, W, 3)
+    return F.grid_sample(data.expand(len(grid), -1, -1, -1, -1), grid, padding_mode="border", align_corners=False)
 
 
 def standardise(patches: Tensor) -> Tensor:
@@ -88,6 +119,11 @@ def patch_sizes(strides: Sequence[Sequence[int]]) -> Iterator[tuple[int, Edges]]
 def magnification(window: Sequence[int], case_size: Sequence[int]) -> float:
     """How far a window must be magnified so that cases of this size hold it; 1 where they do anyway."""
     return max(1.0, *(edge / case for edge, case in zip(window, case_size, strict=True)))
+
+
+def moves(zoom: float) -> int:
+    """Voxels of a window by which ``cut_patches`` may move a patch."""
+    return math.ceil(zoom) if zoom > 1 else 0
 
 
 def solve_layout(
@@ -121,16 +157,26 @@ def solve_layout(
         found: list[Layout] = []
         apart, moved = _edges(math.ceil(gap * p) for p in patch), _edges(math.ceil(jitter * p) for p in patch)
         for cells in product(choices, repeat=3):
-            layout = Layout(_edges(cells), patch, apart, moved, stages, 1.0)
-            zoom = magnification(layout.window, case_size)
-            if zoom <= most_zoom and math.prod(cells) >= fewest:
-                found.append(Layout(layout.cells, patch, apart, moved, stages, zoom))
+            layout = _magnified(Layout(_edges(cells), patch, apart, moved, stages, 1.0), case_size, most_zoom)
+            if layout.zoom <= most_zoom and math.prod(cells) >= fewest:
+                found.append(layout)
         affordable = [layout for layout in found if math.prod(layout.cells + patch) <= most_voxels]
         if affordable:
             return max(affordable, key=lambda layout: (math.prod(layout.cells), -layout.zoom, layout.cells))
         if found:
             return min(found, key=lambda layout: (math.prod(layout.cells), layout.zoom))
     raise nothing_fits(title, f"{fewest} patches", strides, case_size, most_zoom)
+
+
+def _magnified(layout: Layout, case_size: Sequence[int], most_zoom: float) -> Layout:
+    """The layout for cases of this size, with gaps that are kept though patches are moved."""
+    apart, room = layout.gap, -1
+    while True:
+        zoom = magnification(layout.window, case_size)
+        if moves(zoom) <= room or zoom > most_zoom:
+            return replace(layout, zoom=zoom)
+        room = moves(zoom)
+        layout = replace(layout, gap=_edges(gap + room for gap in apart))
 
 
 def nothing_fits(

@@ -7,24 +7,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from nnssl_ext.errors import UserError
-from nnssl_ext.views.layout import Edges, magnification, nothing_fits, patch_sizes
+from nnssl_ext.views.layout import Edges, magnification, moves, nothing_fits, patch_sizes
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How rows follow each other: ``context`` rows that are seen, ``skipped`` ones, ``predicted`` ones."""
+    """How rows follow each other: ``context`` rows that are seen, ``skipped`` ones, ``predicted`` ones.
+
+    Attributes:
+        context, skipped, predicted: Numbers of rows.
+        overlap: Of a row with the next, as a share of a patch's edge.
+        gap: Least distance of context and prediction, as a share of a patch's edge: nearer faces are alike.
+        room: Voxels that come on top, by which patches of a magnified window may be moved.
+    """
 
     context: int
     skipped: int
     predicted: int
     overlap: float
+    gap: float = 0.0
+    room: int = 0
 
     @property
     def read(self) -> list[int]:
@@ -36,9 +44,18 @@ class Rows:
         """From one row to the next, in voxels, for patches with this edge."""
         return max(1, math.ceil(edge * (1 - self.overlap)))
 
+    def shift(self, edge: int) -> int:
+        """Voxels by which the predicted rows lie farther away than pitch and skipped rows say."""
+        distance = (self.skipped + 1) * self.pitch(edge) - edge
+        return max(0, math.ceil(self.gap * edge) + self.room - distance)
+
+    def begin(self, row: int, edge: int) -> int:
+        """The lowest voxel of a row."""
+        return row * self.pitch(edge) + (self.shift(edge) if row >= self.context else 0)
+
     def length(self, edge: int) -> int:
         """Voxels that all rows take."""
-        return (self.context + self.skipped + self.predicted - 1) * self.pitch(edge) + edge
+        return self.begin(self.context + self.skipped + self.predicted - 1, edge) + edge
 
 
 @dataclass(frozen=True)
@@ -80,14 +97,16 @@ class RowLayout:
         return torch.stack([self._starts(int(d), p) for d, p in zip(direction, place, strict=True)])
 
     def _starts(self, direction: int, place: Tensor) -> Tensor:
-        along, pitch = self.axes[direction // 2], self.rows.pitch(self.patch[self.axes[direction // 2]])
+        along = self.axes[direction // 2]
         length = [n * edge for n, edge in zip(self.columns, self.patch, strict=True)]
         length[along] = self.rows.length(self.patch[along])
-        last = self.rows.read[-1]
+        edge, last = self.patch[along], self.rows.read[-1]
+        end = self.rows.begin(last, edge)
         places: list[Sequence[int]] = [[n * self.patch[a] for n in range(self.columns[a])] for a in range(3)]
         found = []
         for row in self.rows.read:
-            places[along] = [(last - row if direction % 2 else row) * pitch]
+            begin = self.rows.begin(row, edge)
+            places[along] = [end - begin if direction % 2 else begin]
             found += list(product(*places))
         room = torch.tensor([w - n for w, n in zip(self.window, length, strict=True)])
         return torch.tensor(found) + (place * (room + 1)).long().minimum(room)
@@ -115,29 +134,37 @@ def solve_rows(
         most_voxels: Most voxels of all patches together, if there are fewer columns to take.
 
     Raises:
-        UserError: If rows share voxels with what is predicted from them, or nothing fits.
+        UserError: If nothing fits.
     """
-    room = [edge * most_zoom for edge in case_size]
     for stages, patch in patch_sizes(strides):
-        if any((rows.skipped + 1) * rows.pitch(edge) < edge for edge in patch):
-            raise UserError(
-                f"{title}: with overlap {rows.overlap:g} and {rows.skipped} skipped rows, context and prediction share "
-                f"voxels; skip more rows or overlap less"
-            )
-        axes = tuple(axis for axis in range(3) if rows.length(patch[axis]) <= room[axis])
-        if not axes or any(edge > most for edge, most in zip(patch, room, strict=True)):
-            continue
         for most in range(columns, 0, -1):
-            beside = [max(1, min(most, int(room[axis] // patch[axis]))) for axis in range(3)]
-            # rows along any of the axes must have equally many columns
-            for axis in axes:
-                beside[axis] = min(beside[a] for a in axes)
-            window = [n * edge for n, edge in zip(beside, patch, strict=True)]
-            for axis in axes:
-                window[axis] = max(window[axis], rows.length(patch[axis]))
-            shown = (window[0], window[1], window[2])
-            zoom = magnification(shown, case_size)
-            layout = RowLayout(rows, patch, (beside[0], beside[1], beside[2]), axes, shown, stages, zoom)
-            if most == 1 or len(rows.read) * layout.beside(axes[0]) * math.prod(patch) <= most_voxels:
+            layout = _magnified(rows, patch, stages, most, case_size, most_zoom)
+            if layout is None:
+                continue
+            if most == 1 or len(rows.read) * layout.beside(layout.axes[0]) * math.prod(patch) <= most_voxels:
                 return layout
     raise nothing_fits(title, f"{rows.context + rows.skipped + rows.predicted} rows", strides, case_size, most_zoom)
+
+
+def _magnified(
+    rows: Rows, patch: Edges, stages: int, most: int, case_size: Sequence[int], most_zoom: float
+) -> RowLayout | None:
+    """The layout of this patch with at most so many columns, with distances that are kept though patches are moved."""
+    space, room = [edge * most_zoom for edge in case_size], 0
+    while True:
+        here = replace(rows, room=room)
+        axes = tuple(axis for axis in range(3) if here.length(patch[axis]) <= space[axis])
+        if not axes or any(edge > largest for edge, largest in zip(patch, space, strict=True)):
+            return None
+        beside = [max(1, min(most, int(space[axis] // patch[axis]))) for axis in range(3)]
+        # rows along any of the axes must have equally many columns
+        for axis in axes:
+            beside[axis] = min(beside[a] for a in axes)
+        window = [n * edge for n, edge in zip(beside, patch, strict=True)]
+        for axis in axes:
+            window[axis] = max(window[axis], here.length(patch[axis]))
+        shown = (window[0], window[1], window[2])
+        zoom = magnification(shown, case_size)
+        if moves(zoom) <= room:
+            return RowLayout(here, patch, (beside[0], beside[1], beside[2]), axes, shown, stages, zoom)
+        room = moves(zoom)

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from nnssl_ext.data.crops import CropDataset, CropRequest, collate
+from nnssl_ext.data.crops import CropBatch, CropDataset, CropRequest, collate
 from nnssl_ext.data.index import CaseIndex
-from nnssl_ext.errors import UserError
 from nnssl_ext.losses.contrastive import hits
 from nnssl_ext.methods.contrastive_predictive_coding import (
     ContrastivePredictiveCoding,
@@ -17,7 +16,7 @@ from nnssl_ext.methods.contrastive_predictive_coding import (
 )
 from nnssl_ext.methods.puzzle import PatchIntensitySettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
-from tests.methods.helpers import CPU, batch_of, build, views_of, write_cases
+from tests.methods.helpers import CPU, batch_of, build, noise_boxes, views_of, write_cases
 
 NO_VIEWS = PatchIntensitySettings(gamma_probability=0, contrast_probability=0, noise_probability=0)
 OURS = ContrastivePredictiveCodingSettings()
@@ -108,10 +107,11 @@ def test_padding_gives_the_published_task_away_and_not_ours(tmp_path: Path) -> N
     assert accuracy == pytest.approx(chance)
 
 
-def copied(skipped: int) -> float:
-    """Share of predicted voxels that the context shows already."""
-    method = build(ContrastivePredictiveCoding, replace(BARE, skipped_rows=1))
-    rows = replace(method.rows, rows=replace(method.rows.rows, skipped=skipped))
+def copied(kept_apart: bool) -> float:
+    """Share of predicted voxels that the context shows already, where no row is skipped."""
+    method = build(ContrastivePredictiveCoding, replace(BARE, skipped_rows=0))
+    published = replace(method.rows, rows=replace(method.rows.rows, gap=-1.0, room=0))
+    rows = method.rows if kept_apart else published
     starts = rows.starts(torch.arange(6), torch.zeros(6, 3))
     shown = torch.zeros(6, *(2 * edge for edge in rows.window))
     for sample, places in enumerate(starts[:, : -method.targets].tolist()):
@@ -125,8 +125,28 @@ def copied(skipped: int) -> float:
     return torch.stack(asked).mean().item()
 
 
-def test_overlapping_rows_can_be_copied_unless_one_is_skipped() -> None:
-    assert copied(0) > 0.2
-    assert copied(1) == 0
-    with pytest.raises(UserError, match="context and prediction share voxels; skip more rows or overlap less"):
-        build(ContrastivePredictiveCoding, replace(OURS, skipped_rows=0))
+def test_overlapping_rows_can_be_copied_unless_they_are_kept_apart() -> None:
+    assert copied(kept_apart=False) > 0.2
+    assert copied(kept_apart=True) == 0
+
+
+def matched(gap: float) -> tuple[float, float]:
+    """How often the face of a patch that is next to the context's is the most like it, and chance; on smooth noise."""
+    method = build(ContrastivePredictiveCoding, replace(BARE, directions="one", gap=gap))
+    rows = method.rows if gap else replace(method.rows, rows=replace(method.rows.rows, room=0))
+    method.rows = rows
+    boxes = noise_boxes(rows.window, 60, (1.0, 1.0, 1.0))
+    indices = list(range(60))
+    patches = method.views(CropBatch(indices, [boxes]), BatchRandom(0, VIEWS, indices, CPU))["patches"][:, :, 0]
+    asked = -method.targets
+    last = patches[:, asked - method.columns : asked, -1].flatten(2)  # (B, Q, H W), their farther faces
+    first = patches[:, asked:, 0].flatten(2)  # (B, T, H W)
+    nearest = (last[:, :, None] - first[:, None]).abs().mean(-1).argmin(-1)  # (B, Q)
+    return (nearest == torch.arange(method.columns)).float().mean().item(), 1 / method.targets
+
+
+def test_faces_match_where_context_and_prediction_touch_and_not_in_ours() -> None:
+    touching, chance = matched(0.0)
+    assert touching > 0.7
+    apart, _ = matched(OURS.gap)
+    assert apart < 2 * chance

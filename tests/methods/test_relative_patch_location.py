@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,15 @@ OURS = replace(RelativePatchLocationSettings(), neighbours=26)
 PUBLISHED = replace(OURS, gap=0.0, jitter=0.0, standardise=False, intensity=NO_VIEWS)
 
 
+def built(settings: RelativePatchLocationSettings) -> RelativePatchLocation:
+    """With the gap that is asked for: windows of these tests are not magnified, and nothing is moved."""
+    method = build(RelativePatchLocation, settings)
+    method.grid = replace(method.grid, gap=tuple(math.ceil(settings.gap * edge) for edge in method.grid.patch))
+    return method
+
+
 def test_each_neighbour_lies_where_its_class_says() -> None:
-    method = build(RelativePatchLocation, PUBLISHED)
+    method = built(PUBLISHED)
     assert method.classes == 26
     assert method.grid.cells == (3, 3, 3)
     boxes = noise_boxes(method.grid.window, 2)
@@ -44,7 +52,7 @@ def test_neighbours_are_drawn_without_repetition(tmp_path: Path) -> None:
 
 def nearest_class(settings: RelativePatchLocationSettings) -> float:
     """How often the class is told from the difference of two patches' means; volumes are brighter to one side."""
-    method = build(RelativePatchLocation, settings)
+    method = built(settings)
     boxes = noise_boxes(method.grid.window, 40)
     axes = np.meshgrid(*(np.linspace(-1, 1, edge) for edge in method.grid.window), indexing="ij")
     drift = torch.from_numpy((axes[0] + 3 * axes[1] + 9 * axes[2])[None].astype(np.float32))
@@ -66,7 +74,7 @@ def test_intensity_drift_gives_the_published_location_away_and_not_ours() -> Non
 
 def touching(settings: RelativePatchLocationSettings) -> float:
     """How often the neighbour on the far side of an axis is the one whose face is most like the centre's."""
-    method = build(RelativePatchLocation, settings)
+    method = built(settings)
     boxes = noise_boxes(method.grid.window, 40, (1.0, 1.0, 1.0))
     indices = list(range(40))
     views = method.views(CropBatch(indices, [boxes]), BatchRandom(0, VIEWS, indices, CPU))

@@ -1,5 +1,6 @@
 """Going on from a finished run with other crops: the high-resolution stage."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from nnssl_ext.cli import main
 from nnssl_ext.errors import UserError
 from nnssl_ext.training.state import start_from
 from tests.conftest import Environment
+from tests.test_primus import STOCK, two_blocks  # noqa: F401 (a fixture)
 from tests.training.test_trainer import pretrain, trainer_for
 
 Data = Callable[[str], Environment]
@@ -49,22 +51,83 @@ def test_a_continued_run_keeps_its_own_state(with_data: Data) -> None:
     )
 
 
-def test_positions_of_another_grid_are_resized(with_data: Data) -> None:
+@pytest.mark.parametrize(("grid", "says"), [((4, 4, 4), True), ((2, 4, 8), True), ((4, 4, 4), False)])
+def test_positions_of_another_grid_are_resized(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, grid: tuple[int, int, int], says: bool
+) -> None:
+    """Also when the file does not say its grid, as those of earlier versions, and it is cubic."""
     environment = with_data("vit")
     file = finished(environment)
+    content = checkpoint.load(file)
+    before = content["nnssl_ext"]["position_grid"]
+    assert before == [3, 3, 3]
+    if not says:
+        del content["nnssl_ext"]["position_grid"]
+    monkeypatch.setattr(checkpoint, "load", lambda path: content)
+    name = "student.reader.network.backbone.pos_embed"
+    old = content["nnssl_ext"]["state"][name]
+    method, encoder = with_grid(old.shape[2], grid)
+    start_from(method, file)
+    assert torch.equal(encoder.pos_embed[:, 0], old[:, 0])
+    resized = torch.nn.functional.interpolate(
+        old[:, 1:].transpose(1, 2).unflatten(2, before), size=grid, mode="trilinear"
+    )
+    assert torch.allclose(encoder.pos_embed[:, 1:], resized.flatten(2).transpose(1, 2), atol=1e-6)
+
+
+def with_grid(width: int, grid: tuple[int, int, int]) -> tuple[Any, Any]:
+    """A new method whose transformers have another grid of positions, and the student's encoder."""
     trainer = trainer_for("vit", "low", TRAINER)
     trainer.initialize()
-    name = "student.reader.network.backbone.pos_embed"
-    old = checkpoint.load(file)["nnssl_ext"]["state"][name]
     method: Any = trainer.method
     encoder = method.student.reader.network.backbone
     for network in (encoder, method.teacher.reader.network.backbone):
-        network.position_grid = (4, 4, 4)
-        network.pos_embed = torch.nn.Parameter(torch.zeros(1, 65, old.shape[2]))
+        network.position_grid = grid
+        network.pos_embed = torch.nn.Parameter(torch.zeros(1, 1 + math.prod(grid), width))
+    return method, encoder
+
+
+def test_grids_of_as_many_tokens_are_not_taken_for_each_other(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = with_data("vit")
+    content = checkpoint.load(finished(environment))
+    own, name = content["nnssl_ext"], "student.reader.network.backbone.pos_embed"
+    width, file = own["state"][name].shape[2], environment.root / "other.pth"
+    monkeypatch.setattr(checkpoint, "load", lambda path: content)
+    for table in [key for key in own["state"] if key.endswith(".pos_embed")]:
+        own["state"][table] = torch.randn(1, 65, width)
+    own["position_grid"] = [2, 4, 8]
+    method, encoder = with_grid(width, (4, 4, 4))
     start_from(method, file)
-    assert torch.equal(encoder.pos_embed[:, 0], old[:, 0])
-    assert torch.allclose(encoder.pos_embed[:, 1:].mean(1), old[:, 1:].mean(1), atol=0.02)
-    assert encoder.pos_embed.std() > 0
+    assert not torch.allclose(encoder.pos_embed[:, 1:], own["state"][name][:, 1:])
+    own["position_grid"] = [3, 4, 8]
+    with pytest.raises(UserError, match="has 64 positions of tokens, and does not say of which grid"):
+        start_from(method, file)
+
+
+@pytest.mark.usefixtures("two_blocks")
+def test_positions_of_primus_are_resized(with_data: Data) -> None:
+    environment = with_data("plain")
+    settings = {"epochs": 1, "target_trainer": STOCK, "dino": {**SMALL, "local_crops": 0}}
+    environment.write_plans("plain", "primus", settings)
+    file = pretrain(environment, "plain", "primus", trainer=TRAINER) / "checkpoint_final.pth"
+    plans = environment.plans("plain")
+    patch = plans["configurations"]["3d_fullres"]["patch_size"]
+    larger = [patch[0], 2 * patch[1], patch[2]]
+
+    def enlarge(plans: dict) -> None:
+        plans["configurations"]["3d_fullres"]["patch_size"] = larger
+
+    environment.write_plans("plain", "larger", settings, enlarge)
+    trainer = trainer_for("plain", "larger", TRAINER)
+    trainer.initialize()
+    start_from(trainer.method, file)
+    content = checkpoint.load(file)["nnssl_ext"]
+    (name,) = (n for n in content["state"] if n.startswith("student.") and n.endswith("eva.pos_embed"))
+    resized, old = trainer.method.state_dict()[name], content["state"][name]
+    assert resized.shape[1] == 2 * old.shape[1]
+    assert torch.allclose(resized.mean(1), old.mean(1), atol=0.02)
 
 
 def test_another_method_or_network_is_one_line(with_data: Data, tmp_path: Path) -> None:

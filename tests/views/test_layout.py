@@ -1,7 +1,7 @@
 import math
-from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
@@ -12,6 +12,9 @@ from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.views.layout import Layout, cut_patches, magnification, solve_layout, standardise
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from nnssl_ext.views.rows import Rows, solve_rows
+from nnssl_ext.views.spatial import SourceBox, cut
+
+CPU = torch.device("cpu")
 
 #: Strides of each stage, least case edges, and whether the encoder is residual.
 PLANS = {
@@ -99,18 +102,14 @@ def test_rows_are_legal_on_every_kind_of_plan(plan: str) -> None:
     assert magnification(layout.window, case_size) == layout.zoom <= 2
 
 
-def test_context_and_prediction_share_no_voxel_unless_no_row_is_skipped() -> None:
-    def shared(rows: Rows) -> bool:
-        first, last = rows.read[rows.context - 1], rows.read[rows.context]
-        return first * rows.pitch(16) + 16 > last * rows.pitch(16)
-
-    assert shared(Rows(2, 0, 2, 0.5))
-    assert not shared(Rows(2, 1, 2, 0.5))
-    assert not shared(Rows(2, 0, 2, 0.0))
-    with pytest.raises(UserError, match="it: with overlap 0.5 and 0 skipped rows, context and prediction share voxels"):
-        solve_rows(
-            [(1, 1, 1), (8, 8, 8)], (99,) * 3, Rows(2, 0, 2, 0.5), title="it", columns=2, most_zoom=2, most_voxels=1e9
-        )
+@pytest.mark.parametrize(("skipped", "overlap"), [(0, 0.5), (1, 0.5), (0, 0.0), (3, 0.5)])
+@pytest.mark.parametrize(("gap", "room"), [(0.0, 0), (0.25, 0), (0.25, 2)])
+def test_context_and_prediction_are_apart(skipped: int, overlap: float, gap: float, room: int) -> None:
+    rows, edge = Rows(2, skipped, 2, overlap, gap, room), 16
+    first, last = (rows.begin(row, edge) for row in (rows.read[1], rows.read[2]))
+    assert last - (first + edge) >= gap * edge + room
+    assert rows.begin(rows.read[-1], edge) + edge == rows.length(edge)
+    assert last - (first + edge) == max(gap * edge + room, (skipped + 1) * rows.pitch(edge) - edge)
 
 
 def test_rows_run_along_every_direction() -> None:
@@ -159,17 +158,69 @@ def test_patches_keep_their_distance_and_are_jittered() -> None:
         assert distance.min() == least
         assert distance.max() > least
     image = torch.randn(60, 1, *layout.window)
-    patches = cut_patches(image, starts.flatten(1, 2), layout.patch)
-    for sample, (cell, place) in product(range(60), enumerate(product(range(3), range(2)))):
-        z, y, x = starts[sample, place[0], place[1]].tolist()
-        assert torch.equal(patches[sample, cell], image[sample, :, z : z + 8, y : y + 8, x : x + 4])
+    centre = (np.asarray(layout.window) - 1) / 2
+    for sample, window in enumerate(image):
+        box, places = SourceBox(window, np.eye(3), centre), starts[sample].flatten(0, 1)
+        patches = cut_patches(box, layout.window, places, layout.patch, torch.rand(6, 3), CPU)
+        for patch, (z, y, x) in zip(patches, places.tolist(), strict=True):
+            assert torch.equal(patch, window[:, z : z + 8, y : y + 8, x : x + 4])
 
 
-def test_standardised_patches() -> None:
-    patches = 3 * torch.randn(2, 4, 1, 6, 6, 6) + 7
-    patches[0, 0] = 5
-    result = standardise(patches)
-    assert not result[0, 0].any()
-    deviation, mean = torch.std_mean(result[1], (-3, -2, -1), correction=0)
-    torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
-    torch.testing.assert_close(deviation, torch.ones_like(deviation))
+MAGNIFIED = Layout((2, 2, 2), (8, 8, 8), (4, 4, 4), (1, 1, 1), 1, 1.6)
+
+
+def magnified(data: torch.Tensor, layout: Layout = MAGNIFIED) -> SourceBox:
+    """A box that holds the window of a layout exactly."""
+    scale = (np.asarray(data.shape[1:]) - 1) / (np.asarray(layout.window) - 1)
+    return SourceBox(data, np.diag(scale), (np.asarray(data.shape[1:]) - 1) / 2)
+
+
+def test_patches_of_a_magnified_window_lie_within_a_voxel_of_their_place() -> None:
+    edge = round((MAGNIFIED.window[0] - 1) / MAGNIFIED.zoom) + 1
+    grid = torch.stack(torch.meshgrid(*(torch.arange(edge, dtype=torch.float32),) * 3, indexing="ij"))
+    box, random = magnified(grid), BatchRandom(0, VIEWS, list(range(40)), CPU)
+    starts, scale = MAGNIFIED.starts(random), (edge - 2) / (MAGNIFIED.window[0] - 1)
+    moved = torch.rand(40, 8, 3, generator=torch.Generator().manual_seed(0))
+    for places, moves in zip(starts, moved, strict=True):
+        patches = cut_patches(box, MAGNIFIED.window, places, MAGNIFIED.patch, moves, CPU)
+        assert torch.allclose(patches[:, :, 0, 0, 0], places * scale + moves, atol=1e-4)
+        assert torch.allclose(patches[:, :, -1, -1, -1], (places + 7) * scale + moves, atol=1e-4)
+        assert 0 <= patches.min() <= patches.max() <= edge - 1  # and nothing outside is read
+    # a neighbour is never nearer than the gap that was asked for, which MAGNIFIED has with 2 voxels for that
+    distance = starts.view(40, 2, 2, 2, 3).diff(dim=1)[..., 0] * scale - 7 * scale - 1
+    assert distance.min() / scale >= 2 - 1
+
+
+def told_by_variance(layout: Layout, whole: bool) -> float:
+    """How often white noise tells from which of eight places of a window a patch is; chance is 0.125.
+
+    Args:
+        layout: Magnified.
+        whole: Resample the window as one, as is done without thinking.
+    """
+    edge, generator = round((layout.window[0] - 1) / layout.zoom) + 1, np.random.default_rng(0)
+    random = BatchRandom(0, VIEWS, list(range(300)), CPU)
+    found = []
+    for places, moved in zip(layout.starts(random), random.uniform(0, 1, (8, 3)), strict=True):
+        box = magnified(torch.from_numpy(generator.standard_normal((1, edge, edge, edge)).astype(np.float32)), layout)
+        if whole:
+            box = SourceBox(cut(box, layout.window, CPU)[0], np.eye(3), (np.asarray(layout.window) - 1) / 2)
+        found.append(cut_patches(box, layout.window, places, layout.patch, moved, CPU))
+    power = torch.stack(found)[:, :, 0].square()  # (300, 8, D, H, W)
+    # smoothing along the three axes multiplies
+    lines = [power[:200].mean((0, *(2 + other for other in range(3) if other != axis))) for axis in range(3)]
+    expected = torch.einsum("cz,cy,cx->czyx", *(line / line.mean() for line in lines))
+    scores = -(power[200:, :, None] / expected + expected.log()).sum((-3, -2, -1))
+    return (scores.argmax(-1) == torch.arange(8)).float().mean().item()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout((2, 2, 2), (8, 8, 8), (4, 4, 4), (0, 0, 0), 1, 1.6),
+        Layout((2, 2, 2), (16, 16, 16), (6, 6, 6), (2, 2, 2), 1, 1.18),
+    ],
+)
+def test_interpolation_tells_the_place_in_a_window_that_is_resampled_as_one_and_not_in_ours(layout: Layout) -> None:
+    assert told_by_variance(layout, whole=True) > 0.5
+    assert told_by_variance(layout, whole=False) < 0.17
