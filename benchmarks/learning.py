@@ -1,15 +1,18 @@
 """Whether an objective learns: its readable number on held-out cases, against chance, and with voxels shuffled.
 
-    python -m benchmarks learning jigsaw -d 802 -p nnUNetPlans_learning [--shuffled]
+    python -m benchmarks learning jigsaw -d 802 -p nnUNetPlans_learning [--shuffled [after]]
 
 Runs the method's trainer as nnUNetv2_train would, on the CPU, and prints one line per epoch. With --shuffled the voxels
-of every image and patch are put in another order: what is learned then was no anatomy.
+of all that is read of a case are put in another order before any view is made of it: what is learned then is no
+anatomy, but what the views themselves give away. Objectives that compare views of the same voxels know noise again:
+--shuffled after puts the voxels of each view in an order of its own. Of 2-D images it always does.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,7 +29,9 @@ def main() -> None:
     parser.add_argument("-d", default="802", help="data set, preprocessed")
     parser.add_argument("-p", default="nnUNetPlans", help="plans with the settings of the run")
     parser.add_argument("-f", default="0", help="fold")
-    parser.add_argument("--shuffled", action="store_true", help="voxels in another order")
+    parser.add_argument(
+        "--shuffled", nargs="?", const="before", choices=("before", "after"), help="voxels in another order"
+    )
     arguments = parser.parse_args()
 
     os.environ["nnUNet_extTrainer"] = str(resource_folder("trainers"))
@@ -39,7 +44,7 @@ def main() -> None:
     trainer.initialize()
     if arguments.shuffled:
         trainer.disable_checkpointing = True
-        shuffle_voxels(trainer.method)
+        shuffle_voxels(trainer.method, "after" if trainer.method.needs_images else arguments.shuffled)
     trainer.run_training()
 
     log = trainer.logger.local_logger.my_fantastic_logging
@@ -51,26 +56,40 @@ def main() -> None:
     print(f"{trainer.step} steps, {seconds:.0f} s")
 
 
-def shuffle_voxels(method: Method) -> None:
-    """Make ``method`` see every image or patch with its voxels in an order of its own, channels together."""
+def shuffle_voxels(method: Method, when: str) -> None:
+    """Make ``method`` see images with their voxels in an order of their own, channels together.
+
+    Args:
+        method: Its ``views`` are replaced.
+        when: ``before`` views are made, of all that is read; ``after``, in each view or patch by itself.
+    """
     original = method.views
 
-    def shuffled(images: torch.Tensor, indices: list[int]) -> torch.Tensor:
-        flat = images.flatten(3).flatten(0, 1)
-        orders = [np.random.default_rng((*indices, n)).permutation(flat.shape[-1]) for n in range(len(flat))]
-        flat = torch.stack([image[:, torch.from_numpy(o)] for image, o in zip(flat, orders, strict=True)])
-        return flat.view_as(images)
+    def shuffled(image: torch.Tensor, *seed: int) -> torch.Tensor:
+        order = np.random.default_rng(seed).permutation(image[0].numel())
+        return image.flatten(1)[:, torch.from_numpy(order)].view_as(image)
 
-    def views(batch: CropBatch, random: BatchRandom) -> dict[str, torch.Tensor]:
+    def before(batch: CropBatch, random: BatchRandom) -> dict[str, torch.Tensor]:
+        rows = [
+            [replace(b, data=shuffled(b.data, index, place)) for b, index in zip(row, batch.indices, strict=True)]
+            for place, row in enumerate(batch.boxes)
+        ]
+        return original(replace(batch, boxes=rows), random)
+
+    def after(batch: CropBatch, random: BatchRandom) -> dict[str, torch.Tensor]:
         result = original(batch, random)
         for key, images in result.items():
-            if images.ndim == 6:  # (B, N, C, D, H, W)
-                result[key] = shuffled(images, batch.indices)
-            elif images.ndim == 5 and images.is_floating_point():  # (B, C, D, H, W)
-                result[key] = shuffled(images[:, None], batch.indices)[:, 0]
+            if images.ndim in (5, 6) and images.is_floating_point():  # (B, C, D, H, W), (B, N, C, D, H, W)
+                several = images if images.ndim == 6 else images[:, None]
+                result[key] = torch.stack(
+                    [
+                        torch.stack([shuffled(image, index, n) for n, image in enumerate(own)])
+                        for own, index in zip(several, batch.indices, strict=True)
+                    ]
+                ).view_as(images)
         return result
 
-    method.views = views  # type: ignore[method-assign]
+    method.views = before if when == "before" else after  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

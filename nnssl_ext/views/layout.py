@@ -68,9 +68,9 @@ def cut_patches(
 ) -> Tensor:
     """Patches of one window, (N, C, *patch) float32: copies, or resampled where the window is magnified.
 
-    Interpolation smooths the more, the farther from a voxel's centre it reads: in a magnified window the places that are
-    smoothed follow one pattern, and noise tells where in the window a patch lies. So each patch of a magnified window
-    is moved by itself, by up to one voxel of the case along each axis, for which the window is made smaller.
+    Interpolation smooths the more, the farther from a voxel's centre it reads: in a magnified window what is smoothed
+    follows one pattern, and noise tells where in the window a patch lies. So each patch of a magnified window is moved
+    by itself, by up to one voxel of the case along each axis, for which the window is made smaller.
 
     Args:
         box: What was read for the window, which is not turned.

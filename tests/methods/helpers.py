@@ -9,6 +9,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from benchmarks.learning import shuffle_voxels
 from nnssl_ext.data.crops import CropBatch, CropDataset, CropRequest, collate
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.methods import Geometry, Method
@@ -32,7 +33,7 @@ def write_cases(folder: Path) -> Path:
     return folder
 
 
-def write_anatomy(folder: Path, cases: int = 12) -> Path:
+def write_anatomy(folder: Path, cases: int = 24) -> Path:
     """Cases with the same three organs at about the same places, in noise: one can tell where one is, and which way."""
     for case in range(cases):
         generator = np.random.default_rng(case)
@@ -50,30 +51,34 @@ def write_anatomy(folder: Path, cases: int = 12) -> Path:
     return folder
 
 
-def readable_after(folder: Path, method: Any, steps: int, shuffled: bool) -> float:
-    """The readable number on other crops after some steps, with the voxels of every image in another order or not."""
-    optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 3e-3)
+def readable_after(folder: Path, method: Any, steps: int, shuffled: str = "") -> float:
+    """The readable number on cases that were not trained on, after some steps.
 
-    def views(first: int, number: int) -> dict[str, Tensor]:
-        result = views_of(folder, method, list(range(first, first + number)))
-        if shuffled:
-            (key,) = (key for key, value in result.items() if value.ndim == 6)
-            flat = result[key].flatten(0, 1).flatten(2)  # (B N, C, voxels)
-            generator = np.random.default_rng(first)
-            orders = [torch.from_numpy(generator.permutation(flat.shape[2])) for _ in flat]
-            flat = torch.stack([image[:, order] for image, order in zip(flat, orders, strict=True)])
-            result[key] = flat.view_as(result[key])
-        return result
+    Args:
+        folder: Cases; the last third of them is not trained on.
+        method: The objective.
+        steps: Of four samples each.
+        shuffled: Put voxels in another order, ``before`` views are made of a case or ``after``, in each by itself.
+    """
+    optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 3e-3)
+    cases = CaseIndex.build(folder).cases
+    seen, unseen = cases[: 2 * len(cases) // 3], cases[2 * len(cases) // 3 :]
+    if shuffled:
+        shuffle_voxels(method, shuffled)
+
+    def views(first: int, number: int, of: list[str]) -> dict[str, Tensor]:
+        indices = list(range(first, first + number))
+        return method.views(batch_of(folder, method, indices, of), BatchRandom(0, VIEWS, indices, CPU))
 
     method.train()
     for step in range(steps):
-        loss = method(views(4 * step, 4))["loss"].mean()
+        loss = method(views(4 * step, 4, seen))["loss"].mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
     method.eval()
     with torch.no_grad():
-        found = [method(views(10_000 + 16 * part, 16))[method.readable.key].mean() for part in range(3)]
+        found = [method(views(10_000 + 16 * part, 16, unseen))[method.readable.key].mean() for part in range(3)]
     return torch.stack(found).mean().item()
 
 
@@ -95,11 +100,11 @@ def build(method: type[Method], settings: Any, spacing: tuple = (1.0, 1.0, 1.0),
     return method(backbone_of(network(kind, 2, outputs)), settings, geometry)
 
 
-def batch_of(folder: Path, method: Method, indices: list[int]) -> CropBatch:
+def batch_of(folder: Path, method: Method, indices: list[int], cases: list[str] | None = None) -> CropBatch:
     index = CaseIndex.build(folder)
     request = method.crops(method.settings, method.geometry)
     assert isinstance(request, CropRequest)
-    data = CropDataset(index, index.cases, request, 0)
+    data = CropDataset(index, cases or index.cases, request, 0)
     return collate([data[i] for i in indices])
 
 

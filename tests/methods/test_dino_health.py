@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_signs(changed: dict[str, float], sign: str) -> None:
 
 
 @pytest.mark.parametrize("off", [{"cell_weight": 0.0}, {"mask_probability": 0.0}])
-def test_a_level_that_is_not_trained_is_no_sign_of_health(off: dict[str, float]) -> None:
+def test_a_level_that_is_not_trained_is_no_sign_of_health(off: dict[str, Any]) -> None:
     measures = {**HEALTHY, "image_information": 0.0}
     assert not sign_of_collapse(measures, DINOSettings())
     assert "uniform" in sign_of_collapse(measures, DINOSettings(**off))

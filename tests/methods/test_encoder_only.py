@@ -25,7 +25,11 @@ from tests.training.test_trainer import pretrain, trainer_for
 Data = Callable[[str], Environment]
 ENCODER_ONLY = [name for name, m in METHODS.items() if issubclass(m, EncoderMethod) and not m.needs_images]
 #: Objectives on patches of a window, and what the test of their learning changes: fewer orders are sooner learned.
-PUZZLES = {"contrastive_predictive_coding": {}, "jigsaw": {"permutations": 8}, "relative_patch_location": {}}
+PUZZLES = {
+    "contrastive_predictive_coding": {},
+    "jigsaw": {"permutations": 8, "puzzles": 16},
+    "relative_patch_location": {},
+}
 
 
 @pytest.fixture
@@ -119,11 +123,11 @@ def test_puzzles_learn_where_patches_are_from_and_from_shuffled_voxels_they_do_n
     folder = write_anatomy(tmp_path)
     settings = replace(METHODS[name].Settings(), warm_up=0.0, **PUZZLES[name])
     method = build(METHODS[name], settings)
-    found = readable_after(folder, method, 60, False)
+    found = readable_after(folder, method, 100)
     with torch.no_grad():
         chance = method(views_of(folder, method, [0]))["chance"].item()
-    assert found > 2.5 * chance
-    assert readable_after(folder, build(METHODS[name], settings), 60, True) < 1.5 * chance
+    assert found > 1.8 * chance
+    assert readable_after(folder, build(METHODS[name], settings), 100, "before") < 1.3 * chance
 
 
 @pytest.mark.parametrize("name", PUZZLES)

@@ -134,5 +134,8 @@ def test_the_published_variant_runs(folder: Path) -> None:
 
 def test_it_learns_and_with_voxels_shuffled_per_view_it_does_not(tmp_path: Path) -> None:
     folder = write_individuals(tmp_path)
-    assert readable_after(folder, build(Exemplar, OURS), 50, False) > 0.85
-    assert readable_after(folder, build(Exemplar, OURS), 50, True) < 0.6
+    untrained = readable_after(
+        folder, build(Exemplar, OURS), 0
+    )  # views of one crop are alike before anything is learned
+    assert readable_after(folder, build(Exemplar, OURS), 50) > (1 + untrained) / 2
+    assert readable_after(folder, build(Exemplar, OURS), 50, "after") < 0.6

@@ -7,7 +7,13 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import nn
 
 from nnssl_ext.methods import OptimiserRecipe, ParameterGroup
-from nnssl_ext.training.optimisation import build_optimiser, clip_gradients, learning_rate_at, set_rates, weight_decay_at
+from nnssl_ext.training.optimisation import (
+    build_optimiser,
+    clip_gradients,
+    learning_rate_at,
+    set_rates,
+    weight_decay_at,
+)
 
 
 def recipe(schedule: str, warm_up: float = 0.0, name: str = "adamw") -> OptimiserRecipe:

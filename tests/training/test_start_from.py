@@ -87,9 +87,7 @@ def with_grid(width: int, grid: tuple[int, int, int]) -> tuple[Any, Any]:
     return method, encoder
 
 
-def test_grids_of_as_many_tokens_are_not_taken_for_each_other(
-    with_data: Data, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_grids_of_as_many_tokens_are_not_taken_for_each_other(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = with_data("vit")
     content = checkpoint.load(finished(environment))
     own, name = content["nnssl_ext"], "student.reader.network.backbone.pos_embed"

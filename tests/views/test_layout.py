@@ -9,7 +9,7 @@ from torch import nn
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.networks.backbone import backbone_of
-from nnssl_ext.views.layout import Layout, cut_patches, magnification, solve_layout, standardise
+from nnssl_ext.views.layout import Layout, cut_patches, magnification, solve_layout
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from nnssl_ext.views.rows import Rows, solve_rows
 from nnssl_ext.views.spatial import SourceBox, cut
