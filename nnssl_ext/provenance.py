@@ -13,12 +13,15 @@ from nnssl_ext import __version__
 from nnssl_ext.environment import cores
 from nnssl_ext.resources import PACKAGE
 
+#: Whose versions are noted.
+PACKAGES = ("nnunetv2", "torch", "dynamic-network-architectures", "batchgenerators", "SimpleITK", "scipy", "monai")
+
 
 @cache
 def versions() -> dict[str, str]:
     """Versions of what made a checkpoint."""
     found = {"nnssl_ext": __version__, "python": platform.python_version()}
-    for package in ("nnunetv2", "torch", "dynamic-network-architectures", "batchgenerators"):
+    for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -11,6 +11,7 @@ runs for tasks of the Decathlon, each in a folder of its own, and says before it
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Budgets of labelled cases, as far as there are more cases than that; all of them come on top.
 BUDGETS = (1, 2, 4, 8, 24)
+#: Steps at which held-out cases are predicted, as far as the fine-tuning goes; its end comes on top.
+SNAPSHOTS = (75, 150, 300)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--labels", nargs="+", metavar="N", help="labelled cases, or all (1 2 4 8 24 as far as there are more, all)")
     add("--subsets", type=int, default=8, help="paired runs per budget (8); below 6 no interval exists")
     add("--steps", type=int, default=600, help="fine-tuning steps of every arm (600)")
-    add("--snapshots", nargs="+", type=int, default=[75, 150, 300, 600], help="steps at which cases are predicted")
+    add("--snapshots", nargs="+", type=int, help="steps at which cases are predicted (75 150 300, as far as they go)")
     add("--primary-labels", type=int, metavar="N", help="the endpoint's budget (2, or the smallest)")
     add("--primary-step", type=int, metavar="N", help="the endpoint's step (300, or the last)")
     add("--rates", nargs="+", type=float, metavar="RATE", help="fine-tuning rates to choose from on development cases")
@@ -112,8 +115,10 @@ def _run(study: Study, arguments: argparse.Namespace) -> str:
     from nnssl_ext.study.runner import run_grid, slots
     from nnssl_ext.study.study import locked
 
-    with locked(study.folder):
-        grid = study.prepare()
+    # a report may be wanted while the study runs in another process
+    beside = arguments.report_only and (study.folder / "study.json").is_file()
+    with nullcontext() if beside else locked(study.folder):
+        grid = study.prepare(keep=not beside)
         if not arguments.report_only:
             run_grid(grid, slots(study.device, arguments.jobs))
         report = write_report(grid)
@@ -142,7 +147,8 @@ def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:
     everything = pool_size(arguments.d, arguments.p, arguments.c, arguments.fold)
     words = arguments.labels or [*(str(n) for n in BUDGETS if n < everything), "all"]
     labels = sorted({everything if word == "all" else _positive("--labels", word) for word in words})
-    snapshots = sorted({*arguments.snapshots, arguments.steps})
+    asked = arguments.snapshots or [step for step in SNAPSHOTS if step < arguments.steps]
+    snapshots = sorted({*asked, arguments.steps})
     if arguments.subsets < 1 or arguments.steps < 1 or arguments.development_runs < 1 or arguments.seed < 0:
         raise UserError("--subsets, --steps and --development-runs must be at least 1, --seed at least 0")
     if snapshots[0] < 1 or snapshots[-1] > arguments.steps:

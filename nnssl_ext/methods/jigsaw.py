@@ -37,7 +37,7 @@ class JigsawSettings(SpacedSettings):
     """Settings of the jigsaw."""
 
     permutations: int = setting(100, "Orders to tell apart; all, if there are fewer.", source=TALEB, low=2, high=1000)
-    puzzles: int = setting(4, "Orders that are drawn for each window.", source=f"1 in {TALEB}", low=1)
+    puzzles: int = setting(16, "Orders that are drawn for each window.", source=f"1 in {TALEB}", low=1)
     voxels: float = setting(2.0, "Most voxels of all patches, in crops of the plan; a smaller grid is taken.", low=0.1)
 
 

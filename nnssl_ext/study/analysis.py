@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from nnssl_ext.methods import METHODS
 from nnssl_ext.study.arms import Arm
 from nnssl_ext.study.grid import Grid
 from nnssl_ext.study.metrics import run_scores
@@ -125,7 +126,7 @@ class Analysis:
 
     def saved(self, arm: str) -> LabelsSaved:
         """Labels saved at the end of fine-tuning, against scratch with all cases; of budgets with all their pairs."""
-        everything, steps = len(self.grid.cases.pool), self.protocol.steps
+        everything, steps = len(self.grid.cases.labelled), self.protocol.steps
         reference = self.score(SCRATCH, everything, steps)
         against_all = {}
         for labels in self.protocol.labels:
@@ -170,8 +171,12 @@ class Analysis:
         """One sentence about an arm."""
         found = self.primary(arm.name)
         p = self.protocol
-        images = len(self.grid.folds[0]["train"])
-        what = f"Pretraining by {arm.name} on {images} images" if arm.method else f"Starting from {arm.name}"
+        what = f"Starting from {arm.name}"
+        if arm.method:
+            images = f"{len(self.grid.folds[0]['train'])} images"
+            if METHODS[arm.method].needs_images:
+                images = "labelled 2-D images, none of them of this data set"
+            what = f"Pretraining by {arm.name} on {images}"
         if found is None:
             return f"{what}: no pair of runs is finished at the primary endpoint."
         e = found.effect
@@ -187,7 +192,9 @@ class Analysis:
         total = self.primary(arm.name, TOTAL)
         longer = f"{100 * total.effect.mean:+.1f} {interval(total.effect)}" if total else "not measured"
         against = f"; against scratch of equal total steps {longer}" if self.grid.has_total else ""
-        return f"{what}: {verdict}, {size} {interval(e)}, p = {e.p:.3f}, {pairs}{against}; {self._labels(arm.name)}."
+        return (
+            f"{what}: {verdict}, {size} {interval(e)}, {significance(e.p)}, {pairs}{against}; {self._labels(arm.name)}."
+        )
 
     def _labels(self, arm: str) -> str:
         """The answer's words about labels, beside those that scratch itself has no use for."""
@@ -210,6 +217,11 @@ class Analysis:
             for name, at in ((arm, step), (against, last))
         ]
         return case_wilcoxon((sides[0] - sides[1]).to_numpy())
+
+
+def significance(p: float) -> str:
+    """'p = 0.031', or 'p < 0.001'."""
+    return f"p = {p:.3f}" if p >= 0.0005 else "p < 0.001"
 
 
 def interval(e: Effect) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import METHODS
-from nnssl_ext.study.protocol import SCRATCH, TOTAL
+from nnssl_ext.study.protocol import SCRATCH, TITLES, TOTAL
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,7 @@ class Arm:
     @property
     def title(self) -> str:
         """The exact name of an arm for the report."""
-        if self.name == SCRATCH:
-            return "scratch, equal fine-tuning steps"
-        return "scratch, equal total steps" if self.name == TOTAL else self.name
+        return TITLES.get(self.name, self.name)
 
 
 def arms_of(methods: list[str], inits: list[str], total_baseline: int) -> list[Arm]:
@@ -50,8 +48,10 @@ def arms_of(methods: list[str], inits: list[str], total_baseline: int) -> list[A
         name, _, file = word.partition("=")
         if not file or not Path(file).is_file():
             raise UserError(f"--init {word}: expected NAME=FILE with a file that exists")
-        if not name.replace("_", "").replace("-", "").isalnum() or name in (SCRATCH, TOTAL):
-            raise UserError(f"--init {word}: the name may have letters, digits, - and _, and is not {SCRATCH}")
+        if not name.replace("_", "").replace("-", "").isalnum() or name in (SCRATCH, TOTAL, *known):
+            raise UserError(
+                f"--init {word}: the name may have letters, digits, - and _, and is neither {SCRATCH} nor a method's"
+            )
         arms.append(Arm(name, init=str(Path(file).resolve())))
     if len({arm.name for arm in arms}) != len(arms):
         raise UserError("two arms have the same name; give each --methods and --init once")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from nnssl_ext.methods import METHODS
 from nnssl_ext.recipe import read_json
 from nnssl_ext.study.analysis import count
 from nnssl_ext.study.grid import PRETRAINING, Grid
@@ -41,6 +42,11 @@ def warnings(grid: Grid) -> list[str]:
     for cell, log in grid.failures().items():
         found.append(f"Failed: {cell.arm.name} {cell.name}; its log is {log.relative_to(grid.folder)}.")
     for arm in grid.arms:
+        if arm.method and METHODS[arm.method].needs_images:
+            found.append(
+                f"{arm.name} has seen no case of this data set but the 2-D images in {grid.common.images}: its row is "
+                f"about those images as much as about the method."
+            )
         if arm.init:
             found.append(f"{arm.name} comes from a file: which images it has seen is not known to this study.")
     devices = sorted({note["device"] for note in _notes(grid) if "device" in note})

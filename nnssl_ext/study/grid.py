@@ -3,12 +3,14 @@
 STUDY/study.json                    the protocol
 STUDY/nnUNet_preprocessed/DATASET   links to the user's preprocessed data; plans and splits of our own
 STUDY/results/ARM                   nnUNet_results of one arm
+STUDY/init/ARM.pth                  a copy of the file behind --init
 STUDY/cells/ARM/NAME.csv            the metrics of one run; its presence says that the run is done
 STUDY/logs/ARM/NAME.txt             what its command printed
 """
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +18,8 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_ext.methods import METHODS, SCHEMAS
 from nnssl_ext.recipe import read_json, write_json
@@ -144,7 +148,9 @@ class Grid:
             if all(self.done(cell) for cell in cells):
                 frames = [self.metrics(cell) for cell in cells]
                 at_step = [frame[frame["step"] == self.protocol.primary_step] for frame in frames]
-                scores[rate] = sum(frame.groupby("organ")["dice"].mean().mean() for frame in at_step)
+                score = sum(frame.groupby("organ")["dice"].mean().mean() for frame in at_step)
+                if math.isfinite(score):  # it is not where no development case shows a class, nor a prediction does
+                    scores[rate] = score
         return max(scores, key=lambda rate: scores[rate]) if scores else self.protocol.rates[0]
 
     def _development_by_rate(self, arm: Arm) -> dict[float, list[Cell]]:
@@ -183,7 +189,7 @@ class Grid:
     def weights(self, arm: Arm) -> Path | None:
         """The file an arm is fine-tuned from."""
         if arm.init:
-            return Path(arm.init)
+            return self.folder / "init" / f"{arm.name}.pth"  # a copy: the file may be another one tomorrow
         return self.fold_folder(self.pretraining(arm)) / "checkpoint_final.pth" if arm.method else None
 
     def done(self, cell: Cell) -> bool:
@@ -227,6 +233,11 @@ class Grid:
     def plans(self) -> dict:
         """The study's plans, as ``Study.prepare`` wrote them."""
         return read_json(self.preprocessed / f"{self.protocol.plans}_study.json")
+
+    @cached_property
+    def reader(self) -> BaseReaderWriter:
+        """What reads the data set's label maps."""
+        return PlansManager(self.plans).image_reader_writer_class()
 
     @cached_property
     def common(self) -> CommonSettings:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import SimpleITK
 import torch
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnssl_ext.study.decathlon import DECATHLON_TOLERANCE
 from nnssl_ext.study.results import case_dice
@@ -25,7 +25,9 @@ def tolerance_of(dataset: str) -> float:
     return DECATHLON_TOLERANCE.get(re.sub(r"^Dataset\d{3}_", "", dataset), TOLERANCE)
 
 
-def fold_metrics(validation: Path, truth: Path, dataset_json: Mapping[str, Any], tolerance: float) -> pd.DataFrame:
+def fold_metrics(
+    validation: Path, truth: Path, dataset_json: Mapping[str, Any], tolerance: float, reader: BaseReaderWriter
+) -> pd.DataFrame:
     """Columns case, organ, dice, nsd of a validation folder; NaN where neither side has the class.
 
     Args:
@@ -33,13 +35,14 @@ def fold_metrics(validation: Path, truth: Path, dataset_json: Mapping[str, Any],
         truth: gt_segmentations.
         dataset_json: The data set's.
         tolerance: In mm.
+        reader: The data set's, as its plans name it.
     """
     frame = case_dice(validation, dict(dataset_json))
     classes = {name: value for name, value in dataset_json["labels"].items() if name not in ("background", "ignore")}
     frame["nsd"] = np.nan
     for case, rows in frame.groupby("case", sort=False):
-        predicted, spacing = _read(validation / str(case))
-        expected, _ = _read(truth / str(case))
+        predicted, spacing = read_labels(validation / str(case), reader)
+        expected, _ = read_labels(truth / str(case), reader)
         ignored = expected == dataset_json["labels"].get("ignore", -1)
         for row, organ in rows["organ"].items():
             labels = np.atleast_1d(classes[organ])
@@ -84,6 +87,7 @@ def run_scores(frame: pd.DataFrame, value: str, by: list[str]) -> pd.Series:
     return frame.groupby([*by, "organ"])[value].mean().groupby(level=by).mean()
 
 
-def _read(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
-    image = SimpleITK.ReadImage(str(path))
-    return SimpleITK.GetArrayFromImage(image), tuple(reversed(image.GetSpacing()))
+def read_labels(path: Path, reader: BaseReaderWriter) -> tuple[np.ndarray, tuple[float, ...]]:
+    """A label map (D, H, W) and its spacing in mm, D H W."""
+    labels, properties = reader.read_seg(str(path))
+    return labels[0], tuple(float(edge) for edge in properties["spacing"])

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from nnssl_ext.study.protocol import TITLES
 from nnssl_ext.study.statistics import sign_flip_interval
 
 #: The colours of what every page shows.
@@ -69,7 +70,9 @@ def with_intervals(title: str, label: str, arms: Mapping[str, Mapping[int, Seque
         limits = np.array([interval_or_range(scores) for scores in points.values()]).reshape(-1, 2)
         if len(x):
             spread = np.abs(limits.T - means)
-            axis.errorbar(x, means, spread, color=colour, marker="o", ms=4, capsize=3, lw=1.5, label=name)
+            axis.errorbar(
+                x, means, spread, color=colour, marker="o", ms=4, capsize=3, lw=1.5, label=TITLES.get(name, name)
+            )
         for place, scores in zip(x, points.values(), strict=True):
             axis.plot(np.full(len(scores), place), scores, ".", color=colour, ms=3, alpha=0.4)
     if len(places) > 1:

@@ -17,6 +17,8 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
 
 SCRATCH, TOTAL = "scratch", "scratch_total"
+#: What the two baselines are, in words.
+TITLES = {SCRATCH: "scratch, equal fine-tuning steps", TOTAL: "scratch, equal total steps"}
 #: Fractions of the pool that rates are chosen on, and at most so many cases.
 DEVELOPMENT_SHARE, MOST_DEVELOPMENT = 5, 8
 #: Tries to draw a subset in which every class is present.
@@ -71,7 +73,8 @@ class Cases:
 
     Attributes:
         held_out: Predicted by every run, seen by no stage.
-        pool: All others.
+        pool: All others; what pretraining sees.
+        labelled: Those of the pool that have labels.
         development: The part of the pool on which rates are chosen.
         subsets: (labels, subset) -> training cases; nested for each subset.
         development_subsets: Training cases of the development runs; they spare ``development``.
@@ -79,6 +82,7 @@ class Cases:
 
     held_out: list[str]
     pool: list[str]
+    labelled: list[str]
     development: list[str]
     subsets: dict[tuple[int, int], list[str]]
     development_subsets: list[list[str]]
@@ -90,44 +94,60 @@ def draw_cases(protocol: Protocol, held_out: Sequence[str], pool: Sequence[str],
     Args:
         protocol: The study's.
         held_out, pool: Case identifiers.
-        classes: For each case of the pool, the classes it shows.
+        classes: For each labelled case of the pool, the classes it shows.
 
     Raises:
         UserError: If there are too few cases, or no subset of the smallest size shows every class.
     """
-    pool = sorted(pool)
-    shuffled = [pool[i] for i in np.random.default_rng((protocol.seed, 0)).permutation(len(pool))]
-    number = max(1, min(MOST_DEVELOPMENT, len(pool) // DEVELOPMENT_SHARE))
-    development = shuffled[:number]
-    rest = sorted(set(pool) - set(development))
-    if protocol.labels[-1] > len(pool) or protocol.primary_labels > len(rest):
+    pool, labelled = sorted(pool), sorted(classes)
+    number = max(1, min(MOST_DEVELOPMENT, len(labelled) // DEVELOPMENT_SHARE))
+    choose = len(protocol.rates) > 1
+    development = _development(labelled, classes, number, (protocol.seed, 0))
+    rest = sorted(set(labelled) - set(development))
+    if protocol.labels[-1] > len(labelled) or (choose and protocol.primary_labels > len(rest)):
         raise UserError(
-            f"{protocol.dataset} has {len(pool)} cases to train on ({number} of them choose the rate); budgets "
-            f"{protocol.labels} do not fit, give fewer --labels"
+            f"{protocol.dataset} has {len(labelled)} labelled cases to train on ({number if choose else 0} of them "
+            f"choose the rate); budgets {protocol.labels} do not fit, give fewer --labels"
         )
     subsets = {}
     for subset in range(protocol.subsets):
-        order = _covering_order(pool, classes, protocol.labels[0], (protocol.seed, 1, subset))
+        order = _covering_order(labelled, classes, protocol.labels[0], (protocol.seed, 1, subset))
         for labels in protocol.labels:
             subsets[labels, subset] = sorted(order[:labels])
     drawn = []
-    for run in range(protocol.development_runs if len(protocol.rates) > 1 else 0):
+    for run in range(protocol.development_runs if choose else 0):
         order = _covering_order(rest, classes, protocol.primary_labels, (protocol.seed, 2, run))
         drawn.append(sorted(order[: protocol.primary_labels]))
-    return Cases(sorted(held_out), pool, sorted(development), subsets, drawn)
+    return Cases(sorted(held_out), pool, labelled, sorted(development), subsets, drawn)
+
+
+def _development(cases: Sequence[str], classes: Mapping[str, set], number: int, seed: tuple[int, ...]) -> list[str]:
+    """A random choice of cases that show every class together, if there is one; then any."""
+    generator, first = np.random.default_rng(seed), None
+    for _ in range(TRIES):
+        drawn = [cases[i] for i in generator.permutation(len(cases))[:number]]
+        first = first or drawn
+        if not _missing(drawn, cases, classes):
+            return drawn
+    return first or []
+
+
+def _missing(some: Sequence[str], cases: Sequence[str], classes: Mapping[str, set]) -> set:
+    """The classes that some cases do not show, of those that all do."""
+    return set().union(*(classes[case] for case in cases)) - set().union(*(classes[case] for case in some))
 
 
 def _covering_order(cases: Sequence[str], classes: Mapping[str, set], least: int, seed: tuple[int, ...]) -> list[str]:
     """A random order of the cases whose first ``least`` show every class that any case shows."""
-    everything = set().union(*(classes[case] for case in cases))
     generator = np.random.default_rng(seed)
     for _ in range(TRIES):
         order = [cases[i] for i in generator.permutation(len(cases))]
-        if set().union(*(classes[case] for case in order[:least])) == everything:
+        if not _missing(order[:least], cases, classes):
             return order
+    everything = sorted(set().union(*(classes[case] for case in cases)), key=str)
     raise UserError(
-        f"no {least} of {len(cases)} cases were found that show all of the classes {sorted(everything)}; "
-        f"let the smallest of --labels be larger"
+        f"no {least} of {len(cases)} cases were found that show all of the classes {everything}; let the smallest of "
+        f"--labels be larger"
     )
 
 

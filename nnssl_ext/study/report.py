@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import SimpleITK
 
 from nnssl_ext.environment import cores
 from nnssl_ext.files import replaced_on_success
@@ -20,8 +20,9 @@ from nnssl_ext.study.analysis import Analysis, Comparison, count, interval, load
 from nnssl_ext.study.arms import Arm
 from nnssl_ext.study.cautions import caution, warnings
 from nnssl_ext.study.grid import GRID, PRETRAINING, Grid
+from nnssl_ext.study.metrics import read_labels
 from nnssl_ext.study.page import Page, Section, Table, render, render_markdown
-from nnssl_ext.study.protocol import SCRATCH, TOTAL
+from nnssl_ext.study.protocol import SCRATCH, TITLES, TOTAL
 
 
 def write_report(grid: Grid) -> Path:
@@ -76,7 +77,7 @@ def _sections_of_numbers(grid: Grid, dice: Analysis, nsd: Analysis) -> list[Sect
             for budget in budgets
             if dice.score(arm.name, budget, p.steps) and dice.score(SCRATCH, budget, p.steps)
         ]
-    saved.append([SCRATCH, dice.saving(SCRATCH), "", "", ""])
+    saved.append([TITLES[SCRATCH], dice.saving(SCRATCH), "", "", ""])
     surface = [comparison_row(c) for arm in arms for c in nsd.compare(arm.name, SCRATCH, budgets, p.primary_step)]
     names = [arm.name for arm in grid.arms]
     return [
@@ -123,7 +124,7 @@ def comparison_row(c: Comparison) -> list[str]:
     """The cells of one comparison."""
     return [
         c.arm,
-        "scratch, equal total steps" if c.against == TOTAL else c.against,
+        TITLES.get(c.against, c.against),
         str(c.labels),
         str(c.step),
         f"{c.arm_mean:.3f}",
@@ -177,8 +178,9 @@ def _slices(grid: Grid, dice: Analysis) -> list[Section]:
     overlays, seen = [], 0
     for title, place in {"best": 0, "median": len(order) // 2, "worst": len(order) - 1}.items():
         case = str(order.index[place])
-        outlines = {"truth": _read(grid.preprocessed / "gt_segmentations" / case)}
-        outlines |= {arm.name: _read(_prediction_folder(grid, arm) / case) for arm in shown}
+        folders = {"truth": grid.preprocessed / "gt_segmentations"}
+        folders |= {arm.name: _prediction_folder(grid, arm) for arm in shown}
+        outlines = {name: read_labels(folder / case, grid.reader)[0] for name, folder in folders.items()}
         image = _image(grid, case)
         seen += image is not None
         image = np.zeros(outlines["truth"].shape, np.float32) if image is None else image
@@ -200,11 +202,7 @@ def _image(grid: Grid, case: str) -> np.ndarray | None:
     ending = read_json(grid.preprocessed / "dataset.json")["file_ending"]
     name = case.removesuffix(ending)
     raw = Path(os.environ.get("nnUNet_raw", "")) / grid.protocol.dataset / "imagesTr" / f"{name}_0000{ending}"
-    return _read(raw) if raw.is_file() else None
-
-
-def _read(path: Path) -> np.ndarray:
-    return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+    return grid.reader.read_images([str(raw)])[0][0] if raw.is_file() else None
 
 
 def _protocol(grid: Grid) -> Section:
@@ -212,7 +210,8 @@ def _protocol(grid: Grid) -> Section:
     rows += [
         ["cases held out", ", ".join(cases.held_out)],
         ["cases on which rates were chosen", ", ".join(cases.development)],
-        ["cases to draw labels from", str(len(cases.pool))],
+        ["cases to draw labels from", str(len(cases.labelled))],
+        ["cases whose images pretraining sees", str(len(grid.folds[0]["train"]))],
     ]
     rows += [[f"rate of {arm.title}", f"{grid.rate(arm):g}"] for arm in grid.arms if grid.rate_is_known(arm)]
     return Section("Protocol", table=Table(["what", "value"], rows))
@@ -246,8 +245,26 @@ def _software(numbers: dict[str, str], commit: str) -> str:
 def _commands(grid: Grid) -> Section:
     cells = [cell for cell in grid.all_cells() if cell.kind != GRID or grid.rate_is_known(cell.arm)]
     lines = [
+        _study_command(grid),
+        "# which is",
         f"STUDY=.../{grid.folder.name}",
         'export nnUNet_preprocessed="$STUDY/nnUNet_preprocessed" nnUNet_extTrainer="$(nnssl_ext trainers)"',
         *map(grid.shown_command, cells),
     ]
     return Section("Every command", code="\n".join(lines))
+
+
+def _study_command(grid: Grid) -> str:
+    """The command that makes this study, without what does not change its numbers."""
+    p = grid.protocol
+    words = ["nnssl_ext", "study", "-d", p.dataset, "-c", p.configuration, "-p", p.plans, "-device", grid.device]
+    words += ["--methods", SCRATCH, *(arm.name for arm in grid.pretrained_arms())]
+    files = [f"{arm.name}=$STUDY/init/{arm.name}.pth" for arm in grid.arms if arm.init]
+    words += ["--init", *files] if files else []
+    words += ["--labels", *map(str, p.labels), "--subsets", str(p.subsets), "--steps", str(p.steps)]
+    words += ["--snapshots", *map(str, p.snapshots), "--rates", *(f"{rate:g}" for rate in p.rates)]
+    words += ["--primary-labels", str(p.primary_labels), "--primary-step", str(p.primary_step)]
+    words += ["--development-runs", str(p.development_runs), "--total-baseline", str(p.total_baseline)]
+    words += ["--fold", str(p.fold), "--tolerance", f"{p.tolerance:g}", "--seed", str(p.seed)]
+    words += ["--transductive"] if p.transductive else []
+    return f"{shlex.join(words)} -o STUDY {shlex.join(p.overlays)}".replace("'$STUDY", "'STUDY").strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,7 @@ class _Pool:
             except Exception:  # a prediction that cannot be read raises anything
                 with self.grid.log_file(cell).open("a") as log:
                     log.write(f"its predictions could not be measured:\n{traceback.format_exc()}")
+                drop_predictions(self.grid, cell)  # the next call makes them again, from the checkpoints
                 self._failed(cell)
                 return
         self.grid.failure_mark(cell).unlink(missing_ok=True)
@@ -248,9 +250,8 @@ def keep_metrics(grid: Grid, cell: Cell, seconds: float) -> None:
     folders[grid.last_step(cell)] = fold / "validation"
     frames = []
     for step in sorted(folders):
-        frame = fold_metrics(
-            folders[step], grid.preprocessed / "gt_segmentations", dataset_json, grid.protocol.tolerance
-        )
+        truth, tolerance = grid.preprocessed / "gt_segmentations", grid.protocol.tolerance
+        frame = fold_metrics(folders[step], truth, dataset_json, tolerance, grid.reader)
         frame.insert(0, "step", step)
         frames.append(frame)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -259,6 +260,12 @@ def keep_metrics(grid: Grid, cell: Cell, seconds: float) -> None:
     with replaced_on_success(file) as temporary:
         pd.concat(frames).to_csv(temporary, index=False)
     drop_checkpoints(grid, cell)
+
+
+def drop_predictions(grid: Grid, cell: Cell) -> None:
+    """All of a run's, at every snapshot."""
+    for folder in grid.fold_folder(cell).glob("validation*"):
+        shutil.rmtree(folder)
 
 
 def drop_checkpoints(grid: Grid, cell: Cell) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
-from nnssl_ext.files import file_digest, lock_file
+from nnssl_ext.files import file_digest, lock_file, replaced_on_success
 from nnssl_ext.methods import METHODS, SCHEMAS
 from nnssl_ext.recipe import Recipe, assignments_recipe, derive_plans, load_recipe, read_json, write_json
 from nnssl_ext.settings import PLANS_KEY, FinetuneSettings, split_sections
@@ -85,13 +87,14 @@ class Study:
         grid = Grid(self.folder, self.protocol, cases, self.arms, self.device, self.keep_checkpoints, self.finetuner)
         self.folder.mkdir(parents=True, exist_ok=True)
         keep_protocol(self.protocol, self.folder / "study.json", keep)
-        keep_files(self.arms, self.folder / "init.json", keep)
+        keep_files(self.arms, self.folder, keep)
         keep_inputs(
             {
                 "cases that are held out": digest_of(sorted(held_out)),
                 "cases to train on": digest_of(sorted(pool)),
                 "labels and channels": digest_of(read_json(self.source / "dataset.json")),
                 "plans, with this study's settings": digest_of(plans),
+                "label maps or preprocessed cases": self._digest_of_cases([*held_out, *pool]),
             },
             self.folder / "inputs.json",
             keep,
@@ -106,6 +109,24 @@ class Study:
         write_json(grid.folds, grid.preprocessed / "splits_final.json")
         write_json(plans, grid.preprocessed / f"{plans['plans_name']}.json")
         return grid
+
+    def _digest_of_cases(self, cases: Sequence[str]) -> str:
+        """Of the label maps' bytes and of the sizes of the preprocessed files.
+
+        Raises:
+            UserError: If one is missing.
+        """
+        ending, found = read_json(self.source / "dataset.json")["file_ending"], {}
+        for case in sorted(cases):
+            truth = self.source / "gt_segmentations" / f"{case}{ending}"
+            files = sorted(self._data.glob(f"{glob.escape(case)}.*")) + sorted(
+                self._data.glob(f"{glob.escape(case)}_seg.*")
+            )
+            if not truth.is_file() or not files:
+                what = f"label map {truth}" if files else f"preprocessed case {self._data / case}"
+                raise UserError(f"there is no {what}; preprocess {self.source.name} again")
+            found[case] = [file_digest(truth), *((file.name, file.stat().st_size) for file in files)]
+        return digest_of(found)
 
     @property
     def _data(self) -> Path:
@@ -138,22 +159,30 @@ class Study:
         return derived
 
 
-def keep_files(arms: Sequence[Arm], path: Path, keep: bool) -> None:
-    """Note the sha256 of the arms' files, or check that they are those that were noted.
+def keep_files(arms: Sequence[Arm], folder: Path, keep: bool) -> None:
+    """Keep copies of the arms' files and note their sha256, or check that they are those that were noted.
 
     Raises:
         UserError: If an arm's file is another one than its runs were started from.
     """
+    path = folder / "init.json"
     noted = read_json(path) if path.is_file() else {}
     for arm in arms:
         if not arm.init:
             continue
+        copy = folder / "init" / f"{arm.name}.pth"
+        if keep and not copy.is_file():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with replaced_on_success(copy) as temporary:
+                shutil.copyfile(arm.init, temporary)
         digest = file_digest(Path(arm.init))
         if noted.setdefault(arm.name, digest) != digest:
             raise UserError(
-                f"--init {arm.name}={arm.init} is another file than the one that {path.parent} knows by this name; "
+                f"--init {arm.name}={arm.init} is another file than the one that {folder} knows by this name; "
                 f"give it another name"
             )
+        if keep and file_digest(copy) != digest:
+            raise UserError(f"--init {arm.name}={arm.init} changed while it was copied; call it again")
     if keep and noted:
         write_json(noted, path)
 
@@ -197,9 +226,13 @@ def data_folder(source: Path, plans: str, configuration: str) -> Path:
 
 
 def pool_size(dataset: str, plans: str, configuration: str, fold: int) -> int:
-    """How many cases of a data set are not held out: what ``all`` labels are."""
+    """How many labelled cases of a data set are not held out: what ``all`` labels are."""
     source = dataset_folder(dataset)
-    return len(held_out_and_pool(source, data_folder(source, plans, configuration), fold)[1])
+    data = data_folder(source, plans, configuration)
+    _, pool = held_out_and_pool(source, data, fold)
+    if "ignore" not in read_json(source / "dataset.json")["labels"]:
+        return len(pool)
+    return len(classes_of(data, pool))
 
 
 def held_out_and_pool(source: Path, data: Path, fold: int) -> tuple[list[str], list[str]]:
@@ -228,7 +261,10 @@ def held_out_and_pool(source: Path, data: Path, fold: int) -> tuple[list[str], l
 
 
 def classes_of(data: Path, cases: Sequence[str]) -> dict[str, set]:
-    """For each case the classes it shows, as nnU-Net's preprocessing noted them."""
+    """For each labelled case the classes it shows, as nnU-Net's preprocessing noted them.
+
+    A case with nothing but the ignore label is none.
+    """
     dataset = infer_dataset_class(str(data))(str(data), list(cases))
     found = {}
     for case in cases:
@@ -236,7 +272,11 @@ def classes_of(data: Path, cases: Sequence[str]) -> dict[str, set]:
             _, _, _, properties = dataset.load_case(case)
         except Exception as error:  # damaged files raise anything
             raise UserError(f"case '{case}' in {data} cannot be read ({error}); preprocess it again") from error
-        found[case] = {name for name, places in properties["class_locations"].items() if len(places)}
+        places = dict(properties["class_locations"])
+        # of data sets with an ignore label nnU-Net notes what is annotated, under -1 and all labels
+        annotated = [places.pop(name) for name in list(places) if isinstance(name, tuple) and -1 in name]
+        if not annotated or len(annotated[0]):
+            found[case] = {name for name, voxels in places.items() if len(voxels)}
     return found
 
 

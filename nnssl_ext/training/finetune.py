@@ -217,10 +217,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
             self.network = trained
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        super().on_train_epoch_end(train_outputs)
-        loss = self.logger.get_value("train_losses", step=-1)
-        if not np.isfinite(loss):
-            self.refuse_loss(loss)
+        super().on_train_epoch_end(finetune_steps.finite_steps(self, train_outputs))
 
     def refuse_loss(self, loss: float) -> NoReturn:
         """End a run that cannot recover.

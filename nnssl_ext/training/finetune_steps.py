@@ -32,7 +32,7 @@ def training_steps(trainer: nnsslTrainer_Finetune) -> Outputs:
             leave_if_asked(trainer)
     except UserError:
         # one of several processes cannot do this alone
-        if world() == 1 and trainer.step and _finite(trainer.outputs):
+        if world() == 1 and trainer.step and not hopeless(trainer, trainer.outputs):
             keep_progress(trainer)
         raise
     return trainer.outputs
@@ -59,8 +59,7 @@ def keep_progress(trainer: nnsslTrainer_Finetune) -> bool:
         UserError: If the losses are not finite any more: the checkpoint that is there is better.
     """
     trainer.outputs = of_all_processes(trainer.outputs)
-    if not _finite(trainer.outputs):
-        trainer.refuse_loss(float("nan"))
+    finite_steps(trainer, trainer.outputs)
     trainer.save_checkpoint(str(Path(trainer.output_folder) / run_folder.LATEST))
     return trainer.writer.wait() and not trainer.disable_checkpointing
 
@@ -80,5 +79,21 @@ def keep_snapshot(trainer: nnsslTrainer_Finetune) -> None:
         trainer.save_checkpoint(str(trainer.snapshot_file(trainer.step)))
 
 
-def _finite(outputs: Outputs) -> bool:
-    return all(np.isfinite(step["loss"]) for step in outputs)
+def finite_steps(trainer: nnsslTrainer_Finetune, outputs: Outputs) -> Outputs:
+    """The steps whose loss is finite.
+
+    Raises:
+        UserError: If the others have spoilt the run.
+    """
+    if hopeless(trainer, outputs):
+        trainer.refuse_loss(float("nan"))
+    return [step for step in outputs if np.isfinite(step["loss"])]
+
+
+def hopeless(trainer: nnsslTrainer_Finetune, outputs: Outputs) -> bool:
+    """Whether losses of an epoch that are not finite have spoilt the weights, or are too many.
+
+    A gradient scaler (float16) leaves such a step out, as stock nnU-Net does; otherwise the weights are not finite now.
+    """
+    bad = sum(not np.isfinite(step["loss"]) for step in outputs)
+    return bad > 0 and (trainer.grad_scaler is None or bad > trainer.common.most_nonfinite or bad == len(outputs))

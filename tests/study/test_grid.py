@@ -77,10 +77,28 @@ def test_a_name_stays_with_its_file(tmp_path: Path) -> None:
     first, second = tmp_path / "a.pth", tmp_path / "b.pth"
     first.write_bytes(b"a")
     second.write_bytes(b"b")
-    keep_files([Arm("x", init=str(first))], tmp_path / "init.json", keep=False)
-    assert not (tmp_path / "init.json").exists()
+    keep_files([Arm("x", init=str(first))], tmp_path / "study", keep=False)
+    assert not (tmp_path / "study").exists()
     for _ in range(2):
-        keep_files([Arm("x", init=str(first))], tmp_path / "init.json", keep=True)
-    keep_files([Arm("y", init=str(second))], tmp_path / "init.json", keep=True)
+        keep_files([Arm("x", init=str(first))], tmp_path / "study", keep=True)
+    keep_files([Arm("y", init=str(second))], tmp_path / "study", keep=True)
     with pytest.raises(UserError, match="x=.*b.pth is another file than the one that .* knows by this name"):
-        keep_files([Arm("x", init=str(second))], tmp_path / "init.json", keep=True)
+        keep_files([Arm("x", init=str(second))], tmp_path / "study", keep=True)
+    copy = tmp_path / "study" / "init" / "x.pth"
+    first.write_bytes(b"c")  # as a checkpoint_latest.pth does
+    assert copy.read_bytes() == b"a"
+    with pytest.raises(UserError, match="x=.*a.pth is another file than the one"):
+        keep_files([Arm("x", init=str(first))], tmp_path / "study", keep=True)
+    with pytest.raises(UserError, match="is neither scratch nor a method's"):
+        arms_of([], [f"VolumeFusion={first}"], 0)
+
+
+def test_a_rate_without_a_score_is_not_chosen(tmp_path: Path) -> None:
+    grid = Grid(tmp_path, PROTOCOL, draw_cases(PROTOCOL, HELD_OUT, POOL, ALL), [Arm(SCRATCH)])
+    first, second = PROTOCOL.rates
+    for cell in grid.development(grid.arms[0]):
+        file = grid.metrics_file(cell)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = [(300, "c", "a", float("nan") if cell.rate == first else 0.5, 0.5)]
+        pd.DataFrame(rows, columns=["step", "case", "organ", "dice", "nsd"]).to_csv(file, index=False)
+    assert grid.rate(grid.arms[0]) == second

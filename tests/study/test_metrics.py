@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from nnssl_ext.study.metrics import fold_metrics, normalised_surface_dice, run_scores, tolerance_of
+from nnssl_ext.study.metrics import fold_metrics, normalised_surface_dice, read_labels, run_scores, tolerance_of
 
 
 def cube(shift: int, size: int = 20) -> np.ndarray:
@@ -57,7 +60,7 @@ def test_fold_metrics_reads_regions_and_ignores_the_ignored(tmp_path: Path) -> N
     rows = [{"prediction_file": str(predicted / "a.nii.gz"), "metrics": {"(1, 2)": {"Dice": 0.8}}}]
     (predicted / "summary.json").write_text(json.dumps({"metric_per_case": rows}))
     labels = {"background": 0, "whole": [1, 2], "ignore": 3}
-    frame = fold_metrics(predicted, truth, {"labels": labels}, 1.0)
+    frame = fold_metrics(predicted, truth, {"labels": labels}, 1.0, SimpleITKIO())
     assert frame["organ"].tolist() == ["whole"]
     assert frame["dice"].tolist() == [0.8]
     assert frame["nsd"][0] == pytest.approx(normalised_surface_dice(cube(2), cube(0), (1.0,) * 3, 1.0))
@@ -67,3 +70,34 @@ def test_a_runs_score_is_the_mean_of_class_means() -> None:
     rows = [("r", "a", "x", 1.0), ("r", "b", "x", 0.5), ("r", "a", "y", np.nan), ("r", "b", "y", 0.25)]
     frame = pd.DataFrame(rows, columns=["run", "case", "organ", "dice"])
     assert run_scores(frame, "dice", ["run"]).tolist() == [pytest.approx((0.75 + 0.25) / 2)]
+
+
+def test_surfaces_are_measured_along_the_axes_of_the_image(tmp_path: Path) -> None:
+    """Slices 3 mm thick: a shift by one slice is beyond 2 mm, one by a voxel in the plane is not."""
+    found = {}
+    for axis in range(3):
+        folder = tmp_path / str(axis)
+        for name, volume in (("truth", cube(0)), ("validation", np.roll(cube(0), 1, axis))):
+            (folder / name).mkdir(parents=True)
+            image = SimpleITK.GetImageFromArray(volume.astype(np.uint8))
+            image.SetSpacing((1.0, 1.0, 3.0))
+            SimpleITK.WriteImage(image, str(folder / name / "a.nii.gz"))
+        rows = [{"prediction_file": str(folder / "validation" / "a.nii.gz"), "metrics": {"1": {"Dice": 0.9}}}]
+        (folder / "validation" / "summary.json").write_text(json.dumps({"metric_per_case": rows}))
+        labels = {"labels": {"background": 0, "whole": 1}}
+        frame = fold_metrics(folder / "validation", folder / "truth", labels, 2.0, SimpleITKIO())
+        found[axis] = frame["nsd"][0]
+    assert found[0] < 0.9
+    assert found[1] == found[2] == pytest.approx(1.0)
+
+
+def test_images_that_only_nibabel_reads_are_read_by_it(tmp_path: Path) -> None:
+    """Plans name the reader: SimpleITK refuses directions that are not orthonormal."""
+    affine = np.array([[1.0, 0.2, 0, 0], [0, 1.0, 0, 0], [0, 0, 3.0, 0], [0, 0, 0, 1.0]])
+    file = tmp_path / "a.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(cube(0).astype(np.uint8).transpose(2, 1, 0), affine), file)
+    with pytest.raises(RuntimeError, match="orthonormal"):
+        read_labels(file, SimpleITKIO())
+    labels, spacing = read_labels(file, NibabelIO())
+    assert np.array_equal(labels, cube(0))
+    assert spacing == pytest.approx((3.0, 1.02, 1.0), abs=0.01)

@@ -73,8 +73,37 @@ def test_every_class_is_in_the_smallest_subset() -> None:
 
 
 def test_too_many_labels_are_refused() -> None:
-    with pytest.raises(UserError, match="20 cases to train on"):
+    with pytest.raises(UserError, match="20 labelled cases to train on"):
         draw_cases(replace(PROTOCOL, labels=[2, 21]), HELD_OUT, POOL, ALL)
+
+
+def test_without_a_rate_to_choose_all_labels_may_be_asked_for() -> None:
+    everything = replace(PROTOCOL, labels=[20], primary_labels=20)
+    with pytest.raises(UserError, match="budgets .20. do not fit"):
+        draw_cases(everything, HELD_OUT, POOL, ALL)
+    assert draw_cases(replace(everything, rates=[0.01]), HELD_OUT, POOL, ALL).subsets[20, 0] == POOL
+
+
+def test_cases_without_labels_are_seen_by_pretraining_and_are_no_labels() -> None:
+    labelled = {case: {1, (1, 2)} for case in POOL[::2]}
+    protocol = replace(PROTOCOL, labels=[1, 2, 10], subsets=8)
+    cases = draw_cases(protocol, HELD_OUT, POOL, labelled)
+    assert (cases.pool, cases.labelled) == (POOL, POOL[::2])
+    for part in (cases.development, *cases.subsets.values(), *cases.development_subsets):
+        assert set(part) <= set(POOL[::2])
+    with pytest.raises(UserError, match="10 labelled cases to train on"):
+        draw_cases(replace(protocol, labels=[2, 11]), HELD_OUT, POOL, labelled)
+    # nnU-Net's names of regions are no numbers
+    apart = {case: {1} if n else {(1, 2), "x"} for n, case in enumerate(POOL)}
+    with pytest.raises(UserError, match=r"show all of the classes \[\(1, 2\), 1, 'x'\]"):
+        draw_cases(protocol, HELD_OUT, POOL, apart)
+
+
+def test_rates_are_chosen_on_cases_that_show_every_class() -> None:
+    rare = {case: {1, 2} if case in POOL[:2] else {1} for case in POOL}
+    for seed in range(10):
+        cases = draw_cases(replace(PROTOCOL, seed=seed, labels=[2, 20]), HELD_OUT, POOL, rare)
+        assert set(cases.development) & set(POOL[:2])
 
 
 def test_a_protocol_is_kept(tmp_path: Path) -> None:
