@@ -15,6 +15,7 @@ BENCHMARKS = {
     "step": "a training step, split; its ratio to the bare forward and backward pass; memory over many steps",
     "startup": "the start of a training against stock's, and against the number of cases",
     "memory": "what a step needs of a GPU's memory: estimated, and on a GPU measured",
+    "cards": "which batch of our networks fits GPUs of 8, 24 and 80 GB, estimated",
     "cost": "operations and memory of a step of each method, counted without computing them",
     "activation_memory": "what a network of ours keeps for its backward pass, counted",
     "dino_step": "3DINO's student step against its bare blocks and heads",
