@@ -36,9 +36,7 @@ def fitting(recipe: str, method: str, patch: tuple[int, int, int], checkpointing
     words = [f"configuration.patch_size={list(patch)}", "crop_size=null"]
     words += ["activation_checkpointing=true"] if checkpointing else []
     plans = derive_plans(base, "cards", [load_recipe(recipe), assignments_recipe(words)], ["3d_fullres"])
-    needs = planned_memory(
-        METHODS[method], plans, "3d_fullres", {"channel_names": {"0": "MR"}, **make_labels("plain")}
-    )
+    needs = planned_memory(METHODS[method], plans, "3d_fullres", {"channel_names": {"0": "MR"}, **make_labels("plain")})
     return [needs.largest_batch(gigabytes * GIB) for gigabytes in CARDS]
 
 

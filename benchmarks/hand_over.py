@@ -49,7 +49,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     right = True
     for name in arguments.methods:
-        if name == "variable_dimension_transform" and not arguments.images:
+        if METHODS[name].needs_images and not arguments.images:
             continue
         row, equal = try_method(name, arguments)
         print(row, flush=True)

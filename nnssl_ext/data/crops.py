@@ -21,8 +21,10 @@ from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.views.random import CASES, CROPS, SUBSTITUTES, sample_generator
 from nnssl_ext.views.spatial import SourceBox, SpatialRange, fitted, reach
 
-#: How often a crop is drawn again for more body, or because it is constant.
-BODY_TRIES, CONSTANT_TRIES = 8, 32
+#: How often a crop is drawn again for more body, for body in each of its parts, or because it is constant.
+BODY_TRIES, PART_TRIES, CONSTANT_TRIES = 8, 24, 32
+#: The share of body in each part of a crop from which on it is looked for no further.
+MOSTLY = 0.5
 #: How many cases in a row may be unreadable for one sample.
 MOST_SUBSTITUTES = 8
 
@@ -38,6 +40,7 @@ class Crop:
         scale: Voxels of the case per voxel of the crop: 0.5 magnifies twofold.
         fit: Whether a case that is smaller is magnified further, so that the crop is never padded.
         centred: Whether it lies about the body's centre.
+        parts: Lowest voxel and edges of what is looked at of it, each of which should be mostly body; () is all.
     """
 
     size: tuple[int, int, int]
@@ -46,6 +49,7 @@ class Crop:
     scale: float = 1.0
     fit: bool = False
     centred: bool = False
+    parts: tuple[tuple[tuple[int, int, int], tuple[int, int, int]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,11 @@ class CropDataset(Dataset):
             if crop.fit:
                 matrix = fitted(matrix, crop.size, (volume - 1) / 2)
                 edges = tuple(np.ceil(2 * reach(matrix, crop.size) - 1e-6).astype(int) + 1)
-            centre = (body_centre if crop.centred else draw_centre)(generator, volume, edges, record.body)
+            if crop.centred:
+                centre = body_centre(generator, volume, edges, record.body)
+            else:
+                parts = [np.asarray(part) / crop.size for part in crop.parts]
+                centre = draw_centre(generator, volume, edges, record.body, parts)
             half = reach(matrix, crop.size)
             low = np.clip(np.floor(centre - half + 1e-6), 0, volume - 1).astype(int)
             high = np.clip(np.ceil(centre + half - 1e-6) + 1, low + 1, volume).astype(int)
@@ -188,22 +196,35 @@ class CropDataset(Dataset):
 
 
 def draw_centre(
-    generator: np.random.Generator, volume: np.ndarray, size: Sequence[int], body: np.ndarray
+    generator: np.random.Generator,
+    volume: np.ndarray,
+    size: Sequence[int],
+    body: np.ndarray,
+    parts: Sequence[np.ndarray] = (),
 ) -> np.ndarray:
     """The centre (3,) of a crop in voxels, where nnU-Net could have put it, preferring places with body.
 
     A crop lies within the volume; along an axis where the volume is smaller it is centred and will be padded on both
-    sides. Of several places the first is taken that shows at least half as much body as the case does on average.
+    sides. Of several places the first is taken that shows at least half as much body as the case does on average; with
+    parts, the first where each of them is mostly body, or that whose emptiest part shows most.
+
+    Args:
+        generator: Where draws come from.
+        volume: Edges of the case in voxels.
+        size: Edges of the crop.
+        body: The case's body map.
+        parts: (2, 3) each, lowest corner and edges as shares of the crop's edges.
     """
     edges = np.asarray(size)
     room = volume - edges
     # the lowest and highest corner; negative room is shared by both sides, an odd voxel by chance
     lowest, highest = np.where(room > 0, 0, room // 2), np.where(room > 0, room, -(-room // 2))
-    wanted = body.mean() / 2
+    wanted = MOSTLY if parts else body.mean() / 2
     best, best_share = lowest, -1.0
-    for _ in range(BODY_TRIES):
+    for _ in range(PART_TRIES if parts else BODY_TRIES):
         low = generator.integers(lowest, highest + 1)
-        share = _body_share(body, volume, low, edges)
+        places = [(low + part[0] * edges, part[1] * edges) for part in parts] or [(low, edges)]
+        share = min(_body_share(body, volume, first, extent) for first, extent in places)
         if share > best_share:
             best, best_share = low, share
         if share >= wanted:

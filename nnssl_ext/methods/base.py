@@ -47,13 +47,14 @@ class OptimiserRecipe:
     """How a method wants to be optimised.
 
     Attributes:
-        name: ``adam``, ``adamw`` or ``sgd`` (Nesterov momentum 0.99, as nnU-Net).
+        name: ``adam``, ``adamw`` or ``sgd`` (with Nesterov momentum, as nnU-Net).
         learning_rate: Peak, after the warm-up.
         weight_decay: Of weight matrices and kernels alike.
         schedule: ``constant``, ``poly`` (exponent 0.9, as nnU-Net) or ``cosine``, to zero at the end.
         warm_up: Share of all steps over which the rate rises linearly.
         clip: Largest norm of the gradient of each of ``Method.clipped_parts``.
         final_weight_decay: What the weight decay reaches at the end, along a cosine; None leaves it as it is.
+        momentum: Of ``sgd``.
     """
 
     name: str
@@ -63,6 +64,7 @@ class OptimiserRecipe:
     warm_up: float = 0.0
     clip: float = 12.0
     final_weight_decay: float | None = None
+    momentum: float = 0.99
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """``loss`` and its named terms, each (B,), on the device; in evaluation also the readable number."""
+
+    def describe(self) -> str:
+        """What was chosen for these data, for the log; '' if nothing was."""
+        return ""
 
     def before_step(self, progress: float) -> None:
         """Called before each optimiser step with the share of the training that is done, in [0, 1)."""

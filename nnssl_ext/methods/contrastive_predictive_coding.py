@@ -109,8 +109,10 @@ class ContrastivePredictiveCoding(EncoderMethod):
 
     @classmethod
     def crops(cls, settings: ContrastivePredictiveCodingSettings, geometry: Geometry) -> CropRequest:
-        layout = cls.layout(settings, geometry)
-        return window_request(layout.window, layout.zoom, geometry)
+        return window_request(cls.layout(settings, geometry), geometry)
+
+    def describe(self) -> str:
+        return f"{self.title}: {self.rows}"
 
     def optimiser(self) -> OptimiserRecipe:
         return self.settings.peak()

@@ -15,8 +15,9 @@ from nnssl_ext.methods.base import Geometry, OptimiserRecipe
 from nnssl_ext.methods.shared import TrainingSettings
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
-from nnssl_ext.views.layout import cut_patches, standardise
+from nnssl_ext.views.layout import Layout, cut_patches, standardise
 from nnssl_ext.views.random import BatchRandom
+from nnssl_ext.views.rows import RowLayout
 from nnssl_ext.views.spatial import SpatialRange
 
 
@@ -59,9 +60,11 @@ class SpacedSettings(PuzzleSettings):
     jitter: float = setting(0.125, "How far a patch may be moved, as a share of its edge.", low=0, high=1)
 
 
-def window_request(window: tuple[int, int, int], zoom: float, geometry: Geometry) -> CropRequest:
-    """One window, never turned: which way is up is what patches are told by; never padded."""
-    return CropRequest((Crop(window, SpatialRange(geometry.spacing), scale=1 / zoom, fit=True),))
+def window_request(layout: Layout | RowLayout, geometry: Geometry) -> CropRequest:
+    """One window, never turned: which way is up is what patches are told by; never padded; patches mostly body."""
+    parts = tuple(layout.middles) if isinstance(layout, Layout) else ()
+    still = SpatialRange(geometry.spacing)
+    return CropRequest((Crop(layout.window, still, scale=1 / layout.zoom, fit=True, parts=parts),))
 
 
 def read_patches(

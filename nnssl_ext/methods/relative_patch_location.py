@@ -72,8 +72,10 @@ class RelativePatchLocation(EncoderMethod):
 
     @classmethod
     def crops(cls, settings: RelativePatchLocationSettings, geometry: Geometry) -> CropRequest:
-        layout = cls.layout(settings, geometry)
-        return window_request(layout.window, layout.zoom, geometry)
+        return window_request(cls.layout(settings, geometry), geometry)
+
+    def describe(self) -> str:
+        return f"{self.title}: {self.grid}"
 
     def optimiser(self) -> OptimiserRecipe:
         return self.settings.peak()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
@@ -88,6 +88,11 @@ class Rotation(EncoderMethod):
     def crops(cls, settings: RotationSettings, geometry: Geometry) -> CropRequest:
         spatial = SpatialRange(geometry.spacing)
         return CropRequest((Crop(cls.box(settings, geometry), spatial, fit=True, centred=True),))
+
+    def clipped_parts(self) -> list[nn.Module]:
+        """The probe's gradient is no part of the task's."""
+        task = [part for part in self.children() if part is not self.probe]
+        return [nn.ModuleList(task), self.probe]
 
     def optimiser(self) -> OptimiserRecipe:
         return self.settings.recipe(1e-3)

@@ -10,7 +10,7 @@ B batch, C channel, D H W voxels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,7 @@ class VariableDimensionTransformSettings(TrainingSettings):
     drift_shift: float = setting(0.1, "Largest shift there, as a share of the edge.", low=0, high=1)
     drift_zoom: float = setting(0.1, "Largest change of magnification there.", low=0, high=0.9)
     label_smoothing: float = setting(0.1, "Label smoothing.", source=ZHANG, low=0, high=0.9)
+    momentum: float = setting(0.99, "Of SGD, where that is the optimiser.", source="nnU-Net", low=0, high=0.999)
     hidden: int = setting(512, "Width of the per-voxel layer before pooling.", low=1)
 
 
@@ -80,7 +81,7 @@ class VariableDimensionTransform(EncoderMethod):
         return ImageRequest((height, width), (settings.area[0], settings.area[1]))
 
     def optimiser(self) -> OptimiserRecipe:
-        return self.settings.recipe(1e-3)
+        return replace(self.settings.recipe(1e-3), momentum=self.settings.momentum)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """``image`` (B, C, D, H, W), the same volume in every channel; ``label`` and ``index`` (B,)."""

@@ -28,7 +28,7 @@ def build_optimiser(
     fused = True if kinds in ({"cuda"}, {"cpu"}) else None
     if recipe.name == "sgd":
         optimiser: torch.optim.Optimizer = torch.optim.SGD(
-            optimised, learning_rate, momentum=0.99, nesterov=True, fused=fused
+            optimised, learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=fused
         )
         # a fused first step that an overflow skips would leave it uninitialised; from zero it is what it always is
         for group in groups:

@@ -92,7 +92,10 @@ def restore(trainer: PretrainingTrainer, content: dict[str, Any], source: str) -
 
 
 def start(trainer: PretrainingTrainer) -> None:
-    """Before the first step of a run: ``start_from``, if the plans say so."""
+    """Before the first step of this process: what the method has chosen; of a run, ``start_from``, if plans say so."""
+    chosen = trainer.method.describe()
+    if chosen:
+        trainer.print_to_log_file(chosen)
     source = trainer.checked.common.start_from
     if source is not None and trainer.step == 0:
         start_from(trainer.method, Path(source))

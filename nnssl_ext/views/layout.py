@@ -55,6 +55,21 @@ class Layout:
             n * (p + j) + (n - 1) * g for n, p, g, j in zip(self.cells, self.patch, self.gap, self.jitter, strict=True)
         )
 
+    def __str__(self) -> str:
+        return (
+            f"{math.prod(self.cells)} patches ({sized(self.cells)}) of {sized(self.patch)} voxels in a window of "
+            f"{sized(self.window)}, magnified {self.zoom:.2f} times; {self.stages} encoder stages are read"
+        )
+
+    @property
+    def middles(self) -> list[tuple[Edges, Edges]]:
+        """Lowest voxel and edges of each patch in the window, not jittered."""
+        pitch = [p + g + j for p, g, j in zip(self.patch, self.gap, self.jitter, strict=True)]
+        return [
+            (_edges(n * step + j // 2 for n, step, j in zip(cell, pitch, self.jitter, strict=True)), self.patch)
+            for cell in product(*map(range, self.cells))
+        ]
+
     def starts(self, random: BatchRandom) -> Tensor:
         """Lowest voxel of each patch in its window, jitter drawn: (B, N, 3), on the CPU."""
         pitch = torch.tensor([p + g + j for p, g, j in zip(self.patch, self.gap, self.jitter, strict=True)])
@@ -153,11 +168,14 @@ def solve_layout(
     Raises:
         UserError: If nothing fits.
     """
+    smallest: list[Layout] = []
     for stages, patch in patch_sizes(strides):
         found: list[Layout] = []
         apart, moved = _edges(math.ceil(gap * p) for p in patch), _edges(math.ceil(jitter * p) for p in patch)
         for cells in product(choices, repeat=3):
-            layout = _magnified(Layout(_edges(cells), patch, apart, moved, stages, 1.0), case_size, most_zoom)
+            bare = Layout(_edges(cells), patch, apart, moved, stages, 1.0)
+            layout = _magnified(bare, case_size, most_zoom)
+            smallest += [bare] if math.prod(cells) >= fewest else []
             if layout.zoom <= most_zoom and math.prod(cells) >= fewest:
                 found.append(layout)
         affordable = [layout for layout in found if math.prod(layout.cells + patch) <= most_voxels]
@@ -165,7 +183,8 @@ def solve_layout(
             return max(affordable, key=lambda layout: (math.prod(layout.cells), -layout.zoom, layout.cells))
         if found:
             return min(found, key=lambda layout: (math.prod(layout.cells), layout.zoom))
-    raise nothing_fits(title, f"{fewest} patches", strides, case_size, most_zoom)
+    windows = [layout.window for layout in smallest]
+    raise nothing_fits(title, f"{fewest} patches", strides, case_size, most_zoom, windows)
 
 
 def _magnified(layout: Layout, case_size: Sequence[int], most_zoom: float) -> Layout:
@@ -180,15 +199,30 @@ def _magnified(layout: Layout, case_size: Sequence[int], most_zoom: float) -> La
 
 
 def nothing_fits(
-    title: str, what: str, strides: Sequence[Sequence[int]], case_size: Sequence[int], most_zoom: float
+    title: str,
+    what: str,
+    strides: Sequence[Sequence[int]],
+    case_size: Sequence[int],
+    most_zoom: float,
+    windows: Sequence[Edges],
 ) -> UserError:
-    """The error line of a solver that found no layout."""
+    """The error line of a solver that found no layout; ``windows`` would be, if cases were larger."""
     smallest = min((patch for _, patch in patch_sizes(strides)), default=None)
     least = f"of {smallest} voxels " if smallest else ""
+    would = ""
+    if windows:
+        # one voxel of the case more along each axis: patches of a magnified window are moved
+        needed = [math.ceil(edge / most_zoom) + 1 for edge in min(windows, key=math.prod)]
+        would = f"; cases of {sized(needed)} would do"
     return UserError(
         f"{title} needs {what} {least}side by side, but cases of {tuple(case_size)} voxels hold none even magnified "
-        f"{most_zoom:g} times; use larger cases, a higher zoom, or a method without patches (rotation, exemplar)"
+        f"{most_zoom:g} times{would}. Use larger cases, a higher zoom, or a method without patches (rotation, exemplar)"
     )
+
+
+def sized(edges: Sequence[int]) -> str:
+    """'16 x 32 x 32'."""
+    return " x ".join(map(str, edges))
 
 
 def _edges(values: Iterable[int]) -> Edges:

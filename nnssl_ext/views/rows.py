@@ -13,7 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from nnssl_ext.views.layout import Edges, magnification, moves, nothing_fits, patch_sizes
+from nnssl_ext.views.layout import Edges, magnification, moves, nothing_fits, patch_sizes, sized
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,11 @@ class RowLayout:
     stages: int
     zoom: float
 
+    def __str__(self) -> str:
+        rows = f"{len(self.rows.read)} rows of {self.beside(self.axes[0])} patches of {sized(self.patch)} voxels"
+        window = f"in a window of {sized(self.window)}, magnified {self.zoom:.2f} times, along {len(self.axes)} axes"
+        return f"{rows} {window}; {self.stages} encoder stages are read"
+
     def beside(self, axis: int) -> int:
         """Columns of a row that runs along ``axis``."""
         return math.prod(self.columns) // self.columns[axis]
@@ -143,7 +148,13 @@ def solve_rows(
                 continue
             if most == 1 or len(rows.read) * layout.beside(layout.axes[0]) * math.prod(patch) <= most_voxels:
                 return layout
-    raise nothing_fits(title, f"{rows.context + rows.skipped + rows.predicted} rows", strides, case_size, most_zoom)
+    windows = []
+    for _, patch in patch_sizes(strides):
+        for axis in range(3):
+            edges = [rows.length(edge) if a == axis else edge for a, edge in enumerate(patch)]
+            windows.append((edges[0], edges[1], edges[2]))
+    number = rows.context + rows.skipped + rows.predicted
+    raise nothing_fits(title, f"{number} rows", strides, case_size, most_zoom, windows)
 
 
 def _magnified(

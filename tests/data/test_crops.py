@@ -1,4 +1,5 @@
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import blosc2
@@ -157,6 +158,25 @@ def test_a_fitting_crop_is_never_padded_and_keeps_its_shape(folder: Path, spatia
 
 def _large() -> CropRequest:
     return CropRequest((Crop((16, 16, 16), STILL, fit=True),))
+
+
+@pytest.mark.parametrize(("looked_at", "least", "most"), [(False, 0.0, 0.7), (True, 0.9, 1.0)])
+def test_each_part_that_is_looked_at_is_mostly_body(looked_at: bool, least: float, most: float) -> None:
+    """A ball in air: half a window of body is enough for a crop, not for the patches of a puzzle."""
+    axes = np.stack(np.meshgrid(*(np.linspace(-1, 1, 16),) * 3, indexing="ij"))
+    body, volume, edges = (axes**2).sum(0) < 0.8, np.array([64, 64, 64]), (32, 32, 32)
+    parts = [np.array([corner, (0.4,) * 3]) for corner in product((0.0, 0.6), repeat=3)]
+    enough = 0
+    for seed in range(100):
+        generator = np.random.default_rng(seed)
+        low = draw_centre(generator, volume, edges, body, parts if looked_at else ()) - 15.5
+        shares = []
+        for corner, extent in parts:
+            first = ((low + corner * 32) / 4).astype(int)
+            last = np.ceil((low + (corner + extent) * 32) / 4).astype(int)
+            shares.append(body[tuple(slice(a, b) for a, b in zip(first, last, strict=True))].mean())
+        enough += min(shares) >= 0.5
+    assert least <= enough / 100 <= most
 
 
 def test_crops_about_the_body() -> None:

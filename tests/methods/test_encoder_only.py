@@ -1,5 +1,6 @@
 """What holds for every objective on the encoder alone."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -142,7 +143,16 @@ def test_puzzles_that_fit_no_case_are_refused_before_anything_is_written(with_da
     with pytest.raises(UserError, match=r"side by side, but cases of \(6, 7, 6\) voxels hold none") as error:
         trainer_for("plain", "quick", METHODS[name].trainer)
     assert "\n" not in str(error.value)
+    assert re.search(r"; cases of \d+ x \d+ x \d+ would do\. ", str(error.value))
     assert not list(environment.results.iterdir())
+
+
+def test_the_layout_is_in_the_log(with_data: Data) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "quick", {"epochs": 1})
+    fold = pretrain(environment, "plain", "quick", trainer=METHODS["jigsaw"].trainer)
+    (log,) = fold.glob("training_log*.txt")
+    assert re.search(r"Jigsaw: \d+ patches .* in a window of .*; \d encoder stages are read", log.read_text())
 
 
 @pytest.mark.parametrize("name", ENCODER_ONLY)

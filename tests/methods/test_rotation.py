@@ -71,6 +71,16 @@ def test_spacing_gives_published_turns_away_and_ours_not() -> None:
     assert accuracy < 1 / 6 + 0.06
 
 
+def test_three_spacings_give_published_turns_away_and_ours_not() -> None:
+    spacing = (4.0, 1.0, 2.0)
+    found = {}
+    for keep_grid in (False, True):
+        method = make(replace(BARE, keep_grid=keep_grid), spacing)
+        found[len(method.turns)] = accuracy_from_roughness(method, noise_boxes(method.size, 400, (0.0, 1.6, 0.8)))
+    assert found[10] > 0.3
+    assert found[4] < 1 / 4 + 0.08
+
+
 def test_low_resolution_after_the_turn_lowers_what_a_blurred_axis_gives_away() -> None:
     """Resampled thick slices: the grid is isotropic and the image is not. Stronger blur shows through."""
     found = []

@@ -1,6 +1,7 @@
 """The variable dimension transform: the plan's encoder, on images, with weights that fit it exactly."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,22 @@ from nnssl_ext import checkpoint
 from nnssl_ext.data.crops import collate
 from nnssl_ext.data.images import ImageDataset, ImageFolder
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import Geometry
+from nnssl_ext.methods import SCHEMAS, Geometry
 from nnssl_ext.methods.variable_dimension_transform import (
     VariableDimensionTransform,
     VariableDimensionTransformSettings,
 )
 from nnssl_ext.networks.backbone import backbone_of
+from nnssl_ext.recipe import load_recipe
+from nnssl_ext.settings import split_sections
+from nnssl_ext.views.layout import standardise
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom
 from tests.conftest import Environment
 from tests.datasets import KINDS
 from tests.images import make_images
 from tests.methods.helpers import CPU, OFF
 from tests.networks.test_backbone import network
-from tests.training.test_trainer import pretrain
+from tests.training.test_trainer import pretrain, trainer_for
 
 Data = Callable[[str], Environment]
 
@@ -152,7 +156,47 @@ def test_too_many_unreadable_images_stop_the_run(with_data: Data) -> None:
 def test_the_decoder_is_written_as_it_was_drawn(with_data: Data, kind: str) -> None:
     environment = with_data(kind)
     environment.write_plans(kind, "run", {})
+    trainer = trainer_for(kind, "run", VariableDimensionTransform.trainer)
+    trainer.initialize()
+    initial = {key: value.clone() for key, value in trainer.network.state_dict().items()}
     fold = pretrain(environment, kind, "run", trainer=VariableDimensionTransform.trainer)
     content = checkpoint.load(fold / "checkpoint_final.pth")
     assert content["nnssl_ext"]["trained"]
     assert all(name.startswith("encoder.") for name in content["nnssl_ext"]["trained"])
+    weights = content["network_weights"]
+    assert all(torch.equal(weights[key], initial[key]) for key in initial if key.startswith("decoder.stages."))
+    assert any(not torch.equal(weights[key], initial[key]) for key in content["nnssl_ext"]["trained"])
+
+
+@pytest.mark.parametrize("recipe", ["variable_dimension_transform", "variable_dimension_transform_paper"])
+def test_recipes_run(images: ImageFolder, recipe: str) -> None:
+    _, sections = split_sections(load_recipe(recipe).settings, SCHEMAS, recipe)
+    settings = sections["variable_dimension_transform"]
+    if not recipe.endswith("paper"):
+        assert settings == VariableDimensionTransformSettings()
+    method = build(images, **{entry.name: getattr(settings, entry.name) for entry in fields(settings)})
+    assert method.optimiser().momentum == (0.9 if recipe.endswith("paper") else 0.99)
+    method(views_of(images, method, [0, 1]))["loss"].sum().backward()
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
+
+
+def depth_of(images: ImageFolder, depth: str) -> tuple[float, float]:
+    """What share of a kernel's taps along the depth fall on padding, and how alike neighbouring slices are in shape."""
+    method = build(images, depth=depth, intensity=OFF)
+    volume = views_of(images, method, list(range(12)))["image"][:, :1]
+    ones = torch.ones(1, 1, volume.shape[2], 1, 1)
+    taps = torch.nn.functional.conv3d(ones, torch.ones(1, 1, 3, 1, 1), padding=(1, 0, 0))
+    first, second = (standardise(volume[:, :, cut])[:, 0] for cut in (slice(0, -1), slice(1, None)))
+    return 1 - (taps.sum() / (3 * taps.numel())).item(), (first * second).mean().item()
+
+
+def test_kernels_see_padding_and_no_depth_in_the_published_transform_and_less_and_some_in_the_drift(
+    images: ImageFolder,
+) -> None:
+    padded, _ = depth_of(images, "rgb")
+    assert padded == pytest.approx(2 / 9)
+    padded, drifting = depth_of(images, "drift")
+    assert padded == pytest.approx(2 / 24)
+    _, repeating = depth_of(images, "repeat")
+    assert repeating == pytest.approx(1.0, abs=1e-3)  # the same slice again: nothing to be seen along the depth
+    assert 0.3 < drifting < 0.99

@@ -1,4 +1,5 @@
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,9 @@ def test_one_line_where_nothing_fits() -> None:
     ) as error:
         solve_layout(cumulated(PLANS["hippocampus"][0]), (6, 6, 6), **COMMON, fewest=4)
     assert "\n" not in str(error.value)
+    # and cases of the size that it names are enough, of one voxel less they are not
+    (needed,) = re.findall(r"cases of (\d+) x (\d+) x (\d+) would do", str(error.value))
+    solve_layout(cumulated(PLANS["hippocampus"][0]), [int(edge) for edge in needed], **COMMON, fewest=4)
 
 
 def test_patches_keep_their_distance_and_are_jittered() -> None:
