@@ -6,7 +6,7 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from benchmarks import loader, measure, memory, startup, step, views
+from benchmarks import cards, loader, measure, memory, startup, step, views
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.workload import DATA, write_cases
 from nnssl_ext.data.crops import Crop, CropDataset, CropRequest
@@ -128,3 +128,9 @@ def test_the_equal_list_is_nnunets() -> None:
                 chances[name] += chosen.apply_probability * getattr(chosen.transform, "p_per_channel", 1)
     assert {name: getattr(looks, f"{name}_probability") for name in chances} == pytest.approx(chances)
     assert method.settings.flip == 0.5
+
+
+def test_cards_fit_more_the_larger_they_are() -> None:
+    small, large = (cards.fitting("vit_small", "rotation", (edge,) * 3, False) for edge in (32, 64))
+    assert 0 < small[0] < small[1] < small[2]
+    assert all(few < many for few, many in zip(large, small, strict=True))
