@@ -60,7 +60,7 @@ def curves(panels: Sequence[tuple[str, str, Mapping[str, Sequence[float]]]]) -> 
 def with_intervals(title: str, label: str, arms: Mapping[str, Mapping[int, Sequence[float]]]) -> bytes:
     """Dice over budgets or steps: arm -> place -> one score per run; lines are means, bars 95 % intervals of the mean
     (the range where there are too few runs for one), dots runs."""
-    figure, axis = plt.subplots(figsize=(7.2, 4.4), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(9.6 if len(arms) > 4 else 7.2, 4.4), constrained_layout=True)
     places = sorted({place for points in arms.values() for place, scores in points.items() if scores})
     for number, (name, colour) in enumerate(colours(arms).items()):
         points = {place: np.asarray(scores) for place, scores in arms[name].items() if len(scores)}
@@ -82,7 +82,10 @@ def with_intervals(title: str, label: str, arms: Mapping[str, Mapping[int, Seque
     axis.set(title=title, xlabel=label, ylabel="Dice")
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize="small")
+        if len(arms) > 4:  # beside the picture
+            axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+        else:
+            axis.legend(fontsize="small")
     return png(figure)
 
 
