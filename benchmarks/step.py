@@ -8,8 +8,8 @@ A real trainer on a data set made for it, in one process. "full" is everything b
 (reading it, with no workers), views, forward, backward, clipping, optimiser, guard. "bare" is the forward and backward
 pass of the same network, in the same precision, on the image of the batch just trained on, its gradient ones; the two
 take turns. For methods that do not run their network on one image there is no bare. The split is of a step
-with a wait for the device after each part, which the full step has not. --steps N: resident memory after each fifth of
-N steps.
+with a wait for the device after each part, which the full step has not. --repeats 0 is for steps that take minutes: one
+step after a first one, and nothing else. --steps N: resident memory after each fifth of N steps.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from benchmarks.measure import Cost, Figure, in_turns, parser, ratios, report
 from benchmarks.workload import PLANS, write_dataset
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.methods import METHODS
+from tests.images import make_images
 
 PARTS = ("load", "views", "forward", "backward", "optimiser")
 
@@ -123,9 +124,15 @@ def measure(method: str, plan: str, arguments: Any, device: torch.device) -> dic
             "iterations_per_epoch": 100_000,
             "epochs": 1,
         }
+        if METHODS[method].needs_images:
+            settings["images"] = str(make_images(Path(folder) / "images"))
         run = Run(write_dataset(Path(folder), plan, settings, batch=arguments.batch), method, device)
         run.full()
         costs = in_turns({"full": run.full}, 1, device=device)
+        if not arguments.repeats:
+            row = {"method": METHODS[method].title, "plan": plan, "batch": run.trainer.batch_size}
+            run.trainer.dataloader_train = run.trainer.dataloader_val = None
+            return row | _figures(costs, device, run.trainer.batch_size)
         whole = run.image is not None and tuple(run.image.shape[2:]) == tuple(PLANS[plan]["patch"])
         turns = {"full": run.full, **({"bare": run.bare} if whole else {})}
         costs = in_turns(turns, arguments.repeats, device=device)
