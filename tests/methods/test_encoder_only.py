@@ -124,11 +124,12 @@ def test_puzzles_learn_where_patches_are_from_and_from_shuffled_voxels_they_do_n
     folder = write_anatomy(tmp_path)
     settings = replace(METHODS[name].Settings(), warm_up=0.0, **PUZZLES[name])
     method = build(METHODS[name], settings)
-    found = readable_after(folder, method, 100)
+    steps = 100 if name == "contrastive_predictive_coding" else 50
+    found = readable_after(folder, method, steps)
     with torch.no_grad():
         chance = method(views_of(folder, method, [0]))["chance"].item()
     assert found > 1.8 * chance
-    assert readable_after(folder, build(METHODS[name], settings), 100, "before") < 1.3 * chance
+    assert readable_after(folder, build(METHODS[name], settings), steps, "before") < 1.3 * chance
 
 
 @pytest.mark.parametrize("name", PUZZLES)
