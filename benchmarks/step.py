@@ -127,12 +127,13 @@ def measure(method: str, plan: str, arguments: Any, device: torch.device) -> dic
         if METHODS[method].needs_images:
             settings["images"] = str(make_images(Path(folder) / "images"))
         run = Run(write_dataset(Path(folder), plan, settings, batch=arguments.batch), method, device)
-        run.full()
-        costs = in_turns({"full": run.full}, 1, device=device)
         if not arguments.repeats:
+            costs = in_turns({"full": run.full}, 1, device=device)
             row = {"method": METHODS[method].title, "plan": plan, "batch": run.trainer.batch_size}
             run.trainer.dataloader_train = run.trainer.dataloader_val = None
             return row | _figures(costs, device, run.trainer.batch_size)
+        run.full()
+        costs = in_turns({"full": run.full}, 1, device=device)
         whole = run.image is not None and tuple(run.image.shape[2:]) == tuple(PLANS[plan]["patch"])
         turns = {"full": run.full, **({"bare": run.bare} if whole else {})}
         costs = in_turns(turns, arguments.repeats, device=device)
