@@ -8,8 +8,8 @@ A real trainer on a data set made for it, in one process. "full" is everything b
 (reading it, with no workers), views, forward, backward, clipping, optimiser, guard. "bare" is the forward and backward
 pass of the same network, in the same precision, on the image of the batch just trained on, its gradient ones; the two
 take turns. For methods that do not run their network on one image there is no bare. The split is of a step
-with a wait for the device after each part, which the full step has not. --repeats 0 is for steps that take minutes: one
-step after a first one, and nothing else. --steps N: resident memory after each fifth of N steps.
+with a wait for the device after each part, which the full step has not. --repeats 0 is for steps that take minutes: the
+first one, and nothing else. --steps N: resident memory after each fifth of N steps.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def measure(method: str, plan: str, arguments: Any, device: torch.device) -> dic
             settings["images"] = str(make_images(Path(folder) / "images"))
         run = Run(write_dataset(Path(folder), plan, settings, batch=arguments.batch), method, device)
         if not arguments.repeats:
-            costs = in_turns({"full": run.full}, 1, device=device)
+            costs = in_turns({"full": run.full}, 1, warm_up=0, device=device)
             row = {"method": METHODS[method].title, "plan": plan, "batch": run.trainer.batch_size}
             run.trainer.dataloader_train = run.trainer.dataloader_val = None
             return row | _figures(costs, device, run.trainer.batch_size)
