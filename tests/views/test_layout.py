@@ -10,7 +10,7 @@ from torch import nn
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.networks.backbone import backbone_of
-from nnssl_ext.views.layout import Layout, cut_patches, magnification, solve_layout
+from nnssl_ext.views.layout import Layout, cut_patches, magnification, solve_layout, standardise
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from nnssl_ext.views.rows import Rows, solve_rows
 from nnssl_ext.views.spatial import SourceBox, cut
@@ -147,7 +147,7 @@ def test_one_line_where_nothing_fits() -> None:
     ) as error:
         solve_layout(cumulated(PLANS["hippocampus"][0]), (6, 6, 6), **COMMON, fewest=4)
     assert "\n" not in str(error.value)
-    # and cases of the size that it names are enough, of one voxel less they are not
+    # and cases of the size that it names are enough
     (needed,) = re.findall(r"cases of (\d+) x (\d+) x (\d+) would do", str(error.value))
     solve_layout(cumulated(PLANS["hippocampus"][0]), [int(edge) for edge in needed], **COMMON, fewest=4)
 
@@ -228,3 +228,13 @@ def told_by_variance(layout: Layout, whole: bool) -> float:
 def test_interpolation_tells_the_place_in_a_window_that_is_resampled_as_one_and_not_in_ours(layout: Layout) -> None:
     assert told_by_variance(layout, whole=True) > 0.5
     assert told_by_variance(layout, whole=False) < 0.17
+
+
+def test_standardised_patches() -> None:
+    patches = 3 * torch.randn(2, 4, 1, 6, 6, 6) + 7
+    patches[0, 0] = 5
+    result = standardise(patches)
+    assert not result[0, 0].any()
+    deviation, mean = torch.std_mean(result[1], (-3, -2, -1), correction=0)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
+    torch.testing.assert_close(deviation, torch.ones_like(deviation))
