@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from nnssl_ext.data.cases import open_case
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.views.random import CASES, CROPS, SUBSTITUTES, sample_generator
-from nnssl_ext.views.spatial import SourceBox, SpatialRange, fitted, reach
+from nnssl_ext.views.spatial import SourceBox, SpatialRange, fitted, reach, source_range
 
 #: How often a crop is drawn again for more body, for body in each of its parts, or because it is constant.
 BODY_TRIES, PART_TRIES, CONSTANT_TRIES = 8, 24, 32
@@ -182,9 +182,7 @@ class CropDataset(Dataset):
             else:
                 parts = [np.asarray(part) / crop.size for part in crop.parts]
                 centre = draw_centre(generator, volume, edges, record.body, parts)
-            half = reach(matrix, crop.size)
-            low = np.clip(np.floor(centre - half + 1e-6), 0, volume - 1).astype(int)
-            high = np.clip(np.ceil(centre + half - 1e-6) + 1, low + 1, volume).astype(int)
+            low, high = source_range(centre, reach(matrix, crop.size), volume)
             box = torch.from_numpy(np.ascontiguousarray(data[(slice(None), *map(slice, low, high))]))
             # one pass over the voxels tells both; NaN is handed through
             darkest, brightest = torch.stack([torch.stack(torch.aminmax(channel)) for channel in box], 1)

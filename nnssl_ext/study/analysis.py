@@ -219,9 +219,15 @@ class Analysis:
         return case_wilcoxon((sides[0] - sides[1]).to_numpy())
 
 
+def rounded_p(p: float) -> str:
+    """'0.031', or '< 0.001'."""
+    return "< 0.001" if p < 0.0005 else f"{p:.3f}"
+
+
 def significance(p: float) -> str:
     """'p = 0.031', or 'p < 0.001'."""
-    return f"p = {p:.3f}" if p >= 0.0005 else "p < 0.001"
+    text = rounded_p(p)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
 def interval(e: Effect) -> str:

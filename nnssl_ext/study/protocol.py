@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def draw_cases(protocol: Protocol, held_out: Sequence[str], pool: Sequence[str],
     pool, labelled = sorted(pool), sorted(classes)
     number = max(1, min(MOST_DEVELOPMENT, len(labelled) // DEVELOPMENT_SHARE))
     choose = len(protocol.rates) > 1
-    development = _development(labelled, classes, number, (protocol.seed, 0))
+    development = _covering_order(labelled, classes, number, (protocol.seed, 0), needed=False)[:number]
     rest = sorted(set(labelled) - set(development))
     if protocol.labels[-1] > len(labelled) or (choose and protocol.primary_labels > len(rest)):
         raise UserError(
@@ -121,33 +122,26 @@ def draw_cases(protocol: Protocol, held_out: Sequence[str], pool: Sequence[str],
     return Cases(sorted(held_out), pool, labelled, sorted(development), subsets, drawn)
 
 
-def _development(cases: Sequence[str], classes: Mapping[str, set], number: int, seed: tuple[int, ...]) -> list[str]:
-    """A random choice of cases that show every class together, if there is one; then any."""
-    generator, first = np.random.default_rng(seed), None
-    for _ in range(TRIES):
-        drawn = [cases[i] for i in generator.permutation(len(cases))[:number]]
-        first = first or drawn
-        if not _missing(drawn, cases, classes):
-            return drawn
-    return first or []
+def _covering_order(
+    cases: Sequence[str], classes: Mapping[str, set], least: int, seed: tuple[int, ...], needed: bool = True
+) -> list[str]:
+    """A random order of the cases whose first ``least`` show every class that any case shows.
 
-
-def _missing(some: Sequence[str], cases: Sequence[str], classes: Mapping[str, set]) -> set:
-    """The classes that some cases do not show, of those that all do."""
-    return set().union(*(classes[case] for case in cases)) - set().union(*(classes[case] for case in some))
-
-
-def _covering_order(cases: Sequence[str], classes: Mapping[str, set], least: int, seed: tuple[int, ...]) -> list[str]:
-    """A random order of the cases whose first ``least`` show every class that any case shows."""
+    Raises:
+        UserError: If none is found; without ``needed`` any order will do then.
+    """
+    everything = set().union(*(classes[case] for case in cases))
     generator = np.random.default_rng(seed)
-    for _ in range(TRIES):
-        order = [cases[i] for i in generator.permutation(len(cases))]
-        if not _missing(order[:least], cases, classes):
+    orders = ([cases[i] for i in generator.permutation(len(cases))] for _ in range(TRIES))
+    first = next(orders)
+    for order in chain([first], orders):
+        if set().union(*(classes[case] for case in order[:least])) == everything:
             return order
-    everything = sorted(set().union(*(classes[case] for case in cases)), key=str)
+    if not needed:
+        return first
     raise UserError(
-        f"no {least} of {len(cases)} cases were found that show all of the classes {everything}; let the smallest of "
-        f"--labels be larger"
+        f"no {least} of {len(cases)} cases were found that show all of the classes {sorted(everything, key=str)}; let "
+        f"the smallest of --labels be larger"
     )
 
 

@@ -16,7 +16,7 @@ from nnssl_ext.files import replaced_on_success
 from nnssl_ext.provenance import revision, versions
 from nnssl_ext.recipe import read_json
 from nnssl_ext.study import pictures
-from nnssl_ext.study.analysis import Analysis, Comparison, count, interval, load_results
+from nnssl_ext.study.analysis import Analysis, Comparison, count, interval, load_results, rounded_p
 from nnssl_ext.study.arms import Arm
 from nnssl_ext.study.cautions import caution, warnings
 from nnssl_ext.study.grid import GRID, PRETRAINING, Grid
@@ -130,7 +130,7 @@ def comparison_row(c: Comparison) -> list[str]:
         f"{c.arm_mean:.3f}",
         f"{c.against_mean:.3f}",
         f"{100 * c.effect.mean:+.1f} {interval(c.effect)}, n = {c.effect.pairs}",
-        *("< 0.001" if p < 0.0005 else f"{p:.3f}" for p in (c.effect.p, c.adjusted, c.cases)),
+        *map(rounded_p, (c.effect.p, c.adjusted, c.cases)),
     ]
 
 
@@ -259,7 +259,7 @@ def _study_command(grid: Grid) -> str:
     p = grid.protocol
     words = ["nnssl_ext", "study", "-d", p.dataset, "-c", p.configuration, "-p", p.plans, "-device", grid.device]
     words += ["--methods", SCRATCH, *(arm.name for arm in grid.pretrained_arms())]
-    files = [f"{arm.name}=$STUDY/init/{arm.name}.pth" for arm in grid.arms if arm.init]
+    files = [f"{arm.name}=STUDY/init/{arm.name}.pth" for arm in grid.arms if arm.init]
     words += ["--init", *files] if files else []
     words += ["--labels", *map(str, p.labels), "--subsets", str(p.subsets), "--steps", str(p.steps)]
     words += ["--snapshots", *map(str, p.snapshots), "--rates", *(f"{rate:g}" for rate in p.rates)]
@@ -267,4 +267,4 @@ def _study_command(grid: Grid) -> str:
     words += ["--development-runs", str(p.development_runs), "--total-baseline", str(p.total_baseline)]
     words += ["--fold", str(p.fold), "--tolerance", f"{p.tolerance:g}", "--seed", str(p.seed)]
     words += ["--transductive"] if p.transductive else []
-    return f"{shlex.join(words)} -o STUDY {shlex.join(p.overlays)}".replace("'$STUDY", "'STUDY").strip()
+    return shlex.join([*words, "-o", "STUDY", *p.overlays])

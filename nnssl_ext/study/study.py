@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -117,15 +116,16 @@ class Study:
             UserError: If one is missing.
         """
         ending, found = read_json(self.source / "dataset.json")["file_ending"], {}
+        files: dict[str, list[tuple[str, int]]] = {}  # by name without its ending: the case, or the case and _seg
+        for file in sorted(self._data.iterdir()):
+            files.setdefault(file.name.rpartition(".")[0], []).append((file.name, file.stat().st_size))
         for case in sorted(cases):
             truth = self.source / "gt_segmentations" / f"{case}{ending}"
-            files = sorted(self._data.glob(f"{glob.escape(case)}.*")) + sorted(
-                self._data.glob(f"{glob.escape(case)}_seg.*")
-            )
-            if not truth.is_file() or not files:
-                what = f"label map {truth}" if files else f"preprocessed case {self._data / case}"
+            own = [*files.get(case, []), *files.get(f"{case}_seg", [])]
+            if not truth.is_file() or not own:
+                what = f"label map {truth}" if own else f"preprocessed case {self._data / case}"
                 raise UserError(f"there is no {what}; preprocess {self.source.name} again")
-            found[case] = [file_digest(truth), *((file.name, file.stat().st_size) for file in files)]
+            found[case] = [file_digest(truth), *own]
         return digest_of(found)
 
     @property
@@ -171,18 +171,18 @@ def keep_files(arms: Sequence[Arm], folder: Path, keep: bool) -> None:
         if not arm.init:
             continue
         copy = folder / "init" / f"{arm.name}.pth"
-        if keep and not copy.is_file():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            with replaced_on_success(copy) as temporary:
-                shutil.copyfile(arm.init, temporary)
         digest = file_digest(Path(arm.init))
         if noted.setdefault(arm.name, digest) != digest:
             raise UserError(
                 f"--init {arm.name}={arm.init} is another file than the one that {folder} knows by this name; "
                 f"give it another name"
             )
-        if keep and file_digest(copy) != digest:
-            raise UserError(f"--init {arm.name}={arm.init} changed while it was copied; call it again")
+        if keep and not copy.is_file():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with replaced_on_success(copy) as temporary:
+                shutil.copyfile(arm.init, temporary)
+                if file_digest(temporary) != digest:
+                    raise UserError(f"--init {arm.name}={arm.init} changed while it was copied; call it again")
     if keep and noted:
         write_json(noted, path)
 

@@ -62,20 +62,23 @@ class Layout:
         )
 
     @property
+    def pitch(self) -> Edges:
+        """From one patch to the next, not jittered."""
+        return _edges(p + g + j for p, g, j in zip(self.patch, self.gap, self.jitter, strict=True))
+
+    @property
     def middles(self) -> list[tuple[Edges, Edges]]:
         """Lowest voxel and edges of each patch in the window, not jittered."""
-        pitch = [p + g + j for p, g, j in zip(self.patch, self.gap, self.jitter, strict=True)]
         return [
-            (_edges(n * step + j // 2 for n, step, j in zip(cell, pitch, self.jitter, strict=True)), self.patch)
+            (_edges(n * step + j // 2 for n, step, j in zip(cell, self.pitch, self.jitter, strict=True)), self.patch)
             for cell in product(*map(range, self.cells))
         ]
 
     def starts(self, random: BatchRandom) -> Tensor:
         """Lowest voxel of each patch in its window, jitter drawn: (B, N, 3), on the CPU."""
-        pitch = torch.tensor([p + g + j for p, g, j in zip(self.patch, self.gap, self.jitter, strict=True)])
         cells = torch.tensor(list(product(*map(range, self.cells))))
         moved = [random.integers(0, jitter, (len(cells),)) for jitter in self.jitter]
-        return cells * pitch + torch.stack(moved, -1)
+        return cells * torch.tensor(self.pitch) + torch.stack(moved, -1)
 
 
 def cut_patches(
@@ -168,28 +171,29 @@ def solve_layout(
     Raises:
         UserError: If nothing fits.
     """
-    smallest: list[Layout] = []
+    windows: list[Edges] = []
     for stages, patch in patch_sizes(strides):
         found: list[Layout] = []
         apart, moved = _edges(math.ceil(gap * p) for p in patch), _edges(math.ceil(jitter * p) for p in patch)
         for cells in product(choices, repeat=3):
+            if math.prod(cells) < fewest:
+                continue
             bare = Layout(_edges(cells), patch, apart, moved, stages, 1.0)
+            windows.append(bare.window)
             layout = _magnified(bare, case_size, most_zoom)
-            smallest += [bare] if math.prod(cells) >= fewest else []
-            if layout.zoom <= most_zoom and math.prod(cells) >= fewest:
+            if layout.zoom <= most_zoom:
                 found.append(layout)
         affordable = [layout for layout in found if math.prod(layout.cells + patch) <= most_voxels]
         if affordable:
             return max(affordable, key=lambda layout: (math.prod(layout.cells), -layout.zoom, layout.cells))
         if found:
             return min(found, key=lambda layout: (math.prod(layout.cells), layout.zoom))
-    windows = [layout.window for layout in smallest]
     raise nothing_fits(title, f"{fewest} patches", strides, case_size, most_zoom, windows)
 
 
 def _magnified(layout: Layout, case_size: Sequence[int], most_zoom: float) -> Layout:
     """The layout for cases of this size, with gaps that are kept though patches are moved."""
-    apart, room = layout.gap, -1
+    apart, room = layout.gap, 0
     while True:
         zoom = magnification(layout.window, case_size)
         if moves(zoom) <= room or zoom > most_zoom:

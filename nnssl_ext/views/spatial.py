@@ -128,11 +128,15 @@ def part(
     return SourceBox(box.data, matrix, box.centre + np.asarray(place) * left, box.case)
 
 
+def source_range(centre: np.ndarray, half: np.ndarray, volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and last + 1 voxel (3,) that a crop with these half extents is made from, within the volume."""
+    low = np.clip(np.floor(centre - half + 1e-6), 0, volume - 1).astype(int)
+    return low, np.clip(np.ceil(centre + half - 1e-6) + 1, low + 1, volume).astype(int)
+
+
 def is_constant(box: SourceBox, size: Sequence[int]) -> bool:
     """Whether all that a crop with edges ``size`` is made from has one value in each channel."""
-    half, volume = reach(box.matrix, size), np.asarray(box.data.shape[1:])
-    low = np.clip(np.floor(box.centre - half + 1e-6), 0, volume - 1).astype(int)
-    high = np.clip(np.ceil(box.centre + half - 1e-6) + 1, low + 1, volume).astype(int)
+    low, high = source_range(box.centre, reach(box.matrix, size), np.asarray(box.data.shape[1:]))
     seen = box.data[(slice(None), *map(slice, low.tolist(), high.tolist()))]
     # two voxels nearly always tell it already
     if not torch.equal(seen[:, 0, 0, 0], seen[:, -1, -1, -1]):
