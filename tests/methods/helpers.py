@@ -1,5 +1,7 @@
 """Cases, methods and batches for the tests of methods."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,13 @@ def build(method: type[Method], settings: Any, spacing: tuple = (1.0, 1.0, 1.0),
     outputs = method.output_channels(settings, geometry) or 3
     torch.manual_seed(0)
     return method(backbone_of(network(kind, 2, outputs)), settings, geometry)
+
+
+def with_asked_gap(method: Any) -> Any:
+    """A puzzle whose patches have just the gap that is asked for: its windows are not magnified, nothing is moved."""
+    gap = tuple(math.ceil(method.settings.gap * edge) for edge in method.grid.patch)
+    method.grid = replace(method.grid, gap=gap)
+    return method
 
 
 def batch_of(folder: Path, method: Method, indices: list[int], cases: list[str] | None = None) -> CropBatch:

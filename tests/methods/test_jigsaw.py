@@ -1,4 +1,3 @@
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,19 +10,12 @@ from nnssl_ext.methods.jigsaw import Jigsaw, JigsawSettings, distant_permutation
 from nnssl_ext.methods.puzzle import PatchIntensitySettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from nnssl_ext.views.spatial import SourceBox
-from tests.methods.helpers import CPU, batch_of, build, noise_boxes, views_of, write_cases
+from tests.methods.helpers import CPU, batch_of, build, noise_boxes, views_of, with_asked_gap, write_cases
 
 NO_VIEWS = PatchIntensitySettings(gamma_probability=0, contrast_probability=0, noise_probability=0)
 #: Patches as published: next to each other, in their own intensities.
 PUBLISHED = replace(JigsawSettings(), gap=0.0, jitter=0.0, standardise=False, intensity=NO_VIEWS, voxels=99.0)
 OURS = replace(JigsawSettings(), voxels=99.0)
-
-
-def built(settings: JigsawSettings) -> Jigsaw:
-    """With the gap that is asked for: windows of these tests are not magnified, and nothing is moved."""
-    method = build(Jigsaw, settings)
-    method.grid = replace(method.grid, gap=tuple(math.ceil(settings.gap * edge) for edge in method.grid.patch))
-    return method
 
 
 def read(method: Jigsaw, boxes: list[SourceBox]) -> torch.Tensor:
@@ -77,7 +69,7 @@ def solved(patches: torch.Tensor, permutations: torch.Tensor) -> float:
 
 def test_intensity_drift_solves_the_published_puzzle_and_not_ours() -> None:
     for settings, least, most in ((PUBLISHED, 0.95, 1.0), (OURS, 0.0, 0.1)):
-        method = built(settings)
+        method = with_asked_gap(build(Jigsaw, settings))
         ramps = noise_boxes(method.grid.window, 50)
         for index, box in enumerate(ramps):
             axes = np.meshgrid(*(np.linspace(-1, 1, edge) for edge in method.grid.window), indexing="ij")
@@ -97,7 +89,7 @@ def matched(patches: torch.Tensor) -> float:
 def test_edges_match_in_the_published_puzzle_and_not_in_ours() -> None:
     found = {}
     for name, settings in (("published", PUBLISHED), ("ours", OURS)):
-        method = built(settings)
+        method = with_asked_gap(build(Jigsaw, settings))
         found[name] = matched(read(method, noise_boxes(method.grid.window, 30, (1.0, 1.0, 1.0))))
     assert found["published"] > 0.95
     assert found["ours"] < 0.3

@@ -1,4 +1,3 @@
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.methods.puzzle import PatchIntensitySettings
 from nnssl_ext.methods.relative_patch_location import RelativePatchLocation, RelativePatchLocationSettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
-from tests.methods.helpers import CPU, build, noise_boxes, views_of, write_cases
+from tests.methods.helpers import CPU, build, noise_boxes, views_of, with_asked_gap, write_cases
 
 NO_VIEWS = PatchIntensitySettings(gamma_probability=0, contrast_probability=0, noise_probability=0)
 OURS = replace(RelativePatchLocationSettings(), neighbours=26)
@@ -17,15 +16,8 @@ OURS = replace(RelativePatchLocationSettings(), neighbours=26)
 PUBLISHED = replace(OURS, gap=0.0, jitter=0.0, standardise=False, intensity=NO_VIEWS)
 
 
-def built(settings: RelativePatchLocationSettings) -> RelativePatchLocation:
-    """With the gap that is asked for: windows of these tests are not magnified, and nothing is moved."""
-    method = build(RelativePatchLocation, settings)
-    method.grid = replace(method.grid, gap=tuple(math.ceil(settings.gap * edge) for edge in method.grid.patch))
-    return method
-
-
 def test_each_neighbour_lies_where_its_class_says() -> None:
-    method = built(PUBLISHED)
+    method = with_asked_gap(build(RelativePatchLocation, PUBLISHED))
     assert method.classes == 26
     assert method.grid.cells == (3, 3, 3)
     boxes = noise_boxes(method.grid.window, 2)
@@ -52,7 +44,7 @@ def test_neighbours_are_drawn_without_repetition(tmp_path: Path) -> None:
 
 def nearest_class(settings: RelativePatchLocationSettings) -> float:
     """How often the class is told from the difference of two patches' means; volumes are brighter to one side."""
-    method = built(settings)
+    method = with_asked_gap(build(RelativePatchLocation, settings))
     boxes = noise_boxes(method.grid.window, 40)
     axes = np.meshgrid(*(np.linspace(-1, 1, edge) for edge in method.grid.window), indexing="ij")
     drift = torch.from_numpy((axes[0] + 3 * axes[1] + 9 * axes[2])[None].astype(np.float32))
@@ -74,7 +66,7 @@ def test_intensity_drift_gives_the_published_location_away_and_not_ours() -> Non
 
 def touching(settings: RelativePatchLocationSettings) -> float:
     """How often the neighbour on the far side of an axis is the one whose face is most like the centre's."""
-    method = built(settings)
+    method = with_asked_gap(build(RelativePatchLocation, settings))
     boxes = noise_boxes(method.grid.window, 40, (1.0, 1.0, 1.0))
     indices = list(range(40))
     views = method.views(CropBatch(indices, [boxes]), BatchRandom(0, VIEWS, indices, CPU))
