@@ -127,29 +127,33 @@ def measure(method: str, plan: str, arguments: Any, device: torch.device) -> dic
         if METHODS[method].needs_images:
             settings["images"] = str(make_images(Path(folder) / "images"))
         run = Run(write_dataset(Path(folder), plan, settings, batch=arguments.batch), method, device)
-        if not arguments.repeats:
-            costs = in_turns({"full": run.full}, 1, warm_up=0, device=device)
-            row = {"method": METHODS[method].title, "plan": plan, "batch": run.trainer.batch_size}
-            run.trainer.dataloader_train = run.trainer.dataloader_val = None
-            return row | _figures(costs, device, run.trainer.batch_size)
-        run.full()
-        costs = in_turns({"full": run.full}, 1, device=device)
-        whole = run.image is not None and tuple(run.image.shape[2:]) == tuple(PLANS[plan]["patch"])
-        turns = {"full": run.full, **({"bare": run.bare} if whole else {})}
-        costs = in_turns(turns, arguments.repeats, device=device)
-        with run.split() as spent:
-            begin = run.watch._now()
-            for _ in range(arguments.repeats):
+        turns: dict[str, Callable[[], object]] = {"full": run.full}
+        if arguments.repeats:
+            for _ in range(3):
                 run.full()
-            total = run.watch._now() - begin
+            if run.image is not None and tuple(run.image.shape[2:]) == tuple(PLANS[plan]["patch"]):
+                turns["bare"] = run.bare
+        warm_up = 1 if arguments.repeats else 0
+        costs = in_turns(turns, max(1, arguments.repeats), warm_up=warm_up, device=device)
         row = {"method": METHODS[method].title, "plan": plan, "batch": run.trainer.batch_size}
         row |= _figures(costs, device, run.trainer.batch_size)
-        row |= {name: f"{100 * seconds / total:.1f} %" for name, seconds in spent.items()}
-        row["rest"] = f"{100 * (1 - sum(spent.values()) / total):.1f} %"
+        if arguments.repeats:
+            row |= _split(run, arguments.repeats)
         if arguments.steps:
             row["memory"] = _memory(run, arguments.steps, device)
         run.trainer.dataloader_train = run.trainer.dataloader_val = None
         return row
+
+
+def _split(run: Run, repeats: int) -> dict[str, str]:
+    """The share of each part in some more steps."""
+    with run.split() as spent:
+        begin = run.watch._now()
+        for _ in range(repeats):
+            run.full()
+        total = run.watch._now() - begin
+    shares = {name: f"{100 * seconds / total:.1f} %" for name, seconds in spent.items()}
+    return {**shares, "rest": f"{100 * (1 - sum(spent.values()) / total):.1f} %"}
 
 
 def _figures(costs: dict[str, list[Cost]], device: torch.device, batch: int) -> dict[str, object]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,3 +118,18 @@ def with_data(environment: Environment, _written: Callable[[str], Path]) -> Call
         return environment
 
     return add
+
+
+@pytest.fixture
+def two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock's own class, with 2 of 12 blocks."""
+    from nnunetv2.training.nnUNetTrainer.primus import primus_trainers
+
+    build = primus_trainers.Primus
+
+    def small(
+        channels: int, width: int, patch: Any, outputs: int, _: int, heads: int, *rest: Any, **options: Any
+    ) -> Any:
+        return build(channels, width, patch, outputs, 2, heads, *rest, **options)
+
+    monkeypatch.setattr(primus_trainers, "Primus", small)

@@ -1,12 +1,10 @@
 """Primus, which nnU-Net's own trainers build: pretrained through ``target_trainer``, loaded by the stock trainer."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
-from nnunetv2.training.nnUNetTrainer.primus import primus_trainers
 
 from nnssl_ext import checkpoint
 from nnssl_ext.methods import METHODS
@@ -17,19 +15,6 @@ from tests.training.test_trainer import pretrain, trainer_for
 Data = Callable[[str], Environment]
 STOCK = "nnUNet_Primus_S_Trainer"
 SMALL = {"local_crops": 1, "hidden": 16, "bottleneck": 8, "prototypes": 64}
-
-
-@pytest.fixture
-def two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stock's own class, with 2 of 12 blocks."""
-    build = primus_trainers.Primus
-
-    def small(
-        channels: int, width: int, patch: Any, outputs: int, _: int, heads: int, *rest: Any, **options: Any
-    ) -> Any:
-        return build(channels, width, patch, outputs, 2, heads, *rest, **options)
-
-    monkeypatch.setattr(primus_trainers, "Primus", small)
 
 
 @pytest.mark.usefixtures("two_blocks")

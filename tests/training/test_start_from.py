@@ -13,7 +13,7 @@ from nnssl_ext.cli import main
 from nnssl_ext.errors import UserError
 from nnssl_ext.training.state import start_from
 from tests.conftest import Environment
-from tests.test_primus import STOCK, two_blocks  # noqa: F401 (a fixture)
+from tests.test_primus import STOCK
 from tests.training.test_trainer import pretrain, trainer_for
 
 Data = Callable[[str], Environment]
