@@ -37,9 +37,9 @@ def comparable(study: Path) -> tuple[str, str]:
 
 
 def call(environment: Environment, study: str) -> subprocess.Popen[str]:
-    words = [*WORDS, *RATE] if KILLS > 2 else [*WORDS, *RATE, "--subsets", "1"]
+    small = [] if KILLS > 2 else ["--subsets", "1"]
     return subprocess.Popen(
-        [sys.executable, "-m", "nnssl_ext", *words, "-o", study],
+        [sys.executable, "-m", "nnssl_ext", *WORDS, *RATE, *small, "-o", study],
         cwd=environment.root,
         text=True,
         stdout=subprocess.PIPE,
@@ -47,9 +47,8 @@ def call(environment: Environment, study: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(environment: Environment, study: str) -> None:
-    process = call(environment, study)
-    out, _ = process.communicate(timeout=600)
+def finish(process: subprocess.Popen[str], seconds: float = 600) -> None:
+    out, _ = process.communicate(timeout=seconds)
     assert process.returncode == 0, out
 
 
@@ -57,21 +56,21 @@ def test_killed_at_random_points_the_report_is_the_same(with_data: Data) -> None
     environment = with_data("labelled")
     before = {path: path.stat().st_mtime_ns for path in environment.dataset("labelled").rglob("*")}
     began = time.monotonic()
-    finish(environment, "whole")
+    finish(call(environment, "whole"))
     lasts = time.monotonic() - began
 
     generator, broken, hits = random.Random(0), ["broken_0"], 0
     while hits < KILLS:
         process = call(environment, broken[-1])
         try:
-            assert process.wait(timeout=generator.uniform(1, 0.6 * lasts)) == 0
+            finish(process, generator.uniform(1, 0.6 * lasts))
             broken.append(f"broken_{len(broken)}")  # it was done before: the next kill is another study's
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()
             hits += 1
     for study in broken:
-        finish(environment, study)
+        finish(call(environment, study))
         assert comparable(environment.root / study) == comparable(environment.root / "whole")
 
     results = pd.read_csv(environment.root / "whole" / "results.csv")
