@@ -186,8 +186,9 @@ def test_a_lost_worker_ends_the_run_without_losing_a_step(
     def train_step(self: nnsslTrainer_Finetune, batch: dict) -> dict:
         if self.step == 1:
             time.sleep(0.5)  # its next batches wait to be fetched
-            training, *_ = sorted(child.pid or 0 for child in multiprocessing.active_children())
-            os.kill(training, number)
+            # the newest: another test's loader may not be collected yet, and that of the validation starts later
+            training = max(multiprocessing.active_children(), key=lambda child: child._identity)
+            os.kill(training.pid or 0, number)
         return original(self, batch)
 
     with monkeypatch.context() as patch:
