@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from nnssl_ext.study.statistics import (
     sign_flip_p,
     steps_to_reach,
 )
+from tests.conftest import REPOSITORY
 
 #: Darwin's maize, Fisher 1935, The Design of Experiments, section 21: differences in eighths of an inch.
 DARWIN = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
@@ -125,7 +125,7 @@ def test_a_null_is_not_found_and_a_gain_is() -> None:
     assert shares[1.5] == sorted(shares[1.5])
     assert shares[1.5][-1] > 0.8
     assert shares[2.0][1] > 0.6
-    documented = (Path(__file__).parents[2] / "docs" / "study.md").read_text(encoding="utf-8")
+    documented = (REPOSITORY / "docs" / "study.md").read_text(encoding="utf-8")
     for gain, found in shares.items():
         assert f"| {gain:g} | " + " | ".join(f"{100 * share:.1f} %" for share in found) + " | " in documented
 
