@@ -2,7 +2,7 @@
 
     python -m benchmarks activation_memory vit_small 96 96 96
 
-Tensors have shapes, types and lifetimes but no memory (``nnssl_ext.training.step_trace``). What is counted: everything
+Tensors have shapes, types and lifetimes but no memory (``nnssl_ext.training.memory.trace``). Counted is everything
 that one more sample's forward pass leaves, with all outputs, in float32 and in mixed precision. What is not: temporary
 buffers and cuDNN's workspaces. ``nnssl_ext plan`` estimates a whole step.
 """
@@ -17,8 +17,8 @@ from torch import nn
 
 from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.recipe import default_kwargs, load_recipe
-from nnssl_ext.training.memory import GIB
-from nnssl_ext.training.step_trace import autocast, empty, without_memory
+from nnssl_ext.training.memory.estimate import GIB
+from nnssl_ext.training.memory.trace import autocast, empty, without_memory
 
 
 def build(recipe: str, checkpointing: bool) -> nn.Module:

@@ -12,7 +12,7 @@ import argparse
 
 from nnssl_ext.methods import METHODS
 from nnssl_ext.recipe import assignments_recipe, derive_plans, load_recipe
-from nnssl_ext.training.memory import GIB, planned_memory
+from nnssl_ext.training.memory.estimate import GIB, planned_memory
 from tests.datasets import make_labels, make_plans
 
 CARDS = (8, 24, 80)

@@ -4,7 +4,7 @@
 
 The network is the residual encoder of six stages of benchmarks/memory.py. Floating point operations of forward and
 backward passes are counted by torch, and the memory of activations as what the forward pass keeps for the backward pass
-in float32 (``nnssl_ext.training.step_trace``). Heads are included, augmentation is not.
+in float32 (``nnssl_ext.training.memory.trace``). Heads are included, augmentation is not.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import residual_encoder
 from nnssl_ext.methods import METHODS
-from nnssl_ext.training.memory import build_method, quiet, shapes_at, view_shapes
-from nnssl_ext.training.step_trace import empty, trace_step, without_memory
+from nnssl_ext.training.memory.estimate import build_method, quiet, shapes_at, view_shapes
+from nnssl_ext.training.memory.trace import empty, trace_step, without_memory
 
 
 def measure(name: str, edge: int, batch: int) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from benchmarks.workload import DATA, write_cases
 from nnssl_ext.data import crops
 from nnssl_ext.data.crops import Crop, CropDataset, CropRequest
 from nnssl_ext.data.index import CaseIndex
-from nnssl_ext.data.loader import Shard, crop_loader
+from nnssl_ext.data.shard import Shard, crop_loader
 from nnssl_ext.environment import cores
 from nnssl_ext.views.spatial import SpatialRange
 

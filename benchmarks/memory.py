@@ -22,8 +22,8 @@ from benchmarks.measure import Figure, parser, report
 from nnssl_ext.methods import METHODS, Geometry, Method
 from nnssl_ext.networks.backbone import Backbone, UNetBackbone
 from nnssl_ext.recipe import read_json
-from nnssl_ext.training.memory import GIB, build_method, planned, step_memory, view_shapes
-from nnssl_ext.training.optimisation import build_optimiser
+from nnssl_ext.training.memory.estimate import GIB, build_method, planned, step_memory, view_shapes
+from nnssl_ext.training.optimization import build_optimiser
 
 STRIDES = [1, 2, 2, 2, 2, 2]
 #: How to build a backbone with so many outputs (None: the data set's), and what the method is told.

@@ -56,7 +56,7 @@ def start(root: Path) -> dict[str, float]:
     os.environ.update({name: str(root / folder) for name, folder in variables.items()}, nnUNet_n_proc_DA="0")
     import torch
 
-    from nnssl_ext.training.classes import pretraining_trainer
+    from nnssl_ext.training.pretraining.classes import pretraining_trainer
 
     folder = root / "preprocessed" / NAME
     plans, dataset_json = (json.loads((folder / f"{name}.json").read_text()) for name in ("nnUNetPlans", "dataset"))

@@ -66,7 +66,7 @@ class Run:
     """A trainer in the middle of its training."""
 
     def __init__(self, folder: Path, method: str, device: torch.device) -> None:
-        from nnssl_ext.training.classes import pretraining_trainer
+        from nnssl_ext.training.pretraining.classes import pretraining_trainer
 
         plans, content = (json.loads((folder / f"{name}.json").read_text()) for name in ("nnUNetPlans", "dataset"))
         plans["continue_training"] = False

@@ -75,7 +75,7 @@ def _packages() -> Iterator[Finding]:
 def _device() -> Finding:
     import torch
 
-    from nnssl_ext.training.engine import computes_in_bfloat16
+    from nnssl_ext.training.wrapping import computes_in_bfloat16
 
     if torch.cuda.is_available():
         half = "bfloat16" if computes_in_bfloat16() else "float16"
@@ -179,7 +179,7 @@ def _content(path: Path) -> dict:
 def _examine_plans(path: Path, dataset_json: dict) -> Iterator[Finding]:
     from nnssl_ext.data.index import CaseIndex
     from nnssl_ext.environment import worker_count
-    from nnssl_ext.training.preflight import check_plans
+    from nnssl_ext.training.checks import check_plans
 
     plans = read_json(path)
     for configuration, content in plans["configurations"].items():

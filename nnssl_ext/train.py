@@ -35,7 +35,7 @@ def train(arguments: Sequence[str]) -> None:
         _stock(arguments)
     elif launched():
         # takes a while: nnU-Net and torch
-        from nnssl_ext.training.launch import process_group
+        from nnssl_ext.training.distributed.launch import process_group
 
         with process_group(lambda: _check(arguments, hours)):
             _stock(arguments)

@@ -45,7 +45,7 @@ def dataset_name(kind: str) -> str:
 #: The smallest of our networks.
 _OWN: dict[str, tuple[str, dict]] = {
     "vit": (
-        "nnssl_ext.networks.vit.ViTUNETR",
+        "nnssl_ext.networks.architectures.vit.ViTUNETR",
         {
             "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
             "embed_dim": 16,
@@ -56,7 +56,7 @@ _OWN: dict[str, tuple[str, dict]] = {
         },
     ),
     "pct_net": (
-        "nnssl_ext.networks.pct_net.PCTNet",
+        "nnssl_ext.networks.architectures.pct_net.PCTNet",
         {
             "strides": [[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2]],
             "features_per_stage": [4, 4, 8, 8, 16],

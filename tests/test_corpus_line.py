@@ -10,11 +10,11 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_ext.data.index import CaseIndex
-from nnssl_ext.training.preflight import target_network
+from nnssl_ext.training.checks import target_network
 from tests.conftest import Environment
 from tests.datasets import QUICK
 from tests.documents import shown_lines
-from tests.training.test_trainer import trainer_for
+from tests.training.pretraining.test_trainer import trainer_for
 from tests.volumes import volume, write_image, write_series
 
 TRAINER = "nnsslTrainer_VolumeFusion"

@@ -11,7 +11,7 @@ from nnssl_ext.cli import command_line
 from nnssl_ext.cli.methods import settings_tables
 from nnssl_ext.methods import METHODS, Method
 from nnssl_ext.recipe import available_recipes
-from nnssl_ext.study.decathlon import tasks_table
+from nnssl_ext.study.decathlon.tasks import tasks_table
 from tests.conftest import REPOSITORY
 from tests.documents import own_commands
 

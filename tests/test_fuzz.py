@@ -25,9 +25,9 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.methods import SCHEMAS
 from nnssl_ext.recipe import derive_plans, load_recipe, read_json
 from nnssl_ext.settings import split_sections
-from nnssl_ext.study.decathlon import unpack as unpack_task
+from nnssl_ext.study.decathlon.tasks import unpack as unpack_task
 from nnssl_ext.study.results import training_log
-from nnssl_ext.transfer.hub import read_limited_json
+from nnssl_ext.transfer.locate import read_limited_json
 from nnssl_ext.transfer.read import read_source
 from tests.conftest import REPOSITORY, Environment
 from tests.datasets import make_plans

@@ -16,8 +16,8 @@ from nnssl_ext.networks.backbone import backbone_of
 from tests.conftest import Environment
 from tests.datasets import OWN_NETWORKS
 from tests.test_stock_commands import write_raw
+from tests.training.pretraining.test_trainer import CPU, pretrain, trainer_for
 from tests.training.test_resume import Killed, kill_at
-from tests.training.test_trainer import CPU, pretrain, trainer_for
 
 Data = Callable[[str], Environment]
 

@@ -10,7 +10,7 @@ from nnssl_ext import checkpoint
 from nnssl_ext.methods import METHODS
 from nnssl_ext.networks.backbone import backbone_of
 from tests.conftest import Environment
-from tests.training.test_trainer import pretrain, trainer_for
+from tests.training.pretraining.test_trainer import pretrain, trainer_for
 
 Data = Callable[[str], Environment]
 STOCK = "nnUNet_Primus_S_Trainer"

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from nnssl_ext.data.crops import body_centre, draw_centre
 from nnssl_ext.data.images import ImageRequest, draw_region
-from nnssl_ext.data.loader import Shard
+from nnssl_ext.data.shard import Shard
 from nnssl_ext.foreign import check_json
 from nnssl_ext.recipe import merged
-from nnssl_ext.training.distributed import mean_over_samples
+from nnssl_ext.training.distributed.ranks import mean_over_samples
 from nnssl_ext.views.random import sample_generator
 from nnssl_ext.views.spatial import SourceBox, SpatialRange, cut, reach
 

@@ -20,7 +20,7 @@ from nnssl_ext.recipe import (
     total_stride,
 )
 from nnssl_ext.settings import split_sections
-from nnssl_ext.training.preflight import check_plans
+from nnssl_ext.training.checks import check_plans
 from tests.datasets import make_labels, make_plans
 
 

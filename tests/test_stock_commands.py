@@ -24,7 +24,7 @@ from tests.conftest import Environment
 from tests.datasets import KINDS, blob, dataset_name
 from tests.documents import shown_lines
 from tests.trainers import SHORT, short_trainer
-from tests.training.test_trainer import pretrain, trainer_for
+from tests.training.pretraining.test_trainer import pretrain, trainer_for
 
 Data = Callable[[str], Environment]
 

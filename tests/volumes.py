@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK
 
-from nnssl_ext.data.volumes import kept_locale
+from nnssl_ext.data.corpus.volumes import kept_locale
 
 SHAPE = (12, 14, 16)
 

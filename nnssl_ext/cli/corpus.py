@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 from nnssl_ext.errors import UserError
 
 if TYPE_CHECKING:
-    from nnssl_ext.data.corpus import Corpus
-    from nnssl_ext.data.manifest import Manifest
+    from nnssl_ext.data.corpus.corpus import Corpus
+    from nnssl_ext.data.corpus.manifest import Manifest
 
 #: Unusable volumes that are named at the end; corpus.json names all.
 SHOWN = 20
@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from nnunetv2.configuration import default_num_processes
 
-    from nnssl_ext.data.corpus import Corpus
-    from nnssl_ext.data.corpus_sources import Wishes, items_of, unused_words
+    from nnssl_ext.data.corpus.corpus import Corpus
+    from nnssl_ext.data.corpus.sources import Wishes, items_of, unused_words
     from nnssl_ext.environment import cores, dataset_folder
 
     if not 0 <= arguments.max_failures <= 100 or (arguments.np is not None and arguments.np < 1):
@@ -109,7 +109,7 @@ def _check_scheme(source: str, scheme: str) -> None:
 
 
 def _report(corpus: Corpus, manifest: Manifest) -> None:
-    from nnssl_ext.data.manifest import UNUSABLE
+    from nnssl_ext.data.corpus.manifest import UNUSABLE
 
     unusable = [entry for entry in manifest.all() if entry.status == UNUSABLE]
     for entry in unusable[:SHOWN]:

@@ -29,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
-    from nnssl_ext.data.phantom import PhantomOptions
-    from nnssl_ext.study.demo import Demo
-    from nnssl_ext.study.demo_page import write_page
-    from nnssl_ext.study.sources import DecathlonSource, PhantomSource, Source
+    from nnssl_ext.study.demo.demo import Demo
+    from nnssl_ext.study.demo.page import write_page
+    from nnssl_ext.study.demo.phantom import PhantomOptions
+    from nnssl_ext.study.demo.sources import DecathlonSource, PhantomSource, Source
 
     source: Source = PhantomSource(PhantomOptions(labelled=arguments.labelled, test=8, field_of_view=36.0))
     if arguments.msd:

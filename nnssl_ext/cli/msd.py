@@ -56,13 +56,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _list(_: argparse.Namespace) -> None:
-    from nnssl_ext.study.decathlon import tasks_table
+    from nnssl_ext.study.decathlon.tasks import tasks_table
 
     print(tasks_table())
 
 
 def _fetch(arguments: argparse.Namespace) -> None:
-    from nnssl_ext.study.decathlon import fetch_task, find_task
+    from nnssl_ext.study.decathlon.tasks import fetch_task, find_task
 
     tasks = [find_task(word) for word in arguments.tasks]
     if len(tasks) > 1 and (arguments.url or arguments.md5):
@@ -76,7 +76,7 @@ def _fetch(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     import tempfile
 
-    from nnssl_ext.study.decathlon import convert_task, task_of_path, unpack
+    from nnssl_ext.study.decathlon.tasks import convert_task, task_of_path, unpack
 
     raw = _variable("nnUNet_raw")
     raw.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def _check_number(dataset: str) -> None:
 
 def _predict(arguments: argparse.Namespace) -> None:
     from nnssl_ext.environment import trainer_folders
-    from nnssl_ext.study.decathlon import find_task, run_stock
+    from nnssl_ext.study.decathlon.tasks import find_task, run_stock
 
     task = find_task(arguments.task)
     images = _variable("nnUNet_raw") / task.dataset / "imagesTs"
@@ -135,8 +135,8 @@ def _check_predictor(folder: Path, model: Path, arguments: argparse.Namespace) -
 
 
 def _submit(arguments: argparse.Namespace) -> None:
-    from nnssl_ext.study.decathlon import TASKS, find_task
-    from nnssl_ext.study.submission import Predictions, write_archive
+    from nnssl_ext.study.decathlon.submission import Predictions, write_archive
+    from nnssl_ext.study.decathlon.tasks import TASKS, find_task
 
     if arguments.o.suffix != ".zip":
         raise UserError(f"-o {arguments.o}: the archive is a .zip")

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from nnssl_ext.data.phantom import PhantomOptions, write_phantom
+    from nnssl_ext.study.demo.phantom import PhantomOptions, write_phantom
 
     if not arguments.o:
         raise UserError("nnUNet_raw is not set; export it, or name a folder with -o")

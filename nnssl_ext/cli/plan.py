@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nnssl_ext.methods import METHODS, SCHEMAS
     from nnssl_ext.recipe import Recipe, assignments_recipe, derive_plans, load_recipe, read_json, write_json
     from nnssl_ext.settings import split_sections
-    from nnssl_ext.training.preflight import check_plans
+    from nnssl_ext.training.checks import check_plans
 
     folder = dataset_folder(arguments.d)
     plans = read_json(folder / f"{arguments.p}.json")
@@ -75,8 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _plan_memory(arguments: argparse.Namespace, plans: dict, configurations: list[str], dataset: dict) -> list[str]:
     """Set the batch, if a target is given; what a step needs, in lines."""
-    from nnssl_ext.training.memory import GIB
-    from nnssl_ext.training.memory_plan import fitting_batch, needs_of, wanted_methods
+    from nnssl_ext.training.memory.estimate import GIB
+    from nnssl_ext.training.memory.plan import fitting_batch, needs_of, wanted_methods
 
     target = arguments.gpu_memory_target
     if target is not None and not 0 < target < math.inf:

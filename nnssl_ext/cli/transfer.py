@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from nnssl_ext.transfer import write
-    from nnssl_ext.transfer.apply import transfer
+    from nnssl_ext.transfer import target as write
     from nnssl_ext.transfer.read import read_source
+    from nnssl_ext.transfer.transfer import transfer
 
     to = write.destination(dataset_folder(arguments.d), arguments.p, arguments.c, arguments.tr)
     path = Path(arguments.o).expanduser()

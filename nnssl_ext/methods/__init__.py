@@ -2,7 +2,7 @@
 
 from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, ParameterGroup, Readable
 from nnssl_ext.methods.contrastive_predictive_coding import ContrastivePredictiveCoding
-from nnssl_ext.methods.dino import DINO
+from nnssl_ext.methods.dino.dino import DINO
 from nnssl_ext.methods.exemplar import Exemplar
 from nnssl_ext.methods.jigsaw import Jigsaw
 from nnssl_ext.methods.masked_autoencoder import MaskedAutoencoder

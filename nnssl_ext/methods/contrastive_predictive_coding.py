@@ -20,7 +20,7 @@ from nnssl_ext.losses.contrastive import hits, info_nce, paired_bce, products, s
 from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
 from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
-from nnssl_ext.methods.puzzle import PuzzleSettings, read_patches, window_request
+from nnssl_ext.methods.patches import PuzzleSettings, read_patches, window_request
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.context import ConvolutionalContext, RecurrentContext
 from nnssl_ext.networks.heads import GridHead

@@ -22,8 +22,8 @@ from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.losses.triplet import plain_triplet, semi_hard_triplet, squared_distances
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
+from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
-from nnssl_ext.methods.shared import SharedSettings
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.settings import setting

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nnssl_ext.data.crops import CropBatch, CropRequest
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
 from nnssl_ext.methods.encoder_only import EncoderMethod, classification, sample_index
-from nnssl_ext.methods.puzzle import SpacedSettings, read_patches, window_request
+from nnssl_ext.methods.patches import SpacedSettings, read_patches, window_request
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead, layers
 from nnssl_ext.settings import setting

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, Readable
-from nnssl_ext.methods.shared import SharedSettings
+from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw

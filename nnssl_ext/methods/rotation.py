@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
+from nnssl_ext.methods.common import TrainingSettings
 from nnssl_ext.methods.encoder_only import EncoderMethod, classification, sample_index
-from nnssl_ext.methods.shared import TrainingSettings
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.networks.probe import SpacingProbe
@@ -25,8 +25,8 @@ from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
 from nnssl_ext.views.filters import thicken
 from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.rotations import cube_group, grid_turns, published_turns, same_spacing, turnable_size
 from nnssl_ext.views.spatial import SpatialRange, cut_batch, part, turn
-from nnssl_ext.views.turns import cube_group, grid_turns, published_turns, same_spacing, turnable_size
 
 TALEB = "Taleb et al. 2020"
 

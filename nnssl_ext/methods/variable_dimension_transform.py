@@ -19,8 +19,8 @@ from torch import Tensor
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.data.images import ImageRequest
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
+from nnssl_ext.methods.common import TrainingSettings
 from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
-from nnssl_ext.methods.shared import TrainingSettings
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import VoxelHead
 from nnssl_ext.settings import setting

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
-from nnssl_ext.losses.segmentation import (
+from nnssl_ext.losses.dense import (
     IGNORE,
     deep_supervision_weights,
     dice_cross_entropy,
@@ -23,13 +23,13 @@ from nnssl_ext.losses.segmentation import (
     hard_dice,
 )
 from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, Readable
-from nnssl_ext.methods.shared import SharedSettings
+from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
+from nnssl_ext.views.cpu.chunks import scratch, together
 from nnssl_ext.views.fusion import MOST_BOXES, BoxLayout, GridLayout, fuse
 from nnssl_ext.views.intensity import remap_percentiles
 from nnssl_ext.views.random import BatchRandom
-from nnssl_ext.views.slabs import scratch, together
 from nnssl_ext.views.spatial import cut_batch
 
 ARXIV, TIP = "arXiv 2306.16925", "IEEE TIP 34:6041"

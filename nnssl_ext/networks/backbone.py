@@ -13,11 +13,11 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
 from torch import Tensor, nn
 
+from nnssl_ext.networks.architectures.pct_net import PCTNet
+from nnssl_ext.networks.architectures.vit import ViTUNETR
 from nnssl_ext.networks.base import HEADS, Backbone, cumulative, drop_depth_strides, edges_problem
-from nnssl_ext.networks.pct_net import PCTNet
 from nnssl_ext.networks.pct_net_backbone import PCTNetBackbone
 from nnssl_ext.networks.primus_backbone import PrimusBackbone
-from nnssl_ext.networks.vit import ViTUNETR
 from nnssl_ext.networks.vit_backbone import ViTBackbone
 
 __all__ = ["HEADS", "Backbone", "UNetBackbone", "backbone_of"]

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
+from nnssl_ext.networks.architectures.pct_net import PCTNet
 from nnssl_ext.networks.base import Backbone, cumulative, drop_depth_strides, edges_problem
-from nnssl_ext.networks.pct_net import PCTNet
 
 
 class PCTNetBackbone(Backbone):

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
+from nnssl_ext.networks.architectures.vit import ViTUNETR, as_map
 from nnssl_ext.networks.base import Backbone, LearnedPositions, edges_problem
-from nnssl_ext.networks.vit import ViTUNETR, as_map
 
 
 class ViTBackbone(Backbone):

@@ -16,8 +16,8 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json
 from nnssl_ext.settings import CommonSettings
 from nnssl_ext.study.grid import PRETRAINING, Grid
-from nnssl_ext.training.engine import mixed_precision
-from nnssl_ext.training.preflight import target_network
+from nnssl_ext.training.checks import target_network
+from nnssl_ext.training.wrapping import mixed_precision
 
 #: Steps before the clock starts, and on it.
 WARM_UP, TIMED = 1, 2

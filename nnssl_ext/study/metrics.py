@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
-from nnssl_ext.study.decathlon import DECATHLON_TOLERANCE
+from nnssl_ext.study.decathlon.tasks import DECATHLON_TOLERANCE
 from nnssl_ext.study.results import case_dice
 
 #: For every other data set.

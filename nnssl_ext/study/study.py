@@ -26,8 +26,8 @@ from nnssl_ext.settings import PLANS_KEY, FinetuneSettings, split_sections
 from nnssl_ext.study.arms import Arm
 from nnssl_ext.study.grid import FINETUNER, Grid
 from nnssl_ext.study.protocol import Protocol, draw_cases, keep_protocol
-from nnssl_ext.training.finetune_parts import finetune_settings
-from nnssl_ext.training.preflight import check_plans
+from nnssl_ext.training.checks import check_plans
+from nnssl_ext.training.finetuning.components import finetune_settings
 
 
 def recipes_of(overlays: Sequence[str]) -> list[Recipe]:

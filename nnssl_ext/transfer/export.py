@@ -18,7 +18,7 @@ from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.networks.target import target_network
 from nnssl_ext.recipe import read_json, write_json
-from nnssl_ext.transfer.hub import CONFIG, NOTE, PLAN, SAFETENSORS, WEIGHTS
+from nnssl_ext.transfer.locate import CONFIG, NOTE, PLAN, SAFETENSORS, WEIGHTS
 from nnssl_ext.transfer.names import canonical_weights
 
 #: What is given away of our section; heads, teachers and the data position are for the run that continues.

@@ -15,10 +15,10 @@ from torch import Tensor
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.foreign import RefusedError, load_tensors
-from nnssl_ext.networks import pct_net, vit
+from nnssl_ext.networks.architectures import pct_net, vit
 from nnssl_ext.transfer import resnet
 from nnssl_ext.transfer.geometry import geometry, planned_geometry
-from nnssl_ext.transfer.hub import NOTE, Located, locate
+from nnssl_ext.transfer.locate import NOTE, Located, locate
 from nnssl_ext.transfer.names import canonical_name, canonical_weights
 from nnssl_ext.transfer.source import Geometry, Source
 

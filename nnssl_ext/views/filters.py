@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nnssl_ext.views.coarse import coarse_matrix, lower
+from nnssl_ext.views.cpu.coarse import coarse_matrix, lower
+from nnssl_ext.views.cpu.separable import along_axes
 from nnssl_ext.views.intensity import changed
 from nnssl_ext.views.random import sent
-from nnssl_ext.views.separable import along_axes
 
 #: A Gaussian is cut off after this many standard deviations.
 TRUNCATE = 3.0

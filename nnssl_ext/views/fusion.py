@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnssl_ext.losses.segmentation import IGNORE
+from nnssl_ext.losses.dense import IGNORE
+from nnssl_ext.views.cpu.chunks import slabs
 from nnssl_ext.views.random import BatchRandom, sent
-from nnssl_ext.views.slabs import slabs
 
 #: Boxes are painted by the highest set bit of a 64-bit word read as a double, which is exact up to 2**52.
 MOST_BOXES = 52

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnssl_ext.views.cpu.chunks import pieces
 from nnssl_ext.views.random import BatchRandom, sent
-from nnssl_ext.views.slabs import pieces
 
 #: Intensity differences below this are rounding, not signal.
 EPSILON = 1e-6

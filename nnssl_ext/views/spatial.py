@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl_ext.views.cpu.chunks import VOXELS
 from nnssl_ext.views.random import sent
-from nnssl_ext.views.slabs import VOXELS
 
 #: Above this ratio of spacings nnU-Net too turns in the plane of the thin slices alone.
 ANISOTROPY_LIMIT = 3.0

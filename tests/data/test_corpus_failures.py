@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nnssl_ext.data import corpus, preparation
 from nnssl_ext.data.cases import list_cases
-from nnssl_ext.data.corpus import Limit
-from nnssl_ext.data.corpus_sources import Item
-from nnssl_ext.data.manifest import KEPT, UNUSABLE, Entry
-from nnssl_ext.data.preparation import Prepared, Target
+from nnssl_ext.data.corpus import corpus, preparation
+from nnssl_ext.data.corpus.corpus import Limit
+from nnssl_ext.data.corpus.manifest import KEPT, UNUSABLE, Entry
+from nnssl_ext.data.corpus.preparation import Prepared, Target
+from nnssl_ext.data.corpus.sources import Item
 from nnssl_ext.errors import UserError
 from tests.conftest import Environment
-from tests.data.test_corpus import data, files_of, folder, make, manifest
+from tests.data.corpus.test_corpus import data, files_of, folder, make, manifest
 from tests.volumes import SHAPE, volume, write_bad_files, write_image
 
 

@@ -9,7 +9,7 @@ import torch
 
 from nnssl_ext.data.crops import Crop, CropDataset, CropRequest, body_centre, collate, draw_centre
 from nnssl_ext.data.index import CaseIndex
-from nnssl_ext.data.loader import Shard, crop_loader
+from nnssl_ext.data.shard import Shard, crop_loader
 from nnssl_ext.views.random import VALIDATION
 from nnssl_ext.views.spatial import SpatialRange, cut
 from tests.datasets import blob

@@ -14,7 +14,7 @@ from nnssl_ext.methods.contrastive_predictive_coding import (
     ContrastivePredictiveCoding,
     ContrastivePredictiveCodingSettings,
 )
-from nnssl_ext.methods.puzzle import PatchIntensitySettings
+from nnssl_ext.methods.patches import PatchIntensitySettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from tests.methods.helpers import CPU, batch_of, build, noise_boxes, views_of, write_cases
 

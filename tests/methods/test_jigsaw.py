@@ -7,7 +7,7 @@ import torch
 
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.methods.jigsaw import Jigsaw, JigsawSettings, distant_permutations
-from nnssl_ext.methods.puzzle import PatchIntensitySettings
+from nnssl_ext.methods.patches import PatchIntensitySettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from nnssl_ext.views.spatial import SourceBox
 from tests.methods.helpers import CPU, batch_of, build, noise_boxes, views_of, with_asked_gap, write_cases

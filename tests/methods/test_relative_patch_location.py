@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 from nnssl_ext.data.crops import CropBatch
-from nnssl_ext.methods.puzzle import PatchIntensitySettings
+from nnssl_ext.methods.patches import PatchIntensitySettings
 from nnssl_ext.methods.relative_patch_location import RelativePatchLocation, RelativePatchLocationSettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from tests.methods.helpers import CPU, build, noise_boxes, views_of, with_asked_gap, write_cases

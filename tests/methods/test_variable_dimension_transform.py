@@ -27,7 +27,7 @@ from tests.datasets import KINDS
 from tests.images import make_images
 from tests.methods.helpers import CPU, OFF
 from tests.networks.test_backbone import network
-from tests.training.test_trainer import pretrain, trainer_for
+from tests.training.pretraining.test_trainer import pretrain, trainer_for
 
 Data = Callable[[str], Environment]
 

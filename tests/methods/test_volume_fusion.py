@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from nnssl_ext.losses.segmentation import IGNORE
+from nnssl_ext.losses.dense import IGNORE
 from nnssl_ext.methods.volume_fusion import VolumeFusion, VolumeFusionSettings
-from nnssl_ext.views import slabs
 from nnssl_ext.views.appearance import IntensitySettings
+from nnssl_ext.views.cpu import chunks as slabs
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from tests.methods.helpers import CPU, OFF, SIZE, batch_of, build, views_of, write_cases
 

@@ -14,8 +14,8 @@ from nnssl_ext import checkpoint
 from nnssl_ext.networks.backbone import backbone_of
 from tests.conftest import Environment
 from tests.networks.test_backbone import KINDS, network
-from tests.training.test_distributed import free_port, one_rank
-from tests.training.test_trainer import pretrain, trainer_for
+from tests.training.distributed.test_ranks import free_port, one_rank
+from tests.training.pretraining.test_trainer import pretrain, trainer_for
 
 Data = Callable[[str], Environment]
 TRAINER = "nnsslTrainer_VolumeFusion"

@@ -1,6 +1,6 @@
-from nnssl_ext.networks.pct_net import PCTNet
+from nnssl_ext.networks.architectures.pct_net import PCTNet
+from nnssl_ext.networks.architectures.vit import ViTUNETR
 from nnssl_ext.networks.strides import halving_strides
-from nnssl_ext.networks.vit import ViTUNETR
 
 
 def test_a_thick_axis_waits_until_the_others_have_caught_up() -> None:

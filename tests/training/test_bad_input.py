@@ -11,7 +11,7 @@ import torch
 
 from nnssl_ext.errors import UserError
 from tests.conftest import Environment
-from tests.training.test_trainer import pretrain
+from tests.training.pretraining.test_trainer import pretrain
 
 Data = Callable[[str], Environment]
 

@@ -11,12 +11,12 @@ import pytest
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
-from nnssl_ext.training.trainer import PretrainingTrainer
+from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from tests.conftest import Environment
-from tests.data.test_steady import fault
+from tests.data.test_loader import fault
+from tests.training.pretraining.test_trainer import TRAINER, pretrain
+from tests.training.run.test_interruption import same_run
 from tests.training.test_bad_input import cases, replace_case
-from tests.training.test_interruption import same_run
-from tests.training.test_trainer import TRAINER, pretrain
 
 Data = Callable[[str], Environment]
 RUN = {"epochs": 2, "iterations_per_epoch": 4, "save_every": 1}
@@ -24,7 +24,7 @@ RUN = {"epochs": 2, "iterations_per_epoch": 4, "save_every": 1}
 
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nnssl_ext.training.log.PretrainingLog.plot_progress_png", lambda *_: None)
+    monkeypatch.setattr("nnssl_ext.training.pretraining.log.PretrainingLog.plot_progress_png", lambda *_: None)
 
 
 def log_of(fold: Path) -> str:

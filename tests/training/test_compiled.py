@@ -10,9 +10,9 @@ from torch._dynamo.utils import counters
 
 from nnssl_ext import checkpoint
 from nnssl_ext.methods import METHODS
-from nnssl_ext.training.trainer import PretrainingTrainer
+from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from tests.conftest import Environment
-from tests.training.test_trainer import pretrain
+from tests.training.pretraining.test_trainer import pretrain
 
 Data = Callable[[str], Environment]
 RUN = {"epochs": 1, "iterations_per_epoch": 5, "validation_iterations": 2, "precision": "float32"}
@@ -23,7 +23,7 @@ def test_compiled_it_learns_the_same_and_stays_compiled(
     with_data: Data, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     # most of these runs' time
-    monkeypatch.setattr("nnssl_ext.training.log.PretrainingLog.plot_progress_png", lambda *_: None)
+    monkeypatch.setattr("nnssl_ext.training.pretraining.log.PretrainingLog.plot_progress_png", lambda *_: None)
     environment, trainer = with_data("plain"), METHODS[method].trainer
     environment.write_plans("plain", "eager", RUN)
     environment.write_plans("plain", "compiled", RUN)

@@ -14,11 +14,12 @@ from nnunetv2.run.run_training import run_training
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
-from nnssl_ext.training.finetune import nnsslTrainer_Finetune
-from nnssl_ext.training.run_folder import LATEST, LOCK, locked
+from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
+from nnssl_ext.training.run.folder import LATEST, LOCK, locked
 from tests.conftest import Environment
 from tests.datasets import dataset_name
-from tests.training.test_finetune import NAME, tune
+from tests.training.finetuning.test_trainer import NAME, tune
+from tests.training.run.test_folder import _hold, no_checkpoint_fits, truncate
 from tests.training.test_finetune_survives import (
     RUN,
     WORDS,
@@ -29,7 +30,6 @@ from tests.training.test_finetune_survives import (
     signal_at,
     training_only,
 )
-from tests.training.test_run_folder import _hold, no_checkpoint_fits, truncate
 
 Data = Callable[[str], Environment]
 CPU, VALIDATION = torch.device("cpu"), nnsslTrainer_Finetune.perform_actual_validation

@@ -15,11 +15,11 @@ import torch
 from nnssl_ext import checkpoint
 from nnssl_ext.environment import commands_path
 from nnssl_ext.errors import UserError
-from nnssl_ext.training import seeded
-from nnssl_ext.training.finetune import nnsslTrainer_Finetune
-from nnssl_ext.training.run_folder import HOLDER, LATEST, LOCK, PREVIOUS
+from nnssl_ext.training.finetuning import loaders as seeded
+from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
+from nnssl_ext.training.run.folder import HOLDER, LATEST, LOCK, PREVIOUS
 from tests.conftest import Environment
-from tests.training.test_finetune import NAME, final, kill_at, tune
+from tests.training.finetuning.test_trainer import NAME, final, kill_at, tune
 
 Data = Callable[[str], Environment]
 RUN = {"steps": 8, "steps_per_epoch": 3, "validation_iterations": 1, "save_every": 1, "snapshots": [2, 4]}

@@ -9,9 +9,9 @@ import torch
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import METHODS
-from nnssl_ext.training.trainer import PretrainingTrainer
+from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from tests.conftest import Environment
-from tests.training.test_trainer import TRAINER, pretrain
+from tests.training.pretraining.test_trainer import TRAINER, pretrain
 
 Data = Callable[[str], Environment]
 RUN = {"epochs": 5, "iterations_per_epoch": 3, "save_every": 2}

@@ -11,9 +11,9 @@ from dynamic_network_architectures.architectures.primus import Primus
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
-from nnssl_ext.transfer.apply import Target
 from nnssl_ext.transfer.names import canonical_weights
 from nnssl_ext.transfer.source import Geometry, Source
+from nnssl_ext.transfer.transfer import Target
 from tests.datasets import architecture
 
 MILLIMETRE = (1.0, 1.0, 1.0)

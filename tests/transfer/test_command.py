@@ -16,10 +16,10 @@ from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
 from nnssl_ext.transfer.names import canonical_weights
 from nnssl_ext.transfer.read import read_source
-from nnssl_ext.transfer.write import build_target, destination
+from nnssl_ext.transfer.target import build_target, destination
 from tests.conftest import REPOSITORY, Environment
 from tests.datasets import _NUMBERS, KINDS, make_plans
-from tests.training.test_trainer import pretrain
+from tests.training.pretraining.test_trainer import pretrain
 from tests.transfer.files import nnssl_file, resnet18, stock_file
 from tests.transfer.helpers import planned
 

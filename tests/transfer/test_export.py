@@ -17,7 +17,7 @@ from nnssl_ext.methods import METHODS
 from nnssl_ext.provenance import hardware
 from nnssl_ext.transfer.read import read_source
 from tests.conftest import Environment
-from tests.training.test_trainer import pretrain
+from tests.training.pretraining.test_trainer import pretrain
 from tests.transfer.test_command import stock_network, transferred
 
 Data = Callable[[str], Environment]

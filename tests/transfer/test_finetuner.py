@@ -8,7 +8,7 @@ import torch
 from nnssl_ext.transfer.read import read_source
 from tests.conftest import Environment
 from tests.datasets import make_plans
-from tests.training.test_finetune import NAME, RUN, tune
+from tests.training.finetuning.test_trainer import NAME, RUN, tune
 from tests.transfer.files import stock_file
 from tests.transfer.test_command import transferred
 

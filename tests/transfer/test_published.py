@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnssl_ext.networks.pct_net import STRIDES, PCTNet
-from nnssl_ext.networks.vit import ViTUNETR
+from nnssl_ext.networks.architectures.pct_net import STRIDES, PCTNet
+from nnssl_ext.networks.architectures.vit import ViTUNETR
 from nnssl_ext.transfer.adaptations import input_channels, positions
-from nnssl_ext.transfer.apply import Target, transfer
 from nnssl_ext.transfer.read import read_source
 from nnssl_ext.transfer.report import ADAPTED, COPIED, LEFT
-from tests.networks.test_pct_net import SMALL, published_layout
-from tests.networks.test_vit import encoder_layout
+from nnssl_ext.transfer.transfer import Target, transfer
+from tests.networks.architectures.test_pct_net import SMALL, published_layout
+from tests.networks.architectures.test_vit import encoder_layout
 
 MILLIMETRE = (1.0, 1.0, 1.0)
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from nnssl_ext.transfer.apply import transfer
 from nnssl_ext.transfer.names import canonical_name
 from nnssl_ext.transfer.read import read_source
 from nnssl_ext.transfer.report import LEFT
+from nnssl_ext.transfer.transfer import transfer
 from tests.transfer.files import resnet18
 from tests.transfer.helpers import planned, target
 

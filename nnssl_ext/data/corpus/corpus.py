@@ -1,0 +1,275 @@
+"""A pretraining data set without labels, preprocessed like another data set's plans say.
+
+What is written is an ordinary preprocessed nnU-Net data set, so that stock ``nnUNetv2_train`` pretrains on it and the
+checkpoint fits the other data set as it is. Cases appear whole or not at all; a second call adds what is new.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tqdm import tqdm
+
+from nnssl_ext.data.cases import list_cases
+from nnssl_ext.data.corpus.manifest import DUPLICATE, KEPT, UNUSABLE, VERSION, Entry, Manifest
+from nnssl_ext.data.corpus.preparation import NotWrittenError, Prepared, Target, prepare, start_worker
+from nnssl_ext.data.corpus.sources import Item
+from nnssl_ext.data.index import CaseIndex, CaseRecord
+from nnssl_ext.errors import UserError
+from nnssl_ext.files import lock_file
+from nnssl_ext.recipe import read_json, write_json
+
+#: Least seconds between two writings of manifest and index while cases are made: what a killed call does again.
+KEEP_SECONDS = 60
+#: Part of the time that these writings may take, which grow with the corpus.
+KEEP_SHARE = 0.05
+#: Files that are named when too many are of no use.
+SHOWN = 20
+#: Of a corpus's dataset.json: the data set whose network is pretrained.
+TARGET_KEY = "nnssl_ext_target"
+#: What of a configuration decides how a case looks after preprocessing.
+PREPROCESSING = (
+    "preprocessor_name",
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+)
+#: The same of the plans.
+PLAN_WIDE = ("transpose_forward", "image_reader_writer", "foreground_intensity_properties_per_channel")
+
+
+@dataclass
+class Corpus:
+    """A corpus and the data set it is made like.
+
+    Args:
+        folder: ``nnUNet_preprocessed/DatasetXXX_NAME``.
+        like: The target's folder there.
+        plans: Name of the target's plans.
+        configuration: Of the plans; 3-D.
+        processes: Worker processes; 1 works in this one.
+    """
+
+    folder: Path
+    like: Path
+    plans: str
+    configuration: str
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        self._plans = read_json(self.like / f"{self.plans}.json")
+        known = self._plans["configurations"]
+        if self.configuration not in known:
+            raise UserError(
+                f"plans {self.plans} of {self.like.name} have no '{self.configuration}'; they have {', '.join(known)}"
+            )
+        manager = PlansManager(self._plans).get_configuration(self.configuration)
+        if len(manager.patch_size) != 3 or manager.previous_stage_name is not None:
+            raise UserError(f"configuration '{self.configuration}' is 2-D or a cascade stage; give 3d_fullres")
+        self._configuration = manager.configuration
+        self.data = self.folder / manager.data_identifier
+        self.target_json = read_json(self.like / "dataset.json")
+        if self.folder.exists() and not (self.folder / "corpus.json").is_file() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} exists and is no corpus; give another -d and -n")
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the target's channels."""
+        names = self.target_json.get("channel_names") or self.target_json["modality"]
+        return tuple(names[key] for key in sorted(names, key=int))
+
+    @property
+    def normalization(self) -> list[str]:
+        """The plan's schemes, one per channel."""
+        return self._configuration["normalization_schemes"]
+
+    def add(self, items: Sequence[Item], max_failures: float, retry: bool = False) -> Manifest:
+        """Preprocess the items that are not in the corpus yet.
+
+        Args:
+            items: Of all sources.
+            max_failures: Percentage of volumes that may be of no use.
+            retry: Read again what was of no use.
+
+        Raises:
+            UserError: If more are; the cases made by then stay, and a later call goes on from them.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with lock_file(self.folder / ".nnssl_ext_corpus.lock", f"the corpus {self.folder.name}"):
+            manifest = Manifest.load(self.folder / "corpus.json", self._head())
+            manifest.write()
+            scratch = self.folder / "nnssl_ext_unfinished"
+            shutil.rmtree(scratch, ignore_errors=True)  # what a killed call left
+            self.data.mkdir(exist_ok=True)
+            scratch.mkdir()
+            try:
+                self._fill(manifest, items, scratch, max_failures, retry)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+            if not manifest.counts()[KEPT]:
+                raise UserError(f"no volume of the sources can be used; {self.folder / 'corpus.json'} says why")
+            self._describe(self.folder, manifest)
+        return manifest
+
+    def _fill(self, manifest: Manifest, items: Sequence[Item], scratch: Path, max_failures: float, retry: bool) -> None:
+        cases = set(list_cases(self.data))
+        new = [item for item in items if not manifest.knows(item, cases, retry)]
+        known = {item.files for item in items} - {item.files for item in new}
+        limit = Limit(max_failures, len(items))
+        for files in known:
+            limit.count(manifest.entries[files])
+        for item in new:
+            for case in manifest.forget(item):
+                self._remove(case)
+        limit.check()
+        target = self._target(manifest, scratch)
+        records: dict[str, CaseRecord] = {}
+        keep_at = time.monotonic() + KEEP_SECONDS
+        bar = tqdm(total=len(new), desc="Preprocessing", unit="file", disable=not new or not sys.stderr.isatty())
+        try:
+            with bar:
+                for results in self._results(new, target):
+                    for result in results:
+                        self._take(manifest, result, records)
+                    limit.count([result.entry for result in results])
+                    bar.update()
+                    limit.check()
+                    if (begin := time.monotonic()) > keep_at:
+                        self._keep(manifest, records)
+                        end = time.monotonic()
+                        keep_at = end + max(KEEP_SECONDS, (end - begin) / KEEP_SHARE)
+        finally:
+            self._keep(manifest, records)
+        for case in set(list_cases(self.data)) - manifest.cases():  # of a killed call whose files have changed since
+            self._remove(case)
+
+    def _target(self, manifest: Manifest, scratch: Path) -> Target:
+        """What the workers read, written once."""
+        self._describe(scratch, manifest)
+        contents = scratch / "contents.json"
+        write_json(manifest.contents(), contents)
+        plans, dataset_json = scratch / f"{self.plans}.json", scratch / "dataset.json"
+        return Target(plans, self.configuration, dataset_json, scratch, contents)
+
+    def _results(self, items: Sequence[Item], target: Target) -> Iterator[list[Prepared]]:
+        """What became of each item, in the items' order, so that of duplicates the first is kept."""
+        work = partial(prepare, target=target)
+        pool = None
+        try:
+            if self.processes == 1 or len(items) < 2:
+                yield from map(work, items)
+            else:
+                pool = ProcessPoolExecutor(self.processes, get_context("spawn"), start_worker)
+                yield from pool.map(work, items)
+        except NotWrittenError as error:
+            raise UserError(f"{error}; make room and call again, it goes on where it stopped") from error
+        except (BrokenProcessPool, MemoryError) as error:
+            raise UserError(
+                "a worker process was ended, most likely for want of memory; call again with a smaller -np, it goes "
+                "on where it stopped"
+            ) from error
+        finally:
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+
+    def _take(self, manifest: Manifest, result: Prepared, records: dict[str, CaseRecord]) -> None:
+        """Move a prepared case to its place, unless its content is there already."""
+        entry = result.entry
+        twin = manifest.case_of(entry.content) if entry.status == KEPT else ""
+        if twin:
+            entry.status, entry.reason, entry.case = DUPLICATE, f"same content as case {twin}", ""
+        elif result.folder is not None and result.record is not None:
+            # the data last: a case is one when its data is there
+            for suffix in (".pkl", "_seg.b2nd", ".b2nd"):
+                name = f"{entry.case}{suffix}"
+                (result.folder / name).replace(self.data / name)
+            records[entry.case] = result.record
+        if result.folder is not None:
+            shutil.rmtree(result.folder)
+        manifest.add(entry)
+
+    def _keep(self, manifest: Manifest, records: dict[str, CaseRecord]) -> None:
+        manifest.write()
+        CaseIndex.build(self.data, known=records)
+        records.clear()
+
+    def _remove(self, case: str) -> None:
+        for suffix in (".b2nd", "_seg.b2nd", ".pkl"):
+            (self.data / f"{case}{suffix}").unlink(missing_ok=True)
+
+    def _head(self) -> dict:
+        preprocessing = {key: self._configuration[key] for key in PREPROCESSING}
+        preprocessing |= {key: self._plans[key] for key in PLAN_WIDE}
+        head = {
+            "version": VERSION,
+            "target": self.like.name,
+            "plans": self.plans,
+            "configuration": self.configuration,
+            "preprocessing": preprocessing,
+        }
+        return json.loads(json.dumps(head))
+
+    def _describe(self, folder: Path, manifest: Manifest) -> None:
+        """Write the files beside the cases that stock nnU-Net expects."""
+        labels = {key: self.target_json[key] for key in ("labels", "regions_class_order") if key in self.target_json}
+        dataset_json = {
+            "name": self.folder.name,
+            "description": f"images without labels, preprocessed like {self.like.name}, made by nnssl_ext corpus",
+            "channel_names": {str(number): name for number, name in enumerate(self.channels)},
+            # the target's: some networks depend on the number of classes, and the checkpoint is for the target
+            **labels,
+            "numTraining": manifest.counts()[KEPT],
+            "file_ending": self.target_json["file_ending"],
+            TARGET_KEY: self.like.name,
+        }
+        properties = self._plans["foreground_intensity_properties_per_channel"]
+        write_json(dataset_json, folder / "dataset.json")
+        write_json({**self._plans, "dataset_name": self.folder.name}, folder / f"{self.plans}.json")
+        fingerprint = {"foreground_intensity_properties_per_channel": properties}
+        write_json(fingerprint, folder / "dataset_fingerprint.json")
+
+
+class Limit:
+    """How many volumes may be of no use.
+
+    Args:
+        percent: Of all volumes.
+        items: How many items there are in all, read or not. One may hold several volumes, as a DICOM folder does: the
+            number of volumes is projected from the items that were read.
+    """
+
+    def __init__(self, percent: float, items: int) -> None:
+        self.percent, self.items = percent, items
+        self.read = self.volumes = 0
+        self.unusable: list[Entry] = []
+
+    def count(self, entries: Sequence[Entry]) -> None:
+        """Take note of what became of one item."""
+        self.read += 1
+        self.volumes += len(entries)
+        self.unusable += [entry for entry in entries if entry.status == UNUSABLE]
+
+    def check(self) -> None:
+        """Raises UserError, and lists them, when there are too many."""
+        total = round(self.volumes * self.items / max(1, self.read))
+        if len(self.unusable) <= self.percent / 100 * total:
+            return
+        for entry in self.unusable[:SHOWN]:
+            print(f"  {entry}", file=sys.stderr)
+        raise UserError(
+            f"{len(self.unusable)} of {total} volumes cannot be used, more than --max-failures {self.percent:g}; mend "
+            f"or remove them, or allow more; a later call goes on from what was made so far"
+        )

@@ -1,0 +1,290 @@
+"""A vision transformer for volumes, and the segmentation network that plans can name around it.
+
+The encoder is the one of Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv 2010.11929, in the form
+and with the tensor names of Oquab et al., "DINOv2", TMLR 2024, arXiv 2304.07193: pre-norm blocks, LayerScale,
+drop-path, a CLS token, learned absolute positions. The decoder is UNETR's (``nnssl_ext.networks.architectures.unetr``).
+
+B batch, C channel, D H W voxels, d h w tokens per axis, N = d h w tokens, E width of a token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+from nnssl_ext.networks.activation_checkpointing import checkpoint_activations
+from nnssl_ext.networks.architectures.unetr import UNETRDecoder
+from nnssl_ext.networks.base import triple
+from nnssl_ext.networks.strides import halving_strides
+
+EPSILON = 1e-6
+#: Blocks in groups, as large models are published: group and number.
+CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.")
+#: Four halvings: cubes of 16 voxels.
+STRIDES = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2))
+
+
+class Attention(nn.Module):
+    """Self-attention among all tokens: (B, N, E) -> (B, N, E)."""
+
+    def __init__(self, *, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value)  # (B, heads, N, E / heads)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class LayerScale(nn.Module):
+    """A factor per feature, small at first: deep transformers start near the identity (Touvron et al., ICCV 2021)."""
+
+    def __init__(self, *, width: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), initial))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens * self.gamma
+
+
+class Block(nn.Module):
+    """Attention and a two-layer perceptron, each beside its input: (B, N, E) -> (B, N, E)."""
+
+    def __init__(self, *, width: int, heads: int, mlp_ratio: float, layer_scale: float, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=EPSILON)
+        self.attn = Attention(width=width, heads=heads)
+        self.ls1 = LayerScale(width=width, initial=layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=EPSILON)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.ls2 = LayerScale(width=width, initial=layer_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.drop_path(self.ls1(self.attn(self.norm1(tokens))))
+        return tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens))))
+
+
+class PatchEmbed(nn.Module):
+    """Disjoint patches of voxels, each one token: (B, C, D, H, W) -> (B, N, E)."""
+
+    def __init__(self, *, input_channels: int, width: int, patch: Sequence[int]) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(input_channels, width, triple(patch), triple(patch))
+
+    def forward(self, image: Tensor) -> Tensor:
+        # what the convolution computes, as one matrix product: faster, above all backwards
+        grid = [edge // step for edge, step in zip(image.shape[2:], self.proj.stride, strict=True)]
+        cut = [size for pair in zip(grid, self.proj.stride, strict=True) for size in pair]
+        patches = image.unflatten(4, cut[4:]).unflatten(3, cut[2:4]).unflatten(2, cut[:2])
+        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # (B, N, C voxels)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class VisionTransformer(nn.Module):
+    """Tokens of a volume; the first is the CLS token.
+
+    Args:
+        input_channels: C.
+        patch: Edges of a token's voxels.
+        width: E.
+        depth: Number of blocks.
+        heads: Attention heads of a block.
+        mlp_ratio: Width of a block's perceptron, in E.
+        layer_scale: Initial LayerScale.
+        drop_path: Chance that a block's branch is left out for a sample while training.
+        position_grid: Token grid that the learned positions belong to; another grid resizes them trilinearly.
+        checkpointing: Compute blocks again in the backward pass; ``nnssl_ext.activation_checkpointing`` does so for
+            the decoder too, and for every network.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_channels: int,
+        patch: Sequence[int],
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        layer_scale: float = 1e-5,
+        drop_path: float = 0.0,
+        position_grid: Sequence[int] = (7, 7, 7),
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"embed_dim {width} is no multiple of num_heads {heads}; choose others")
+        self.patch = tuple(patch)
+        self.position_grid = tuple(position_grid)
+        self.patch_embed = PatchEmbed(input_channels=input_channels, width=width, patch=patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + int(np.prod(self.position_grid)), width))
+        # no image shows hidden tokens while segmenting: an objective that hides some puts it into the training
+        self.mask_token = nn.Parameter(torch.zeros(1, width), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(width=width, heads=heads, mlp_ratio=mlp_ratio, layer_scale=layer_scale, drop_path=drop_path)
+            for _ in range(depth)
+        )
+        if checkpointing:
+            checkpoint_activations(self.blocks)
+        self.norm = nn.LayerNorm(width, eps=EPSILON)
+        self._initialise()
+
+    def grid(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Tokens per axis of an image with these edges."""
+        return tuple(edge // stride for edge, stride in zip(size, self.patch, strict=True))
+
+    def positions(self, grid: Sequence[int]) -> Tensor:
+        """(1, 1 + N, E) learned positions of a token grid; as they are on the grid they were made for."""
+        if tuple(grid) == self.position_grid:
+            return self.pos_embed
+        cls, places = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        volume = places.transpose(1, 2).unflatten(2, self.position_grid)
+        resized = F.interpolate(volume.float(), size=tuple(grid), mode="trilinear", align_corners=False)
+        return torch.cat([cls, resized.flatten(2).transpose(1, 2).to(cls.dtype)], 1)
+
+    def embed(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the first block sees: (B, C, D, H, W), mask (B, N) bool, true where hidden -> (B, 1 + N, E)."""
+        tokens = self.patch_embed(image)
+        if mask is not None:
+            tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)
+        cls = self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1)
+        return torch.cat([cls, tokens], 1) + self.positions(self.grid(image.shape[2:]))
+
+    def layers(self, image: Tensor, after: Sequence[int], mask: Tensor | None = None) -> list[Tensor]:
+        """Tokens (B, 1 + N, E) after so many blocks each, ascending; those after all blocks are normed."""
+        tokens, found = self.embed(image, mask), []
+        for number, block in enumerate(self.blocks, 1):
+            tokens = block(tokens)
+            if number in after:
+                found.append(self.norm(tokens) if number == len(self.blocks) else tokens)
+        return found
+
+    def forward(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, C, D, H, W), mask (B, N) bool -> (B, 1 + N, E), normed."""
+        return self.layers(image, [len(self.blocks)], mask)[0]
+
+    def _initialise(self) -> None:
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+
+class ViTUNETR(nn.Module):
+    """Vision transformer and UNETR decoder; plans name it as ``nnssl_ext.networks.architectures.vit.ViTUNETR``.
+
+    Hatamizadeh et al., "UNETR", WACV 2022, arXiv 2103.10504. The decoder reads tokens after equal shares of the blocks:
+    1/4, 1/2, 3/4 and all of them with four halvings. Its heads are ``decoder.seg_layers``, which stock nnU-Net does
+    not transfer. No tensor depends on the size of the patch.
+
+    Args:
+        input_channels: C.
+        num_classes: Channels of an output.
+        deep_supervision: Return all outputs, full resolution first.
+        strides: Strides from stage to stage, the first (1, 1, 1); a token's voxels are their product. Each is 1 or 2.
+        embed_dim, depth, num_heads, mlp_ratio, layer_scale, drop_path, position_grid, checkpointing: Of the encoder.
+        decoder_features: Channels of the decoder at full resolution.
+
+    Raises:
+        ValueError: For strides or widths that fit no network, in one line.
+
+    Example:
+        ``ViTUNETR(input_channels=1, num_classes=3)(torch.zeros(1, 1, 96, 96, 96))`` are four outputs.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_channels: int,
+        num_classes: int,
+        deep_supervision: bool = True,
+        strides: Sequence[Sequence[int]] = STRIDES,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        layer_scale: float = 1e-5,
+        drop_path: float = 0.1,
+        position_grid: Sequence[int] = (7, 7, 7),
+        checkpointing: bool = False,
+        decoder_features: int = 16,
+    ) -> None:
+        super().__init__()
+        self.strides = checked_strides(strides, depth)
+        self.backbone = VisionTransformer(
+            input_channels=input_channels,
+            patch=np.prod(self.strides, axis=0).tolist(),
+            width=embed_dim,
+            depth=depth,
+            heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            layer_scale=layer_scale,
+            drop_path=drop_path,
+            position_grid=position_grid,
+            checkpointing=checkpointing,
+        )
+        levels = len(self.strides) - 1
+        self.read = [depth * (level + 1) // levels for level in range(levels)]
+        self.decoder = UNETRDecoder(
+            input_channels=input_channels,
+            num_classes=num_classes,
+            width=embed_dim,
+            strides=self.strides,
+            features=decoder_features,
+            deep_supervision=deep_supervision,
+        )
+        # where nnU-Net's own transfer of encoders finds what
+        self.key_to_encoder, self.key_to_stem = "backbone", "backbone.patch_embed"
+        self.keys_to_in_proj, self.key_to_lpe = ["backbone.patch_embed.proj"], "backbone.pos_embed"
+
+    @staticmethod
+    def strides_for(spacing: Sequence[float]) -> list[list[int]]:
+        """The strides that suit data of this spacing: tokens of 16 voxels, of fewer along a thick axis."""
+        return halving_strides(spacing, len(STRIDES) - 1)
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        """(B, C, D, H, W) -> (B, classes, D, H, W), or one such output per resolution."""
+        size = image.shape[2:]
+        if any(edge % stride for edge, stride in zip(size, self.backbone.patch, strict=True)):
+            raise ValueError(f"image edges {tuple(size)} are no multiples of the token's {self.backbone.patch}")
+        tokens = self.backbone.layers(image, self.read)
+        return self.decoder(image, [as_map(layer[:, 1:], self.backbone.grid(size)) for layer in tokens])
+
+
+def as_map(tokens: Tensor, grid: Sequence[int]) -> Tensor:
+    """(B, N, E) -> (B, E, d, h, w)."""
+    return tokens.transpose(1, 2).unflatten(2, tuple(grid))
+
+
+def checked_strides(strides: Sequence[Sequence[int]], depth: int) -> tuple[tuple[int, ...], ...]:
+    """Strides as tuples, if a network of so many blocks can be built on them."""
+    checked = tuple(tuple(step) for step in strides)
+    if len(checked) < 3 or checked[0] != (1, 1, 1) or any(set(step) - {1, 2} or len(step) != 3 for step in checked):
+        raise ValueError(f"strides must be [1, 1, 1] and two or more triples of 1 or 2, got {list(map(list, checked))}")
+    if depth < len(checked) - 1:
+        raise ValueError(f"depth {depth} is less than the {len(checked) - 1} layers the decoder reads; make it larger")
+    return checked
+
+
+def from_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder of a published self-distillation's network, under the names of ``VisionTransformer``.
+
+    Args:
+        weights: Names start with ``backbone.``, other names (the objective's heads) are left out; blocks are numbered
+            through, or in groups whose blocks are numbered through (``blocks.1.6.``).
+    """
+    encoder = {name[len("backbone.") :]: tensor for name, tensor in weights.items() if name.startswith("backbone.")}
+    return {CHUNKED.sub(r"blocks.\1.", name): tensor for name, tensor in encoder.items()}

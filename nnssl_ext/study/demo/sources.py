@@ -1,0 +1,105 @@
+"""Where a demonstration's data comes from: the phantom, or a task of the Medical Segmentation Decathlon."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from nnssl_ext.errors import UserError
+from nnssl_ext.recipe import write_json
+from nnssl_ext.study.decathlon.tasks import convert_task, task_of_path, unpack
+from nnssl_ext.study.demo.phantom import PhantomOptions, write_phantom
+
+#: Test cases taken from a Decathlon task: a fifth of its labelled cases, and no more than this.
+MOST_TEST_CASES = 6
+
+
+class Source(ABC):
+    """A raw data set with its splits_final.json, which stock planning takes over.
+
+    Fold 0 is for fine-tuning, fold 1 for pretraining; both spare the test cases.
+    """
+
+    title: str
+    dataset: str
+    labelled: int
+
+    @abstractmethod
+    def write_raw(self, root: Path, scratch: Path) -> None:
+        """Make the raw data set in an nnUNet_raw folder; ``scratch`` is a folder for intermediate files."""
+
+    @property
+    def number(self) -> str:
+        """The data set's number, as nnU-Net's commands take it."""
+        return str(int(self.dataset[7:10]))
+
+
+@dataclass
+class PhantomSource(Source):
+    """The phantom, as data set 900."""
+
+    options: PhantomOptions
+    title = "the phantom"
+    dataset = "Dataset900_Phantom"
+
+    @property
+    def labelled(self) -> int:  # type: ignore[override]
+        return self.options.labelled
+
+    def write_raw(self, root: Path, scratch: Path) -> None:
+        total = self.options.cases
+        # made elsewhere and moved: an interrupted run leaves no half data set
+        unfinished = scratch / self.dataset
+        with tqdm(total=total, desc="Making cases", leave=False, disable=not sys.stderr.isatty()) as bar:
+            write_phantom(unfinished, self.options, lambda done, _: bar.update(done - bar.n))
+        unfinished.rename(root / self.dataset)
+
+
+@dataclass
+class DecathlonSource(Source):
+    """A Decathlon task from its folder or tar file, of which only a few cases count as labelled.
+
+    Args:
+        path: ``TaskXX_NAME`` or ``TaskXX_NAME.tar``.
+        labelled: Cases that fine-tuning sees.
+        seed: Of the split.
+    """
+
+    path: Path
+    labelled: int = 6
+    seed: int = 0
+
+    @cached_property
+    def task(self) -> str:
+        return task_of_path(self.path)
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        return f"the Decathlon's {self.task}"
+
+    @property
+    def dataset(self) -> str:  # type: ignore[override]
+        return f"Dataset{int(self.task[4:6]):03d}_{self.task[7:]}"
+
+    def write_raw(self, root: Path, scratch: Path) -> None:
+        source = unpack(self.path, self.task, scratch) if self.path.is_file() else self.path
+        convert_task(source, root, scratch)
+        write_json(self._splits(root / self.dataset), root / self.dataset / "splits_final.json")
+
+    def _splits(self, raw: Path) -> list[dict[str, list[str]]]:
+        cases = sorted(path.name.removesuffix(".nii.gz") for path in (raw / "labelsTr").glob("*.nii.gz"))
+        test = min(MOST_TEST_CASES, len(cases) // 5)
+        if test < 1 or self.labelled < 1 or self.labelled + test >= len(cases):
+            raise UserError(f"{self.path} has {len(cases)} labelled cases: too few for {self.labelled} and a test set")
+        order = [cases[i] for i in np.random.default_rng(self.seed).permutation(len(cases))]
+        held_out, rest = sorted(order[:test]), order[test:]
+        return [
+            {"train": sorted(rest[: self.labelled]), "val": held_out},
+            {"train": sorted(rest), "val": held_out},
+        ]

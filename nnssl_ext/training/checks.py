@@ -1,0 +1,233 @@
+"""Everything that can be wrong before the first step, found before anything is written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnssl_ext.data.cases import shorten
+from nnssl_ext.data.images import ImageFolder
+from nnssl_ext.data.index import CaseIndex
+from nnssl_ext.environment import worker_count
+from nnssl_ext.errors import UserError
+from nnssl_ext.methods import SCHEMAS, Geometry, Method
+from nnssl_ext.networks.backbone import Backbone, backbone_of
+from nnssl_ext.networks.target import target_network
+from nnssl_ext.recipe import read_json
+from nnssl_ext.settings import PLANS_KEY, CommonSettings, split_sections
+from nnssl_ext.training.distributed.ranks import rank, world
+from nnssl_ext.training.distributed.store import from_the_first
+
+#: nnU-Net's numbered folds split into five parts.
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run whose input has been looked at.
+
+    Attributes:
+        common: Settings that all methods share.
+        settings: The method's settings.
+        geometry: Crop, spacing and channels.
+        batch_size: Samples a step over all processes.
+        index: The cases.
+        training_cases: How many of them this fold trains on.
+        images: The 2-D images, for methods that learn from them.
+    """
+
+    common: CommonSettings
+    settings: Any
+    geometry: Geometry
+    batch_size: int
+    index: CaseIndex
+    training_cases: int
+    images: ImageFolder | None = None
+
+
+def check_run(
+    method: type[Method],
+    plans: dict,
+    configuration: str,
+    fold: int | str,
+    dataset_json: dict,
+    device: torch.device,
+) -> Checked:
+    """Check plans, settings, network, cases and folders of one run.
+
+    Raises:
+        UserError: One line about the first thing that cannot work.
+    """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device was found; use -device cpu")
+    common, settings, geometry, batch_size = check_plans(method, plans, configuration, dataset_json)
+    if batch_size < world():
+        raise UserError(
+            f"batch size {batch_size} is smaller than the number of GPUs ({world()}); use fewer GPUs, or plan a larger "
+            f"batch_size"
+        )
+
+    manager = PlansManager(plans)
+    base = Path(str(nnUNet_preprocessed)) / manager.dataset_name
+    folder = base / manager.get_configuration(configuration).data_identifier
+    index = _index(folder, geometry.channels, common.most_unreadable)
+    geometry = replace(geometry, case_size=index.common_size())
+    images = _images(method, common) if method.needs_images else None
+    if images is not None:
+        geometry = replace(geometry, image_classes=images.classes, image_chance=images.chance)
+    check_backbone(method, manager, configuration, geometry.channels)
+    fewest = method.crops(settings, geometry).fewest_cases
+    cases = _training_cases(base, index.cases, fold)
+    if cases < fewest:
+        raise UserError(
+            f"{method.title} with these settings needs at least {fewest} training cases, fold {fold} of "
+            f"{manager.dataset_name} has {cases}"
+        )
+    if not nnUNet_results.is_set():
+        raise UserError("nnUNet_results is not set; export it as nnU-Net's documentation says")
+    if rank() == 0:
+        _check_results_folder(Path(str(nnUNet_results)))
+    if world() > 1:
+        dist.barrier()  # nothing is written before all have found everything right
+    return Checked(common, settings, geometry, batch_size, index, cases, images)
+
+
+def check_plans(
+    method: type[Method], plans: dict, configuration: str, dataset_json: dict
+) -> tuple[CommonSettings, Any, Geometry, int]:
+    """The part of ``check_run`` that needs only the plans: settings, geometry and batch size, the network's limits."""
+    where = f"plans {plans['plans_name']}"
+    if configuration not in plans["configurations"]:
+        known = ", ".join(plans["configurations"])
+        raise UserError(f"{where}: unknown configuration '{configuration}'; known: {known}")
+    manager = PlansManager(plans)
+    config = manager.get_configuration(configuration)
+    if len(config.patch_size) != 3:
+        raise UserError(f"configuration '{configuration}' is 2-D; pretraining is 3-D: use 3d_fullres or 3d_lowres")
+    if config.previous_stage_name is not None:
+        raise UserError(
+            f"configuration '{configuration}' is a cascade stage, whose input holds predictions; pretrain 3d_fullres "
+            f"or 3d_lowres instead"
+        )
+    common, sections = split_sections(plans.get(PLANS_KEY, {}), SCHEMAS, where)
+    settings = sections[method.name]
+    channels = determine_num_input_channels(manager, config, dataset_json)
+    with torch.device("meta"):
+        backbone = target_backbone(manager, config, channels, 2)
+    crop_size = tuple(common.crop_size or config.patch_size)
+    batch_size = common.batch_size or config.batch_size
+    geometry = Geometry(crop_size, tuple(config.spacing), channels, tuple(backbone.strides), batch_size=batch_size)
+    problem = backbone.crop_problem(geometry.crop_size)
+    if problem:
+        raise UserError(f"{where}, configuration '{configuration}': {problem}")
+    return common, settings, geometry, batch_size
+
+
+def target_backbone(
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    input_channels: int,
+    outputs: int,
+    checkpointing: bool = False,
+) -> Backbone:
+    """``target_network`` seen as a backbone; a network of unknown kind or wrong arguments is one line."""
+    try:
+        backbone = backbone_of(target_network(plans_manager, configuration_manager, input_channels, outputs))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"plans {plans_manager.plans_name}: {error}") from error
+    if checkpointing:
+        backbone.checkpoint_activations()
+    return backbone
+
+
+def check_backbone(method: type[Method], manager: PlansManager, configuration: str, channels: int) -> None:
+    """One line if the method needs of the network what it has not."""
+    with torch.device("meta"):
+        backbone = target_backbone(manager, manager.get_configuration(configuration), channels, 2)
+    try:
+        method.check_backbone(backbone)
+    except ValueError as error:
+        raise UserError(f"{method.title} cannot pretrain the network of plans {manager.plans_name}: {error}") from error
+
+
+def _images(method: type[Method], common: CommonSettings) -> ImageFolder:
+    if common.images is None:
+        raise UserError(
+            f"{method.title} learns from labelled 2-D images: set nnssl_ext.images to a folder of them, "
+            f"CLASS/IMAGE.png or .jpg (nnssl_ext plan ... images=FOLDER)"
+        )
+    return ImageFolder(Path(common.images))
+
+
+def _index(folder: Path, channels: int, most_unreadable: float) -> CaseIndex:
+    if not folder.is_dir():
+        raise UserError(f"no preprocessed data in {folder}; run nnUNetv2_preprocess or nnUNetv2_plan_and_preprocess")
+    # the first process looks at new cases; the others may not see yet what it wrote to a network file system
+    index = from_the_first("index", lambda: CaseIndex.build(folder, workers=worker_count(), show_progress=True))
+    if not index.cases:
+        raise UserError(f"no case in {folder}; run nnUNetv2_preprocess for this configuration")
+    problems = {
+        case: f"has {found} channels, the plans expect {channels}"
+        for case, found in zip(index.cases, index.channels(), strict=True)
+        if found != channels
+    } | index.problems()
+    if len(problems) > most_unreadable * len(index.cases):
+        listed = shorten(f"case '{case}' {problem}" for case, problem in sorted(problems.items()))
+        raise UserError(
+            f"{folder}: {listed}; preprocess these cases again or remove them (nnssl_ext.most_unreadable="
+            f"{most_unreadable} is the share of cases that a run does without)"
+        )
+    index.left_out = problems
+    return index
+
+
+def _training_cases(base: Path, cases: list[str], fold: int | str) -> int:
+    """How many cases a fold trains on, as nnU-Net will split them."""
+    if fold == "all":
+        return len(cases)
+    splits = base / "splits_final.json"
+    if splits.is_file():
+        content = _read_splits(splits)
+        if int(fold) < len(content):
+            return len(_known(content[int(fold)]["train"], cases, splits))
+    elif len(cases) < FOLDS:
+        raise UserError(f"fold {fold} needs at least {FOLDS} cases, {base.name} has {len(cases)}; use fold 'all'")
+    return int(len(cases) * 0.8)
+
+
+def _read_splits(path: Path) -> list[dict]:
+    content = read_json(path, list)
+    if not all(isinstance(part, dict) and {"train", "val"} <= set(part) for part in content):
+        raise UserError(f"{path} must be a list of objects with 'train' and 'val'")
+    return content
+
+
+def _known(wanted: list[str], cases: list[str], splits: Path) -> list[str]:
+    missing = sorted(set(wanted) - set(cases))
+    if missing:
+        raise UserError(f"{splits} names cases that are not preprocessed: {shorten(missing)}")
+    return wanted
+
+
+def _check_results_folder(folder: Path) -> None:
+    """Fails when nothing could be written there; leaves nothing behind."""
+    nearest = folder
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    try:
+        if not nearest.is_dir():
+            raise NotADirectoryError(20, "is not a folder", str(nearest))
+        handle, name = tempfile.mkstemp(dir=nearest, prefix=".nnssl_ext_")
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        raise UserError(f"nnUNet_results={folder} cannot be written: {nearest}: {error.strerror}") from error

@@ -1,0 +1,218 @@
+"""How much memory of a GPU a training step takes: estimated without one, in seconds, before a run and when it failed.
+
+What is counted is in docs/memory.md. B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor
+
+from nnssl_ext.data.crops import CropBatch
+from nnssl_ext.data.images import ImageRequest
+from nnssl_ext.methods import Geometry, Method
+from nnssl_ext.networks.backbone import Backbone
+from nnssl_ext.settings import PLANS_KEY
+from nnssl_ext.training.checks import check_backbone, check_plans, target_backbone
+from nnssl_ext.training.memory.trace import Shapes, empty, trace_step, without_memory
+from nnssl_ext.training.optimization import STATES
+from nnssl_ext.views.random import VIEWS, BatchRandom
+from nnssl_ext.views.spatial import SourceBox
+
+#: Builds the view of a network with so many outputs; None is as many as the data set has.
+Build = Callable[[int | None], Backbone]
+GIB = 2**30
+#: CUDA's context, the libraries' code and cuDNN's workspaces; not measured, see docs/memory.md.
+RESERVE = 2 * GIB
+#: Of what the step takes: blocks that the allocator holds and cannot use again; not measured.
+FRAGMENTS = 0.1
+#: A step is traced for these batches; between and beyond them bytes lie on a line.
+TRACED = (2, 8)
+#: Classes that an objective on images is taken to tell apart where the folder is not known yet: ImageNet's.
+CLASSES = 1000
+
+
+class Line(NamedTuple):
+    """Bytes as a function of the batch: ``fixed`` and ``each`` a sample."""
+
+    fixed: float
+    each: float
+
+    def at(self, batch: int) -> float:
+        return self.fixed + self.each * batch
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """The memory of a training step, in bytes.
+
+    Attributes:
+        weights: Parameters and buffers, a teacher's included.
+        gradients: Of the parameters that are trained.
+        optimiser: Its state.
+        kept: What the forward pass keeps for the backward pass.
+        moments: What is alive, beside weights and the optimiser's state, when most is: in the forward pass, in the
+            backward pass, after it.
+    """
+
+    weights: int
+    gradients: int
+    optimiser: int
+    kept: Line
+    moments: tuple[Line, ...]
+
+    def allocated(self, batch: int) -> float:
+        """The most that tensors take in a step of so many samples."""
+        return self.weights + self.optimiser + max(moment.at(batch) for moment in self.moments)
+
+    def peak(self, batch: int) -> float:
+        """The same with what is set aside for CUDA, cuDNN and the allocator."""
+        return self.allocated(batch) * (1 + FRAGMENTS) + RESERVE
+
+    def largest_batch(self, limit: float) -> int:
+        """The largest batch whose peak is within ``limit`` bytes; 0 if there is none."""
+        room = (limit - RESERVE) / (1 + FRAGMENTS) - self.weights - self.optimiser
+        if room < max(moment.at(1) for moment in self.moments):
+            return 0
+        return min(int((room - moment.fixed) / moment.each) for moment in self.moments if moment.each > 0)
+
+
+def step_memory(method: type[Method], build: Build, settings: Any, geometry: Geometry, precision: str) -> StepMemory:
+    """Trace a step of a method on a network, on tensors without memory.
+
+    Args:
+        method: What pretrains.
+        build: The view of the network with so many outputs; None is the data set's.
+        settings: The method's own.
+        geometry: Crop, channels and, where known, the cases' size and the images' classes.
+        precision: As in the settings; ``auto`` is that of a GPU, 16 bits.
+
+    Raises:
+        UserError: If the method cannot lay out its patches in cases of this size.
+    """
+    built = build_method(method, build, quiet(method.heaviest(settings)), geometry, torch.device("meta"))
+    one, two = (view_shapes(built, batch) for batch in (1, 2))
+    dtype = None if precision == "float32" else torch.bfloat16
+    with without_memory() as live:
+        empty(built)
+        less, more = (trace_step(built, shapes_at(one, two, batch), live, dtype) for batch in TRACED)
+    trained = _bytes(parameter for parameter in built.parameters() if parameter.requires_grad)
+    return StepMemory(
+        weights=_bytes(built.parameters()) + _bytes(built.buffers()),
+        gradients=trained,
+        optimiser=STATES[built.optimiser().name] * trained,
+        kept=_line(less.kept, more.kept),
+        moments=(
+            _line(less.forward, more.forward),
+            _line(less.backward, more.backward),
+            _line(less.end, more.end),
+        ),
+    )
+
+
+def build_method(method: type[Method], build: Build, settings: Any, geometry: Geometry, device: torch.device) -> Method:
+    """A method in training on a network that is built on ``device``; the generator stays as it was."""
+    if method.needs_images and not geometry.image_classes:
+        geometry = replace(geometry, image_classes=tuple(map(str, range(CLASSES))))
+    # heads draw their initial values
+    with torch.random.fork_rng(devices=[]):
+        with device:
+            backbone = build(method.output_channels(settings, geometry))
+        backbone.set_deep_supervision(method.deep_supervision)
+        return method(backbone, settings, geometry).train()
+
+
+def planned_memory(method: type[Method], plans: dict, configuration: str, dataset: dict, **known: Any) -> StepMemory:
+    """The memory of a step of a run with these plans; arguments and errors are those of ``planned``."""
+    precision = plans.get(PLANS_KEY, {}).get("precision", "auto")
+    return step_memory(method, *planned(method, plans, configuration, dataset, **known), precision)
+
+
+def planned(
+    method: type[Method],
+    plans: dict,
+    configuration: str,
+    dataset: dict,
+    *,
+    geometry: Geometry | None = None,
+    checkpointing: bool | None = None,
+) -> tuple[Build, Any, Geometry]:
+    """How plans build the network, the method's settings, and what it is told of the data.
+
+    Args:
+        method: What pretrains.
+        plans, configuration, dataset: The run's.
+        geometry: Where a run knows more than its plans; by default cases are as large as the plans' median.
+        checkpointing: Instead of the plans' ``activation_checkpointing``.
+
+    Raises:
+        UserError: If the plans cannot be pretrained with, or not by this method.
+    """
+    common, settings, found, _ = check_plans(method, plans, configuration, dataset)
+    manager = PlansManager(plans)
+    config = manager.get_configuration(configuration)
+    check_backbone(method, manager, configuration, found.channels)
+    if geometry is None:
+        depth, height, width = (round(edge) for edge in config.median_image_size_in_voxels)
+        geometry = replace(found, case_size=(depth, height, width))
+    heads = manager.get_label_manager(dataset).num_segmentation_heads
+    twice = common.activation_checkpointing if checkpointing is None else checkpointing
+
+    def build(outputs: int | None) -> Backbone:
+        return target_backbone(manager, config, found.channels, outputs or heads, twice)
+
+    return build, settings, geometry
+
+
+def quiet(settings: Any) -> Any:
+    """Settings without intensity views, which take time and change no shape."""
+    intensity = getattr(settings, "intensity", None)
+    if intensity is None:
+        return settings
+    off = {field.name: 0.0 for field in fields(intensity) if field.name.endswith("_probability")}
+    return replace(settings, intensity=replace(intensity, **off))
+
+
+def view_shapes(method: Method, batch: int) -> Shapes:
+    """Shapes and types of a method's views, which are drawn from noise."""
+    request, indices = method.crops(method.settings, method.geometry), list(range(batch))
+    if isinstance(request, ImageRequest):
+        name = f"{method.geometry.image_classes[0]}/image.png"
+        boxes = [[_box((3, 1, *request.size), name) for _ in indices]]
+    else:
+        boxes = [
+            [_box((method.geometry.channels, *crop.size), f"case {row} {number}") for number in indices]
+            for row, crop in enumerate(request.crops)
+        ]
+    with torch.no_grad():
+        views = method.views(CropBatch(indices, boxes), BatchRandom(0, VIEWS, indices, torch.device("cpu")))
+    return {name: (tuple(view.shape), view.dtype) for name, view in views.items()}
+
+
+def shapes_at(one: Shapes, two: Shapes, batch: int) -> Shapes:
+    """The shapes of a batch, of which each sample adds what the second does."""
+    return {
+        name: (tuple(a + (batch - 1) * (b - a) for a, b in zip(shape, two[name][0], strict=True)), kind)
+        for name, (shape, kind) in one.items()
+    }
+
+
+def _box(shape: tuple[int, ...], case: str) -> SourceBox:
+    # the run's own generator stays as it is
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    return SourceBox(noise, np.eye(3), (np.asarray(shape[1:]) - 1) / 2, case)
+
+
+def _line(less: int, more: int) -> Line:
+    each = (more - less) / (TRACED[1] - TRACED[0])
+    return Line(less - TRACED[0] * each, each)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,33 @@
+"""The trainer class of each method, one object for the life of the process.
+
+Stock nnU-Net imports the modules of ``nnUNet_extTrainer`` anew at each look-up and forgets them again, so a class
+defined there would be another one each time and could not be pickled. These live here: the modules in trainers/ only
+name them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from nnssl_ext.methods import METHODS
+from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
+
+
+@cache
+def pretraining_trainer(method: str) -> type[PretrainingTrainer]:
+    """The trainer class of a method, named as its ``trainer`` says."""
+    method_class = METHODS[method]
+    body = {
+        "method_class": method_class,
+        "__module__": __name__,
+        "__doc__": f"Pretraining with {method_class.title}: {method_class.citation}.",
+    }
+    return type(method_class.trainer, (PretrainingTrainer,), body)
+
+
+def __getattr__(name: str) -> type[PretrainingTrainer]:
+    """Classes by their name: this is how pickle finds them, in another process too."""
+    for method, method_class in METHODS.items():
+        if method_class.trainer == name:
+            return pretraining_trainer(method)
+    raise AttributeError(f"module {__name__} has no trainer {name}")

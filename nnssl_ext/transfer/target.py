@@ -1,0 +1,127 @@
+"""The target network of a data set's plans, and the file that stock ``-pretrained_weights`` loads into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnssl_ext import checkpoint
+from nnssl_ext.errors import UserError
+from nnssl_ext.files import file_digest
+from nnssl_ext.networks.adaptation_plan import adaptation_plan
+from nnssl_ext.networks.target import target_network
+from nnssl_ext.provenance import revision, versions
+from nnssl_ext.recipe import read_json
+from nnssl_ext.transfer.report import LEFT, Report
+from nnssl_ext.transfer.source import Source
+from nnssl_ext.transfer.transfer import Target
+
+
+@dataclass(frozen=True)
+class Destination:
+    """What is to be trained: plans, one of their configurations, and the trainer that builds its network."""
+
+    plans: PlansManager
+    configuration_name: str
+    dataset_json: dict[str, Any]
+    trainer: str
+
+    @property
+    def configuration(self) -> ConfigurationManager:
+        return self.plans.get_configuration(self.configuration_name)
+
+    @property
+    def channels(self) -> int:
+        """Of the image."""
+        return determine_num_input_channels(self.plans, self.configuration, self.dataset_json)
+
+
+def destination(folder: Path, plans_name: str, configuration: str, trainer: str) -> Destination:
+    """Read what is to be trained from a data set's preprocessed folder.
+
+    Raises:
+        UserError: If plans or configuration are missing, or the configuration is a cascade stage.
+    """
+    plans = read_json(folder / f"{plans_name}.json")
+    if configuration not in plans.get("configurations", {}):
+        known = ", ".join(plans.get("configurations", {})) or "none"
+        raise UserError(f"plans {plans_name} have no configuration '{configuration}'; they have {known}")
+    manager = PlansManager(plans)
+    if manager.get_configuration(configuration).previous_stage_name is not None:
+        raise UserError(
+            f"configuration '{configuration}' is a cascade stage, whose input holds predictions; transfer to "
+            f"3d_fullres or 3d_lowres instead"
+        )
+    return Destination(manager, configuration, read_json(folder / "dataset.json"), trainer)
+
+
+def build_target(to: Destination, seed: int) -> Target:
+    """The destination's network at initial values that follow from the seed; the caller's generator is not touched.
+
+    Raises:
+        UserError: If the trainer is not found or cannot build its network from these plans.
+    """
+    outputs = to.plans.get_label_manager(to.dataset_json).num_segmentation_heads
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = target_network(to.plans, to.configuration, to.channels, outputs, trainer=to.trainer)
+    except Exception as error:  # a user's own trainer may fail in any way
+        raise UserError(
+            f"{to.trainer} cannot build a network from plans {to.plans.plans_name}, {to.configuration_name}: {error!r}"
+        ) from error
+    return Target(network, tuple(to.configuration.spacing), tuple(to.configuration.patch_size))
+
+
+def check_free(path: Path) -> None:
+    """Refuse a file that exists or a folder that does not.
+
+    Raises:
+        UserError: In either case.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists; give another name with -o, or remove it")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is no folder; make it first")
+
+
+def write(path: Path, target: Target, to: Destination, source: Source, report: Report, seed: int) -> None:
+    """Write the filled network; the file is a source for further transfers too.
+
+    Raises:
+        UserError: If the file exists or cannot be written.
+    """
+    check_free(path)
+    content = {
+        "network_weights": target.network.state_dict(),
+        "trainer_name": to.trainer,
+        "citations": source.citations,
+        "nnssl_adaptation_plan": adaptation_plan(
+            target.network,
+            plans_name=to.plans.plans_name,
+            configuration_name=to.configuration_name,
+            configuration=to.configuration.configuration,
+            patch_size=target.patch_size,
+            spacing=target.spacing,
+            channels=to.channels,
+        ),
+        "nnssl_ext": {
+            "format": checkpoint.FORMAT,
+            "title": "transferred weights",
+            "trained": [row.name for row in report.rows if row.action != LEFT],
+            "transfer": {
+                "source": {"file": source.path.name, "kind": source.kind, "sha256": file_digest(source.path)},
+                "dataset": to.plans.dataset_name,
+                "seed": seed,
+                **report.as_dict(),
+            },
+            "versions": versions(),
+            "revision": revision(),
+        },
+    }
+    checkpoint.save(content, path)

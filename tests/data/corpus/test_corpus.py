@@ -1,0 +1,228 @@
+import json
+import locale
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnssl_ext.cli import main
+from nnssl_ext.data import index
+from nnssl_ext.data.cases import list_cases, open_case
+from nnssl_ext.data.corpus import corpus
+from nnssl_ext.data.corpus.preparation import Prepared, Target
+from nnssl_ext.data.corpus.sources import Item
+from nnssl_ext.data.index import CaseIndex
+from nnssl_ext.errors import UserError
+from tests.conftest import Environment
+from tests.volumes import SHAPE, volume, write_image, write_series
+
+NAME = "Dataset851_Open"
+WithData = Callable[[str], Environment]
+
+
+def make(*words: str | Path, like: str = "811") -> dict[str, Any]:
+    """Run the command in this process; returns the manifest."""
+    main(["corpus", "-d", "851", "-n", "Open", "--like", like, "-np", "1", *map(str, words)])
+    return manifest()
+
+
+def folder() -> Path:
+    import os
+
+    return Path(os.environ["nnUNet_preprocessed"]) / NAME
+
+
+def data() -> Path:
+    return folder() / "nnUNetPlans_3d_fullres"
+
+
+def manifest() -> dict[str, Any]:
+    return json.loads((folder() / "corpus.json").read_text())
+
+
+def files_of(rows: dict[str, Any], status: str) -> dict[str, str]:
+    return {Path(row["files"][0]).name: row["reason"] for row in rows["volumes"] if row["status"] == status}
+
+
+@pytest.fixture
+def target(with_data: WithData) -> Environment:
+    return with_data("plain")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Four volumes in four formats, in folders."""
+    for number, name in enumerate(("a/one.nii.gz", "a/two.nii", "b/three.nrrd", "b/four.mha")):
+        write_image(tmp_path / "images" / name, volume(number), (1.0, 1.0, 2.0))
+    return tmp_path / "images"
+
+
+def test_a_corpus_is_an_ordinary_preprocessed_data_set(target: Environment, images: Path) -> None:
+    made = make(images)
+    assert made["counts"] == {"kept": 4, "duplicate": 0, "unusable": 0, "no image": 0}
+    assert sorted(path.name for path in folder().iterdir()) == [
+        ".nnssl_ext_corpus.lock",
+        "corpus.json",
+        "dataset.json",
+        "dataset_fingerprint.json",
+        "nnUNetPlans.json",
+        "nnUNetPlans_3d_fullres",
+        "nnssl_ext_index_nnUNetPlans_3d_fullres.npz",
+    ]
+    plans = json.loads((folder() / "nnUNetPlans.json").read_text())
+    assert plans == {**target.plans("plain"), "dataset_name": NAME}
+    content = json.loads((folder() / "dataset.json").read_text())
+    assert content["labels"]["background"] == 0
+    assert (content["numTraining"], content["channel_names"]) == (4, {"0": "MR0"})
+    row = next(row for row in made["volumes"] if row["files"][0].endswith("three.nrrd"))
+    assert (row["shape"], row["spacing"], row["orientation"]) == ([*SHAPE], [2.0, 1.0, 1.0], "LPS")
+    assert len(row["sha256"]) == len(row["content"]) == 64
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"])
+def test_cases_are_what_nnunet_would_have_made(target: Environment, images: Path, reader: str) -> None:
+    def read_by(plans: dict) -> None:
+        plans["image_reader_writer"] = reader
+        plans["transpose_forward"], plans["transpose_backward"] = [1, 0, 2], [1, 0, 2]
+
+    target.write_plans("plain", "nnUNetPlans", {}, read_by)
+    file = images / "a" / "one.nii.gz"
+    image = SimpleITK.ReadImage(str(file))
+    image.SetDirection((0, 1, 0, 1, 0, 0, 0, 0, -1))
+    SimpleITK.WriteImage(image, str(file))
+    make(images / "a")
+    plans = PlansManager(target.plans("plain"))
+    configuration, dataset_json = plans.get_configuration("3d_fullres"), folder() / "dataset.json"
+    expected, _, _ = DefaultPreprocessor(verbose=False).run_case(
+        [str(file)], None, plans, configuration, str(dataset_json)
+    )
+    (case,) = [name for name in list_cases(data()) if name.startswith("one_")]
+    np.testing.assert_allclose(open_case(data(), case)[:], expected, atol=1e-5)
+
+
+def test_plans_of_another_name(target: Environment, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target.write_plans("plain", "nnUNetPlans_small", {})
+    make(images, "-p", "nnUNetPlans_small")
+    assert json.loads((folder() / "nnUNetPlans_small.json").read_text())["dataset_name"] == NAME
+    said = capsys.readouterr().out
+    assert "nnUNetv2_train 851 3d_fullres all -p nnUNetPlans_small -tr nnsslTrainer_VolumeFusion" in said
+
+
+def test_the_index_is_there_before_the_first_training(
+    target: Environment, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(images)
+    read: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "examine", lambda _, case: read.append(case))
+        found = CaseIndex.build(data())
+    assert not read
+    for case in found.cases:
+        expected = index.examine(data(), case)
+        assert (found[case].shape, found[case].problem) == (expected.shape, "")
+        np.testing.assert_array_equal(found[case].body, expected.body)
+
+
+def test_equal_content_is_kept_once_whatever_its_format(target: Environment, images: Path) -> None:
+    write_image(images / "c" / "again.mha", volume(0), (1.0, 1.0, 2.0))
+    shutil.copy(images / "b" / "three.nrrd", images / "c" / "copy.nrrd")
+    made = make(images)
+    assert made["counts"]["kept"] == 4
+    assert files_of(made, "duplicate").keys() == {"again.mha", "copy.nrrd"}
+    assert len(list_cases(data())) == 4
+    # the first one goes away in favour of another volume: its twin stands for the case
+    write_image(images / "a" / "one.nii.gz", volume(20))
+    made = make(images)
+    assert made["counts"] == {"kept": 5, "duplicate": 1, "unusable": 0, "no image": 0}
+    assert {row["case"] for row in made["volumes"] if row["case"]} == set(list_cases(data()))
+
+
+def test_a_second_call_adds_what_is_new_and_reads_nothing_else(
+    target: Environment, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(images)
+    stamps = list_cases(data())
+    write_image(images / "new.nii.gz", volume(11))
+    seen = []
+    prepare = corpus.prepare
+
+    def watched(item: Item, target: Target) -> list[Prepared]:
+        seen.append(item.files)
+        return prepare(item, target)
+
+    monkeypatch.setattr(corpus, "prepare", watched)
+    assert make(images)["counts"]["kept"] == 5
+    assert seen == [(str(images / "new.nii.gz"),)]
+    after = list_cases(data())
+    assert after.items() >= stamps.items()
+
+
+def test_a_changed_file_replaces_its_case(target: Environment, images: Path) -> None:
+    make(images)
+    write_image(images / "a" / "one.nii.gz", volume(30))
+    made = make(images)
+    assert made["counts"]["kept"] == 4
+    assert {row["case"] for row in made["volumes"]} == set(list_cases(data()))
+    assert len(list(data().iterdir())) == 3 * 4
+
+
+def test_worker_processes_make_the_same(target: Environment, images: Path) -> None:
+    alone = make(images)
+    shutil.rmtree(folder())
+    assert make(images, "-np", "2") == alone
+
+
+def test_dicom_series(target: Environment, tmp_path: Path) -> None:
+    source, encoding = tmp_path / "dicom", locale.nl_langinfo(locale.CODESET)
+    write_series(source / "patient1", volume(1), uid="1.2.3")
+    write_series(source / "patient1", volume(2), uid="1.2.4", modality="CT")
+    write_series(source / "patient2", volume(3), uid="1.2.5", skip=5)
+    write_series(source / "patient3", volume(4), uid="1.2.6", modality="SEG")
+    write_series(source / "patient4", volume(6), uid="1.2.7", turned=5)
+    for number in range(4):
+        (source / "patient1" / f"0{number}.txt").write_text("notes")
+    made = make(source, "--max-failures", "50")
+    assert locale.nl_langinfo(locale.CODESET) == encoding
+    kept = {row["series"]: row for row in made["volumes"] if row["status"] == "kept"}
+    assert {uid: (row["modality"], row["spacing"]) for uid, row in kept.items()} == {
+        "1.2.3": ("MR", [2.0, 1.0, 1.0]),
+        "1.2.4": ("CT", [2.0, 1.0, 1.0]),
+    }
+    assert "one may be missing" in files_of(made, "unusable")["patient2"]
+    assert "turned against each other" in files_of(made, "unusable")["patient4"]
+    assert made["counts"]["no image"] == 1
+    assert make(source, "--max-failures", "50") == made
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("-d 811", "number 811 is taken by Dataset811_Plain"),
+        ("--max-failures 200", "must be between 0 and 100"),
+        ("-n a__b", "-n letters and digits, got 851 and 'a__b'"),
+        ("-c 2d", "is 2-D or a cascade stage"),
+        ("-c 4d", "have no '4d'; they have 2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres$"),
+        ("--channels images=T9", "name which to take"),
+    ],
+)
+def test_impossible_words_write_nothing(target: Environment, images: Path, command: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(*command.split(), images)  # options may stand before the sources
+    assert not folder().exists()
+
+
+def test_a_corpus_has_one_target(target: Environment, images: Path, with_data: WithData) -> None:
+    make(images)
+    with_data("residual")
+    with pytest.raises(UserError, match="was made with another target"):
+        make(images, like="812")
+    with pytest.raises(UserError, match="number 851 is taken by Dataset851_Open"):
+        make(images, "-n", "Other")
+    with pytest.raises(UserError, match="exists and is no corpus"):
+        main(["corpus", "-d", "812", "-n", "Residual", "--like", "811", str(images)])

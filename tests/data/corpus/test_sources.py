@@ -1,0 +1,166 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nnssl_ext.cli import main
+from nnssl_ext.data.cases import list_cases, open_case
+from nnssl_ext.data.corpus import sources as corpus_sources
+from nnssl_ext.data.corpus.sources import Wishes, items_of
+from nnssl_ext.errors import UserError
+from tests.conftest import Environment
+from tests.data.corpus.test_corpus import data, make
+from tests.volumes import volume, write_image
+
+WithData = Callable[[str], Environment]
+
+
+@pytest.fixture
+def raw(environment: Environment) -> Path:
+    """An nnU-Net raw data set of two channels, with a case each in imagesTr and imagesTs; its label is no image."""
+    folder = environment.root / "raw" / "Dataset820_Two"
+    for part, case in (("imagesTr", "x"), ("imagesTs", "y")):
+        for channel in range(2):
+            seed = channel + 10 * (case == "y")
+            write_image(folder / part / f"{case}_{channel:04d}.nii.gz", volume(seed))
+    write_image(folder / "labelsTr" / "x.nii.gz", (volume(0) > 50).astype(np.uint8))
+    content = {"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".nii.gz", "labels": {"background": 0}}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def decathlon(tmp_path: Path) -> Path:
+    folder = tmp_path / "Task01_Two"
+    write_image(folder / "imagesTr" / "x.nii.gz", np.stack([volume(0), volume(1)]))
+    write_image(folder / "labelsTr" / "x.nii.gz", (volume(0) > 50).astype(np.uint8))
+    (folder / "dataset.json").write_text(json.dumps({"modality": {"0": "FLAIR", "1": "T2"}}))
+    return folder
+
+
+def channels(rows: dict) -> list[str]:
+    return sorted("+".join(row["channels"]) for row in rows["volumes"] if row["status"] == "kept")
+
+
+def test_each_channel_is_a_case_for_a_target_of_one(with_data: WithData, raw: Path, decathlon: Path) -> None:
+    with_data("plain")
+    made = make("820", decathlon)
+    # the Decathlon's channels are the same volumes as those of case x
+    assert channels(made) == ["T1", "T1", "T2", "T2"]
+    assert made["counts"] == {"kept": 4, "duplicate": 2, "unusable": 0, "no image": 0}
+
+
+def test_channels_are_selected_by_name(with_data: WithData, raw: Path, decathlon: Path) -> None:
+    with_data("plain")
+    # seen by two names, its T2 is that of case x
+    assert channels(make(raw, decathlon, "--channels", "T2")) == ["T2", "T2"]
+    # asking for another channel reads the file again
+    made = make(raw, decathlon, "--channels", "T2", "--channels", f"{decathlon.name}=flair")
+    assert channels(made) == ["FLAIR", "T2", "T2"]
+
+
+def test_a_target_of_two_channels(with_data: WithData, raw: Path, decathlon: Path, tmp_path: Path) -> None:
+    environment = with_data("two_channel")
+    with pytest.raises(UserError, match=r"has channels 'T1', 'T2', the target has 'MR0', 'MR1'; name which to take"):
+        make(raw, like="814")
+    made = make(raw, "--channels", "T2,T1", like="814")
+    assert made["counts"]["kept"] == 2
+    (case,) = [row["case"] for row in made["volumes"] if row["files"][0].endswith("x_0001.nii.gz")]
+    stored = open_case(data(), case)[:]
+    first = (volume(1) - volume(1).mean()) / volume(1).std()
+    np.testing.assert_allclose(stored[0], first, atol=1e-4)
+    write_image(tmp_path / "single" / "a.nii.gz", volume(3))
+    with pytest.raises(UserError, match=r"has channels '', the target has"):
+        make(tmp_path / "single", like="814")
+    assert environment
+
+
+def test_channels_of_different_sizes_and_absent_ones(with_data: WithData, raw: Path) -> None:
+    with_data("two_channel")
+    write_image(raw / "imagesTr" / "x_0001.nii.gz", volume(1, (12, 14, 15)))
+    (raw / "imagesTs" / "y_0000.nii.gz").unlink()
+    with pytest.raises(UserError, match="no volume of the sources can be used"):
+        make(raw, "--channels", "T1,T2", "--max-failures", "100", like="814")
+    rows = json.loads((data().parent / "corpus.json").read_text())["volumes"]
+    assert ["channels of different size" in row["reason"] for row in rows] == [True, False]
+    assert "cannot be read: No such file" in rows[1]["reason"]
+
+
+def test_a_decathlon_file_that_does_not_fit_its_json(with_data: WithData, decathlon: Path) -> None:
+    with_data("plain")
+    write_image(decathlon / "imagesTr" / "y.nii.gz", np.stack([volume(5)] * 3))
+    made = make(decathlon, "--max-failures", "60")
+    assert [row["reason"] for row in made["volumes"] if row["status"] == "unusable"] == [
+        "does not fit its dataset.json: 3 volumes in 1 file, expected 2"
+    ]
+
+
+def test_normalization_by_source(with_data: WithData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    environment = with_data("plain")
+
+    def ct(plans: dict) -> None:
+        plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["CTNormalization"]
+
+    environment.write_plans("plain", "nnUNetPlans", {}, ct)
+    for name in ("ct", "mr"):
+        write_image(tmp_path / name / f"{name}.nii.gz", volume(len(name) + (name == "mr")))
+    made = make(tmp_path / "ct", tmp_path / "mr", "--normalization", "mr=ZScoreNormalization")
+    assert {Path(row["files"][0]).name: row["normalization"] for row in made["volumes"]} == {
+        "ct.nii.gz": "",
+        "mr.nii.gz": "ZScoreNormalization",
+    }
+    values = {case[:2]: np.asarray(open_case(data(), case)[:]) for case in list_cases(data())}
+    # the plan clips to [0, 1] and divides by 1
+    assert (values["ct"].min(), values["ct"].max()) == (0.0, 1.0)
+    assert values["mr"].std() == pytest.approx(1.0, abs=1e-4)
+    with pytest.raises(UserError, match="unknown scheme; known: CTNormalization"):
+        make(tmp_path / "ct", "--normalization", "ct=Histogram")
+    with pytest.raises(UserError, match="--normalization names 'pet', which is no source"):
+        make(tmp_path / "ct", "--normalization", "pet=NoNormalization")
+    capsys.readouterr()
+
+
+def test_the_targets_own_images_are_pointed_out(
+    with_data: WithData, raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_data("plain")
+    make(raw)
+    assert "own training images" not in capsys.readouterr().err
+    make(raw.rename(raw.with_name("Dataset811_Plain")))
+    assert "note: Dataset811_Plain's own training images are in the corpus" in capsys.readouterr().err
+
+
+def test_labels_are_never_read(with_data: WithData, raw: Path) -> None:
+    with_data("plain")
+    (raw / "labelsTr" / "x.nii.gz").write_text("unreadable")
+    wishes = Wishes(("MR",), {}, {})
+    assert not [item for item in items_of(str(raw), wishes) if "labelsTr" in item.files[0]]
+    (raw / "dataset.json").unlink()  # now a plain folder
+    assert not [item for item in items_of(str(raw), wishes) if "labelsTr" in item.files[0]]
+
+
+def test_descriptions_from_elsewhere_are_data(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wishes = Wishes(("MR",), {}, {})
+    file = raw / "dataset.json"
+    whole = json.loads(file.read_text())
+    for names in ([], ["T1"], {"a": "T1"}, {"1": "T1"}, "T1", None):
+        file.write_text(json.dumps({**whole, "channel_names": names}))
+        with pytest.raises(UserError, match="channels must be an object"):
+            items_of(str(raw), wishes)
+    file.write_text(json.dumps({**whole, "file_ending": "../../x"}))
+    with pytest.raises(UserError, match="file_ending '../../x' cannot be read"):
+        items_of(str(raw), wishes)
+    monkeypatch.setattr(corpus_sources, "MOST_BYTES", 10)
+    with pytest.raises(UserError, match="at most 10 is read"):
+        items_of(str(raw), wishes)
+
+
+def test_sources_that_are_none(with_data: WithData, tmp_path: Path) -> None:
+    with_data("plain")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no image found"):
+        main(["corpus", "-d", "851", "-n", "Open", "--like", "811", str(tmp_path / "empty")])
+    with pytest.raises(UserError, match="neither a file or folder nor a data set in nnUNet_raw"):
+        main(["corpus", "-d", "851", "-n", "Open", "--like", "811", "899"])

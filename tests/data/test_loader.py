@@ -1,0 +1,162 @@
+"""Workers that are killed or hang: named, replaced, and no batch lost or another."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from nnssl_ext.data import loader as steady
+from nnssl_ext.data.crops import CropBatch, CropDataset, Sample
+from nnssl_ext.data.loader import SteadyLoader
+from nnssl_ext.data.shard import Shard
+from nnssl_ext.errors import UserError
+from tests.data.test_crops import dataset, folder
+
+__all__ = ["folder"]
+
+
+def loader(
+    data: CropDataset, told: list[str], workers: int = 2, waiting: Callable[[], None] = lambda: None
+) -> SteadyLoader:
+    return SteadyLoader(data, Shard(2, 10, 2), workers=workers, pin_memory=False, tell=told.append, waiting=waiting)
+
+
+def same(first: list[CropBatch], second: list[CropBatch]) -> bool:
+    return [b.indices for b in first] == [b.indices for b in second] and all(
+        np.array_equal(x.data, y.data)
+        for a, b in zip(first, second, strict=True)
+        for row, other in zip(a.boxes, b.boxes, strict=True)
+        for x, y in zip(row, other, strict=True)
+    )
+
+
+def fault(
+    monkeypatch: pytest.MonkeyPatch, flag: Path, sample: int, number: int, once: bool = True, after: float = 0
+) -> None:
+    """The worker that reads this sample gets a signal, ``after`` so many seconds."""
+    original = CropDataset.__getitem__
+
+    def getitem(self: CropDataset, index: int) -> Sample:
+        if index == sample and not (once and flag.exists()):
+            time.sleep(after)
+            flag.touch()
+            os.kill(os.getpid(), number)
+        return original(self, index)
+
+    monkeypatch.setattr(CropDataset, "__getitem__", getitem)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, EOFError, FileNotFoundError])
+def test_a_worker_that_dies_while_it_hands_a_batch_over_is_replaced(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    monkeypatch.setattr(steady, "POLL_SECONDS", 2)
+    original = _MultiProcessingDataLoaderIter._next_data
+    struck: list[int] = []
+
+    def next_data(self: Any) -> Any:
+        if not struck and self._rcvd_idx == 1:
+            struck.append(self._workers[0].pid)
+            os.kill(self._workers[0].pid, signal.SIGKILL)
+            raise error
+        return original(self)
+
+    told: list[str] = []
+    expected = list(loader(dataset(folder), told, workers=0))
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", next_data)
+    assert same(list(loader(dataset(folder), told)), expected)
+    (line,) = told
+    assert f"worker {struck[0]} was killed by signal 9" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV])
+def test_a_lost_worker_is_named_and_replaced(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(steady, "POLL_SECONDS", 2)
+    monkeypatch.setattr(steady, "HANG_SECONDS", 5)
+    told: list[str] = []
+    data = dataset(folder)
+    expected = list(loader(data, told, workers=0))
+    fault(monkeypatch, tmp_path / "flag", 9, number)
+    begin = time.monotonic()
+    assert same(list(loader(data, told)), expected)
+    assert time.monotonic() - begin < 30
+    (line,) = told
+    own, other = data.draw_cases(9)
+    assert f"while reading sample 9 ({own}, {other})" in line
+    assert ("gave no batch for" in line) == (number == signal.SIGSTOP)
+    if number == signal.SIGKILL:
+        assert "was killed by signal 9" in line
+    assert not steady.multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_is_lost_before_its_batch_was_fetched_is_replaced(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A batch is fetched from the worker that made it, which must answer."""
+    monkeypatch.setattr(steady, "POLL_SECONDS", 2)
+    monkeypatch.setattr(steady, "HANG_SECONDS", 5)
+    flag, told = tmp_path / "flag", list[str]()
+    data = dataset(folder)
+    expected = list(loader(data, told, workers=0))
+    original = _MultiProcessingDataLoaderIter._next_data
+
+    def next_data(self: Any) -> Any:
+        while not flag.exists():
+            time.sleep(0.05)
+        time.sleep(0.2)
+        return original(self)
+
+    fault(monkeypatch, flag, 9, number, after=0.5)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", next_data)
+    assert same(list(loader(data, told)), expected)
+    (line,) = told
+    assert "while reading sample 9 (" in line
+    assert ("gave no batch for" in line) == (number == signal.SIGSTOP)
+    assert not steady.multiprocessing.active_children()
+
+
+def test_a_case_that_kills_every_worker_ends_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steady, "POLL_SECONDS", 1)
+    fault(monkeypatch, tmp_path / "flag", 4, signal.SIGKILL, once=False)
+    told: list[str] = []
+    with pytest.raises(
+        UserError, match=r"loader: worker \d+ was killed by signal 9 while reading sample 4 \(c\d, c\d\)"
+    ):
+        list(loader(dataset(folder), told, workers=1))
+    assert len(told) == steady.REPLACEMENTS
+
+
+def test_who_waits_may_be_called_away(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that comes while there is no batch is heard within seconds."""
+    monkeypatch.setattr(steady, "POLL_SECONDS", 1)
+    fault(monkeypatch, tmp_path / "flag", 4, signal.SIGSTOP)
+
+    def called_away() -> None:
+        raise SystemExit(0)
+
+    with pytest.raises(SystemExit):
+        list(loader(dataset(folder), [], workers=1, waiting=called_away))
+
+
+def test_an_error_that_comes_late_is_no_end_of_a_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked again, torch would give the next batch in its place."""
+    monkeypatch.setattr(steady, "POLL_SECONDS", 1.2)
+
+    def next_data(self: Any) -> Any:
+        time.sleep(0.5)
+        raise RuntimeError("Caught AcceleratorError in pin memory thread for device 0.")
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", next_data)
+    with pytest.raises(RuntimeError, match="pin memory thread"):
+        list(loader(dataset(folder), []))

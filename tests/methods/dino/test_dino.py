@@ -1,0 +1,270 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nnssl_ext.errors import UserError
+from nnssl_ext.methods import Geometry
+from nnssl_ext.methods.dino.dino import DINO
+from nnssl_ext.methods.dino.settings import DINOSettings, local_size
+from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom
+from tests.conftest import Environment
+from tests.datasets import OWN_NETWORKS
+from tests.methods.helpers import CPU, batch_of, build, views_of, write_cases
+
+Data = Callable[[str], Environment]
+KINDS = ["plain", "residual", "anisotropic", *OWN_NETWORKS]
+SMALL = replace(
+    DINOSettings(), local_crops=2, hidden=16, bottleneck=8, prototypes=32, cell_stride=4, freeze_prototypes=0.0
+)
+LEARNING = replace(
+    SMALL,
+    hidden=128,
+    bottleneck=64,
+    prototypes=256,
+    mask_probability=1.0,
+    mask_ratio=[0.2, 0.5],
+    teacher_temperature=[0.03, 0.03],
+)
+#: Nothing that keeps the targets apart: they are never centred and hardly sharpened.
+BROKEN = replace(LEARNING, centre_momentum=1.0, teacher_temperature=[1.0, 1.0])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_cases(tmp_path)
+
+
+def trained(folder: Path, method: Any, steps: int, rate: float = 2e-3) -> list[float]:
+    """Losses of a short training."""
+    optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], rate)
+    losses = []
+    method.train()
+    for step in range(steps):
+        method.before_step(step / steps)
+        loss = method(views_of(folder, method, list(range(4 * step, 4 * step + 4))))["loss"].mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        method.after_step(0.5)
+        losses.append(loss.item())
+    return losses
+
+
+def validated(folder: Path, method: Any, batches: int = 4) -> dict[str, float]:
+    """The measures of a validation."""
+    method.eval()
+    with torch.no_grad():
+        for number in range(batches):
+            indices = list(range(4 * number, 4 * number + 4))
+            batch = batch_of(folder, method, indices)
+            method(method.views(batch, BatchRandom(0, VALIDATION + VIEWS, indices, CPU)))
+    measures: dict[str, float] = method.end_validation()
+    assert method.end_validation() == {}
+    return measures
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_students_encoder_and_heads_learn_and_nothing_else(folder: Path, kind: str) -> None:
+    method = build(DINO, SMALL, kind=kind)
+    result = method(views_of(folder, method, [0, 1, 2]))
+    assert {name: value.shape for name, value in result.items()} == dict.fromkeys(
+        ("loss", "image", "cells", "spread"), (3,)
+    )
+    result["loss"].sum().backward()
+    encoder = {id(p) for p in method.backbone.encoder_parameters()}
+    for name, parameter in method.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert not (name.startswith("teacher.") and parameter.requires_grad), name
+    for name, parameter in method.network.named_parameters():
+        if parameter.requires_grad:
+            assert id(parameter) in encoder, name
+    assert all(p.requires_grad for p in method.student.image_head.parameters())
+
+
+@pytest.mark.parametrize("mask", [{"mask_probability": 0.0}, {"mask_probability": 1.0, "mask_ratio": [1.0, 1.0]}])
+@pytest.mark.parametrize("kind", ["plain", "vit"])
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
+def test_no_and_all_cells_hidden_one_and_two_samples(
+    folder: Path, mask: dict[str, Any], kind: str, samples: int, centring: str
+) -> None:
+    method = build(DINO, replace(SMALL, centring=centring, **mask), kind=kind)
+    result = method(views_of(folder, method, list(range(samples))))
+    result["loss"].sum().backward()
+    hides = mask["mask_probability"] > 0
+    assert bool((result["cells"] > 0).all()) == hides
+    assert bool((result["spread"] != 0).any()) == (samples > 1)  # one vector has no neighbour
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            # every parameter takes part, or several GPUs would wait for each other
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+
+
+def test_global_views_are_one_call_and_local_views_another(folder: Path) -> None:
+    method = build(DINO, replace(SMALL, local_crops=5))
+    calls: dict[str, list[int]] = {"student": [], "teacher": []}
+    for who in calls:
+        reader = getattr(method, who).reader
+        reader.register_forward_hook(lambda _, inputs, __, who=who: calls[who].append(len(inputs[0])))
+    method(views_of(folder, method, [0, 1, 2]))
+    assert calls == {"teacher": [6], "student": [6, 15]}
+
+
+@pytest.mark.parametrize("kind", ["plain", "vit"])
+def test_the_student_does_not_see_hidden_cells_and_the_teacher_does(folder: Path, kind: str) -> None:
+    method = build(DINO, replace(SMALL, mask_probability=1.0, local_crops=0, mask_fill="mean"), kind=kind)
+    views = views_of(folder, method, [0])
+    cell = method.student.reader.cell
+    place = int(views["row"][0])
+    number = views["hidden"].shape[2]
+    d, h, w = (int(i) for i in torch.unravel_index(torch.tensor(place % number), method.cells))
+    box = tuple(slice(i * edge, (i + 1) * edge) for i, edge in zip((d, h, w), cell, strict=True))
+    there: Any = (0, place // number, slice(None), *box)
+    seen = views.get("seen", views["global"])
+    if method.student.reader.hides_voxels:
+        hidden = seen[there]
+        assert torch.allclose(hidden, hidden[:, :1, :1, :1].expand_as(hidden))
+        assert views["global"][there].std() > 0
+    changed = {name: value.clone() for name, value in views.items()}
+    changed["global"][there] += 1.0
+    features = [
+        method.student.reader.eval()(v.get("seen", v["global"]).flatten(0, 1), v["hidden"].flatten(0, 1))[0]
+        for v in (views, changed)
+    ]
+    assert torch.equal(*features)
+    clean = [method.teacher.reader(v["global"].flatten(0, 1))[0] for v in (views, changed)]
+    assert not torch.equal(*clean)
+
+
+def test_the_teacher_follows_and_is_what_is_written(folder: Path) -> None:
+    method = build(DINO, replace(SMALL, momentum=0.9), kind="pct_net")  # has running statistics
+    method.train()
+    assert not any(module.training for module in method.teacher.modules())
+    method(views_of(folder, method, [0, 1]))
+    with torch.no_grad():
+        for parameter in method.student.parameters():
+            parameter += 1
+    before = {name: value.clone() for name, value in method.teacher.state_dict().items()}
+    student = method.student.state_dict()
+    method.after_step(0.0)
+    for name, value in method.teacher.state_dict().items():
+        if value.is_floating_point() and not torch.equal(before[name], student[name]):
+            trained_name = dict(method.student.named_parameters()).get(name)
+            moved = trained_name is None or trained_name.requires_grad
+            expected = before[name] + 0.1 * moved * (student[name] - before[name])
+            assert torch.allclose(value, expected, atol=1e-5), name
+    still = {name: tensor.clone() for name, tensor in method.teacher.state_dict().items()}
+    method.after_step(1.0)  # at the end it stands still
+    assert all(torch.equal(still[name], tensor) for name, tensor in method.teacher.state_dict().items())
+    assert method.exported is method.teacher.reader.network
+    assert list(method.exported.state_dict()) == list(method.network.state_dict())
+
+
+def test_schedules() -> None:
+    method = build(
+        DINO, replace(SMALL, teacher_temperature=[0.04, 0.07], temperature_warm_up=0.5, freeze_prototypes=0.1)
+    )
+    for progress, temperature, moves in ((0.0, 0.04, 0.0), (0.25, 0.055, 1.0), (0.5, 0.07, 1.0), (0.9, 0.07, 1.0)):
+        method.before_step(progress)
+        assert method.teacher_temperature.item() == pytest.approx(temperature)
+        assert method.prototypes_move.item() == moves
+
+
+def test_frozen_prototypes_get_no_gradient_but_take_part(folder: Path) -> None:
+    method = build(DINO, replace(SMALL, freeze_prototypes=0.5))
+    for progress, moves in ((0.0, False), (0.6, True)):
+        method.before_step(progress)
+        method.zero_grad()
+        method(views_of(folder, method, [0, 1]))["loss"].sum().backward()
+        gradient = method.student.image_head.directions.grad
+        assert gradient is not None
+        assert bool((gradient != 0).any()) == moves
+
+
+def test_centring_follows_the_batch_size() -> None:
+    geometry = build(DINO, SMALL).geometry
+    for batch, expected in ((2, "softmax"), (255, "softmax"), (256, "sinkhorn")):
+        method = build(DINO, SMALL)
+        method.__init__(method.backbone, SMALL, replace(geometry, batch_size=batch))
+        assert method.centring == expected
+
+
+def test_rates_fall_towards_the_input_and_biases_do_not_decay() -> None:
+    method = build(DINO, replace(SMALL, layer_decay=0.5, stem_rate=0.2), kind="vit")
+    found = {id(p): group for group in method.parameter_groups() for p in group.parameters}
+    trainable = {name: p for name, p in method.student.named_parameters() if p.requires_grad}
+    assert set(found) == {id(p) for p in trainable.values()}
+    depth = len(method.network.backbone.blocks)
+    encoder = method.network.backbone
+    assert found[id(encoder.patch_embed.proj.weight)].rate == pytest.approx(0.2 * 0.5 ** (depth + 1))
+    assert found[id(encoder.pos_embed)].rate == pytest.approx(0.5 ** (depth + 1))
+    for level, block in enumerate(encoder.blocks):
+        group = found[id(block.attn.qkv.weight)]
+        assert (group.rate, group.decay) == (pytest.approx(0.5 ** (depth - level)), 1.0)
+        assert found[id(block.attn.qkv.bias)].decay == found[id(block.norm1.weight)].decay == 0.0
+    assert found[id(method.student.image_head.directions)].rate == 1.0
+
+
+def geometry(size: tuple[int, int, int], stride: tuple[int, int, int]) -> Geometry:
+    return Geometry(size, (1.0, 1.0, 1.0), 1, ((1, 1, 1), stride))
+
+
+def test_local_views_are_half_as_large_and_legal() -> None:
+    for size, stride, expected in (
+        ((96, 96, 96), (16, 16, 16), (48, 48, 48)),
+        ((128, 128, 128), (32, 32, 32), (64, 64, 64)),
+        ((40, 56, 40), (8, 8, 8), (24, 32, 24)),
+        ((40, 64, 64), (8, 16, 16), (24, 32, 32)),
+        ((64, 64, 64), (32, 32, 32), (64, 64, 64)),  # a residual encoder takes none that is smaller
+        ((16, 320, 320), (1, 64, 64), (8, 192, 192)),
+    ):
+        assert local_size(DINOSettings(), geometry(size, stride)) == expected
+    fixed = replace(DINOSettings(), local_size=[32, 32, 32])
+    assert local_size(fixed, geometry((96, 96, 96), (16, 16, 16))) == (32, 32, 32)
+    with pytest.raises(UserError, match=r"local_size \[32, 32, 32\] does not fit .* multiples of \[24, 24, 24\]"):
+        local_size(fixed, geometry((96, 96, 96), (24, 24, 24)))
+
+
+def test_a_sample_looks_the_same_in_any_batch(folder: Path) -> None:
+    method = build(DINO, SMALL)
+    together, alone = views_of(folder, method, [3, 4, 5]), views_of(folder, method, [4])
+    for key in ("global", "local", "hidden", "seen"):
+        assert torch.equal(together[key][1], alone[key][0]), key
+    own = together["owner"] == 1
+    number = together["hidden"].shape[2] * 2
+    assert torch.equal(together["row"][own] - number, alone["row"])
+    assert torch.equal(together["weight"][own], alone["weight"])
+
+
+@pytest.mark.parametrize("kind", ["plain", "vit"])
+@pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_near_and_can_be_trained(folder: Path, dtype: torch.dtype, centring: str, kind: str) -> None:
+    method = build(DINO, replace(LEARNING, centring=centring), kind=kind)
+    optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == torch.float16)
+    taken = 0
+    for step in range(12):
+        views: dict[str, Tensor] = views_of(folder, method, [2 * step, 2 * step + 1])
+        state = {name: value.clone() for name, value in method.named_buffers()}
+        exact = method(views)["loss"]
+        for name, value in method.named_buffers():
+            value.copy_(state[name])  # the call before moved the centres
+        with torch.autocast("cpu", dtype):
+            loss = method(views)["loss"]
+        assert torch.allclose(loss, exact, rtol=0.05)
+        optimiser.zero_grad()
+        scaler.scale(loss.sum()).backward()
+        scale = scaler.get_scale()
+        scaler.step(optimiser)
+        scaler.update()
+        taken += scaler.get_scale() >= scale
+    # the scaler starts too high and halves, a few times
+    assert taken >= (8 if dtype == torch.float16 else 12)
+    assert all(value.isfinite().all() for value in method.state_dict().values())

@@ -1,0 +1,84 @@
+"""The demonstration, made small: real stock commands from phantom to page."""
+
+import os
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from nnssl_ext.errors import UserError
+from nnssl_ext.study.demo.demo import Demo
+from nnssl_ext.study.demo.page import dice_table, write_page
+from nnssl_ext.study.demo.phantom import ORGANS, PhantomOptions
+from nnssl_ext.study.demo.sources import PhantomSource
+from nnssl_ext.study.page import Page, Section, Table, render
+from tests.trainers import SHORT, short_trainer
+
+TINY = [
+    "epochs=1",
+    "iterations_per_epoch=2",
+    "validation_iterations=1",
+    "architecture.features_base=4",
+    "architecture.features_max=8",
+    "configuration.patch_limit=16",
+]
+
+
+def test_from_nothing_to_a_page_and_again_in_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"):
+        monkeypatch.setenv(name, "/nonexistent")  # the user's own folders are not touched
+    variables = Demo._variables
+
+    def with_short_trainer(self: Demo) -> dict[str, str]:
+        found = variables(self)
+        return {**found, "nnUNet_extTrainer": f"{found['nnUNet_extTrainer']}{os.pathsep}{short_trainer(tmp_path)}"}
+
+    monkeypatch.setattr(Demo, "_variables", with_short_trainer)
+    source = PhantomSource(PhantomOptions(cases=8, labelled=2, test=2, field_of_view=26.0))
+    demo = Demo(tmp_path / "demo", source, finetuner=SHORT, settings=TINY)
+    with monkeypatch.context() as patch:
+        # the first call is interrupted in its pretraining
+        patch.setattr(Demo, "_pretraining_command", lambda self: ["false"])
+        with pytest.raises(
+            UserError, match=r"step 'Pretrain with VolumeFusion' failed with status 1; its log is .*\.txt"
+        ):
+            demo.run()
+    demo = Demo(tmp_path / "demo", source, finetuner=SHORT, settings=TINY)
+    capsys.readouterr()
+    demo.run()
+    page = write_page(demo)
+    assert capsys.readouterr().out.count("done before") == 3
+    text = page.read_text()
+    for words in (*ORGANS, "from scratch", "VolumeFusion", "no evidence", "-pretrained_weights", "nnUNetv2_train 900"):
+        assert words in text
+    assert text.count("data:image/png;base64,") == 3
+    assert not re.findall(r'(?:src|href)="(?!data:)', text)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["demo", "short_trainer"]
+
+    demo.run()
+    write_page(demo)
+    assert capsys.readouterr().out.count("done before") == 6  # it draws the page anew and nothing else
+
+
+def test_pages_escape_what_they_are_told(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    section = Section(evil, [evil], Table([evil], [[evil]]), code=evil)
+    text = render(tmp_path / "page.html", Page(evil, evil, [evil], evil, [section], [evil])).read_text()
+    assert "<script>" not in text
+    assert text.count("&lt;script&gt;") >= 9
+
+
+def test_table_counts_only_cases_that_have_the_class() -> None:
+    def frame(values: list[float]) -> pd.DataFrame:
+        return pd.DataFrame({"case": ["a", "b", "a", "b"], "organ": ["x", "x", "y", "y"], "dice": values})
+
+    nan = float("nan")
+    table = dice_table({"scratch": frame([0.5, 0.7, nan, 0.2]), "pretrained": frame([0.6, 0.8, nan, 0.4])})
+    assert table.rows == [
+        ["x", "2", "0.600", "0.700", "+10.0"],
+        ["y", "1", "0.200", "0.400", "+20.0"],
+        ["mean of classes", "", "0.400", "0.550", "+15.0"],
+    ]

@@ -1,0 +1,275 @@
+"""The fine-tuner and its from-scratch twin, through nnU-Net's own entry point."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.run_training import run_training
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnssl_ext import checkpoint
+from nnssl_ext.errors import UserError
+from nnssl_ext.study.metrics import fold_metrics
+from nnssl_ext.training.finetuning import trainer as finetune
+from nnssl_ext.training.finetuning.components import finetune_settings, moving_average
+from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
+from nnssl_ext.training.optimization import learning_rate_at
+from tests.conftest import Environment
+from tests.datasets import dataset_name
+from tests.training.pretraining.test_trainer import trainer_for
+
+Data = Callable[[str], Environment]
+NAME = "nnsslTrainer_Finetune"
+RUN = {"steps": 8, "steps_per_epoch": 3, "validation_iterations": 1, "save_every": 1, "snapshots": [4, 8]}
+
+
+def tune(environment: Environment, kind: str, plans: str, pretrained: Path | None = None, c: bool = False) -> Path:
+    run_training(
+        dataset_name(kind),
+        "3d_fullres",
+        0,
+        NAME,
+        plans,
+        str(pretrained) if pretrained else None,
+        continue_training=c,
+        device=torch.device("cpu"),
+    )
+    return environment.fold(kind, plans, NAME)
+
+
+def final(fold: Path) -> dict:
+    return checkpoint.load(fold / "checkpoint_final.pth")
+
+
+def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = nnsslTrainer_Finetune.train_step
+
+    def train_step(self: nnsslTrainer_Finetune, batch: dict) -> dict:
+        if self.step == step:
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    monkeypatch.setattr(nnsslTrainer_Finetune, "train_step", train_step)
+
+
+@pytest.mark.parametrize(
+    ("settings", "step"),
+    [
+        ({"average": 0.9}, 7),
+        ({"optimiser": "adamw", "head_only_steps": 2, "freeze_encoder_steps": 5, "warm_up": 2}, 4),
+    ],
+)
+def test_continued_equals_never_killed_in_every_phase(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, settings: dict, step: int
+) -> None:
+    environment = with_data("labelled")
+    for plans in ("whole", "broken"):
+        environment.write_plans("labelled", plans, {"finetune": {**RUN, **settings}})
+    whole = final(tune(environment, "labelled", "whole"))
+    with monkeypatch.context() as patch:
+        kill_at(step, patch)
+        with pytest.raises(KeyboardInterrupt):
+            tune(environment, "labelled", "broken")
+    torch.manual_seed(1)
+    np.random.seed(1)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # another number of workers too
+    fold = tune(environment, "labelled", "broken", c=True)
+    broken = final(fold)
+
+    assert broken["nnssl_ext"]["weights_sha256"] == whole["nnssl_ext"]["weights_sha256"]
+    assert broken["logging"]["train_losses"] == whole["logging"]["train_losses"]
+    assert broken["logging"]["mean_fg_dice"] == whole["logging"]["mean_fg_dice"]
+    for step in RUN["snapshots"]:  # type: ignore[attr-defined]
+        name = f"checkpoint_step_{step:06d}.pth"
+        ours = checkpoint.load(fold / name)["nnssl_ext"]["weights_sha256"]
+        theirs = checkpoint.load(environment.fold("labelled", "whole", NAME) / name)["nnssl_ext"]["weights_sha256"]
+        assert ours == theirs
+
+
+def test_what_it_writes_predicts_with_stock_alone(with_data: Data) -> None:
+    environment = with_data("labelled")
+    environment.write_plans("labelled", "run", {"finetune": RUN})
+    fold = tune(environment, "labelled", "run")
+    content = final(fold)
+    assert content["trainer_name"] == "nnUNetTrainer"
+    assert content["nnssl_ext"]["step"] == 8
+
+    images = environment.root / "to_predict"
+    images.mkdir()
+    image = environment.dataset("labelled") / "imagesTr" / "case_00_0000.nii.gz"
+    (images / image.name).write_bytes(image.read_bytes())
+    where = ["-i", "to_predict", "-o", "out", "-d", "817", "-c", "3d_fullres", "-p", "run", "-tr", NAME]
+    # no variable names our trainers: prediction must not need them
+    how = ["-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1"]
+    environment.run("nnUNetv2_predict", *where, *how, variables={"nnUNet_extTrainer": ""})
+    assert list((environment.root / "out").glob("*.nii.gz"))
+
+    predictor = nnUNetPredictor(device=torch.device("cpu"))
+    predictor.initialize_from_trained_model_folder(str(fold.parent), (0,), "checkpoint_step_000004.pth")
+    kept = checkpoint.load(fold / "checkpoint_step_000004.pth")["network_weights"]
+    assert all(torch.equal(kept[k], v) for k, v in predictor.list_of_parameters[0].items())
+
+
+def test_snapshots_are_validated_with_their_own_weights(with_data: Data) -> None:
+    environment = with_data("labelled")
+    environment.write_plans("labelled", "run", {"finetune": {**RUN, "learning_rate": 0.1}})
+    fold = tune(environment, "labelled", "run")
+    early = json.loads((fold / "validation_step_000004" / "summary.json").read_text())
+    late = json.loads((fold / "validation" / "summary.json").read_text())
+    assert not (fold / "validation_step_000008").exists()
+    assert len(early["metric_per_case"]) == len(late["metric_per_case"]) > 0
+    assert early["metric_per_case"] != late["metric_per_case"]
+
+    environment.run(
+        "nnUNetv2_evaluate_folder",
+        str(environment.dataset("labelled") / "gt_segmentations"),
+        str(fold / "validation"),
+        "-djfile",
+        str(environment.dataset("labelled") / "dataset.json"),
+        "-pfile",
+        str(environment.dataset("labelled") / "run.json"),
+        "-o",
+        str(environment.root / "evaluated.json"),
+        "--chill",
+    )
+    stock = json.loads((environment.root / "evaluated.json").read_text())
+    assert stock["foreground_mean"]["Dice"] == pytest.approx(late["foreground_mean"]["Dice"], abs=1e-6)
+    assert stock["mean"] == late["mean"]
+    # and what the study keeps, case by case, whether a class is there or not
+    frame = fold_metrics(
+        fold / "validation",
+        environment.dataset("labelled") / "gt_segmentations",
+        json.loads((environment.dataset("labelled") / "dataset.json").read_text()),
+        1.0,
+        SimpleITKIO(),
+    )
+    by_case = {Path(entry["prediction_file"]).name: entry["metrics"] for entry in stock["metric_per_case"]}
+    names = json.loads((environment.dataset("labelled") / "dataset.json").read_text())["labels"]
+    assert len(frame) == sum(map(len, by_case.values()))
+    for row in frame.itertuples():
+        expected = by_case[row.case][str(names[row.organ])]["Dice"]
+        assert row.dice == pytest.approx(expected, abs=1e-6, nan_ok=True)
+
+
+def test_without_snapshots_stock_validates(with_data: Data) -> None:
+    environment = with_data("labelled")
+    environment.write_plans("labelled", "run", {"finetune": {**RUN, "snapshots": [], "steps": 3}})
+    fold = tune(environment, "labelled", "run")
+    assert (fold / "validation" / "summary.json").is_file()
+    assert not list(fold.glob("checkpoint_step*"))
+
+
+def test_twins_start_alike_but_for_what_was_pretrained(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("labelled")
+    environment.write_plans("labelled", "scratch", {"finetune": {**RUN, "learning_rate": 0.0, "snapshots": []}})
+    environment.write_plans("labelled", "pretrained", {"finetune": {**RUN, "learning_rate": 0.0, "snapshots": []}})
+    source = {k: v + 1 for k, v in final(tune(environment, "labelled", "scratch"))["network_weights"].items()}
+    torch.save({"network_weights": source}, environment.root / "source.pth")
+
+    seen: dict[str, list] = {"scratch": [], "pretrained": []}
+    original = nnsslTrainer_Finetune.train_step
+
+    def train_step(self: nnsslTrainer_Finetune, batch: dict) -> dict:
+        seen[self.plans_manager.plans_name].append((batch["keys"], batch["data"].sum().item()))
+        return original(self, batch)
+
+    monkeypatch.setattr(nnsslTrainer_Finetune, "train_step", train_step)
+    scratch = final(tune(environment, "labelled", "scratch"))["network_weights"]
+    pretrained = final(tune(environment, "labelled", "pretrained", environment.root / "source.pth"))["network_weights"]
+    heads = [k for k in scratch if ".seg_layers." in k]
+    assert heads
+    assert all(torch.equal(scratch[k], pretrained[k]) for k in heads)
+    assert all(torch.equal(pretrained[k], source[k]) for k in source if k not in heads)
+    assert [str(x) for x in seen["scratch"]] == [str(x) for x in seen["pretrained"]]
+
+
+def test_seeds_and_folds_differ(with_data: Data) -> None:
+    environment = with_data("labelled")
+    digests = set()
+    for seed in (0, 1):
+        environment.write_plans("labelled", f"seed{seed}", {"finetune": {**RUN, "snapshots": [], "seed": seed}})
+        digests.add(final(tune(environment, "labelled", f"seed{seed}"))["nnssl_ext"]["weights_sha256"])
+    assert len(digests) == 2
+    assert len({finetune.run_seed(0, fold) for fold in (0, 1, 2, "all")}) == 4
+
+
+def test_the_default_schedule_is_stocks() -> None:
+    _, settings = finetune_settings({"plans_name": "x"})
+    assert (settings.steps, settings.steps_per_epoch, settings.optimiser) == (250_000, 250, "sgd")
+    recipe = finetune.OptimiserRecipe("sgd", 0.01, 3e-5, settings.schedule, settings.warm_up / settings.steps)
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.01)
+    stock = PolyLRScheduler(optimiser, 0.01, 1000)
+    for epoch in (0, 1, 500, 999):
+        stock.step(epoch)
+        assert learning_rate_at(recipe, 0.01, epoch * 250, settings.steps) == pytest.approx(
+            optimiser.param_groups[0]["lr"], rel=1e-12
+        )
+
+
+def test_the_average_is_what_is_written_and_validating_does_not_change_it(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch norm in training mode would change its running statistics."""
+    environment = with_data("labelled")
+    environment.write_plans("labelled", "run", {"finetune": {**RUN, "average": 0.9}})
+    trainer: Any = trainer_for("labelled", "run", NAME)
+    trainer.averaged = moving_average(torch.nn.BatchNorm3d(1), 0.9)
+    trainer.averaged.train()
+    monkeypatch.setattr(nnUNetTrainer, "validation_step", lambda self, batch: self.network(batch["data"]))
+    before = {name: tensor.clone() for name, tensor in trainer.exported_weights().items()}
+    trainer.validation_step({"data": torch.randn(2, 1, 4, 4, 4) * 5 + 3})
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.exported_weights().items())
+    with torch.no_grad():
+        trainer.averaged.module.weight.fill_(7.0)
+    assert trainer.exported_weights()["weight"].item() == 7
+
+
+def test_out_of_memory_is_one_line(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("labelled")
+    environment.write_plans("labelled", "run", {"finetune": RUN})
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(nnsslTrainer_Finetune, "_loss", fail)
+    with pytest.raises(SystemExit) as stopped:
+        tune(environment, "labelled", "run")
+    line = str(stopped.value.code)
+    assert line.startswith("nnssl_ext: error: out of memory (MemoryError after step 0): a batch of 2 crops of ")
+    assert "Use a smaller configuration.batch_size (now 2)" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"snapshots": [9]}, r"snapshots has \[9\], beyond finetune.steps=8"),
+        ({"warm_up": 8}, "warm_up=8 leaves none of 8 steps"),
+        ({"head_only_steps": 10}, "head_only_steps=10 leaves none"),
+        ({"optimizer": "sgd"}, "did you mean 'finetune.optimiser'"),
+        ({"precision": "float16"}, "precision float16 needs a GPU"),
+    ],
+)
+def test_bad_settings_are_one_line_and_write_nothing(with_data: Data, settings: dict, message: str) -> None:
+    environment = with_data("labelled")
+    environment.write_plans("labelled", "run", {"finetune": {**RUN, **settings}})
+    with pytest.raises(UserError, match=message):
+        tune(environment, "labelled", "run")
+    assert not list(environment.results.rglob("*"))
+
+
+def test_another_runs_checkpoint_is_refused(with_data: Data) -> None:
+    environment = with_data("labelled")
+    environment.write_plans("labelled", "run", {"finetune": {**RUN, "snapshots": []}})
+    fold = tune(environment, "labelled", "run")
+    before = (fold / "checkpoint_final.pth").read_bytes()
+    environment.write_plans("labelled", "run", {"finetune": {**RUN, "snapshots": [], "seed": 3}})
+    with pytest.raises(UserError, match="other finetune settings"):
+        tune(environment, "labelled", "run", c=True)
+    assert (fold / "checkpoint_final.pth").read_bytes() == before

@@ -1,0 +1,257 @@
+"""The folder of a run: torn checkpoints, two runs in it, a full disk, lost permission; nothing is overwritten."""
+
+import gc
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
+
+from nnssl_ext import checkpoint
+from nnssl_ext.errors import UserError
+from nnssl_ext.training.run import folder as run_folder
+from nnssl_ext.training.run.folder import HOLDER, LOCK, locked
+from tests.conftest import Environment
+from tests.training.pretraining.test_trainer import TRAINER, pretrain
+from tests.training.run.test_interruption import same_run, signal_at
+
+Data = Callable[[str], Environment]
+RUN = {"epochs": 3, "iterations_per_epoch": 2, "save_every": 1}
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of these runs' time."""
+    monkeypatch.setattr("nnssl_ext.training.pretraining.log.PretrainingLog.plot_progress_png", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def _results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stopped") / "results"
+
+
+@pytest.fixture
+def stopped(with_data: Data, monkeypatch: pytest.MonkeyPatch, _results: Path) -> Environment:
+    """A run that was asked to end in its third epoch, and its uninterrupted twin."""
+    environment = with_data("plain")
+    for plans in ("whole", "broken"):
+        environment.write_plans("plain", plans, RUN)
+    if not _results.exists():
+        pretrain(environment, "plain", "whole")
+        with monkeypatch.context() as patch:
+            signal_at(4, patch, 15)
+            with pytest.raises(SystemExit):
+                pretrain(environment, "plain", "broken")
+        shutil.copytree(environment.results, _results)
+    shutil.copytree(_results, environment.results, dirs_exist_ok=True)
+    return environment
+
+
+def fold(environment: Environment, plans: str = "broken") -> Path:
+    return environment.fold("plain", plans, TRAINER)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file: Path, place: float = 0.5) -> None:
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, lambda file: file.write_bytes(b"")])
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(
+    stopped: Environment, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object]
+) -> None:
+    damage(fold(stopped) / "checkpoint_latest.pth")
+    capsys.readouterr()
+    pretrain(stopped, "plain", "broken", c=True)
+    output = capsys.readouterr().out
+    assert "checkpoint_latest.pth is damaged" in output
+    assert "checkpoint_previous.pth: the steps since then are done again" in output
+    same_run(fold(stopped, "whole"), fold(stopped))
+    assert not list(fold(stopped).glob("checkpoint_[pl]*"))
+
+
+def test_with_latest_gone_the_one_before_it_is_used(stopped: Environment) -> None:
+    """Stock looks for final, latest and best only."""
+    for name in ("checkpoint_latest.pth", "checkpoint_best.pth"):
+        (fold(stopped) / name).unlink()
+    same_run(fold(stopped, "whole"), pretrain(stopped, "plain", "broken", c=True))
+
+
+def test_with_none_valid_the_run_stops_and_everything_stays(stopped: Environment) -> None:
+    files = sorted(fold(stopped).glob("*.pth"))
+    assert [file.name for file in files] == [f"checkpoint_{name}.pth" for name in ("best", "latest", "previous")]
+    for file in files:
+        truncate(file)
+    before = [file.read_bytes() for file in files]
+    with pytest.raises(
+        UserError, match="latest.pth is damaged.*previous.pth is.*best.pth is.*none can be read"
+    ) as error:
+        pretrain(stopped, "plain", "broken", c=True)
+    assert "\n" not in str(error.value)
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    import torch
+
+    content = {
+        "network_weights": {"a": torch.randn(40)},
+        "optimizer_state": {"state": {0: {"exp_avg": torch.randn(40), "step": 3.0}}},
+        "nnssl_ext": {"format": checkpoint.FORMAT, "state": {"centre": torch.randn(20)}},
+    }
+    file = tmp_path / "c.pth"
+    checkpoint.save(content, file)
+    good = file.read_bytes()
+    whole = checkpoint.content_digest(checkpoint.load(file))
+    for place in range(0, len(good), 7):
+        file.write_bytes(good)
+        flip(file, place / len(good))
+        try:
+            read = checkpoint.load(file)
+        except UserError:
+            continue
+        # padding between the parts holds nothing
+        assert checkpoint.content_digest(read) == whole, place
+
+
+def test_starting_anew_keeps_what_was_there(stopped: Environment, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (fold(stopped) / "checkpoint_latest.pth").read_bytes()
+    capsys.readouterr()
+    pretrain(stopped, "plain", "broken")
+    (kept,) = fold(stopped).glob("earlier_*")
+    assert (kept / "checkpoint_latest.pth").read_bytes() == before
+    assert f"an earlier run are kept in {kept}: checkpoint_latest.pth" in capsys.readouterr().out
+
+
+def _hold(folder: Path, ready: multiprocessing.synchronize.Event) -> None:
+    with locked(folder):
+        ready.set()
+        os.kill(os.getpid(), 19)  # SIGSTOP
+
+
+def test_a_second_run_in_the_folder_is_refused_and_a_stale_lock_taken_over(with_data: Data) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "broken", {"epochs": 1})
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(fold(environment), ready))
+    holder.start()
+    try:
+        assert ready.wait(20)
+        words = ["nnUNetv2_train", "811", "3d_fullres", "0", "-tr", TRAINER, "-p", "broken", "-device", "cpu"]
+        refused = environment.run(*words, status=1)
+        line = refused.stderr.strip().splitlines()[-1]
+        assert line.startswith("nnssl_ext: error: ")
+        assert f"belongs to another run, process {holder.pid} on " in line
+        assert "Traceback" not in refused.stderr
+    finally:
+        holder.kill()
+        holder.join()
+    assert (fold(environment) / LOCK).exists()
+    assert json.loads((fold(environment) / HOLDER).read_text())["pid"] == holder.pid
+    torn = fold(environment) / ".checkpoint_latest.pth.abc.tmp"
+    torn.write_bytes(b"half")
+    pretrain(environment, "plain", "broken")
+    assert not [path for path in fold(environment).iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("setting", ["stop", "go_on"])
+def test_a_lost_write_permission_amid_a_run(
+    stopped: Environment, monkeypatch: pytest.MonkeyPatch, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped.write_plans("plain", "other", {**RUN, "on_write_failure": setting})
+    original, count = tempfile.mkstemp, iter(range(100))
+
+    def lost(*args: object, **kwargs: object) -> tuple[int, str]:
+        if "checkpoint" in str(kwargs.get("prefix")) and 2 <= next(count) < 4:
+            raise PermissionError(13, "Permission denied")
+        return original(*args, **kwargs)  # type: ignore[call-overload]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkstemp", lost)
+        if setting == "stop":
+            with pytest.raises(UserError, match=r"checkpoint .* could not be written .*Permission denied.*untouched"):
+                pretrain(stopped, "plain", "other")
+            checkpoint.load(fold(stopped, "other") / "checkpoint_latest.pth")
+        else:
+            pretrain(stopped, "plain", "other")
+            assert "Permission denied" in capsys.readouterr().out
+    same_run(fold(stopped, "whole"), pretrain(stopped, "plain", "other", c=True))
+
+
+def no_checkpoint_fits(environment: Environment, words: list[str], size: int, folder: Path) -> None:
+    """Run a command where no file may have more than ``size`` bytes; it says so and leaves nothing half-written."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        ended = environment.run(*words, status=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    line = ended.stderr.strip().splitlines()[-1]
+    assert line.startswith("nnssl_ext: error: checkpoint ")
+    assert "could not be written" in line
+    assert not [path for path in folder.iterdir() if "checkpoint" in path.name]
+
+
+def test_a_full_disk_amid_a_run(with_data: Data) -> None:
+    """The command, on a system that takes files up to a size only: the logs, but no checkpoint."""
+    environment = with_data("plain")
+    environment.write_plans("plain", "broken", RUN)
+    words = ["nnUNetv2_train", "811", "3d_fullres", "0", "-tr", TRAINER, "-p", "broken", "-device", "cpu"]
+    no_checkpoint_fits(environment, words, 100_000, fold(environment))
+
+
+def test_no_picture_stays_in_memory(tmp_path: Path) -> None:
+    """nnU-Net's, of every epoch: 60 MiB each until Python looks for cycles."""
+    log = LocalLogger()
+    for key in log.my_fantastic_logging:
+        log.log(key, [0.5] if key.startswith("dice") else 1.0, 0)
+    trainer: Any = SimpleNamespace(logger=log, output_folder=str(tmp_path), print_to_log_file=print)
+    gc.collect()
+    gc.disable()
+    try:
+        run_folder.draw_progress(trainer)
+        assert [thing for thing in gc.get_objects() if isinstance(thing, Figure)] == []
+    finally:
+        gc.enable()
+    assert (tmp_path / "progress.png").is_file()
+
+
+@pytest.mark.parametrize(("seconds", "pictures"), [(3600.0, 1), (-1.0, 3)])
+def test_short_epochs_share_a_picture_and_the_last_has_one(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, seconds: float, pictures: int
+) -> None:
+    environment, drawn = with_data("plain"), []
+    environment.write_plans("plain", "run", {"epochs": 3, "iterations_per_epoch": 1, "validation_iterations": 1})
+    monkeypatch.setattr(run_folder, "DRAW_SECONDS", seconds)
+    monkeypatch.setattr(run_folder, "draw_progress", lambda trainer: drawn.append(trainer.current_epoch))
+    pretrain(environment, "plain", "run")
+    assert len(drawn) == pictures
+    assert drawn[-1] == 2
+
+
+def test_a_picture_that_cannot_be_written_ends_no_run(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "run", {"epochs": 1})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nnssl_ext.training.pretraining.log.PretrainingLog.plot_progress_png", full)
+    log = next(pretrain(environment, "plain", "run").glob("training_log*")).read_text()
+    assert "progress.png could not be written: No space left on device" in log
+    assert run_folder.CHAIN[0] == "checkpoint_final.pth"
