@@ -81,12 +81,12 @@ def test_trainers_folder_holds_thin_modules_with_absolute_imports() -> None:
     assert not (REPOSITORY / "trainers" / "__init__.py").exists()
 
 
-def test_no_file_is_over_300_lines() -> None:
+def test_no_file_is_over_400_lines() -> None:
     long = {
         str(path.relative_to(REPOSITORY)): count
         for folder in ("nnssl_ext", "trainers", "tests")
         for path in (REPOSITORY / folder).rglob("*.py")
-        if (count := len(path.read_text().splitlines())) > 300
+        if (count := len(path.read_text().splitlines())) > 400
     }
     assert long == {}
 

@@ -1,0 +1,71 @@
+"""Settings that version 0.2 renamed, by section of the plans; '' holds those that every method shares."""
+
+RENAMED: dict[str, dict[str, str]] = {
+    "": {
+        "most_unreadable": "max_unreadable_fraction",
+        "most_nonfinite": "max_nonfinite_batches",
+    },
+    "*": {  # in every method's section
+        "optimiser": "optimizer",
+        "warm_up": "warmup",
+        "normalise": "normalize",
+        "standardise": "standardize",
+    },
+    "finetune": {
+        "encoder_rate": "encoder_lr_scale",
+        "average": "weight_average_decay",
+    },
+    "volume_fusion": {
+        "source": "foreground_case",
+        "smallest_box": "min_box_edge",
+    },
+    "masked_autoencoder": {
+        "ratio": "mask_ratio",
+        "block": "block_size",
+        "normalise_target": "normalize_target",
+    },
+    "dino": {
+        "cell_stride": "token_stride",
+        "cell_weight": "patch_weight",
+        "hidden": "hidden_dim",
+        "bottleneck": "bottleneck_dim",
+        "temperature_warm_up": "temperature_warmup",
+        "centring": "centering",
+        "centre_momentum": "center_momentum",
+        "momentum": "teacher_momentum",
+        "clip": "max_grad_norm",
+        "stem_rate": "stem_lr_scale",
+    },
+    "contrastive_predictive_coding": {
+        "columns": "max_columns",
+        "voxels": "max_voxels",
+        "hidden": "hidden_dims",
+        "embedding": "embedding_dim",
+        "width": "context_dim",
+    },
+    "jigsaw": {
+        "puzzles": "permutations_per_window",
+        "voxels": "max_voxels",
+        "hidden": "hidden_dims",
+        "embedding": "embedding_dim",
+    },
+    "relative_patch_location": {
+        "neighbours": "neighbors_per_window",
+        "hidden": "hidden_dims",
+        "embedding": "embedding_dim",
+    },
+    "rotation": {
+        "turns": "rotations",
+        "thick_probability": "thick_slice_probability",
+        "thick": "thick_slice",
+        "angle": "jitter_angle",
+        "hidden": "hidden_dims",
+    },
+    "exemplar": {
+        "hidden": "hidden_dims",
+        "embedding": "embedding_dim",
+    },
+    "variable_dimension_transform": {
+        "hidden": "hidden_dim",
+    },
+}
