@@ -59,11 +59,11 @@ def load_results(grid: Grid) -> pd.DataFrame:
     for arm in grid.arms:
         if not grid.rate_is_known(arm):
             continue
-        for cell in grid.grid(arm, grid.rate(arm)):
-            if grid.done(cell):
-                frame = grid.metrics(cell)
+        for run in grid.compared(arm, grid.rate(arm)):
+            if grid.done(run):
+                frame = grid.metrics(run)
                 for place, (name, value) in enumerate(
-                    (("arm", arm.name), ("labels", cell.labels), ("subset", cell.subset), ("rate", cell.rate))
+                    (("arm", arm.name), ("labels", run.labels), ("subset", run.subset), ("rate", run.rate))
                 ):
                     frame.insert(place, name, value)
                 frames.append(frame)

@@ -36,11 +36,11 @@ def warnings(grid: Grid) -> list[str]:
     found = []
     if grid.protocol.transductive:
         found.append("Transductive: pretraining saw the images (not the labels) of the held-out cases.")
-    missing = [cell for cell in grid.all_cells() if not grid.done(cell)]
+    missing = [run for run in grid.all_runs() if not grid.done(run)]
     if missing:
-        found.append(f"{len(missing)} of {len(grid.all_cells())} runs are not done; what follows is without them.")
-    for cell, log in grid.failures().items():
-        found.append(f"Failed: {cell.arm.name} {cell.name}; its log is {log.relative_to(grid.folder)}.")
+        found.append(f"{len(missing)} of {len(grid.all_runs())} runs are not done; what follows is without them.")
+    for run, log in grid.failures().items():
+        found.append(f"Failed: {run.arm.name} {run.name}; its log is {log.relative_to(grid.folder)}.")
     for arm in grid.arms:
         if arm.method and METHODS[arm.method].needs_images:
             found.append(
@@ -70,6 +70,6 @@ def _rates_at_an_end(grid: Grid) -> list[str]:
 
 def _notes(grid: Grid) -> Iterator[dict]:
     """What was noted of each fine-tuning that is done."""
-    for cell in grid.all_cells():
-        if cell.kind != PRETRAINING and grid.done(cell):
-            yield read_json(grid.metrics_file(cell).with_suffix(".json"))
+    for run in grid.all_runs():
+        if run.kind != PRETRAINING and grid.done(run):
+            yield read_json(grid.metrics_file(run).with_suffix(".json"))

@@ -19,7 +19,7 @@ from nnssl_ext.study import pictures
 from nnssl_ext.study.analysis import Analysis, Comparison, count, interval, load_results, rounded_p
 from nnssl_ext.study.arms import Arm
 from nnssl_ext.study.cautions import caution, warnings
-from nnssl_ext.study.grid import GRID, PRETRAINING, Grid
+from nnssl_ext.study.grid import COMPARISON, PRETRAINING, Grid
 from nnssl_ext.study.metrics import read_labels
 from nnssl_ext.study.page import Page, Section, Table, render, render_markdown
 from nnssl_ext.study.protocol import SCRATCH, TITLES, TOTAL
@@ -121,7 +121,7 @@ def _sections_of_numbers(grid: Grid, dice: Analysis, nsd: Analysis) -> list[Sect
 
 
 def comparison_row(c: Comparison) -> list[str]:
-    """The cells of one comparison."""
+    """The runs of one comparison."""
     return [
         c.arm,
         TITLES.get(c.against, c.against),
@@ -192,9 +192,9 @@ def _slices(grid: Grid, dice: Analysis) -> list[Section]:
 
 def _prediction_folder(grid: Grid, arm: Arm) -> Path:
     p = grid.protocol
-    cell = next(c for c in grid.grid(arm, grid.rate(arm)) if c.labels == p.primary_labels and c.subset == 0)
-    step = "validation" if p.primary_step == grid.last_step(cell) else f"validation_step_{p.primary_step:06d}"
-    return grid.fold_folder(cell) / step
+    run = next(c for c in grid.compared(arm, grid.rate(arm)) if c.labels == p.primary_labels and c.subset == 0)
+    step = "validation" if p.primary_step == grid.last_step(run) else f"validation_step_{p.primary_step:06d}"
+    return grid.fold_folder(run) / step
 
 
 def _image(grid: Grid, case: str) -> np.ndarray | None:
@@ -220,14 +220,14 @@ def _protocol(grid: Grid) -> Section:
 def _cost(grid: Grid) -> Section:
     rows, made_by = [], dict[str, None]()
     for arm in grid.arms:
-        cells = [cell for cell in grid.all_cells() if cell.arm == arm and cell.kind != PRETRAINING and grid.done(cell)]
-        notes = [read_json(grid.metrics_file(cell).with_suffix(".json")) for cell in cells]
+        runs = [run for run in grid.all_runs() if run.arm == arm and run.kind != PRETRAINING and grid.done(run)]
+        notes = [read_json(grid.metrics_file(run).with_suffix(".json")) for run in runs]
         seconds = sum(note["seconds"] for note in notes)
         made_by |= dict.fromkeys(_software(note.get("versions", {}), note.get("revision", "")) for note in notes)
         summary = grid.fold_folder(grid.pretraining(arm)) / "pretraining_summary.json" if arm.method else None
         before = read_json(summary) if summary and summary.is_file() else {"steps": 0, "hours": 0.0}
         rows.append(
-            [arm.title, str(before["steps"]), f"{before['hours']:.2f}", str(len(cells)), f"{seconds / 3600:.2f}"]
+            [arm.title, str(before["steps"]), f"{before['hours']:.2f}", str(len(runs)), f"{seconds / 3600:.2f}"]
         )
     text = [f"{platform.system()} {platform.machine()}, {cores()} CPU cores, {grid.device}"]
     text += [f"Fine-tunings by {software}" for software in made_by]
@@ -243,13 +243,13 @@ def _software(numbers: dict[str, str], commit: str) -> str:
 
 
 def _commands(grid: Grid) -> Section:
-    cells = [cell for cell in grid.all_cells() if cell.kind != GRID or grid.rate_is_known(cell.arm)]
+    runs = [run for run in grid.all_runs() if run.kind != COMPARISON or grid.rate_is_known(run.arm)]
     lines = [
         _study_command(grid),
         "# which is",
         f"STUDY=.../{grid.folder.name}",
         'export nnUNet_preprocessed="$STUDY/nnUNet_preprocessed" nnUNet_extTrainer="$(nnssl_ext trainers)"',
-        *map(grid.shown_command, cells),
+        *map(grid.shown_command, runs),
     ]
     return Section("Every command", code="\n".join(lines))
 
