@@ -14,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nnssl_ext.errors import UserError
 from nnssl_ext.environment import cores
+from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.study.grid import Grid, Run
 from nnssl_ext.study.runner import Slot, perform, start, wait
 
+#: Jobs in flight unless --jobs says otherwise.
+JOBS = 16
 #: Seconds between two looks at the jobs.
 POLL_SECONDS = 10.0
 #: Hours of a job unless --slurm time=... says otherwise. An interrupted run continues in the next job.
@@ -96,7 +98,8 @@ def run_on_cluster(grid: Grid, executor: Any, jobs: int, poll: float = POLL_SECO
                 if job.done():
                     del working[run]
                     _conclude(grid, run, job)
-            ready = [r for r in grid.ready() if r not in working and r not in grid.failed][: max(0, jobs - len(working))]
+            waiting = [run for run in grid.ready() if run not in working and run not in grid.failed]
+            ready = waiting[: max(0, jobs - len(working))]
             if ready:
                 plain = replace(grid, failed={})
                 with executor.batch():

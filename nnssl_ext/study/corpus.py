@@ -1,7 +1,7 @@
 """Pretraining on another data set than the target's, without its held-out cases.
 
-A corpus may hold a held-out case under another name. Cases are therefore compared by content: preprocessed alike, the same
-image gives the same voxels.
+A corpus may hold a held-out case under another name. Cases are therefore compared by content: preprocessed alike, the
+same image gives the same voxels.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def pretraining_data(
     differing = [name for name in PREPROCESSING if own[name] != theirs[name]]
     if differing:
         raise UserError(
-            f"--pretrain-on {dataset}: {source.name} is preprocessed otherwise than {target.name} ({', '.join(differing)} "
-            f"differ). Make it with nnssl_ext corpus --like {target.name} -p {plans}."
+            f"--pretrain-on {dataset}: {source.name} and {target.name} differ in {', '.join(differing)}. Make the "
+            f"corpus with nnssl_ext corpus --like {target.name} -p {plans}."
         )
     twins = find_twins(data, data_folder(target, plans, configuration), held_out)
     kept = [case for case in sorted(list_cases(data)) if case not in twins]

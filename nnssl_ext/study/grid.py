@@ -337,7 +337,8 @@ class Grid:
         self._write({**section, "finetune": finetune}, name, self.preprocessed)
 
     def _write(self, section: dict, name: str, folder: Path) -> None:
-        write_json({**self.plans, "plans_name": name, "dataset_name": folder.name, PLANS_KEY: section}, folder / f"{name}.json")
+        own = {"plans_name": name, "dataset_name": folder.name, PLANS_KEY: section}
+        write_json({**self.plans, **own}, folder / f"{name}.json")
 
     def command(self, run: Run) -> list[str]:
         """Return the command of a run. It continues an interrupted one."""

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -125,8 +124,8 @@ def pool_size(dataset: str, plans: str, configuration: str, fold: int, group_by:
 def held_out_and_pool(source: Path, data: Path, fold: int, group_by: str = "") -> tuple[list[str], list[str]]:
     """Return the validation and training cases of a fold, without writing anything.
 
-    The data set's own split is taken, or the one that nnU-Net would make. Where it divides a group, the groups are split
-    instead, by nnU-Net's rule.
+    The data set's own split is taken, or the one that nnU-Net would make. Where that divides a group, the groups are
+    split by nnU-Net's rule instead.
 
     Raises:
         UserError: If there is no such fold or data.

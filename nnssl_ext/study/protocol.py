@@ -105,7 +105,8 @@ def grouped(cases: Sequence[str], pattern: str) -> dict[str, list[str]]:
 
     Args:
         cases: Case identifiers.
-        pattern: Regular expression. A group is its first parenthesis, or else the whole match. '' makes each case a group.
+        pattern: Regular expression. Its first parenthesis, or else the whole match, names the group. '' makes each case
+            a group.
 
     Raises:
         UserError: If the pattern is invalid or a case does not match.
@@ -162,9 +163,7 @@ def draw_cases(protocol: Protocol, held_out: Sequence[str], pool: Sequence[str],
     for run in range(protocol.development_runs if choose else 0):
         order = _covering_order(rest, shown, protocol.primary_labels, (protocol.seed, 2, run))
         drawn.append(cases_of(order[: protocol.primary_labels]))
-    return Cases(
-        sorted(held_out), sorted(pool), sorted(classes), len(names), cases_of(development), subsets, drawn
-    )
+    return Cases(sorted(held_out), sorted(pool), sorted(classes), len(names), cases_of(development), subsets, drawn)
 
 
 def _covering_order(

@@ -22,7 +22,7 @@ from nnssl_ext.environment import commands_path, cores, trainer_folders
 from nnssl_ext.files import replaced_on_success
 from nnssl_ext.provenance import revision, versions
 from nnssl_ext.recipe import read_json, write_json
-from nnssl_ext.study.grid import PRETRAINING, Run, Grid
+from nnssl_ext.study.grid import PRETRAINING, Grid, Run
 from nnssl_ext.study.metrics import fold_metrics
 
 #: Seconds that a stopped command may take to end.

@@ -58,9 +58,9 @@ def effect(differences: Sequence[float], level: float = 0.95) -> Effect:
 def random_effect(differences: Sequence[Sequence[float]], level: float = 0.95) -> Effect:
     """Compute mean, interval and p where pretraining runs vary.
 
-    The model is mean + run of pretraining + pair. With equally many pairs a run, the means of the runs are independent and
-    normal, and Student's t with (runs - 1) degrees of freedom is exact (Searle et al., Variance Components, 1992). Two
-    runs give one degree of freedom: the interval is 12.7 standard errors wide to each side.
+    The model is mean + pretraining run + pair. With equally many pairs per run, the means of the runs are independent
+    and normal, and Student's t with (runs - 1) degrees of freedom is exact (Searle et al., Variance Components, 1992).
+    Two runs give one degree of freedom: the interval reaches 12.7 standard errors to each side.
 
     Args:
         differences: Paired differences, one sequence per pretraining run.
