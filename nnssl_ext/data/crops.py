@@ -64,8 +64,12 @@ class CropRequest:
         return any(crop.fit for crop in self.crops)
 
     @property
-    def fewest_cases(self) -> int:
+    def min_cases(self) -> int:
         return 2 if any(crop.other_case for crop in self.crops) else 1
+
+    def placeholder(self, channels: int, sample: int) -> list[SourceBox]:
+        """Return boxes of noise in the place of one sample, to trace shapes."""
+        return [noise_box((channels, *crop.size), f"case {row} {sample}") for row, crop in enumerate(self.crops)]
 
 
 class Sample(NamedTuple):
@@ -154,7 +158,7 @@ class CropDataset(Dataset):
     def sources(self, sample: int) -> list[str]:
         """The cases that a sample is read from, for messages."""
         drawn = self.draw_cases(sample)
-        return list(drawn[: self.request.fewest_cases])
+        return list(drawn[: self.request.min_cases])
 
     def draw_cases(self, sample: int) -> tuple[str, str]:
         """A sample's own case, each case once before any comes again, and a partner that is another case."""
@@ -191,6 +195,12 @@ class CropDataset(Dataset):
         if not (torch.isfinite(darkest).all() and torch.isfinite(brightest).all()):
             raise ValueError("NaN or infinite values")
         return SourceBox(box, matrix, centre - low, case)
+
+
+def noise_box(shape: tuple[int, ...], case: str) -> SourceBox:
+    """Return a box of noise (C, D, H, W) about its own center; torch's own generator stays as it is."""
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    return SourceBox(noise, np.eye(3), (np.asarray(shape[1:]) - 1) / 2, case)
 
 
 def draw_centre(
