@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import TRAINERS
 from nnssl_ext.recipe import Recipe, assignments_recipe, load_recipe, merged
 from nnssl_ext.study.protocol import SCRATCH, TITLES, TOTAL
 
@@ -59,7 +59,7 @@ def arms_of(
     Raises:
         UserError: For an unknown method or recipe, or a file that does not exist.
     """
-    known = {method.trainer.removeprefix("nnsslTrainer_"): name for name, method in METHODS.items()}
+    known = {trainer.removeprefix("nnsslTrainer_"): name for name, trainer in TRAINERS.items()}
     recipes = dict(_finetune_recipe(word) for word in finetune)
     if len(recipes) != len(finetune):
         raise UserError("--finetune: two recipes have the same name. Give each name once.")

@@ -59,7 +59,7 @@ def warnings(analysis: Analysis) -> list[str]:
     for run, log in grid.failures().items():
         found.append(f"Failed: {run.arm.name} {run.name}. Log: {log.relative_to(grid.folder)}.")
     for arm in grid.arms:
-        if arm.method and METHODS[arm.method].needs_images:
+        if arm.method and METHODS[arm.method].learns_from != "cases":
             found.append(f"{arm.name} learned from the 2-D images in {grid.common.images}, not from this data set.")
         if arm.init:
             found.append(f"{arm.name} comes from a file. The study does not know which images it has seen.")

@@ -21,7 +21,7 @@ import pandas as pd
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl_ext.methods import METHODS, SCHEMAS
+from nnssl_ext.methods import SCHEMAS, TRAINERS
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.settings import PLANS_KEY, CommonSettings, split_sections
 from nnssl_ext.study.arms import Arm
@@ -223,7 +223,7 @@ class Grid:
         return self.folder / "results" / run.arm.name / dataset / name / f"fold_{run.fold}"
 
     def _trainer(self, run: Run) -> str:
-        return METHODS[run.arm.method].trainer if run.kind == PRETRAINING else self.finetuner
+        return TRAINERS[run.arm.method] if run.kind == PRETRAINING else self.finetuner
 
     def _dataset(self, run: Run) -> str:
         return self.pretraining_dataset if run.kind == PRETRAINING else self.protocol.dataset

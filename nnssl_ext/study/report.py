@@ -35,7 +35,7 @@ def write_report(grid: Grid) -> Path:
     p = grid.protocol
     page = Page(
         title="Does pretraining pay?",
-        subtitle=f"{p.dataset}, {p.configuration}, plans {p.plans}, {count(len(grid.cases.held_out), 'held-out case')}. "
+        subtitle=f"{p.dataset}, {p.configuration}, {p.plans}. {count(len(grid.cases.held_out), 'held-out case')}. "
         f"Endpoint: {dice.endpoint}.",
         summary=_summary(grid, dice),
         plots=_forest(grid, dice),
@@ -91,7 +91,7 @@ def _forest(grid: Grid, dice: Analysis) -> list[Picture]:
     if rows:
         label = f"points of Dice above scratch after {p.primary_step:,} steps"
         plots.append(Picture(pictures.forest(rows, label), "Difference to scratch of equal fine-tuning steps"))
-    totals = [(arm.name, c.effect) for arm in dice.tested_arms if (c := dice.primary(arm.name, TOTAL))]
+    totals = [(arm.name, found.effect) for arm in dice.tested_arms if (found := dice.primary(arm.name, TOTAL))]
     if grid.has_total and totals:
         label = f"points of Dice above scratch of {grid.total_steps():,} steps"
         plots.append(Picture(pictures.forest(totals, label), "Difference to scratch of equal total steps"))
@@ -146,8 +146,8 @@ def _savings(grid: Grid, dice: Analysis) -> Section:
                 rows.append([arm.name, dice.saving(arm.name), str(budget), str(p.steps), reached])
     rows.append([TITLES[SCRATCH], dice.saving(SCRATCH), "", "", ""])
     text = [
-        "Labels: the smallest budget whose lower limit against scratch with all cases lies above -0.5 points. Labels that "
-        "scratch saves by this rule are saved by no pretraining.",
+        "Labels: the smallest budget whose lower limit against scratch with all cases lies above -0.5 points. Labels "
+        "that scratch saves by this rule are saved by no pretraining.",
         "Steps: the first snapshot at which the arm's mean reaches that of scratch at the end.",
     ]
     head = ["arm", "labels saved", "labels", "steps of scratch", "steps of the arm"]
