@@ -15,7 +15,13 @@ def chain(folder: Path, code: str) -> Chain:
         {"GREETING": "hello"},
         [
             Step("First", (folder / "first").exists, action=(folder / "first").touch),
-            Step("Second, by a command", made.exists, lambda: [sys.executable, "-c", code], {"PLACE": str(made)}, 2),
+            Step(
+                "Second, by a command",
+                made.exists,
+                lambda: [sys.executable, "-c", code],
+                {"PLACE": str(made)},
+                lambda: 2,
+            ),
         ],
     )
 
