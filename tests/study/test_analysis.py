@@ -29,7 +29,7 @@ def planted(tmp_path: Path, gain: float, arms: list[Arm] | None = None, missing:
     for arm in grid.arms:
         if arm.method:
             folder = grid.fold_folder(grid.pretraining(arm))
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             write_json({"steps": 1000, "hours": 1.0}, folder / "pretraining_summary.json")
         for run in grid.compared(arm, 0.01)[: len(grid.compared(arm, 0.01)) - missing]:
             ceiling = 0.9 - 0.2 / run.labels
