@@ -62,3 +62,9 @@ def spelled(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
         RENAMED = {}
     new = {**RENAMED.get("*", {}), **RENAMED.get(section, {})}
     return {name if name in known else new.get(name, name): value for name, value in values.items()}
+
+
+def trainer_name(method: str) -> str:
+    """Return the name of a method's trainer, as ``-tr`` takes it."""
+    name = {"dino": "3DINO"}.get(method) or "".join(word.capitalize() for word in method.split("_"))
+    return f"nnsslTrainer_{name}"

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from benchmarks.checkout import add_option, run_on, set_environment, spelled
+from benchmarks.checkout import add_option, run_on, set_environment, spelled, trainer_name
 from benchmarks.measure import report
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -217,7 +217,6 @@ def begin(name: str, root: Path) -> Any:
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     from benchmarks.workload import write_dataset, write_images
-    from nnssl_ext.methods import METHODS
 
     settings: dict[str, Any] = {"precision": "float32", "iterations_per_epoch": 100, "epochs": 1}
     if name == "variable_dimension_transform":
@@ -226,7 +225,7 @@ def begin(name: str, root: Path) -> Any:
     settings["dino"] = spelled("dino", SMALL_DINO)
     folder = write_dataset(root / name, "counted", settings)
     plans, content = (json.loads((folder / f"{file}.json").read_text()) for file in ("nnUNetPlans", "dataset"))
-    kind = recursive_find_trainer_class_by_name(METHODS[name].trainer)
+    kind = recursive_find_trainer_class_by_name(trainer_name(name))
     trainer = kind({**plans, "continue_training": False}, "3d_fullres", "all", content, CPU)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.on_train_start()

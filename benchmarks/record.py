@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkout import add_option, run_on, set_environment, spelled
+from benchmarks.checkout import add_option, run_on, set_environment, spelled, trainer_name
 
 CONFIGURATION = "3d_fullres"
 EPOCHS, STEPS = 4, 5
@@ -106,10 +106,9 @@ def trained(root: Path, item: str) -> dict[str, Any]:
     from nnunetv2.run.run_training import run_training
 
     from benchmarks.workload import dataset_name
-    from nnssl_ext import methods
 
     method, kind = item.split("/")
-    trainer = "nnsslTrainer_Finetune" if method == "finetune" else methods.METHODS[method].trainer
+    trainer = trainer_name(method)
     run_training(dataset_name(kind), CONFIGURATION, 0, trainer, "record", device=torch.device("cpu"))
     fold = root / "results" / dataset_name(kind) / f"{trainer}__record__{CONFIGURATION}" / "fold_0"
     content = read(fold / "checkpoint_final.pth")
@@ -244,8 +243,6 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
             lines += [f"study: the report lacks {', '.join(missing)}"] * bool(missing)
         elif name == "transfer":
             lines += [f"transfer: {pair}: differs" for pair in old if old[pair] != value.get(pair)]
-        elif "failed" in value or "failed" in old:
-            lines.append(f"{name}: failed")
         else:
             lines += [f"{name}: weights differ"] * (old["weights"] != value["weights"])
             left = list(value["log"].values())
@@ -268,6 +265,7 @@ def main() -> None:
         arguments.output.write_text(json.dumps({"machine": machine(), "items": items}, indent=1) + "\n")
     failed = [name for name, value in items.items() if "failed" in value]
     lines = [f"{name}: failed" for name in failed]
+    items = {name: value for name, value in items.items() if name not in failed}
     if arguments.compare:
         earlier = json.loads(arguments.compare.read_text())
         lines += differences(earlier["items"], items)

@@ -7,8 +7,8 @@ import os
 import pydoc
 from pathlib import Path
 
+import nibabel
 import numpy as np
-import SimpleITK
 import torch
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
@@ -154,9 +154,7 @@ def write_tiny(root: Path, kind: str, cases: int = 8) -> Path:
         files = [str(folder / "imagesTr" / f"case_{case:02d}_{channel:04d}.nii.gz") for channel in range(channels)]
         label = str(folder / "gt_segmentations" / f"case_{case:02d}.nii.gz")
         for array, file in zip((*images, truth), (*files, label), strict=True):
-            image = SimpleITK.GetImageFromArray(array)
-            image.SetSpacing(spacing[::-1])
-            SimpleITK.WriteImage(image, file)
+            nibabel.save(nibabel.Nifti1Image(array.T, np.diag([*spacing[::-1], 1.0])), file)  # x, y, z
         preprocessor.run_case_save(
             str(folder / DATA / f"case_{case:02d}"), files, label, manager, configuration, content
         )
@@ -348,7 +346,7 @@ def _plans(chosen: dict, batch: int) -> dict:
         "plans_name": "nnUNetPlans",
         "original_median_spacing_after_transp": spacing,
         "original_median_shape_after_transp": configuration["median_image_size_in_voxels"],
-        "image_reader_writer": "SimpleITKIO",
+        "image_reader_writer": "NibabelIO",
         "transpose_forward": [0, 1, 2],
         "transpose_backward": [0, 1, 2],
         "configurations": {"3d_fullres": configuration},
