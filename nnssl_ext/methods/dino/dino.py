@@ -108,11 +108,11 @@ class DINO(Method):
     def optimiser(self) -> OptimiserRecipe:
         settings = self.settings
         return OptimiserRecipe(
-            settings.optimiser,
+            settings.optimizer,
             5e-4,
             settings.weight_decay,
             settings.schedule,
-            settings.warm_up,
+            settings.warmup,
             clip=settings.clip,
             final_weight_decay=settings.final_weight_decay,
         )
@@ -202,7 +202,7 @@ class DINO(Method):
         return {"loss": loss + settings.koleo_weight * spread, "image": image, "cells": cell, "spread": spread}
 
     def before_step(self, progress: float) -> None:
-        self.warming_up = progress < self.settings.warm_up
+        self.warming_up = progress < self.settings.warmup
         first, last = self.settings.teacher_temperature
         share = min(1.0, progress / self.settings.temperature_warm_up) if self.settings.temperature_warm_up else 1.0
         self.teacher_temperature.fill_(first + (last - first) * share)
