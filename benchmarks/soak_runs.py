@@ -109,7 +109,7 @@ class Soak:
                 "validation_iterations": 1,
                 "save_every": 1,
                 "seed": seed,
-                "average": 0.9,
+                "weight_average_decay": 0.9,
                 "snapshots": [steps // 2],
             },
             **SETTINGS,

@@ -37,7 +37,7 @@ FINETUNE = {
     "mirroring": False,
 }
 #: The fine-tuner's ways of sparing pretrained weights, switched off.
-SPARE_NOTHING = {"head_only_steps": 0, "freeze_encoder_steps": 0, "encoder_rate": 1.0}
+SPARE_NOTHING = {"head_only_steps": 0, "freeze_encoder_steps": 0, "encoder_lr_scale": 1.0}
 #: Kinds of runs in the order in which they are wanted.
 PRETRAINING, DEVELOPMENT, GRID = "pretraining", "development", "grid"
 

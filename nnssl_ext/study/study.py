@@ -47,7 +47,7 @@ def optimiser_of(source: Path, plans: str, configuration: str, overlays: Sequenc
     derived = derive_plans(read_json(source / f"{plans}.json"), plans, recipes_of(overlays), [configuration])
     _, sections = split_sections(derived.get(PLANS_KEY, {}), SCHEMAS, f"plans {plans}")
     settings: FinetuneSettings = sections["finetune"]
-    return settings.optimiser
+    return settings.optimizer
 
 
 @dataclass

@@ -79,7 +79,7 @@ def check_run(
     manager = PlansManager(plans)
     base = Path(str(nnUNet_preprocessed)) / manager.dataset_name
     folder = base / manager.get_configuration(configuration).data_identifier
-    index = _index(folder, geometry.channels, common.most_unreadable)
+    index = _index(folder, geometry.channels, common.max_unreadable_fraction)
     geometry = replace(geometry, case_size=index.common_size())
     images = _images(method, common) if method.needs_images else None
     if images is not None:
@@ -168,7 +168,7 @@ def _images(method: type[Method], common: CommonSettings) -> ImageFolder:
     return ImageFolder(Path(common.images))
 
 
-def _index(folder: Path, channels: int, most_unreadable: float) -> CaseIndex:
+def _index(folder: Path, channels: int, max_unreadable_fraction: float) -> CaseIndex:
     if not folder.is_dir():
         raise UserError(f"no preprocessed data in {folder}; run nnUNetv2_preprocess or nnUNetv2_plan_and_preprocess")
     # the first process looks at new cases; the others may not see yet what it wrote to a network file system
@@ -180,11 +180,11 @@ def _index(folder: Path, channels: int, most_unreadable: float) -> CaseIndex:
         for case, found in zip(index.cases, index.channels(), strict=True)
         if found != channels
     } | index.problems()
-    if len(problems) > most_unreadable * len(index.cases):
+    if len(problems) > max_unreadable_fraction * len(index.cases):
         listed = shorten(f"case '{case}' {problem}" for case, problem in sorted(problems.items()))
         raise UserError(
-            f"{folder}: {listed}; preprocess these cases again or remove them (nnssl_ext.most_unreadable="
-            f"{most_unreadable} is the share of cases that a run does without)"
+            f"{folder}: {listed}; preprocess these cases again or remove them (nnssl_ext.max_unreadable_fraction="
+            f"{max_unreadable_fraction} is the share of cases that a run does without)"
         )
     index.left_out = problems
     return index

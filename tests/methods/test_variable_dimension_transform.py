@@ -144,9 +144,9 @@ def test_too_many_unreadable_images_stop_the_run(with_data: Data) -> None:
         if path.is_file():
             path.write_bytes(b"nothing")
     environment.write_plans("plain", "run", {"images": str(folder), "iterations_per_epoch": 12})
-    with pytest.raises(UserError, match=r"of 24 images cannot be read, more than most_unreadable=0.05 allows"):
+    with pytest.raises(UserError, match=r"of 24 images cannot be read, more than max_unreadable_fraction=0.05 allows"):
         pretrain(environment, "plain", "run", trainer=VariableDimensionTransform.trainer)
-    environment.write_plans("plain", "run", {"images": str(folder), "most_unreadable": 1.0})
+    environment.write_plans("plain", "run", {"images": str(folder), "max_unreadable_fraction": 1.0})
     fold = pretrain(environment, "plain", "run", trainer=VariableDimensionTransform.trainer)
     log = next(iter(sorted(fold.glob("training_log_*"), reverse=True))).read_text()
     assert "cannot be read and is skipped" in log

@@ -63,14 +63,14 @@ def test_the_long_baseline_needs_no_pretraining_to_succeed(tmp_path: Path) -> No
 def test_what_spares_weights_is_not_done_from_scratch(tmp_path: Path) -> None:
     grid = planted(tmp_path, 0.0)
     file = grid.preprocessed / f"{grid.protocol.plans}_study.json"
-    write_json({**read_json(file), "nnssl_ext": {"finetune": {"head_only_steps": 100, "encoder_rate": 0.1}}}, file)
+    write_json({**read_json(file), "nnssl_ext": {"finetune": {"head_only_steps": 100, "encoder_lr_scale": 0.1}}}, file)
     found = {}
     for arm in grid.arms:
         cell = grid.grid(arm, 0.01)[0]
         grid.write_plans(cell)
         found[arm.name] = read_json(grid.preprocessed / f"{grid.plans_name(cell)}.json")["nnssl_ext"]["finetune"]
-    assert (found[SCRATCH]["head_only_steps"], found[SCRATCH]["encoder_rate"]) == (0, 1.0)
-    assert (found["VolumeFusion"]["head_only_steps"], found["VolumeFusion"]["encoder_rate"]) == (100, 0.1)
+    assert (found[SCRATCH]["head_only_steps"], found[SCRATCH]["encoder_lr_scale"]) == (0, 1.0)
+    assert (found["VolumeFusion"]["head_only_steps"], found["VolumeFusion"]["encoder_lr_scale"]) == (100, 0.1)
 
 
 def test_a_name_stays_with_its_file(tmp_path: Path) -> None:

@@ -131,8 +131,8 @@ def test_bad_words_are_one_line_and_write_nothing(
 def test_settings_are_checked_against_the_studys_own_steps(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = with_data("labelled")
     monkeypatch.chdir(environment.root)
-    with pytest.raises(UserError, match="finetune.warm_up=4 leaves none of 4 steps"):
-        main([*WORDS, "finetune.warm_up=4", "-o", "st"])
+    with pytest.raises(UserError, match="finetune.warmup=4 leaves none of 4 steps"):
+        main([*WORDS, "finetune.warmup=4", "-o", "st"])
     with pytest.raises(UserError, match="seed is the study's own; use --seed"):
         main([*WORDS, "seed=1", "-o", "st"])
     with pytest.raises(UserError, match="start_from: a study's pretraining starts from nothing"):
@@ -185,7 +185,7 @@ def test_the_seed_is_the_pretrainings_too_and_the_rates_follow_the_optimiser(
 ) -> None:
     environment = with_data("labelled")
     monkeypatch.chdir(environment.root)
-    main([*WORDS, 'finetune.optimiser="adamw"', "--seed", "3", "--report-only", "-o", "st"])
+    main([*WORDS, 'finetune.optimizer="adamw"', "--seed", "3", "--report-only", "-o", "st"])
     (file,) = (environment.root / "st").rglob("nnUNetPlans_study.json")
     assert read_json(file)["nnssl_ext"]["seed"] == 3
     assert read_json(environment.root / "st" / "study.json")["rates"] == [3e-4, 1e-3, 3e-3]

@@ -91,14 +91,14 @@ class Unreadable:
             self.tell(f"cannot be read and is skipped ({len(self.names)} so far): {name}")
         if new and len(self.names) > self.limit * self.total:
             raise UserError(
-                f"{len(self.names)} of {self.total} {self.what} cannot be read, more than most_unreadable="
+                f"{len(self.names)} of {self.total} {self.what} cannot be read, more than max_unreadable_fraction="
                 f"{self.limit} allows: {shorten(self.names, 20)}; repair or remove them, then go on with --c"
             )
 
 
 def unreadable(trainer: PretrainingTrainer) -> Unreadable:
     """The list of a run that begins, with the cases that are left out from the start."""
-    checked, limit = trainer.checked, trainer.checked.common.most_unreadable
+    checked, limit = trainer.checked, trainer.checked.common.max_unreadable_fraction
     if checked.images is not None:
         return Unreadable("images", len(checked.images), limit, trainer.print_to_log_file)
     result = Unreadable("cases", len(checked.index.cases), limit, trainer.print_to_log_file)

@@ -32,8 +32,8 @@ FREE = (
     "validation_iterations",
     "epochs",
     "images",
-    "most_unreadable",
-    "most_nonfinite",
+    "max_unreadable_fraction",
+    "max_nonfinite_batches",
     "max_time",
     "on_write_failure",
     "write_in_background",
@@ -71,6 +71,7 @@ def restore(trainer: PretrainingTrainer, content: dict[str, Any], source: str) -
     Raises:
         UserError: If the checkpoint belongs to another run.
     """
+    checkpoint.refuse_older(content, source)
     own = content["nnssl_ext"]
     refuse_other_run(own["identity"], identity(trainer), source)
     refuse_other_data(own.get("data"), data(trainer), source)

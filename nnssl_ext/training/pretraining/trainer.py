@@ -122,7 +122,7 @@ class PretrainingTrainer(nnUNetTrainer):
         self.initial_lr = self.recipe.learning_rate if common.learning_rate is None else common.learning_rate
         self.weight_decay = self.recipe.weight_decay
         self.optimizer = build_optimiser(self.recipe, self.method.parameter_groups(), self.initial_lr)
-        self.guard = FiniteGuard(self.method, self.optimizer, common.most_nonfinite, self.print_to_log_file)
+        self.guard = FiniteGuard(self.method, self.optimizer, common.max_nonfinite_batches, self.print_to_log_file)
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         self.logger.update_config({"hparas": {"method": self.method.name, "initial_lr": self.initial_lr}})
         self.was_initialized = True
