@@ -24,7 +24,7 @@ from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.context import ConvolutionalContext, RecurrentContext
 from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.settings import setting
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.rows import RowLayout, Rows, solve_rows
 
 OORD, TALEB = "arXiv 1807.03748", "Taleb et al. 2020"
@@ -123,8 +123,8 @@ class ContrastivePredictiveCoding(PatchMethod):
         starts = self.layout.starts(direction, random.uniform(0, 1, (3,)))
         return {
             **self.read_patches(batch, random, starts),
-            "direction": sent(direction, random.device),
-            "negative": sent(random.uniform(0, 1, (self.targets,)), random.device),
+            "direction": to_device(direction, random.device),
+            "negative": to_device(random.uniform(0, 1, (self.targets,)), random.device),
         }
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:

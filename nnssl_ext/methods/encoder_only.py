@@ -16,7 +16,7 @@ from nnssl_ext.losses.health import effective_rank, feature_deviation
 from nnssl_ext.methods.base import Geometry, Method
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import grid_features
-from nnssl_ext.views.random import sent
+from nnssl_ext.views.random import to_device
 
 
 class EncoderMethod(Method):
@@ -74,4 +74,4 @@ def classification(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def sample_index(indices: list[int], device: torch.device) -> Tensor:
     """Move global sample indices to the device: (B,) int64."""
-    return sent(torch.tensor(indices), device)
+    return to_device(torch.tensor(indices), device)

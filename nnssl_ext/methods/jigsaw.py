@@ -23,7 +23,7 @@ from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead, layers
 from nnssl_ext.settings import setting
 from nnssl_ext.views.layout import Layout, solve_layout
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.random import BatchRandom, to_device
 
 TALEB = "Taleb et al. 2020"
 #: Fewer patches have too few orders to make a task.
@@ -91,7 +91,7 @@ class Jigsaw(PatchMethod):
         """Return ``patches`` (B, N, C, D, H, W) in their own order, ``order`` (B, Q) and ``index`` (B,)."""
         views = self.read_patches(batch, random, self.layout.starts(random))
         order = random.integers(0, len(self.permutations) - 1, (self.settings.permutations_per_window,))
-        return {**views, "order": sent(order, random.device)}
+        return {**views, "order": to_device(order, random.device)}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``loss``. In evaluation also ``accuracy``, ``chance`` and health. Each is (B,)."""

@@ -22,7 +22,7 @@ from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead, layers
 from nnssl_ext.settings import setting
 from nnssl_ext.views.layout import Layout, solve_layout
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.random import BatchRandom, to_device
 
 TALEB = "Taleb et al. 2020"
 
@@ -80,7 +80,7 @@ class RelativePatchLocation(PatchMethod):
         center = self.classes // 2
         place = torch.cat([torch.full((len(location), 1), center), location + (location >= center)], 1)
         starts = self.layout.starts(random).gather(1, place[..., None].expand(-1, -1, 3))
-        return {**self.read_patches(batch, random, starts), "location": sent(location, random.device)}
+        return {**self.read_patches(batch, random, starts), "location": to_device(location, random.device)}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``loss``. In evaluation also ``accuracy``, ``chance`` and health. Each is (B,)."""

@@ -22,10 +22,10 @@ from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead, layers
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
-from nnssl_ext.views.filters import thicken
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.filters import simulate_thick_slices
+from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.rotations import cube_group, grid_rotations, published_rotations, rotatable_size, same_spacing
-from nnssl_ext.views.spatial import SpatialRange, cut_batch, part, turn
+from nnssl_ext.views.spatial import SpatialRange, crop_batch, rotation_matrix, subview
 
 TALEB = "Taleb et al. 2020"
 
@@ -92,7 +92,7 @@ class Rotation(EncoderMethod):
     @classmethod
     def crops(cls, settings: RotationSettings, geometry: Geometry) -> CropRequest:
         spatial = SpatialRange(geometry.spacing)
-        return CropRequest((Crop(cls.box(settings, geometry), spatial, fit=True, centred=True),))
+        return CropRequest((Crop(cls.box(settings, geometry), spatial, fit=True, centered=True),))
 
     def clipped_parts(self) -> list[nn.Module]:
         """Clip the spacing classifier's gradient apart from the task's."""
@@ -116,14 +116,16 @@ class Rotation(EncoderMethod):
         for copy in range(copies):
             # the small rotation is one of the rotated crop, so it reveals nothing; one resampling does both
             boxes = [
-                part(box, self.size, self.rotations[label[b, copy]] @ turn(angles[b, copy] * free, spacing))
+                subview(
+                    box, self.size, self.rotations[label[b, copy]] @ rotation_matrix(angles[b, copy] * free, spacing)
+                )
                 for b, box in enumerate(batch.boxes[0])
             ]
-            image, _ = cut_batch(boxes, self.size, random.device)
+            image, _ = crop_batch(boxes, self.size, random.device)
             IntensityDraw.draw(s.intensity, random, image.shape[1], spacing).apply(image, random)
-            images.append(thicken(image, axis[:, copy], zoom[:, copy]))
+            images.append(simulate_thick_slices(image, axis[:, copy], zoom[:, copy]))
         index = sample_index(batch.indices, random.device)
-        return {"image": torch.stack(images, 1), "rotation": sent(label, random.device), "index": index}
+        return {"image": torch.stack(images, 1), "rotation": to_device(label, random.device), "index": index}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``loss``. In evaluation also ``accuracy``, ``chance``, ``spacing_accuracy`` and health; (B,) each."""

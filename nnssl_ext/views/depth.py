@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.random import BatchRandom, to_device
 
 #: Mean and deviation of ImageNet's pixels over all colors, in eight bits (arXiv 2201.01426).
 MEAN, DEVIATION = 114.495, 57.63
@@ -22,7 +22,7 @@ COLORS = 3
 def colors_as_depth(images: Tensor, random: BatchRandom) -> Tensor:
     """Stack the colors as slices, in a random order per image: (B, 3, H, W) -> (B, 1, 3, H, W)."""
     orders = torch.from_numpy(np.stack([random.generator(b).permutation(COLORS) for b in range(len(images))]))
-    order = sent(orders, images.device)[:, :, None, None].expand_as(images)
+    order = to_device(orders, images.device)[:, :, None, None].expand_as(images)
     return images.gather(1, order)[:, None]
 
 
@@ -66,7 +66,7 @@ def drifting(images: Tensor, random: BatchRandom, depth: int, angle: float, shif
     theta[..., 0, 0], theta[..., 0, 1] = cos, -sin * height / width
     theta[..., 1, 0], theta[..., 1, 1] = sin * width / height, cos
     theta[..., 2] = shifts
-    theta = sent(theta.flatten(0, 1), images.device)
+    theta = to_device(theta.flatten(0, 1), images.device)
     grid = F.affine_grid(theta, [batch * depth, 1, height, width], align_corners=False)
     slices = luminance(images).repeat_interleave(depth, 0)
     moved = F.grid_sample(slices, grid, padding_mode="border", align_corners=False)
