@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.losses.contrastive import hits, info_nce, paired_bce, products, similarities, within_sample
 from nnssl_ext.losses.gather import gather_samples
-from nnssl_ext.methods.base import Geometry, Readable
+from nnssl_ext.methods.base import DataGeometry, Readable
 from nnssl_ext.methods.patches import PatchMethod, PatchSettings
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.context import ConvolutionalContext, RecurrentContext
@@ -74,7 +74,6 @@ class ContrastivePredictiveCoding(PatchMethod):
     """
 
     name = "contrastive_predictive_coding"
-    trainer = "nnsslTrainer_ContrastivePredictiveCoding"
     title = "Contrastive predictive coding"
     citation = "Taleb et al., NeurIPS 2020, arXiv:2006.03829; van den Oord et al., 2018, arXiv:1807.03748"
     Settings = ContrastivePredictiveCodingSettings
@@ -83,7 +82,9 @@ class ContrastivePredictiveCoding(PatchMethod):
     settings: ContrastivePredictiveCodingSettings
     layout: RowLayout
 
-    def __init__(self, backbone: Backbone, settings: ContrastivePredictiveCodingSettings, geometry: Geometry) -> None:
+    def __init__(
+        self, backbone: Backbone, settings: ContrastivePredictiveCodingSettings, geometry: DataGeometry
+    ) -> None:
         super().__init__(backbone, settings, geometry)
         s = settings
         self.columns = self.layout.columns_of(self.layout.axes[0])
@@ -100,7 +101,7 @@ class ContrastivePredictiveCoding(PatchMethod):
         self.predict = nn.Linear(s.context_dim, self.targets * s.embedding_dim)
 
     @classmethod
-    def solve_layout(cls, settings: ContrastivePredictiveCodingSettings, geometry: Geometry) -> RowLayout:
+    def solve_layout(cls, settings: ContrastivePredictiveCodingSettings, geometry: DataGeometry) -> RowLayout:
         s = settings
         return solve_rows(
             geometry.strides,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nnssl_ext.data.crops import CropBatch
-from nnssl_ext.methods.base import Geometry, Readable
+from nnssl_ext.methods.base import DataGeometry, Readable
 from nnssl_ext.methods.encoder_only import classification
 from nnssl_ext.methods.patches import PatchMethod, SpacedPatchSettings
 from nnssl_ext.networks.base import Backbone
@@ -53,7 +53,6 @@ class Jigsaw(PatchMethod):
     """
 
     name = "jigsaw"
-    trainer = "nnsslTrainer_Jigsaw"
     title = "Jigsaw"
     citation = "Taleb et al., NeurIPS 2020, arXiv:2006.03829; Noroozi and Favaro, ECCV 2016, arXiv:1603.09246"
     Settings = JigsawSettings
@@ -63,7 +62,7 @@ class Jigsaw(PatchMethod):
     layout: Layout
     permutations: Tensor
 
-    def __init__(self, backbone: Backbone, settings: JigsawSettings, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: JigsawSettings, geometry: DataGeometry) -> None:
         super().__init__(backbone, settings, geometry)
         number = math.prod(self.layout.grid)
         # drawn from the run's seed like the initial weights, and kept in the checkpoint
@@ -75,7 +74,7 @@ class Jigsaw(PatchMethod):
         self.head = nn.Sequential(nn.LayerNorm(widths[0]), nn.GELU(), *layers(widths))
 
     @classmethod
-    def solve_layout(cls, settings: JigsawSettings, geometry: Geometry) -> Layout:
+    def solve_layout(cls, settings: JigsawSettings, geometry: DataGeometry) -> Layout:
         return solve_layout(
             geometry.strides,
             geometry.case_size or geometry.crop_size,

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
-from nnssl_ext.methods.base import Geometry, OptimiserRecipe
+from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe
 from nnssl_ext.methods.common import TrainingSettings
 from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
 from nnssl_ext.networks.base import Backbone
@@ -68,14 +68,14 @@ class PatchMethod(EncoderMethod):
 
     layout: Layout | RowLayout
 
-    def __init__(self, backbone: Backbone, settings: Any, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: Any, geometry: DataGeometry) -> None:
         layout = self.solve_layout(settings, geometry)
         super().__init__(backbone, settings, geometry, stages=layout.stages)
         self.layout = layout
 
     @classmethod
     @abstractmethod
-    def solve_layout(cls, settings: Any, geometry: Geometry) -> Layout | RowLayout:
+    def solve_layout(cls, settings: Any, geometry: DataGeometry) -> Layout | RowLayout:
         """Choose the patches' places for these data.
 
         Raises:
@@ -83,16 +83,16 @@ class PatchMethod(EncoderMethod):
         """
 
     @classmethod
-    def crops(cls, settings: Any, geometry: Geometry) -> CropRequest:
+    def crops(cls, settings: Any, geometry: DataGeometry) -> CropRequest:
         """Request one unrotated, unpadded window whose patches are mostly body."""
         layout = cls.solve_layout(settings, geometry)
         still = SpatialRange(geometry.spacing)
         return CropRequest((Crop(layout.window, still, scale=1 / layout.zoom, fit=True, parts=tuple(layout.middles)),))
 
-    def describe(self) -> str:
+    def __str__(self) -> str:
         return f"{self.title}: {self.layout}"
 
-    def optimiser(self) -> OptimiserRecipe:
+    def optimizer(self) -> OptimizerRecipe:
         return self.settings.recipe(1e-3)
 
     def read_patches(self, batch: CropBatch, random: BatchRandom, starts: Tensor) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nnssl_ext.data.crops import CropBatch
-from nnssl_ext.methods.base import Geometry, Readable
+from nnssl_ext.methods.base import DataGeometry, Readable
 from nnssl_ext.methods.encoder_only import classification
 from nnssl_ext.methods.patches import PatchMethod, SpacedPatchSettings
 from nnssl_ext.networks.base import Backbone
@@ -42,7 +42,6 @@ class RelativePatchLocation(PatchMethod):
     """
 
     name = "relative_patch_location"
-    trainer = "nnsslTrainer_RelativePatchLocation"
     title = "Relative patch location"
     citation = "Taleb et al., NeurIPS 2020, arXiv:2006.03829; Doersch et al., ICCV 2015, arXiv:1505.05192"
     Settings = RelativePatchLocationSettings
@@ -51,7 +50,7 @@ class RelativePatchLocation(PatchMethod):
     settings: RelativePatchLocationSettings
     layout: Layout
 
-    def __init__(self, backbone: Backbone, settings: RelativePatchLocationSettings, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: RelativePatchLocationSettings, geometry: DataGeometry) -> None:
         super().__init__(backbone, settings, geometry)
         self.classes = math.prod(self.layout.grid) - 1
         self.neighbors = min(settings.neighbors_per_window, self.classes)
@@ -60,7 +59,7 @@ class RelativePatchLocation(PatchMethod):
         self.head = nn.Sequential(nn.LayerNorm(widths[0]), nn.GELU(), *layers(widths))
 
     @classmethod
-    def solve_layout(cls, settings: RelativePatchLocationSettings, geometry: Geometry) -> Layout:
+    def solve_layout(cls, settings: RelativePatchLocationSettings, geometry: DataGeometry) -> Layout:
         # along each axis a center with a neighbor on both sides, or no neighbor at all
         return solve_layout(
             geometry.strides,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
-from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
+from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import TrainingSettings
 from nnssl_ext.methods.encoder_only import EncoderMethod, classification, sample_index
 from nnssl_ext.networks.base import Backbone
@@ -68,7 +68,6 @@ class Rotation(EncoderMethod):
     """
 
     name = "rotation"
-    trainer = "nnsslTrainer_Rotation"
     title = "Rotation"
     citation = "Taleb et al., NeurIPS 2020, arXiv:2006.03829; Gidaris et al., ICLR 2018, arXiv:1803.07728"
     Settings = RotationSettings
@@ -76,7 +75,7 @@ class Rotation(EncoderMethod):
 
     settings: RotationSettings
 
-    def __init__(self, backbone: Backbone, settings: RotationSettings, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: RotationSettings, geometry: DataGeometry) -> None:
         super().__init__(backbone, settings, geometry)
         self.rotations = allowed_rotations(settings, geometry)
         self.size = self.box(settings, geometry)
@@ -84,22 +83,22 @@ class Rotation(EncoderMethod):
         self.spacing_classifier = SpacingClassifier(classes=len(self.rotations))
 
     @classmethod
-    def box(cls, settings: RotationSettings, geometry: Geometry) -> tuple[int, int, int]:
+    def box(cls, settings: RotationSettings, geometry: DataGeometry) -> tuple[int, int, int]:
         """Compute the crop's edges, equal along axes that rotations exchange."""
         alike = same_spacing(geometry.spacing) if settings.keep_grid else np.ones((3, 3), bool)
         return rotatable_size(geometry.crop_size, geometry.strides[-1], alike)
 
     @classmethod
-    def crops(cls, settings: RotationSettings, geometry: Geometry) -> CropRequest:
+    def crops(cls, settings: RotationSettings, geometry: DataGeometry) -> CropRequest:
         spatial = SpatialRange(geometry.spacing)
         return CropRequest((Crop(cls.box(settings, geometry), spatial, fit=True, centered=True),))
 
-    def clipped_parts(self) -> list[nn.Module]:
+    def clipped_modules(self) -> list[nn.Module]:
         """Clip the spacing classifier's gradient apart from the task's."""
         task = [module for module in self.children() if module is not self.spacing_classifier]
         return [nn.ModuleList(task), self.spacing_classifier]
 
-    def optimiser(self) -> OptimiserRecipe:
+    def optimizer(self) -> OptimizerRecipe:
         return self.settings.recipe(1e-3)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
@@ -166,7 +165,7 @@ def roughness(image: Tensor) -> Tensor:
     return logarithms - logarithms.mean(1, keepdim=True)
 
 
-def allowed_rotations(settings: RotationSettings, geometry: Geometry) -> list[np.ndarray]:
+def allowed_rotations(settings: RotationSettings, geometry: DataGeometry) -> list[np.ndarray]:
     """List the classes: 10 or 24 on isotropic grids, 6 or 8 with one odd axis, 4 with three spacings."""
     rotations = published_rotations() if settings.rotations == "published" else cube_group()
     return grid_rotations(rotations, geometry.spacing) if settings.keep_grid else rotations
