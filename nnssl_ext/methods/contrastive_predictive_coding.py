@@ -19,7 +19,7 @@ from nnssl_ext.data.crops import CropBatch, CropRequest
 from nnssl_ext.losses.contrastive import hits, info_nce, paired_bce, products, similarities, within_sample
 from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
-from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
+from nnssl_ext.methods.encoder_only import EncoderMethod
 from nnssl_ext.methods.patches import PuzzleSettings, read_patches, window_request
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.context import ConvolutionalContext, RecurrentContext
@@ -118,7 +118,7 @@ class ContrastivePredictiveCoding(EncoderMethod):
         return self.settings.peak()
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """``patches`` (B, N, C, D, H, W) row by row, context first, ``direction`` (B,), ``wrong`` (B, T), ``index``."""
+        """``patches`` (B, N, C, D, H, W) row by row, context first, ``direction`` (B,), ``wrong`` (B, T)."""
         rows, device = self.rows, random.device
         last = 2 * len(rows.axes) - 1 if self.settings.directions == "six" else 0
         direction = random.integers(0, last)
@@ -127,7 +127,6 @@ class ContrastivePredictiveCoding(EncoderMethod):
             "patches": read_patches(self.settings, self.geometry, batch, random, rows.window, starts, rows.patch),
             "direction": sent(direction, device),
             "wrong": sent(random.uniform(0, 1, (self.targets,)), device),
-            "index": sample_index(batch.indices, device),
         }
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,7 +138,7 @@ class ContrastivePredictiveCoding(EncoderMethod):
         predicted = self.predict(summary).view(-1, embedded.shape[-1])  # (B T, E)
 
         # every patch of the global batch is a candidate; one's own stand at the end of one's own patches
-        everyone, place = gather_samples(embedded, views["index"])  # (G, N, E), (B,)
+        everyone, place = gather_samples(embedded, self.geometry.batch_size)  # (G, N, E), (B,)
         number = embedded.shape[1]
         own = torch.arange(number - self.targets, number, device=place.device)
         right = (place[:, None] * number + own).flatten()
@@ -151,7 +150,7 @@ class ContrastivePredictiveCoding(EncoderMethod):
         result = {"loss": loss.view(-1, self.targets).mean(1)}
         if not self.training:
             result |= self._readable(predicted, candidates, right, number)
-            result |= self.health(features, views["index"])
+            result |= self.health(features)
         return result
 
     def _readable(self, predicted: Tensor, candidates: Tensor, right: Tensor, number: int) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,7 +15,6 @@ from nnssl_ext.losses.health import effective_rank, feature_deviation
 from nnssl_ext.methods.base import Geometry, Method
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import grid_features
-from nnssl_ext.views.random import sent
 
 
 class EncoderMethod(Method):
@@ -41,9 +39,9 @@ class EncoderMethod(Method):
         features = self.backbone.features(crops.flatten(0, 1), self.stages)[-1]
         return grid_features(features).unflatten(0, crops.shape[:2])
 
-    def health(self, features: Tensor, index: Tensor) -> dict[str, Tensor]:
+    def health(self, features: Tensor) -> dict[str, Tensor]:
         """``feature_deviation`` and ``effective_rank`` of (B, N, F) over the global batch, each (B,)."""
-        gathered = gather_samples(features, index)[0].flatten(0, 1)
+        gathered = gather_samples(features, self.geometry.batch_size)[0].flatten(0, 1)
         measures = {"feature_deviation": feature_deviation(gathered), "effective_rank": effective_rank(gathered)}
         return {name: value.expand(len(features)) for name, value in measures.items()}
 
@@ -53,8 +51,3 @@ def classification(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
     right = (logits.argmax(-1) == target).float().mean(1)
     return loss.view(target.shape).mean(1), right
-
-
-def sample_index(indices: list[int], device: torch.device) -> Tensor:
-    """(B,) int64 global sample indices, for what depends on the global batch."""
-    return sent(torch.tensor(indices), device)

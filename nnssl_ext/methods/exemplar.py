@@ -23,7 +23,7 @@ from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.losses.triplet import plain_triplet, semi_hard_triplet, squared_distances
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
-from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
+from nnssl_ext.methods.encoder_only import EncoderMethod
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.settings import setting
@@ -110,7 +110,7 @@ class Exemplar(EncoderMethod):
         return self.settings.recipe(3e-4)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """``image`` (B, 3, C, D, H, W), ``case`` (B, 3) which case each is of, ``index`` (B,)."""
+        """``image`` (B, 3, C, D, H, W), ``case`` (B, 3) which case each is of."""
         own, other = batch.boxes
         images = [
             self._view(own, random),
@@ -121,7 +121,6 @@ class Exemplar(EncoderMethod):
         return {
             "image": torch.stack(images, 1),
             "case": sent(torch.tensor(case), random.device).T,
-            "index": sample_index(batch.indices, random.device),
         }
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,8 +128,8 @@ class Exemplar(EncoderMethod):
         features = self.encode(views["image"])
         embedded = self.embed(features)
         anchor, positive, negative = embedded.unbind(1)
-        everyone, _ = gather_samples(embedded, views["index"])  # (G, 3, E)
-        cases, _ = gather_samples(views["case"], views["index"])
+        everyone, _ = gather_samples(embedded, self.geometry.batch_size)  # (G, 3, E)
+        cases, _ = gather_samples(views["case"], self.geometry.batch_size)
         candidates = everyone.flatten(0, 1)
         allowed = views["case"][:, :1] != cases.flatten()[None]  # (B, 3 G)
         margin = self.settings.margin
@@ -146,7 +145,7 @@ class Exemplar(EncoderMethod):
             near = ((anchor.float() - positive.float()) ** 2).sum(1, keepdim=True)
             farther = (squared_distances(anchor, candidates) > near) & allowed
             result["triplet_accuracy"] = farther.sum(1) / allowed.sum(1)
-            result |= {"chance": torch.full_like(loss, 0.5), **self.health(embedded, views["index"])}
+            result |= {"chance": torch.full_like(loss, 0.5), **self.health(embedded)}
         return result
 
     def embed(self, features: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nnssl_ext.data.crops import CropBatch, CropRequest
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
-from nnssl_ext.methods.encoder_only import EncoderMethod, classification, sample_index
+from nnssl_ext.methods.encoder_only import EncoderMethod, classification
 from nnssl_ext.methods.patches import SpacedSettings, read_patches, window_request
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead, layers
@@ -91,11 +91,11 @@ class Jigsaw(EncoderMethod):
         return self.settings.peak()
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """``patches`` (B, N, C, D, H, W) in their own order, ``order`` (B, Q), ``index`` (B,)."""
+        """``patches`` (B, N, C, D, H, W) in their own order, ``order`` (B, Q)."""
         starts, grid = self.grid.starts(random), self.grid
         patches = read_patches(self.settings, self.geometry, batch, random, grid.window, starts, grid.patch)
         order = sent(random.integers(0, len(self.permutations) - 1, (self.settings.puzzles,)), random.device)
-        return {"patches": patches, "order": order, "index": sample_index(batch.indices, random.device)}
+        return {"patches": patches, "order": order}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """``loss``; in evaluation ``accuracy``, its ``chance`` and health; each (B,)."""
@@ -108,7 +108,7 @@ class Jigsaw(EncoderMethod):
         result = {"loss": loss}
         if not self.training:
             result |= {"accuracy": accuracy, "chance": torch.full_like(loss, 1 / len(self.permutations))}
-            result |= self.health(features, views["index"])
+            result |= self.health(features)
         return result
 
 

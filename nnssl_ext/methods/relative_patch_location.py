@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nnssl_ext.data.crops import CropBatch, CropRequest
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
-from nnssl_ext.methods.encoder_only import EncoderMethod, classification, sample_index
+from nnssl_ext.methods.encoder_only import EncoderMethod, classification
 from nnssl_ext.methods.patches import SpacedSettings, read_patches, window_request
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead, layers
@@ -81,7 +81,7 @@ class RelativePatchLocation(EncoderMethod):
         return self.settings.peak()
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """``patches`` (B, 1 + N, C, D, H, W), the centre first, ``location`` (B, N), ``index`` (B,)."""
+        """``patches`` (B, 1 + N, C, D, H, W), the centre first, ``location`` (B, N)."""
         location = random.uniform(0, 1, (self.classes,)).argsort(1)[:, : self.neighbours]
         # cells count along the grid; those behind the centre are one further than their class
         centre = self.classes // 2
@@ -89,8 +89,7 @@ class RelativePatchLocation(EncoderMethod):
         starts = self.grid.starts(random).gather(1, cell[..., None].expand(-1, -1, 3))
         window, patch = self.grid.window, self.grid.patch
         patches = read_patches(self.settings, self.geometry, batch, random, window, starts, patch)
-        index = sample_index(batch.indices, random.device)
-        return {"patches": patches, "location": sent(location, random.device), "index": index}
+        return {"patches": patches, "location": sent(location, random.device)}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """``loss``; in evaluation ``accuracy``, its ``chance`` and health; each (B,)."""
@@ -102,5 +101,5 @@ class RelativePatchLocation(EncoderMethod):
         result = {"loss": loss}
         if not self.training:
             result |= {"accuracy": accuracy, "chance": torch.full_like(loss, 1 / self.classes)}
-            result |= self.health(features, views["index"])
+            result |= self.health(features)
         return result

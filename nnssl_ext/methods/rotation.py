@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
 from nnssl_ext.methods.common import TrainingSettings
-from nnssl_ext.methods.encoder_only import EncoderMethod, classification, sample_index
+from nnssl_ext.methods.encoder_only import EncoderMethod, classification
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.networks.probe import SpacingProbe
@@ -98,7 +98,7 @@ class Rotation(EncoderMethod):
         return self.settings.recipe(1e-3)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """``image`` (B, N, C, D, H, W), ``turn`` (B, N), ``index`` (B,)."""
+        """``image`` (B, N, C, D, H, W), ``turn`` (B, N)."""
         s, spacing, copies = self.settings, self.geometry.spacing, self.settings.copies
         label = random.integers(0, len(self.turns) - 1, (copies,))
         angles = random.uniform(-s.angle, s.angle, (copies, 3)).numpy()
@@ -117,8 +117,7 @@ class Rotation(EncoderMethod):
             image, _ = cut_batch(boxes, self.size, random.device)
             IntensityDraw.draw(s.intensity, random, image.shape[1], spacing).apply(image, random)
             images.append(thicken(image, axis[:, copy], zoom[:, copy]))
-        index = sample_index(batch.indices, random.device)
-        return {"image": torch.stack(images, 1), "turn": sent(label, random.device), "index": index}
+        return {"image": torch.stack(images, 1), "turn": sent(label, random.device)}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """``loss``; in evaluation ``accuracy``, its ``chance``, ``spacing_probe_accuracy`` and health; each (B,)."""
@@ -131,7 +130,7 @@ class Rotation(EncoderMethod):
         result = {"loss": loss + probe_loss - probe_loss.detach()}
         if not self.training:
             result |= {"accuracy": accuracy, "chance": torch.full_like(loss, 1 / len(self.turns))}
-            result |= {"spacing_probe_accuracy": probe_accuracy, **self.health(features, views["index"])}
+            result |= {"spacing_probe_accuracy": probe_accuracy, **self.health(features)}
         return result
 
 

@@ -20,7 +20,7 @@ from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.data.images import ImageRequest
 from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
 from nnssl_ext.methods.common import TrainingSettings
-from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
+from nnssl_ext.methods.encoder_only import EncoderMethod
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import VoxelHead
 from nnssl_ext.settings import setting
@@ -84,7 +84,7 @@ class VariableDimensionTransform(EncoderMethod):
         return replace(self.settings.recipe(1e-3), momentum=self.settings.momentum)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """``image`` (B, C, D, H, W), the same volume in every channel; ``label`` and ``index`` (B,)."""
+        """``image`` (B, C, D, H, W), the same volume in every channel; ``label`` (B,)."""
         s, names = self.settings, [box.case for box in batch.boxes[0]]
         size = self.geometry.crop_size[1:]
         pixels = cut_batch(batch.boxes[0], (1, *size), random.device)[0][:, :, 0]  # (B, 3, H, W)
@@ -101,7 +101,6 @@ class VariableDimensionTransform(EncoderMethod):
         return {
             "image": volume.expand(-1, self.geometry.channels, -1, -1, -1).contiguous(),
             "label": sent(torch.tensor(label), random.device),
-            "index": sample_index(batch.indices, random.device),
         }
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -115,5 +114,5 @@ class VariableDimensionTransform(EncoderMethod):
         if not self.training:
             result["accuracy"] = (logits.argmax(1) == views["label"]).float()
             result["chance"] = torch.full_like(loss, self.geometry.image_chance)
-            result |= self.health(pooled[:, None], views["index"])
+            result |= self.health(pooled[:, None])
         return result
