@@ -36,7 +36,7 @@ from nnssl_ext.networks.backbone import UNetBackbone
 from nnssl_ext.views import filters, intensity
 from nnssl_ext.views.fusion import BoxLayout, GridLayout, fuse
 from nnssl_ext.views.random import VIEWS, BatchRandom
-from nnssl_ext.views.spatial import SourceBox, cut_batch, turn
+from nnssl_ext.views.spatial import SourceBox, crop_batch, rotation_matrix
 
 ISOTROPIC = (1.0, 1.0, 1.0)
 BATCH = 2
@@ -46,8 +46,8 @@ def each(edge: int, device: torch.device) -> dict[str, Callable[[], object]]:
     """Every transform on one crop of one channel."""
     image = torch.from_numpy(volume(np.random.default_rng(0), (edge + 32,) * 3))[None]
     box = SourceBox(image, np.diag([-1.0, 1, -1]), (np.asarray(image.shape[1:]) - 1) / 2)
-    bent = replace(box, matrix=turn((10, -5, 8), ISOTROPIC) / 1.1)
-    crop, other = (cut_batch([b], (edge,) * 3, device)[0] for b in (box, bent))
+    bent = replace(box, matrix=rotation_matrix((10, -5, 8), ISOTROPIC) / 1.1)
+    crop, other = (crop_batch([b], (edge,) * 3, device)[0] for b in (box, bent))
     random = BatchRandom(0, VIEWS, [0], device)
     boxes = BoxLayout.draw(random, (edge,) * 3, 4, (25, 25), (0.0625, 0.625), (4, 4, 4))
     grid = GridLayout.draw(random, (edge,) * 3, 4, [(8, 32)] * 3, 0.7)
@@ -57,17 +57,17 @@ def each(edge: int, device: torch.device) -> dict[str, Callable[[], object]]:
         return torch.full((1, 1), value)
 
     return {
-        "mirror (cut)": lambda: cut_batch([box], (edge,) * 3, device),
-        "rotation and zoom (cut)": lambda: cut_batch([bent], (edge,) * 3, device),
+        "mirror (cut)": lambda: crop_batch([box], (edge,) * 3, device),
+        "rotation and zoom (cut)": lambda: crop_batch([bent], (edge,) * 3, device),
         "noise": lambda: intensity.add_noise(crop, torch.full((1,), 1e-3), random),
         "brightness": lambda: intensity.scale_brightness(crop, strength(0.999)),
         "contrast": lambda: intensity.stretch_contrast(crop, strength(0.999)),
-        "gamma": lambda: intensity.bend_gamma(crop, strength(0.999)),
+        "gamma": lambda: intensity.adjust_gamma(crop, strength(0.999)),
         "blur": lambda: filters.blur(crop.clone(), strength(0.75), ISOTROPIC),
         "sharpening": lambda: filters.sharpen(crop.clone(), strength(0.75), ISOTROPIC),
         "low resolution": lambda: filters.lower_resolution(crop.clone(), strength(0.75), ISOTROPIC),
         "histogram shift": lambda: filters.shift_histogram(crop, torch.rand(1, 1, 8), torch.ones(1, 1).bool()),
-        "Gibbs ringing": lambda: filters.ring(crop.clone(), strength(0.7)),
+        "Gibbs ringing": lambda: filters.gibbs_ringing(crop.clone(), strength(0.7)),
         "boxes painted": lambda: boxes.paint((edge,) * 3, device),
         "grid painted": lambda: grid.paint((edge,) * 3, device),
         "fusion": lambda: fuse(crop, other, level, 4),

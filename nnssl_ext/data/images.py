@@ -45,7 +45,7 @@ class ImageRequest:
     flip: float = 0.5
 
     #: It needs no case at all.
-    fewest_cases = 0
+    min_cases = 0
     fits_cases = False
 
 

@@ -25,7 +25,7 @@ from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.context import ConvolutionalContext, RecurrentContext
 from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.settings import setting
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.rows import RowLayout, Rows, solve_rows
 
 OORD, TALEB = "arXiv 1807.03748", "Taleb et al. 2020"
@@ -125,8 +125,8 @@ class ContrastivePredictiveCoding(EncoderMethod):
         starts = rows.starts(direction, random.uniform(0, 1, (3,)))
         return {
             "patches": read_patches(self.settings, self.geometry, batch, random, rows.window, starts, rows.patch),
-            "direction": sent(direction, device),
-            "wrong": sent(random.uniform(0, 1, (self.targets,)), device),
+            "direction": to_device(direction, device),
+            "wrong": to_device(random.uniform(0, 1, (self.targets,)), device),
         }
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:

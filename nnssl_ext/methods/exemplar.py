@@ -29,8 +29,8 @@ from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
 from nnssl_ext.views.layout import standardise
-from nnssl_ext.views.random import BatchRandom, sent
-from nnssl_ext.views.spatial import SourceBox, SpatialRange, cut_batch, part
+from nnssl_ext.views.random import BatchRandom, to_device
+from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_batch, subview
 
 TALEB = "Taleb et al. 2020"
 
@@ -120,7 +120,7 @@ class Exemplar(EncoderMethod):
         case = [[zlib.crc32(box.case.encode()) for box in row] for row in (own, own, other)]
         return {
             "image": torch.stack(images, 1),
-            "case": sent(torch.tensor(case), random.device).T,
+            "case": to_device(torch.tensor(case), random.device).T,
         }
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -161,14 +161,14 @@ class Exemplar(EncoderMethod):
         size, spacing = self.geometry.crop_size, self.geometry.spacing
         spatial = self.settings.spatial(self.geometry)
         views = [
-            part(box, size, spatial.draw(random.generator(b), size), random.generator(b).uniform(-1, 1, 3))
+            subview(box, size, spatial.draw(random.generator(b), size), random.generator(b).uniform(-1, 1, 3))
             for b, box in enumerate(boxes)
         ]
-        image, _ = cut_batch(views, size, random.device)
+        image, _ = crop_batch(views, size, random.device)
         IntensityDraw.draw(self.settings.intensity, random, image.shape[1], spacing).apply(image, random)
         return standardise(image) if self.settings.standardise else image
 
     def _clean(self, boxes: list[SourceBox], random: BatchRandom) -> Tensor:
         size = self.geometry.crop_size
-        image, _ = cut_batch([part(box, size, np.eye(3)) for box in boxes], size, random.device)
+        image, _ = crop_batch([subview(box, size, np.eye(3)) for box in boxes], size, random.device)
         return standardise(image) if self.settings.standardise else image

@@ -23,7 +23,7 @@ from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead, layers
 from nnssl_ext.settings import setting
 from nnssl_ext.views.layout import Layout, solve_layout
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.random import BatchRandom, to_device
 
 TALEB = "Taleb et al. 2020"
 #: With fewer patches there are too few orders to make a task.
@@ -94,7 +94,7 @@ class Jigsaw(EncoderMethod):
         """``patches`` (B, N, C, D, H, W) in their own order, ``order`` (B, Q)."""
         starts, grid = self.grid.starts(random), self.grid
         patches = read_patches(self.settings, self.geometry, batch, random, grid.window, starts, grid.patch)
-        order = sent(random.integers(0, len(self.permutations) - 1, (self.settings.puzzles,)), random.device)
+        order = to_device(random.integers(0, len(self.permutations) - 1, (self.settings.puzzles,)), random.device)
         return {"patches": patches, "order": order}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:

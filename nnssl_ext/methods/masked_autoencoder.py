@@ -21,7 +21,7 @@ from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
 from nnssl_ext.views.masking import block_moments, draw_block_mask, expand_blocks
 from nnssl_ext.views.random import BatchRandom
-from nnssl_ext.views.spatial import cut_batch
+from nnssl_ext.views.spatial import crop_batch
 
 HE, WALD = "He et al. 2022", "arXiv 2410.23132"
 #: A block whose variance is lower shows nothing to predict.
@@ -81,7 +81,7 @@ class MaskedAutoencoder(Method):
         All (B, C, D, H, W). Zero is about the mean of normalised intensities, and nnU-Net's padding.
         """
         size = self.geometry.crop_size
-        image, inside = cut_batch(batch.boxes[0], size, random.device)
+        image, inside = crop_batch(batch.boxes[0], size, random.device)
         draw = IntensityDraw.draw(self.settings.intensity, random, image.shape[1], self.geometry.spacing)
         draw.apply(image, random)
         hidden = draw_block_mask(random, size, self.block, self.settings.ratio)[:, None]

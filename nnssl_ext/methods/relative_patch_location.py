@@ -22,7 +22,7 @@ from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead, layers
 from nnssl_ext.settings import setting
 from nnssl_ext.views.layout import Layout, solve_layout
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.random import BatchRandom, to_device
 
 TALEB = "Taleb et al. 2020"
 
@@ -89,7 +89,7 @@ class RelativePatchLocation(EncoderMethod):
         starts = self.grid.starts(random).gather(1, cell[..., None].expand(-1, -1, 3))
         window, patch = self.grid.window, self.grid.patch
         patches = read_patches(self.settings, self.geometry, batch, random, window, starts, patch)
-        return {"patches": patches, "location": sent(location, random.device)}
+        return {"patches": patches, "location": to_device(location, random.device)}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """``loss``; in evaluation ``accuracy``, its ``chance`` and health; each (B,)."""

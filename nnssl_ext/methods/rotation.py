@@ -23,10 +23,10 @@ from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.networks.probe import SpacingProbe
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
-from nnssl_ext.views.filters import thicken
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.filters import simulate_thick_slices
+from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.rotations import cube_group, grid_turns, published_turns, same_spacing, turnable_size
-from nnssl_ext.views.spatial import SpatialRange, cut_batch, part, turn
+from nnssl_ext.views.spatial import SpatialRange, crop_batch, rotation_matrix, subview
 
 TALEB = "Taleb et al. 2020"
 
@@ -87,7 +87,7 @@ class Rotation(EncoderMethod):
     @classmethod
     def crops(cls, settings: RotationSettings, geometry: Geometry) -> CropRequest:
         spatial = SpatialRange(geometry.spacing)
-        return CropRequest((Crop(cls.box(settings, geometry), spatial, fit=True, centred=True),))
+        return CropRequest((Crop(cls.box(settings, geometry), spatial, fit=True, centered=True),))
 
     def clipped_parts(self) -> list[nn.Module]:
         """The probe's gradient is no part of the task's."""
@@ -111,13 +111,13 @@ class Rotation(EncoderMethod):
         for copy in range(copies):
             # small angles are of the turned crop, so that they say nothing of the turn; one resampling does both
             boxes = [
-                part(box, self.size, self.turns[label[b, copy]] @ turn(angles[b, copy] * free, spacing))
+                subview(box, self.size, self.turns[label[b, copy]] @ rotation_matrix(angles[b, copy] * free, spacing))
                 for b, box in enumerate(batch.boxes[0])
             ]
-            image, _ = cut_batch(boxes, self.size, random.device)
+            image, _ = crop_batch(boxes, self.size, random.device)
             IntensityDraw.draw(s.intensity, random, image.shape[1], spacing).apply(image, random)
-            images.append(thicken(image, axis[:, copy], zoom[:, copy]))
-        return {"image": torch.stack(images, 1), "turn": sent(label, random.device)}
+            images.append(simulate_thick_slices(image, axis[:, copy], zoom[:, copy]))
+        return {"image": torch.stack(images, 1), "turn": to_device(label, random.device)}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """``loss``; in evaluation ``accuracy``, its ``chance``, ``spacing_probe_accuracy`` and health; each (B,)."""

@@ -26,8 +26,8 @@ from nnssl_ext.networks.heads import VoxelHead
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
 from nnssl_ext.views.depth import DEVIATION, MEAN, colours_as_depth, drifting, repeated
-from nnssl_ext.views.random import BatchRandom, sent
-from nnssl_ext.views.spatial import cut_batch
+from nnssl_ext.views.random import BatchRandom, to_device
+from nnssl_ext.views.spatial import crop_batch
 
 ZHANG = "arXiv 2201.01426"
 
@@ -87,7 +87,7 @@ class VariableDimensionTransform(EncoderMethod):
         """``image`` (B, C, D, H, W), the same volume in every channel; ``label`` (B,)."""
         s, names = self.settings, [box.case for box in batch.boxes[0]]
         size = self.geometry.crop_size[1:]
-        pixels = cut_batch(batch.boxes[0], (1, *size), random.device)[0][:, :, 0]  # (B, 3, H, W)
+        pixels = crop_batch(batch.boxes[0], (1, *size), random.device)[0][:, :, 0]  # (B, 3, H, W)
         if s.depth == "rgb":
             volume = colours_as_depth(pixels, random)
         elif s.depth == "repeat":
@@ -100,7 +100,7 @@ class VariableDimensionTransform(EncoderMethod):
         label = [self.geometry.image_classes.index(name.split("/", 1)[0]) for name in names]
         return {
             "image": volume.expand(-1, self.geometry.channels, -1, -1, -1).contiguous(),
-            "label": sent(torch.tensor(label), random.device),
+            "label": to_device(torch.tensor(label), random.device),
         }
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,11 +21,11 @@ from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
-from nnssl_ext.views.cpu.chunks import scratch, together
+from nnssl_ext.views.cpu.chunks import sample_chunks, scratch
 from nnssl_ext.views.fusion import MOST_BOXES, BoxLayout, GridLayout, fuse
 from nnssl_ext.views.intensity import remap_percentiles
 from nnssl_ext.views.random import BatchRandom
-from nnssl_ext.views.spatial import cut_batch
+from nnssl_ext.views.spatial import crop_batch
 
 ARXIV, TIP = "arXiv 2306.16925", "IEEE TIP 34:6041"
 
@@ -112,12 +112,12 @@ class VolumeFusion(Method):
         draws = [IntensityDraw.draw(s.intensity, random, channels, self.geometry.spacing) for _ in batch.boxes]
         level = self._draw_levels(random)
         image = torch.empty((len(random), channels, *size), device=device)
-        for samples in together(image):
+        for samples in sample_chunks(image):
             own, levels = random.of(samples), level[samples]
             background, foreground = image[samples], scratch(image[samples].shape, device)
             insides = []
             for crop, boxes, draw in zip((background, foreground), batch.boxes, draws, strict=True):
-                _, inside = cut_batch(boxes[samples], size, device, out=crop)
+                _, inside = crop_batch(boxes[samples], size, device, out=crop)
                 if s.remap == "percentile":
                     remap_percentiles(crop)
                 draw.of(samples).apply(crop, own)

@@ -85,7 +85,7 @@ def check_run(
     if images is not None:
         geometry = replace(geometry, image_classes=images.classes, image_chance=images.chance)
     check_backbone(method, manager, configuration, geometry.channels)
-    fewest = method.crops(settings, geometry).fewest_cases
+    fewest = method.crops(settings, geometry).min_cases
     cases = _training_cases(base, index.cases, fold)
     if cases < fewest:
         raise UserError(

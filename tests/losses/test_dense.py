@@ -62,9 +62,7 @@ def test_gradients_are_autograds(weights: tuple[float, float], classes: int, dic
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
 
 
-def test_under_autocast_sums_are_not_in_bfloat16(
-    example: Example, dice_cross_entropy: Losses
-) -> None:
+def test_under_autocast_sums_are_not_in_bfloat16(example: Example, dice_cross_entropy: Losses) -> None:
     logits, target = example[0].bfloat16(), example[1]
     with torch.autocast("cpu", torch.bfloat16):
         dice, entropy = dice_cross_entropy(logits.requires_grad_(), target)
@@ -76,9 +74,7 @@ def test_under_autocast_sums_are_not_in_bfloat16(
     assert logits.grad.dtype == torch.bfloat16
 
 
-def test_ignored_voxels_count_for_nothing(
-    example: Example, dice_cross_entropy: Losses
-) -> None:
+def test_ignored_voxels_count_for_nothing(example: Example, dice_cross_entropy: Losses) -> None:
     logits, target = example
     target[:, 2:] = IGNORE
     whole = dice_cross_entropy(logits, target)
@@ -87,9 +83,7 @@ def test_ignored_voxels_count_for_nothing(
         torch.testing.assert_close(a, b)
 
 
-def test_all_ignored_gives_zero_and_no_gradient(
-    example: Example, dice_cross_entropy: Losses
-) -> None:
+def test_all_ignored_gives_zero_and_no_gradient(example: Example, dice_cross_entropy: Losses) -> None:
     logits, target = example
     logits.requires_grad_()
     dice, entropy = dice_cross_entropy(logits, torch.full_like(target, IGNORE))

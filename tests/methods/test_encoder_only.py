@@ -18,7 +18,7 @@ from nnssl_ext.methods.encoder_only import EncoderMethod
 from nnssl_ext.recipe import load_recipe
 from nnssl_ext.settings import split_sections
 from nnssl_ext.views.random import VIEWS, BatchRandom
-from nnssl_ext.views.spatial import cut
+from nnssl_ext.views.spatial import crop_box
 from tests.conftest import Environment
 from tests.methods.helpers import CPU, batch_of, build, readable_after, views_of, write_anatomy, write_cases
 from tests.training.pretraining.test_trainer import pretrain, trainer_for
@@ -115,7 +115,7 @@ def test_crops_are_never_padded(with_data: Data, name: str) -> None:
         for row, crop in zip(batch.boxes, request.crops, strict=True):
             for box in row:
                 small += min(box.data.shape[1:]) < 16
-                assert cut(box, crop.size, CPU)[1] is None
+                assert crop_box(box, crop.size, CPU)[1] is None
     assert small
 
 

@@ -29,8 +29,8 @@ from nnssl_ext.methods.dino.networks import DistilledNetwork, reader_of
 from nnssl_ext.methods.dino.settings import DINOSettings, local_size
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.views.masking import expand_blocks
-from nnssl_ext.views.multicrop import ViewKind, cut_views, draw_cell_masks
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.multicrop import ViewKind, crop_views, draw_patch_masks
+from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.spatial import SpatialRange
 
 GLOBALS = 2
@@ -148,18 +148,18 @@ class DINO(Method):
 
         def cut(number: int, size: tuple[int, int, int], area: list[float], depth: list[float]) -> Tensor:
             kind = ViewKind(number, size, (area[0], area[1]), (depth[0], depth[1]), turns)
-            return cut_views(batch.boxes[0], region, kind, settings.intensity, random)
+            return crop_views(batch.boxes[0], region, kind, settings.intensity, random)
 
         views = {"global": cut(GLOBALS, region, settings.global_area, settings.global_depth)}
         if settings.local_crops:
             views["local"] = cut(settings.local_crops, self.local_size, settings.local_area, settings.local_depth)
         number = math.prod(self.cells)
-        hidden = draw_cell_masks(random, GLOBALS, number, settings.mask_probability, settings.mask_ratio)
+        hidden = draw_patch_masks(random, GLOBALS, number, settings.mask_probability, settings.mask_ratio)
         row = hidden.flatten().nonzero()[:, 0]
         share = 1 / hidden.sum(-1).clamp_min(1) / GLOBALS  # (B, 2)
         views |= {"hidden": hidden, "row": row, "weight": share.flatten()[row // number]}
         views["owner"] = row // (GLOBALS * number)
-        views = {name: sent(value, device) for name, value in views.items()}
+        views = {name: to_device(value, device) for name, value in views.items()}
         if self.student.reader.hides_voxels:
             views["seen"] = self._hide(views["global"], views["hidden"], random)
         return views
@@ -186,7 +186,7 @@ class DINO(Method):
         cell = image.new_zeros(number).index_add(0, views["owner"], per_cell)
         spread = self._spread(own_features.float().unflatten(0, (number, GLOBALS)))
         if not self.training:
-            some = sent(seen_cells(cells.shape[1]), cells.device)
+            some = to_device(seen_cells(cells.shape[1]), cells.device)
             guessed, right = student.cell_head(own_cells[:, some]), teacher.cell_head(cells[:, some])
             self.seen.add(self.geometry.batch_size, features.float(), said, guessed, right, hidden[:, some])
         settings = self.settings

@@ -49,9 +49,7 @@ class Seen:
         return f"Seen({len(self._batches)} batches)"
 
     @torch.compiler.disable
-    def add(
-        self, total: int, features: Tensor, said: Tensor, guessed: Tensor, cells: Tensor, hidden: Tensor
-    ) -> None:
+    def add(self, total: int, features: Tensor, said: Tensor, guessed: Tensor, cells: Tensor, hidden: Tensor) -> None:
         """Keep a batch, or what fits of it.
 
         Args:

@@ -52,7 +52,7 @@ def _datasets(trainer: PretrainingTrainer) -> tuple[CropDataset | ImageDataset, 
     train_cases, val_cases = from_the_first("split", trainer.do_split)
     if trainer.fold == "all":
         trainer.print_to_log_file("Fold 'all': the objective is validated on crops of the training cases.")
-    if len(val_cases) < request.fewest_cases:
+    if len(val_cases) < request.min_cases:
         trainer.print_to_log_file(f"{len(val_cases)} validation cases are too few: using training cases instead.")
         val_cases = train_cases
     return (
