@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.losses.health import effective_rank, feature_deviation
-from nnssl_ext.methods.base import Geometry, Method
+from nnssl_ext.methods.base import DataGeometry, Method
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import grid_features
 
@@ -28,7 +28,7 @@ class EncoderMethod(Method):
 
     deep_supervision = False
 
-    def __init__(self, backbone: Backbone, settings: Any, geometry: Geometry, *, stages: int | None = None) -> None:
+    def __init__(self, backbone: Backbone, settings: Any, geometry: DataGeometry, *, stages: int | None = None) -> None:
         super().__init__(backbone, settings, geometry)
         backbone.train_encoder_only(stages)
         self.stages = stages

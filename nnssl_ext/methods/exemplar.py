@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.losses.triplet import plain_triplet, semi_hard_triplet, squared_distances
-from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
+from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.methods.encoder_only import EncoderMethod
 from nnssl_ext.networks.base import Backbone
@@ -85,16 +85,15 @@ class Exemplar(EncoderMethod):
     """See the module's docstring."""
 
     name = "exemplar"
-    trainer = "nnsslTrainer_Exemplar"
     title = "Exemplar"
     citation = "Taleb et al., NeurIPS 2020, arXiv:2006.03829; Dosovitskiy et al., TPAMI 2016, arXiv:1406.6909"
     Settings = ExemplarSettings
     readable = Readable("triplet_accuracy", "Negatives that are farther than the positive")
-    fewest_samples = 2  # negatives are chosen among the batch
+    min_batch_size = 2  # negatives are chosen among the batch
 
     settings: ExemplarSettings
 
-    def __init__(self, backbone: Backbone, settings: ExemplarSettings, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: ExemplarSettings, geometry: DataGeometry) -> None:
         super().__init__(backbone, settings, geometry)
         self.heads = nn.ModuleList(
             GridHead(channels=self.channels, hidden=settings.hidden, outputs=settings.embedding)
@@ -102,11 +101,11 @@ class Exemplar(EncoderMethod):
         )
 
     @classmethod
-    def crops(cls, settings: ExemplarSettings, geometry: Geometry) -> CropRequest:
+    def crops(cls, settings: ExemplarSettings, geometry: DataGeometry) -> CropRequest:
         crop = Crop(geometry.crop_size, SpatialRange(geometry.spacing), fit=True)
         return CropRequest((crop, Crop(crop.size, crop.spatial, other_case=True, fit=True)))
 
-    def optimiser(self) -> OptimiserRecipe:
+    def optimizer(self) -> OptimizerRecipe:
         return self.settings.recipe(3e-4)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nnssl_ext.data.crops import CropBatch, CropRequest
-from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
+from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.encoder_only import EncoderMethod, classification
 from nnssl_ext.methods.patches import SpacedSettings, read_patches, window_request
 from nnssl_ext.networks.base import Backbone
@@ -38,7 +38,6 @@ class RelativePatchLocation(EncoderMethod):
     """See the module's docstring."""
 
     name = "relative_patch_location"
-    trainer = "nnsslTrainer_RelativePatchLocation"
     title = "Relative patch location"
     citation = "Taleb et al., NeurIPS 2020, arXiv:2006.03829; Doersch et al., ICCV 2015, arXiv:1505.05192"
     Settings = RelativePatchLocationSettings
@@ -46,7 +45,7 @@ class RelativePatchLocation(EncoderMethod):
 
     settings: RelativePatchLocationSettings
 
-    def __init__(self, backbone: Backbone, settings: RelativePatchLocationSettings, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: RelativePatchLocationSettings, geometry: DataGeometry) -> None:
         grid = self.layout(settings, geometry)
         super().__init__(backbone, settings, geometry, stages=grid.stages)
         self.grid = grid
@@ -57,7 +56,7 @@ class RelativePatchLocation(EncoderMethod):
         self.head = nn.Sequential(nn.LayerNorm(widths[0]), nn.GELU(), *layers(widths))
 
     @classmethod
-    def layout(cls, settings: RelativePatchLocationSettings, geometry: Geometry) -> Layout:
+    def layout(cls, settings: RelativePatchLocationSettings, geometry: DataGeometry) -> Layout:
         """Where patches lie: a centre with neighbours on both sides along an axis, or along that axis none."""
         return solve_layout(
             geometry.strides,
@@ -71,13 +70,13 @@ class RelativePatchLocation(EncoderMethod):
         )
 
     @classmethod
-    def crops(cls, settings: RelativePatchLocationSettings, geometry: Geometry) -> CropRequest:
+    def crops(cls, settings: RelativePatchLocationSettings, geometry: DataGeometry) -> CropRequest:
         return window_request(cls.layout(settings, geometry), geometry)
 
-    def describe(self) -> str:
+    def __str__(self) -> str:
         return f"{self.title}: {self.grid}"
 
-    def optimiser(self) -> OptimiserRecipe:
+    def optimizer(self) -> OptimizerRecipe:
         return self.settings.peak()
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.losses.dense import IGNORE, deep_supervision_weights, downsample_labels, hard_dice
 from nnssl_ext.losses.fused import dice_cross_entropy
-from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, Readable
+from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
@@ -80,7 +80,6 @@ class VolumeFusion(Method):
     """See the module's docstring."""
 
     name = "volume_fusion"
-    trainer = "nnsslTrainer_VolumeFusion"
     title = "VolumeFusion"
     citation = "Wang et al., IEEE Transactions on Image Processing 34:6041, 2025, doi:10.1109/TIP.2025.3610249"
     Settings = VolumeFusionSettings
@@ -89,11 +88,11 @@ class VolumeFusion(Method):
     settings: VolumeFusionSettings
 
     @classmethod
-    def output_channels(cls, settings: VolumeFusionSettings, geometry: Geometry) -> int:
+    def output_channels(cls, settings: VolumeFusionSettings, geometry: DataGeometry) -> int:
         return settings.levels + 1
 
     @classmethod
-    def crops(cls, settings: VolumeFusionSettings, geometry: Geometry) -> CropRequest:
+    def crops(cls, settings: VolumeFusionSettings, geometry: DataGeometry) -> CropRequest:
         spatial = settings.spatial(geometry)
         return CropRequest(
             (
@@ -102,7 +101,7 @@ class VolumeFusion(Method):
             )
         )
 
-    def optimiser(self) -> OptimiserRecipe:
+    def optimizer(self) -> OptimizerRecipe:
         return self.settings.recipe(1e-3)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.losses.distillation import Targets, koleo, sinkhorn_bias, update_center
 from nnssl_ext.losses.fused import attach_gradient, limit_koleo_gradient, prototype_cross_entropy
 from nnssl_ext.losses.gather import gather_samples
-from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, ParameterGroup, Readable
+from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, ParameterGroup, Readable, ValidationCheck
 from nnssl_ext.methods.dino.health import Seen, seen_cells, sign_of_collapse
 from nnssl_ext.methods.dino.networks import DistilledNetwork, reader_of
 from nnssl_ext.methods.dino.settings import DINOSettings, local_size
@@ -44,13 +43,12 @@ class DINO(Method):
     """See the module's docstring."""
 
     name = "dino"
-    trainer = "nnsslTrainer_3DINO"
     title = "3DINO"
     citation = "Xu et al., npj Digital Medicine 2025; Oquab et al., TMLR 2024, arXiv:2304.07193"
     Settings = DINOSettings
     readable = Readable("hidden_cells", "Hidden cells told from the same place in other views")
     deep_supervision = False
-    fewest_samples = 2  # KoLeo spreads neighbours
+    min_batch_size = 2  # KoLeo spreads neighbours
 
     settings: DINOSettings
     image_centre: Tensor
@@ -59,10 +57,9 @@ class DINO(Method):
     teacher_temperature: Tensor
     prototypes_move: Tensor
 
-    def __init__(self, backbone: Backbone, settings: DINOSettings, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: DINOSettings, geometry: DataGeometry) -> None:
         super().__init__(backbone, settings, geometry)
         backbone.train_encoder_only()
-        self.patience = settings.patience
         self.warming_up = False
         self.local_size = local_size(settings, geometry)
         self.student = DistilledNetwork(
@@ -88,24 +85,20 @@ class DINO(Method):
         self.seen = Seen()
 
     @classmethod
-    def crops(cls, settings: DINOSettings, geometry: Geometry) -> CropRequest:
+    def crops(cls, settings: DINOSettings, geometry: DataGeometry) -> CropRequest:
         local_size(settings, geometry)  # an illegal one is found before anything is written
         still = SpatialRange(geometry.spacing)
         return CropRequest((Crop(geometry.crop_size, still, scale=settings.region, fit=True),))
 
-    @classmethod
-    def heaviest(cls, settings: DINOSettings) -> DINOSettings:
-        return replace(settings, mask_probability=1.0, mask_ratio=[max(settings.mask_ratio)] * 2)
-
-    def optimiser(self) -> OptimiserRecipe:
+    def optimizer(self) -> OptimizerRecipe:
         settings = self.settings
-        return OptimiserRecipe(
+        return OptimizerRecipe(
             settings.optimiser,
             5e-4,
             settings.weight_decay,
             settings.schedule,
             settings.warm_up,
-            clip=settings.clip,
+            max_grad_norm=settings.clip,
             final_weight_decay=settings.final_weight_decay,
         )
 
@@ -122,7 +115,7 @@ class DINO(Method):
                 groups.setdefault((rates.get(id(parameter), 1.0), decays), []).append(parameter)
         return [ParameterGroup(parameters, rate, decays) for (rate, decays), parameters in groups.items()]
 
-    def clipped_parts(self) -> list[nn.Module]:
+    def clipped_modules(self) -> list[nn.Module]:
         """As DINOv2: at the start of a vision transformer KoLeo's gradient is hundreds of times the heads'."""
         return [self.student.reader, self.student.image_head, self.student.cell_head]
 
@@ -208,12 +201,11 @@ class DINO(Method):
         pairs = [(theirs, mine) for theirs, mine in self._paired() if theirs.is_floating_point()]
         torch._foreach_lerp_([theirs for theirs, _ in pairs], [mine for _, mine in pairs], 1 - momentum)
 
-    def end_validation(self) -> dict[str, float]:
-        return self.seen.measures(self._targets)
-
-    def diagnose(self, measures: dict[str, float]) -> str:
+    def check_validation(self, measures: dict[str, float]) -> ValidationCheck:
+        found = self.seen.measures(self._targets)
         # a vision transformer starts with features that are all alike (LayerScale), and leaves that as the rate rises
-        return "" if self.warming_up else sign_of_collapse(measures, self.settings)
+        sign = "" if self.warming_up else sign_of_collapse({**measures, **found}, self.settings)
+        return ValidationCheck(found, sign, self.settings.patience)
 
     @torch.compiler.disable  # the number of hidden cells is another at each step
     def _distil(self, level: str, own: Tensor, said: Tensor, pairs: Tensor, weight: Tensor | None = None) -> Distilled:
