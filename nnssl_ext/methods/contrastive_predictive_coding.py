@@ -117,13 +117,13 @@ class ContrastivePredictiveCoding(PatchMethod):
         """Return patches row by row, context first.
 
         Returns:
-            ``patches`` (B, N, C, D, H, W), ``direction`` (B,), ``negative`` (B, T) in [0, 1), and ``index`` (B,).
+            ``patches`` (B, N, C, D, H, W), ``direction`` (B,), and ``negative`` (B, T) in [0, 1).
         """
         last = 2 * len(self.layout.axes) - 1 if self.settings.directions == "six" else 0
         direction = random.integers(0, last)
         starts = self.layout.starts(direction, random.uniform(0, 1, (3,)))
         return {
-            **self.read_patches(batch, random, starts),
+            "patches": self.read_patches(batch, random, starts),
             "direction": to_device(direction, random.device),
             "negative": to_device(random.uniform(0, 1, (self.targets,)), random.device),
         }
@@ -137,7 +137,7 @@ class ContrastivePredictiveCoding(PatchMethod):
         predicted = self.predict(context).view(-1, embedded.shape[-1])  # (B T, E)
 
         # every patch of the global batch is a candidate; a window's own targets are its last patches
-        gathered, place = gather_samples(embedded, views["index"])  # (G, N, E), (B,)
+        gathered, place = gather_samples(embedded, self.geometry.batch_size)  # (G, N, E), (B,)
         number = embedded.shape[1]
         target = torch.arange(number - self.targets, number, device=place.device)
         positive = (place[:, None] * number + target).flatten()
@@ -147,7 +147,7 @@ class ContrastivePredictiveCoding(PatchMethod):
         else:
             loss = paired_bce(predicted, candidates, positive, views["negative"].flatten())
         measures = {} if self.training else self._accuracies(predicted, candidates, positive, number)
-        return self.result(loss.view(-1, self.targets).mean(1), features, views["index"], 1 / self.targets, **measures)
+        return self.result(loss.view(-1, self.targets).mean(1), features, 1 / self.targets, **measures)
 
     def _accuracies(self, predicted: Tensor, candidates: Tensor, positive: Tensor, number: int) -> dict[str, Tensor]:
         """Measure the accuracy among a window's targets and among all patches of the batch: (B,) each."""

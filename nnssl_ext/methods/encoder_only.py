@@ -16,7 +16,6 @@ from nnssl_ext.losses.health import effective_rank, feature_deviation
 from nnssl_ext.methods.base import DataGeometry, Method
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import grid_features
-from nnssl_ext.views.random import to_device
 
 
 class EncoderMethod(Method):
@@ -42,25 +41,22 @@ class EncoderMethod(Method):
         features = self.backbone.features(crops.flatten(0, 1), self.stages)[-1]
         return grid_features(features).unflatten(0, crops.shape[:2])
 
-    def result(
-        self, loss: Tensor, features: Tensor, index: Tensor, chance: float, **measures: Tensor
-    ) -> dict[str, Tensor]:
+    def result(self, loss: Tensor, features: Tensor, chance: float, **measures: Tensor) -> dict[str, Tensor]:
         """Collect what ``forward`` returns.
 
         Args:
             loss: (B,).
             features: (B, N, F), whose health is measured in evaluation.
-            index: (B,) global sample indices.
             chance: Value of the readable number for a guess.
             measures: (B,) each, returned in evaluation only.
         """
         if self.training:
             return {"loss": loss}
-        return {"loss": loss, **measures, "chance": torch.full_like(loss, chance), **self.health(features, index)}
+        return {"loss": loss, **measures, "chance": torch.full_like(loss, chance), **self.health(features)}
 
-    def health(self, features: Tensor, index: Tensor) -> dict[str, Tensor]:
+    def health(self, features: Tensor) -> dict[str, Tensor]:
         """Measure ``feature_deviation`` and ``effective_rank`` of (B, N, F) over the global batch: (B,) each."""
-        gathered = gather_samples(features, index)[0].flatten(0, 1)
+        gathered = gather_samples(features, self.geometry.batch_size)[0].flatten(0, 1)
         measures = {"feature_deviation": feature_deviation(gathered), "effective_rank": effective_rank(gathered)}
         return {name: value.expand(len(features)) for name, value in measures.items()}
 
@@ -70,8 +66,3 @@ def classification(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
     accuracy = (logits.argmax(-1) == target).float().mean(1)
     return loss.view(target.shape).mean(1), accuracy
-
-
-def sample_index(indices: list[int], device: torch.device) -> Tensor:
-    """Move global sample indices to the device: (B,) int64."""
-    return to_device(torch.tensor(indices), device)

@@ -23,7 +23,7 @@ from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.losses.triplet import plain_triplet, semi_hard_triplet, squared_distances
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
-from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
+from nnssl_ext.methods.encoder_only import EncoderMethod
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.settings import setting
@@ -113,7 +113,7 @@ class Exemplar(EncoderMethod):
         return self.settings.recipe(3e-4)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """Return ``image`` (B, 3, C, D, H, W), hashes of the images' ``case`` (B, 3), and ``index`` (B,)."""
+        """Return ``image`` (B, 3, C, D, H, W), and hashes of the images' ``case`` (B, 3)."""
         own, other = batch.boxes
         images = [
             self._view(own, random),
@@ -124,15 +124,14 @@ class Exemplar(EncoderMethod):
         return {
             "image": torch.stack(images, 1),
             "case": to_device(torch.tensor(case), random.device).T,
-            "index": sample_index(batch.indices, random.device),
         }
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``loss``. In evaluation also ``triplet_accuracy``, ``chance`` and health. Each is (B,)."""
         embedded = self.embed(self.encode(views["image"]))
         anchor, positive, negative = embedded.unbind(1)
-        gathered, _ = gather_samples(embedded, views["index"])  # (G, 3, E)
-        cases, _ = gather_samples(views["case"], views["index"])
+        gathered, _ = gather_samples(embedded, self.geometry.batch_size)  # (G, 3, E)
+        cases, _ = gather_samples(views["case"], self.geometry.batch_size)
         candidates = gathered.flatten(0, 1)
         allowed = views["case"][:, :1] != cases.flatten()[None]  # (B, 3 G)
         margin = self.settings.margin
@@ -148,7 +147,7 @@ class Exemplar(EncoderMethod):
             near = ((anchor.float() - positive.float()) ** 2).sum(1, keepdim=True)
             farther = (squared_distances(anchor, candidates) > near) & allowed
             measures["triplet_accuracy"] = farther.sum(1) / allowed.sum(1)
-        return self.result(loss, embedded, views["index"], 0.5, **measures)
+        return self.result(loss, embedded, 0.5, **measures)
 
     def embed(self, features: Tensor) -> Tensor:
         """(B, 3, 8 F) -> (B, 3, E)."""

@@ -87,10 +87,10 @@ class Jigsaw(PatchMethod):
         )
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """Return ``patches`` (B, N, C, D, H, W) in their own order, ``order`` (B, Q) and ``index`` (B,)."""
-        views = self.read_patches(batch, random, self.layout.starts(random))
+        """Return ``patches`` (B, N, C, D, H, W) in their own order, and ``order`` (B, Q)."""
+        patches = self.read_patches(batch, random, self.layout.starts(random))
         order = random.integers(0, len(self.permutations) - 1, (self.settings.permutations_per_window,))
-        return {**views, "order": to_device(order, random.device)}
+        return {"patches": patches, "order": to_device(order, random.device)}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``loss``. In evaluation also ``accuracy``, ``chance`` and health. Each is (B,)."""
@@ -100,7 +100,7 @@ class Jigsaw(PatchMethod):
         embedded, sample = self.embed(features), torch.arange(len(label), device=label.device)
         shuffled = embedded[sample[:, None, None], self.permutations[label]]  # (B, Q, N, E)
         loss, accuracy = classification(self.head(shuffled.flatten(2)), label)
-        return self.result(loss, features, views["index"], 1 / len(self.permutations), accuracy=accuracy)
+        return self.result(loss, features, 1 / len(self.permutations), accuracy=accuracy)
 
 
 def distant_permutations(generator: np.random.Generator, number: int, wanted: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch import Tensor
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe
 from nnssl_ext.methods.common import TrainingSettings
-from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
+from nnssl_ext.methods.encoder_only import EncoderMethod
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
@@ -95,8 +95,8 @@ class PatchMethod(EncoderMethod):
     def optimizer(self) -> OptimizerRecipe:
         return self.settings.recipe(1e-3)
 
-    def read_patches(self, batch: CropBatch, random: BatchRandom, starts: Tensor) -> dict[str, Tensor]:
-        """Read ``patches`` (B, N, C, D, H, W) and the samples' ``index`` (B,).
+    def read_patches(self, batch: CropBatch, random: BatchRandom, starts: Tensor) -> Tensor:
+        """Read patches: (B, N, C, D, H, W).
 
         Args:
             batch: Windows.
@@ -111,6 +111,4 @@ class PatchMethod(EncoderMethod):
             merged, random
         )
         patches = merged.view_as(patches)
-        if self.settings.standardize:
-            patches = standardize(patches)
-        return {"patches": patches, "index": sample_index(batch.indices, random.device)}
+        return standardize(patches) if self.settings.standardize else patches

@@ -73,13 +73,13 @@ class RelativePatchLocation(PatchMethod):
         )
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """Return ``patches`` (B, 1 + N, C, D, H, W), center first, ``location`` (B, N) and ``index`` (B,)."""
+        """Return ``patches`` (B, 1 + N, C, D, H, W), center first, and ``location`` (B, N)."""
         location = random.uniform(0, 1, (self.classes,)).argsort(1)[:, : self.neighbors]
         # the center is no class: places behind it are one above their class
         center = self.classes // 2
         place = torch.cat([torch.full((len(location), 1), center), location + (location >= center)], 1)
         starts = self.layout.starts(random).gather(1, place[..., None].expand(-1, -1, 3))
-        return {**self.read_patches(batch, random, starts), "location": to_device(location, random.device)}
+        return {"patches": self.read_patches(batch, random, starts), "location": to_device(location, random.device)}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``loss``. In evaluation also ``accuracy``, ``chance`` and health. Each is (B,)."""
@@ -88,4 +88,4 @@ class RelativePatchLocation(PatchMethod):
         neighbor = embedded[:, 1:]
         pair = torch.cat([embedded[:, :1].expand_as(neighbor), neighbor], -1)  # (B, N, 2 E)
         loss, accuracy = classification(self.head(pair), views["location"])
-        return self.result(loss, features, views["index"], 1 / self.classes, accuracy=accuracy)
+        return self.result(loss, features, 1 / self.classes, accuracy=accuracy)

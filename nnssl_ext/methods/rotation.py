@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import TrainingSettings
-from nnssl_ext.methods.encoder_only import EncoderMethod, classification, sample_index
+from nnssl_ext.methods.encoder_only import EncoderMethod, classification
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead, layers
 from nnssl_ext.settings import setting
@@ -102,7 +102,7 @@ class Rotation(EncoderMethod):
         return self.settings.recipe(1e-3)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """Return ``image`` (B, N, C, D, H, W), ``rotation`` (B, N) and ``index`` (B,)."""
+        """Return ``image`` (B, N, C, D, H, W) and ``rotation`` (B, N)."""
         s, spacing, copies = self.settings, self.geometry.spacing, self.settings.copies
         label = random.integers(0, len(self.rotations) - 1, (copies,))
         angles = random.uniform(-s.jitter_angle, s.jitter_angle, (copies, 3)).numpy()
@@ -123,8 +123,7 @@ class Rotation(EncoderMethod):
             image, _ = crop_batch(boxes, self.size, random.device)
             IntensityDraw.draw(s.intensity, random, image.shape[1], spacing).apply(image, random)
             images.append(simulate_thick_slices(image, axis[:, copy], zoom[:, copy]))
-        index = sample_index(batch.indices, random.device)
-        return {"image": torch.stack(images, 1), "rotation": to_device(label, random.device), "index": index}
+        return {"image": torch.stack(images, 1), "rotation": to_device(label, random.device)}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``loss``. In evaluation also ``accuracy``, ``chance``, ``spacing_accuracy`` and health; (B,) each."""
@@ -136,7 +135,7 @@ class Rotation(EncoderMethod):
         # the classifier learns beside the task without changing the value of its loss
         loss = loss + spacing_loss - spacing_loss.detach()
         chance = 1 / len(self.rotations)
-        return self.result(loss, features, views["index"], chance, accuracy=accuracy, spacing_accuracy=spacing_accuracy)
+        return self.result(loss, features, chance, accuracy=accuracy, spacing_accuracy=spacing_accuracy)
 
 
 class SpacingClassifier(nn.Module):

@@ -22,7 +22,7 @@ from nnssl_ext.data.samples import SampleClasses
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import TrainingSettings
-from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
+from nnssl_ext.methods.encoder_only import EncoderMethod
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import VoxelHead
 from nnssl_ext.settings import CommonSettings, setting
@@ -104,7 +104,7 @@ class VariableDimensionTransform(EncoderMethod):
         return replace(self.settings.recipe(1e-3), momentum=self.settings.momentum)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """Return ``image`` (B, C, D, H, W) with equal channels, ``label`` (B,) and ``index`` (B,)."""
+        """Return ``image`` (B, C, D, H, W) with equal channels and ``label`` (B,)."""
         s, names = self.settings, [box.case for box in batch.boxes[0]]
         size = self.geometry.crop_size[1:]
         pixels = crop_batch(batch.boxes[0], (1, *size), random.device)[0][:, :, 0]  # (B, 3, H, W)
@@ -121,7 +121,6 @@ class VariableDimensionTransform(EncoderMethod):
         return {
             "image": volume.expand(-1, self.geometry.channels, -1, -1, -1).contiguous(),
             "label": to_device(torch.tensor(label), random.device),
-            "index": sample_index(batch.indices, random.device),
         }
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -132,4 +131,4 @@ class VariableDimensionTransform(EncoderMethod):
             logits.float(), views["label"], reduction="none", label_smoothing=self.settings.label_smoothing
         )
         accuracy = (logits.argmax(1) == views["label"]).float()
-        return self.result(loss, pooled[:, None], views["index"], self.classes.chance, accuracy=accuracy)
+        return self.result(loss, pooled[:, None], self.classes.chance, accuracy=accuracy)

@@ -14,13 +14,8 @@ import torch
 from torch import Tensor
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
-from nnssl_ext.losses.dense import (
-    IGNORE,
-    deep_supervision_weights,
-    dice_cross_entropy,
-    downsample_labels,
-    hard_dice,
-)
+from nnssl_ext.losses.dense import IGNORE, deep_supervision_weights, downsample_labels, hard_dice
+from nnssl_ext.losses.fused import dice_cross_entropy
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.settings import setting

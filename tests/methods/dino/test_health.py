@@ -133,9 +133,9 @@ def test_a_large_validation_is_seen_in_part() -> None:
     def unit(*shape: int) -> torch.Tensor:
         return torch.nn.functional.normalize(torch.randn(*shape, width, generator=generator), dim=-1)
 
-    for first in range(0, 3 * SEEN_SAMPLES, 100):
+    for _ in range(0, 3 * SEEN_SAMPLES, 100):
         cells, hidden = unit(200, 2), torch.ones(200, 2, dtype=torch.bool)
-        seen.add(torch.arange(first, first + 100), torch.randn(200, 5), unit(100, 2), cells, cells, hidden)
+        seen.add(100, torch.randn(200, 5), unit(100, 2), cells, cells, hidden)
     prototypes = unit(6)
     for _ in range(2):  # and forgotten
         measures = seen.measures(lambda _, vectors: Targets(vectors, prototypes, torch.zeros(6), 0.1))
