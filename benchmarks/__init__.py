@@ -1,1 +1,1 @@
-"""What the plug-in costs: ``python -m benchmarks NAME [options] [--json]``; docs/performance.md keeps the figures."""
+"""What the plug-in costs: ``python -m benchmarks NAME [options] [--json]``; docs/internals/performance.md keeps the figures."""

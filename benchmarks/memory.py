@@ -1,4 +1,4 @@
-"""What a training step needs of a GPU's memory: the tables of docs/memory.md; beside it, on a GPU, what it takes.
+"""What a training step needs of a GPU's memory: the tables of docs/how-to/gpu-memory.md; beside it, on a GPU, what it takes.
 
     python -m benchmarks memory [--plans nnUNetPlans.json dataset.json] [--methods NAME ...] [--batch 2] [--measure]
 

@@ -4,7 +4,7 @@
     nnUNetv2_train 9 3d_fullres 0 -pretrained_weights init.pth
 
 SOURCE is a checkpoint of nnssl_ext, nnU-Net or nnssl, a ResNet3D-18, a folder that holds one, or a Hugging Face
-repository (owner/name). The table says of every tensor what became of it; docs/transfer.md has the rules.
+repository (owner/name). The table says of every tensor what became of it; docs/how-to/transfer.md has the rules.
 """
 
 from __future__ import annotations
