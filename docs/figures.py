@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -50,7 +51,7 @@ def draw_pipeline(path: Path) -> None:
         size = 9.5
         axis.text(left + width / 2, 15, title, ha="center", va="center", fontsize=size, family=family, color="#1d2433")
         axis.text(left + width / 2, 7.5, note, ha="center", va="center", fontsize=9, color="#4c5566")
-    for (left, width, *_), (target, *_) in zip(boxes, boxes[1:], strict=False):
+    for (left, width, *_), (target, *_) in pairwise(boxes):
         axis.annotate("", (target - 0.5, 12.5), (left + width + 0.5, 12.5), arrowprops={"arrowstyle": "->", "lw": 1.6})
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
