@@ -16,7 +16,7 @@ from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
 from nnssl_ext.transfer.names import canonical_weights
 from nnssl_ext.transfer.read import read_source
-from nnssl_ext.transfer.target import build_target, destination
+from nnssl_ext.transfer.target import build_target, target_plans
 from tests.conftest import REPOSITORY, Environment
 from tests.datasets import _NUMBERS, KINDS, make_plans
 from tests.training.pretraining.test_trainer import pretrain
@@ -59,7 +59,7 @@ def trainers(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def stock_network(kind: str, plans: str = "nnUNetPlans", trainer: str = "nnUNetTrainer", seed: int = 99) -> nn.Module:
     folder = dataset_folder(str(_NUMBERS[kind]))
-    return build_target(destination(folder, plans, "3d_fullres", trainer), seed).network
+    return build_target(target_plans(folder, plans, "3d_fullres", trainer), seed).network
 
 
 def transferred(source: Path | str, kind: str, *options: str) -> Path:
@@ -102,7 +102,7 @@ def test_every_source_into_every_target(with_data: Data, tmp_path: Path, capsys:
             load_pretrained_weights(network, str(file))
             weights = read_source(str(file)).weights
             total = 0
-            for tensor_name, tensor in canonical_weights(network.state_dict(), "stock").items():
+            for tensor_name, tensor in canonical_weights(network.state_dict()).items():
                 total += tensor.numel()
                 if ".seg_layers." not in tensor_name:
                     assert torch.equal(tensor, weights[tensor_name]), (name, kind, tensor_name)
@@ -152,7 +152,7 @@ def test_one_channel_isotropic_to_two_channels_thick_slices_and_another_depth(wi
     assert trained.is_file()
     # three steps away from what was handed over, not from somewhere else
     start, end = read_source(str(file)).weights, read_source(str(trained)).weights
-    scratch = canonical_weights(stock_network("two_channel", "deeper").state_dict(), "scratch")
+    scratch = canonical_weights(stock_network("two_channel").state_dict())
     name = "encoder.stages.2.0.convs.0.conv.weight"
     assert 0 < (end[name] - start[name]).norm() < 0.5 * (scratch[name] - start[name]).norm()
 
