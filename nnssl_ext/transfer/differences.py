@@ -15,9 +15,8 @@ def differences(source: SourceGeometry, target: SourceGeometry) -> list[str]:
     """
     found = []
     if source.normalization and target.normalization and set(source.normalization) ^ set(target.normalization):
-        found.append(
-            f"Normalization differs: {_listed(source.normalization)} in the source, {_listed(target.normalization)} here."
-        )
+        there, here = _listed(source.normalization), _listed(target.normalization)
+        found.append(f"Normalization differs: {there} in the source, {here} here.")
     if source.spacing and target.spacing and len(source.spacing) == len(target.spacing):
         factors = tuple(here / there for here, there in zip(target.spacing, source.spacing, strict=True))
         if max(*factors, *(1 / factor for factor in factors)) >= EQUAL_SPACING:
@@ -26,9 +25,8 @@ def differences(source: SourceGeometry, target: SourceGeometry) -> list[str]:
     if source.modalities and target.modalities:
         theirs, ours = ({name.upper() for name in names} for names in (source.modalities, target.modalities))
         if not theirs & ours:
-            found.append(
-                f"Modality differs: {_listed(source.modalities)} in the source, {_listed(target.modalities)} here."
-            )
+            there, here = _listed(source.modalities), _listed(target.modalities)
+            found.append(f"Modality differs: {there} in the source, {here} here.")
     if found:
         found.append("Plans like the source's: nnssl_ext plan --like-source FILE.")
     return found

@@ -62,8 +62,8 @@ def locate(text: str) -> Located:
     mistyped = _LOCAL.match(text) or ("/" in text and Path(text.split("/")[0]).exists())
     if repository is None or (mistyped and not _ADDRESS.match(text)):
         raise UserError(
-            f"{text} is no file, no folder, no Hugging Face repository (owner/name) and no known source "
-            f"(nnssl_ext sources)"
+            f"{text} is no file, no folder and no Hugging Face repository (owner/name). nnssl_ext sources lists short "
+            f"names"
         )
     return _download(repository["name"], repository["revision"])
 
