@@ -96,6 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise SystemExit(128 + number) from None
     except UserError:
         if corpus.folder.is_dir():
+            _list_passed_by(corpus.manifest(), not_read)
             _note_foreign(corpus, corpus.manifest())
         raise
     _report(corpus, manifest, not_read)
@@ -161,25 +162,14 @@ def _check_scheme(source: str, scheme: str) -> None:
 
 
 def _report(corpus: Corpus, manifest: Manifest, not_read: dict[str, NotRead]) -> None:
-    from nnssl_ext.data.corpus.manifest import NO_IMAGE, UNUSABLE
+    from nnssl_ext.data.corpus.manifest import UNUSABLE
 
     unusable = [entry for entry in manifest.all() if entry.status == UNUSABLE]
     for entry in unusable[:SHOWN]:
         print(f"left out: {entry}", file=sys.stderr)
     if len(unusable) > SHOWN:
         print(f"left out: {len(unusable) - SHOWN} more, see {manifest.path}", file=sys.stderr)
-    kinds: dict[str, list[str]] = {}
-    for entry in manifest.all():
-        if entry.status == NO_IMAGE:
-            kinds.setdefault(entry.kind, []).append(str(entry))
-    for kind, names in sorted(kinds.items()):
-        print(f"passed by: {len(names)} x {kind}, as {names[0]}", file=sys.stderr)
-    others: dict[str, list[str]] = {}
-    for found in not_read.values():
-        for kind, names in found.items():
-            others.setdefault(kind, []).extend(names)
-    for kind, names in sorted(others.items()):
-        print(f"not read: {len(names)} x {kind}, as {names[0]}", file=sys.stderr)
+    _list_passed_by(manifest, not_read)
     for entry in manifest.all():
         if entry.case and entry.remarks:
             print(f"note: {entry.files[0]}: {', '.join(entry.remarks)}", file=sys.stderr)
@@ -192,6 +182,24 @@ def _report(corpus: Corpus, manifest: Manifest, not_read: dict[str, NotRead]) ->
     if (corpus.folder / "splits_final.json").is_file():
         print("note: new cases are not in splits_final.json; fold all takes every case", file=sys.stderr)
     print(f"pretrain with: nnUNetv2_train {number} {corpus.configuration} all{plans} -tr nnsslTrainer_VolumeFusion")
+
+
+def _list_passed_by(manifest: Manifest, not_read: dict[str, NotRead]) -> None:
+    """Count by kind what is intact and no 3-D image, and files of unread kinds."""
+    from nnssl_ext.data.corpus.manifest import NO_IMAGE
+
+    kinds: dict[str, list[str]] = {}
+    for entry in manifest.all():
+        if entry.status == NO_IMAGE:
+            kinds.setdefault(entry.kind, []).append(str(entry))
+    for kind, names in sorted(kinds.items()):
+        print(f"passed by: {len(names)} x {kind}, as {names[0]}", file=sys.stderr)
+    others: dict[str, list[str]] = {}
+    for found in not_read.values():
+        for kind, names in found.items():
+            others.setdefault(kind, []).extend(names)
+    for kind, names in sorted(others.items()):
+        print(f"not read: {len(names)} x {kind}, as {names[0]}", file=sys.stderr)
 
 
 def _note_foreign(corpus: Corpus, manifest: Manifest) -> None:

@@ -21,6 +21,7 @@ import dcm2niix
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from nnssl_ext.data.corpus.readers import last_line, read_image
 from nnssl_ext.data.corpus.volumes import NotAnImage, Unusable, Volume
@@ -44,6 +45,8 @@ _IDENTITY = ("SOPInstanceUID", "ImagePositionPatient")
 _TAGS = (
     "SOPClassUID",
     "SOPInstanceUID",
+    "StudyDate",
+    "StudyTime",
     "Modality",
     "SeriesInstanceUID",
     "ImageType",
@@ -54,6 +57,9 @@ _TAGS = (
     "ImagePositionPatient",
     "ImageOrientationPatient",
     "PixelSpacing",
+    "SpacingBetweenSlices",
+    "EchoTime",
+    "DetectorInformationSequence",
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
 )
@@ -71,6 +77,11 @@ class _Header:
     @property
     def modality(self) -> str:
         return str(self.data.get("Modality", ""))
+
+    @property
+    def sop(self) -> str:
+        meta = getattr(self.data, "file_meta", None) or Dataset()
+        return str(self.data.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or "")
 
     @property
     def types(self) -> list[str]:
@@ -170,14 +181,13 @@ def _read_series(headers: list[_Header], canonical: bool) -> Iterator[Volume | U
 
 def _kind(header: _Header) -> str:
     """What a file is that is no slice of a volume; empty if it may be one."""
-    data, sop = header.data, str(header.data.get("SOPClassUID") or "")
-    meta = getattr(data, "file_meta", None) or Dataset()
-    if DICOMDIR in (sop, str(meta.get("MediaStorageSOPClassUID", ""))):
+    data = header.data
+    if header.sop == DICOMDIR:
         return "DICOMDIR"
     if header.modality in NO_IMAGES:
         return header.modality
     if not data.get("Rows") or not data.get("Columns"):
-        if sop in _SLICES:
+        if header.sop in _SLICES:
             raise Unusable(f"{header.path.name} is truncated: it has no image")
         return f"{header.modality or 'DICOM'} without an image"
     if "LOCALIZER" in header.types:
@@ -196,7 +206,9 @@ def _read_images(headers: list[_Header], canonical: bool) -> Iterator[Volume | U
     spacing = planes[0].spacing
     assert spacing is not None
     with tempfile.TemporaryDirectory(prefix="dicom_") as folder:
-        outputs, said = _convert([header.path for header in headers], Path(folder))
+        # dcm2niix separates slices by many elements; where each has a place of its own it need not
+        merge = levels == len(planes) and len({str(header.data.get("EchoTime")) for header in headers}) == 1
+        outputs, said = _convert(headers, Path(folder), merge)
         if not outputs:
             raise Unusable(f"cannot be read: {said}")
         for file in outputs:
@@ -224,7 +236,7 @@ def _checked(file: Path, canonical: bool, spacing: Sequence[float], levels: int,
             else Unusable(f"has {len(volume.array)} slices, its series lies at {levels} positions; one may be missing")
         )
     if not np.allclose(volume.spacing[::-1], spacing, rtol=UNEVEN):
-        raise Unusable(f"has spacing {volume.spacing[::-1]}, its headers say {tuple(spacing)}")
+        raise Unusable(f"has spacing {volume.spacing[::-1]}, its headers say {tuple(map(float, spacing))}")
     if shift > MAX_SHIFT:
         volume.remarks.append(f"gantry tilt of {np.degrees(np.arctan(shift)):.1f} degrees corrected by dcm2niix")
     if "DERIVED" in sidecar.get("ImageType", []):
@@ -255,7 +267,23 @@ def _planes(header: _Header) -> list[_Plane]:
         position = _value(groups, "PlanePositionSequence", "ImagePositionPatient", 3)
         orientation = _value(groups, "PlaneOrientationSequence", "ImageOrientationPatient", 6)
         found.append(_Plane(size, position, orientation, _value(groups, "PixelMeasuresSequence", "PixelSpacing", 2)))
+    if not frames and header.frames > 1 and "RECON TOMO" in header.types:
+        _place_tomography(data, found)
     return found
+
+
+def _place_tomography(data: Dataset, planes: list[_Plane]) -> None:
+    """Place the frames of nuclear medicine: only the first one's position is stored, in the detector's sequence."""
+    groups, distance = (data,), data.get("SpacingBetweenSlices")
+    first = _value(groups, "DetectorInformationSequence", "ImagePositionPatient", 3)
+    orientation = _value(groups, "DetectorInformationSequence", "ImageOrientationPatient", 6)
+    if first is None or orientation is None or not distance:
+        return
+    normal = np.cross(orientation[:3], orientation[3:])
+    spacing = _value(groups, "PixelMeasuresSequence", "PixelSpacing", 2)
+    for number, plane in enumerate(planes):
+        plane.position, plane.orientation = first + number * float(distance) * normal, orientation
+        plane.spacing = spacing
 
 
 def _value(groups: Sequence[Dataset], sequence: str, name: str, count: int) -> np.ndarray | None:
@@ -284,9 +312,9 @@ def _check_planes(headers: list[_Header], planes: list[_Plane]) -> tuple[float, 
     if len(planes) == 1:
         raise NotAnImage("single slice", headers[0].path.name)
     if any(plane.position is None or plane.orientation is None for plane in planes):
-        if any(str(header.data.get("SOPClassUID", "")).startswith(SECONDARY_CAPTURE) for header in headers):
+        if any(header.sop.startswith(SECONDARY_CAPTURE) for header in headers):
             raise NotAnImage("secondary capture")
-        if any(header.frames > 1 and header.data.get("SOPClassUID") not in _SLICES for header in headers):
+        if any(header.frames > 1 and header.sop not in _SLICES for header in headers):
             raise NotAnImage("film", f"{len(planes)} frames without a position")
         raise Unusable("has slices without a position")
     if len({plane.size for plane in planes}) > 1:
@@ -323,13 +351,24 @@ def _check_positions(positions: np.ndarray, normal: np.ndarray) -> tuple[float, 
     return float(np.median(gaps)), int(real.sum()) + 1, float(np.linalg.norm(across.mean(0)))
 
 
-def _convert(files: Sequence[Path], folder: Path) -> tuple[list[Path], str]:
-    """Convert the files of one series; returns NIfTI files, and what dcm2niix said last."""
+def _convert(headers: Sequence[_Header], folder: Path, merge: bool) -> tuple[list[Path], str]:
+    """Convert one series.
+
+    Args:
+        headers: Of its files.
+        folder: For links to them and for NIfTI files.
+        merge: Make one volume of them, whatever differs but position and size.
+
+    Returns:
+        NIfTI files, and the last warning.
+    """
     for name in ("in", "out"):
         (folder / name).mkdir()
-    for number, file in enumerate(files):  # links: their names have plain letters
-        _link(file.absolute(), folder / "in" / f"{number:06d}.dcm")
-    command = [dcm2niix.bin, *_OPTIONS, "-o", str(folder / "out"), str(folder / "in")]
+    # scripts that write slice by slice write a time of their own into each, and dcm2niix separates studies
+    studies = {(str(header.data.get("StudyDate")), str(header.data.get("StudyTime"))) for header in headers}
+    for number, header in enumerate(headers):  # links: their names have plain letters
+        _link(header, folder / "in" / f"{number:06d}.dcm", rewrite=merge and len(studies) > 1)
+    command = [dcm2niix.bin, *_OPTIONS, "-m", "y" if merge else "2", "-o", str(folder / "out"), str(folder / "in")]
     ended = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
     if ended.returncode < 0:
         raise Unusable(f"cannot be read: dcm2niix was ended by signal {-ended.returncode}")
@@ -340,16 +379,20 @@ def _convert(files: Sequence[Path], folder: Path) -> tuple[list[Path], str]:
     return [file for file in made if not re.search(r"_(Eq|Tilt)_\d+$", file.stem)], said.strip()
 
 
-def _link(file: Path, link: Path) -> None:
-    """Make a file known by another name, with the preamble that dcm2niix asks for."""
-    with file.open("rb") as stream:
-        start = stream.read(132)
-        if start[128:] != b"DICM" and start[:2] == b"\x02\x00":
-            with link.open("wb") as copy:
-                copy.write(b"\0" * 128 + b"DICM" + start)
-                shutil.copyfileobj(stream, copy)
-            return
+def _link(header: _Header, link: Path, rewrite: bool) -> None:
+    """Make a file known by another name; write it anew where dcm2niix cannot read it as it is."""
+    meta = header.data.file_meta
+    deflated = meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian
+    if rewrite or deflated or (header.data.preamble is None and len(meta)):
+        data = pydicom.dcmread(header.path, force=True)
+        data.preamble, data.StudyDate, data.StudyTime = b"\0" * 128, "", ""
+        if deflated or "TransferSyntaxUID" not in meta:
+            data.file_meta.TransferSyntaxUID = (
+                ImplicitVRLittleEndian if data.original_encoding[0] else ExplicitVRLittleEndian
+            )
+        data.save_as(link)
+        return
     try:
-        os.symlink(file, link)
+        os.symlink(header.path.absolute(), link)
     except OSError:  # Windows asks for a privilege
-        shutil.copyfile(file, link)
+        shutil.copyfile(header.path, link)

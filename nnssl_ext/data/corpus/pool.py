@@ -160,7 +160,7 @@ class WorkerPool:
 
 def _death(code: int) -> Lost:
     name = signal.Signals(-code).name if code < 0 else f"status {code}"
-    memory = code == -getattr(signal, "SIGKILL", 0)
+    memory = code == -getattr(signal, "SIGKILL", 9)
     return Lost(f"ended its reader ({name}{', most likely for want of memory' if memory else ''})", crowded=memory)
 
 

@@ -150,10 +150,11 @@ def _stream(path: str) -> Iterator[io.IOBase]:
 
 
 def _nibabel_class(start: bytes, path: str) -> Any:
-    pair = path.lower().endswith(".hdr")
-    kinds: tuple[Any, ...] = (nibabel.Nifti1Image, nibabel.Nifti2Image, nibabel.MGHImage)
-    if pair:
+    kinds: tuple[Any, ...] = (nibabel.Nifti1Image, nibabel.Nifti2Image)
+    if path.lower().endswith(".hdr"):
         kinds = (nibabel.Nifti1Pair, nibabel.Nifti2Pair, nibabel.AnalyzeImage)
+    elif start[:4] == b"\0\0\0\1":  # MGH's version; nibabel has no test for it
+        return nibabel.MGHImage
     for kind in kinds:
         if kind.header_class.may_contain_header(start):
             return kind
@@ -182,7 +183,9 @@ def _nibabel_affine(header: Any) -> tuple[np.ndarray, list[str]]:
         pairs = zip(codes, (header.get_sform, header.get_qform), strict=True)
         stated = [form() for code, form in pairs if code > 0] or stated
     # a registration may shear the sform; the qform cannot be sheared
-    affine = next((one for one in stated if largest_cosine(one) <= MAX_COSINE), checked_affine(stated[0]))
+    affine = next((one for one in stated if largest_cosine(one) <= MAX_COSINE), None)
+    if affine is None:
+        affine = checked_affine(stated[0])
     found = np.linalg.norm(affine[:3, :3], axis=0)
     remarks = (
         [] if np.allclose(found, sizes, rtol=SAME_SIZE) else [f"its affine has voxels of {found.round(4).tolist()}"]
@@ -213,7 +216,7 @@ def _read_by_itk(path: str) -> list[Volume]:
     affine[:3, :3] = direction * np.asarray(image.GetSpacing()[:3])
     affine[:3, 3] = image.GetOrigin()[:3]
     affine = checked_affine(np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)
-    return _volumes(SimpleITK.GetArrayViewFromImage(image).T, affine, [])
+    return _volumes(SimpleITK.GetArrayFromImage(image).T, affine, [])
 
 
 def _text_header(path: str) -> dict[str, str]:

@@ -251,9 +251,11 @@ def _walk(source: str, path: Path, wishes: Wishes, not_read: NotRead) -> Iterato
     """Make a case of every image file below a folder and of every DICOM series."""
     named = len(wishes.target_names) > 1 or of_source(wishes.channels, source)
     groups = wishes.groups(source, ("",)) if named else ((0,),)
-    if path.is_file():
-        dicom = not image_suffix(path.name) and is_dicom(path)
-        if dicom or image_suffix(path.name):
+    if not path.is_dir():
+        dicom = path.is_file() and not image_suffix(path.name) and is_dicom(path)
+        if not path.is_file():
+            not_read.setdefault("pipes or devices", []).append(str(path))
+        elif dicom or image_suffix(path.name):
             yield Item(source, (str(path),), groups=groups, dicom=dicom)
         else:
             not_read.setdefault(_suffix(path.name), []).append(str(path))
