@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed$(if $(LOCKED),-locked)
 MINIMUM_PYTHON ?= python3.10
 MINIMUM := .venv-minimum
 
-.PHONY: install lock test test-minimum check format demo soak fuzz fuzz-atheris audit clean
+.PHONY: install lock test test-minimum check format tables demo soak fuzz fuzz-atheris audit clean
 
 install: $(INSTALLED)
 
@@ -49,6 +49,10 @@ check: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# the tables of all settings in docs/plans.md
+tables: install
+	$(BIN)/python docs/settings_table.py
 
 # at least twenty kills of each method and the fine-tuner, for an hour, and ten of a study; not part of the tests
 soak: install

@@ -1,3 +1,3 @@
 """Self-supervised pretraining for stock nnU-Net."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

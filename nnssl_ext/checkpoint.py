@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnssl_ext import __version__
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import replaced_on_success
 from nnssl_ext.foreign import load_tensors
 
-#: Raised when the meaning of what stands under ``nnssl_ext`` changes; 1 had no ``content_sha256``.
-FORMAT = 2
+#: Version of the content under ``nnssl_ext``. 1 had no ``content_sha256``, 2 the setting names of version 0.1.
+FORMAT = 3
 
 
 def plain(value: Any, memory: dict[Any, Tensor] | None = None, copy: bool = False) -> Any:
@@ -146,7 +147,7 @@ def verify(content: Any, path: Path) -> None:
     own = content.get("nnssl_ext") if isinstance(content, dict) else None
     if not isinstance(own, dict) or not isinstance(content.get("network_weights"), dict):
         raise UserError(f"{path} is no pretraining checkpoint of nnssl_ext")
-    if own.get("format") not in (1, FORMAT):
+    if own.get("format") not in range(1, FORMAT + 1):
         raise UserError(f"{path} has format {own.get('format')!r}, this nnssl_ext reads {FORMAT}; use its own version")
     try:
         whole = digest(content["network_weights"]) == own.get("weights_sha256")
@@ -156,3 +157,18 @@ def verify(content: Any, path: Path) -> None:
         whole = False
     if not whole:
         raise UserError(f"checkpoint {path} is damaged: what it holds does not match its sha256")
+
+
+def refuse_older(content: Mapping[str, Any], source: str) -> None:
+    """Refuse to continue a run that an earlier version of nnssl_ext began.
+
+    Raises:
+        UserError: With the version that continues it.
+    """
+    own = content["nnssl_ext"]
+    if own["format"] < FORMAT:
+        version = own.get("versions", {}).get("nnssl_ext", "0.1.0")
+        raise UserError(
+            f"{source} was begun with nnssl_ext {version}, this is {__version__}. Continue it with nnssl_ext "
+            f"{version}, or start a new run without --c. Its weights can still be fine-tuned, transferred and exported"
+        )

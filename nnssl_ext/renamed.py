@@ -1,11 +1,19 @@
-"""Settings that version 0.2 renamed, by section of the plans; '' holds those that every method shares."""
+"""Settings that version 0.2 renamed, by section of the plans.
+
+Section '' holds the settings that every method shares, section '*' those of every other section.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 RENAMED: dict[str, dict[str, str]] = {
     "": {
         "most_unreadable": "max_unreadable_fraction",
         "most_nonfinite": "max_nonfinite_batches",
     },
-    "*": {  # in every method's section
+    "*": {
         "optimiser": "optimizer",
         "warm_up": "warmup",
         "normalise": "normalize",
@@ -69,3 +77,31 @@ RENAMED: dict[str, dict[str, str]] = {
         "hidden": "hidden_dim",
     },
 }
+
+
+def current_name(section: str, name: str) -> str | None:
+    """Return the name that a setting of a section has now, or None if it was not renamed."""
+    return RENAMED.get(section, {}).get(name) or (RENAMED["*"].get(name) if section else None)
+
+
+def rename_settings(settings: Mapping[str, Any], section: str = "") -> tuple[dict[str, Any], dict[str, str]]:
+    """Give the settings of an old plans file their current names.
+
+    Args:
+        settings: Content of ``nnssl_ext`` in the plans, or one section of it.
+        section: Name of that section.
+
+    Returns:
+        The settings under their current names, in the same order, and each old name with its new one.
+    """
+    result: dict[str, Any] = {}
+    changed: dict[str, str] = {}
+    for name, value in settings.items():
+        new = current_name(section, name)
+        if new is not None:
+            changed[f"{section}.{name}".lstrip(".")] = f"{section}.{new}".lstrip(".")
+        if isinstance(value, Mapping):
+            value, below = rename_settings(value, f"{section}.{name}".lstrip("."))
+            changed |= below
+        result[new or name] = value
+    return result, changed

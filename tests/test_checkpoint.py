@@ -100,3 +100,13 @@ def test_digest_sees_names_shapes_and_values() -> None:
     assert len(digests) == 5
     transposed = tensor.reshape(2, 3).T
     assert checkpoint.digest({"a": transposed}) == checkpoint.digest({"a": transposed.contiguous()})
+
+
+def test_a_run_of_an_earlier_version_is_not_continued_but_its_weights_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    checkpoint.save(content() | {"nnssl_ext": {"format": 2, "versions": {"nnssl_ext": "0.1.0"}}}, path)
+    read = checkpoint.load(path)
+    with pytest.raises(UserError, match=r"begun with nnssl_ext 0.1.0, this is .* Continue it with nnssl_ext 0.1.0"):
+        checkpoint.refuse_older(read, str(path))
+    read["nnssl_ext"]["format"] = checkpoint.FORMAT
+    checkpoint.refuse_older(read, str(path))

@@ -3,6 +3,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from nnssl_ext.errors import UserError
+from nnssl_ext.methods import SCHEMAS
+from nnssl_ext.renamed import rename_settings
 from nnssl_ext.settings import CommonSettings, check_settings, setting, split_sections
 
 
@@ -61,3 +63,38 @@ def test_sections_are_all_checked() -> None:
         split_sections({"example": {"cuont": 2}}, {"example": Example}, "f")
     with pytest.raises(UserError, match="must be an object"):
         split_sections([], {"example": Example}, "f")
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"most_unreadable": 0.1}, "'most_unreadable' is called 'max_unreadable_fraction'"),
+        ({"finetune": {"encoder_rate": 1.0}}, "'finetune.encoder_rate' is called 'finetune.encoder_lr_scale'"),
+        ({"finetune": {"warm_up": 3}}, "'finetune.warm_up' is called 'finetune.warmup'"),
+    ],
+)
+def test_an_old_name_is_answered_with_the_new_one(given: dict, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        split_sections(given, SCHEMAS, "f")
+
+
+def test_old_plans_are_renamed_by_the_table_and_their_values_kept() -> None:
+    old = {
+        "epochs": 2,
+        "most_nonfinite": 3,
+        "finetune": {"average": 0.9, "optimiser": "adamw"},
+        "jigsaw": {"hidden": [8], "intensity": {"gamma": [0.7, 1.5], "hidden": 1}},
+        "dino": {"momentum": 0.99, "hidden": 16},
+        "variable_dimension_transform": {"momentum": 0.9},
+    }
+    new, changed = rename_settings(old)
+    assert new == {
+        "epochs": 2,
+        "max_nonfinite_batches": 3,
+        "finetune": {"weight_average_decay": 0.9, "optimizer": "adamw"},
+        "jigsaw": {"hidden_dims": [8], "intensity": {"gamma": [0.7, 1.5], "hidden": 1}},
+        "dino": {"teacher_momentum": 0.99, "hidden_dim": 16},
+        "variable_dimension_transform": {"momentum": 0.9},
+    }
+    assert changed["dino.momentum"] == "dino.teacher_momentum"
+    assert rename_settings(new) == (new, {})

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from nnssl_ext.environment import dataset_folder
@@ -19,7 +20,7 @@ from nnssl_ext.settings import PLANS_KEY
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset name or ID")
+    parser.add_argument("-d", metavar="DATASET", help="dataset name or ID")
     parser.add_argument(
         "-c",
         nargs="+",
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="configurations whose batch, patch and network a recipe changes; default: all 3-D ones",
     )
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans to start from (nnUNetPlans)")
-    parser.add_argument("-o", required=True, metavar="NAME", help="name of the new plans")
+    parser.add_argument("-o", metavar="NAME", help="name of the new plans")
     parser.add_argument(
         "--method",
         nargs="+",
@@ -42,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="set the largest batch that fits the memory of such a GPU; a batch that a recipe names is only lowered",
     )
+    parser.add_argument(
+        "--rename-settings",
+        nargs="+",
+        metavar="FILE",
+        help="only give settings of version 0.1 their new names in these plans or recipes",
+    )
     parser.add_argument("overlays", nargs="*", metavar="RECIPE|SETTING=VALUE", help="what to lay over, in order")
 
 
@@ -51,6 +58,11 @@ def run(arguments: argparse.Namespace) -> None:
     from nnssl_ext.settings import split_sections
     from nnssl_ext.training.checks import check_plans
 
+    if arguments.rename_settings:
+        _rename_settings(arguments.rename_settings)
+        return
+    if not arguments.d or not arguments.o:
+        raise UserError("Expected -d DATASET and -o NAME. nnssl_ext plan --help lists the arguments")
     folder = dataset_folder(arguments.d)
     plans = read_json(folder / f"{arguments.p}.json")
     target = folder / f"{arguments.o}.json"
@@ -71,6 +83,21 @@ def run(arguments: argparse.Namespace) -> None:
     write_json(derived, target)
     print(f"wrote {target}\n" + "\n".join(lines))
     print(f"use it with: nnUNetv2_train {arguments.d} {configurations[0]} FOLD -p {arguments.o} -tr ...")
+
+
+def _rename_settings(files: Sequence[str]) -> None:
+    """Rewrite plans or recipes whose settings have names of version 0.1."""
+    from nnssl_ext.recipe import read_json, write_json
+    from nnssl_ext.renamed import rename_settings
+
+    for file in map(Path, files):
+        content = read_json(file)
+        if not isinstance(content.get(PLANS_KEY), dict):
+            raise UserError(f"{file} has no '{PLANS_KEY}' settings. Give plans or a recipe of nnssl_ext")
+        settings, changed = rename_settings(content[PLANS_KEY])
+        if changed:
+            write_json({**content, PLANS_KEY: settings}, file)
+        print(f"{file}: {', '.join(f'{old} -> {new}' for old, new in changed.items()) or 'no old names'}")
 
 
 def _plan_memory(arguments: argparse.Namespace, plans: dict, configurations: list[str], dataset: dict) -> list[str]:

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
         dataset=dataset,
         configuration=arguments.c,
         plans=arguments.p,
-        overlays=["finetune.optimiser=adamw"],
+        overlays=["finetune.optimizer=adamw"],
         labels=[arguments.labels],
         subsets=arguments.runs,
         steps=arguments.steps,

@@ -55,7 +55,7 @@ def test_a_bad_case_is_left_out_up_to_a_share(
     with_data: Data, change: Callable[[np.ndarray], np.ndarray], problem: str
 ) -> None:
     environment = with_data("plain")
-    environment.write_plans("plain", "run", {**RUN, "epochs": 1, "most_unreadable": 0.2})
+    environment.write_plans("plain", "run", {**RUN, "epochs": 1, "max_unreadable_fraction": 0.2})
     replace_case(environment, change)
     fold = pretrain(environment, "plain", "run", "all")
     assert f"cannot be read and is skipped (1 so far): case 'case_03' in {cases(environment)}: {problem}" in log_of(
@@ -63,14 +63,16 @@ def test_a_bad_case_is_left_out_up_to_a_share(
     )
     assert checkpoint.load(fold / "checkpoint_final.pth")["nnssl_ext"]["data"]["case_03"] == ""
     (cases(environment) / "case_04.b2nd").write_bytes(b"")
-    with pytest.raises(UserError, match="case 'case_03' .*, case 'case_04' cannot be read.*most_unreadable=0.2"):
+    with pytest.raises(
+        UserError, match="case 'case_03' .*, case 'case_04' cannot be read.*max_unreadable_fraction=0.2"
+    ):
         pretrain(environment, "plain", "run", "all")
 
 
 @pytest.mark.parametrize("fault", ["vanished", "torn", "replaced"])
 def test_a_case_that_goes_bad_amid_the_run(with_data: Data, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     environment = with_data("plain")
-    environment.write_plans("plain", "run", {**RUN, "most_unreadable": 0.2})
+    environment.write_plans("plain", "run", {**RUN, "max_unreadable_fraction": 0.2})
     environment.write_plans("plain", "strict", RUN)
     path, kept = cases(environment) / "case_03.b2nd", environment.root / "kept"
     shutil.copy(path, kept)
@@ -89,7 +91,9 @@ def test_a_case_that_goes_bad_amid_the_run(with_data: Data, monkeypatch: pytest.
         fold = pretrain(environment, "plain", "run", "all")
         assert "cannot be read and is skipped (1 so far): case 'case_03'" in log_of(fold)
         shutil.copy2(kept, path)
-        with pytest.raises(UserError, match=r"1 of 6 cases cannot be read, more than most_unreadable=0.05 .*'case_03'"):
+        with pytest.raises(
+            UserError, match=r"1 of 6 cases cannot be read, more than max_unreadable_fraction=0.05 .*'case_03'"
+        ):
             pretrain(environment, "plain", "strict", "all")
     # nothing is lost: repaired, the run goes on where it stopped, and equals one that never met the fault
     shutil.copy2(kept, path)

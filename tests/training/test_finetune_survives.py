@@ -76,7 +76,8 @@ def asked_to_end(environment: Environment, c: bool = False) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"average": 0.9}, {"optimiser": "adamw", "freeze_encoder_steps": 5, "warm_up": 2, "save_every": 2}]
+    "settings",
+    [{"weight_average_decay": 0.9}, {"optimizer": "adamw", "freeze_encoder_steps": 5, "warmup": 2, "save_every": 2}],
 )
 def test_a_signal_amid_an_epoch_loses_nothing(
     with_data: Data, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], settings: dict

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods.base import Geometry
+from nnssl_ext.methods.base import DataGeometry
 from nnssl_ext.methods.common import TrainingSettings
 from nnssl_ext.networks.base import Triple, triple
 from nnssl_ext.settings import setting
@@ -103,7 +103,7 @@ class DINOSettings(TrainingSettings):
     final_weight_decay: float | None = setting(
         None, "Weight decay at the end; null leaves it.", source="0.4 in 3DINO", low=0
     )
-    warm_up: float = setting(0.1, "Share of the steps with a rising learning rate.", source=XU, low=0, high=0.9)
+    warmup: float = setting(0.1, "Share of the steps with a rising learning rate.", source=XU, low=0, high=0.9)
     clip: float = setting(3.0, "Largest norm of the gradient of the network, and of each head.", source=XU, low=0.001)
     layer_decay: float = setting(
         1.0, "Learning rate of a layer as a multiple of the next one's.", source="0.9 in 3DINO", low=0.01, high=1
@@ -115,8 +115,11 @@ class DINOSettings(TrainingSettings):
         10, "Epochs in a row with a sign of collapse after which the run stops; 0 never stops.", low=0
     )
 
+    def heaviest(self) -> DINOSettings:
+        return replace(self, mask_probability=1.0, mask_ratio=[max(self.mask_ratio)] * 2)
 
-def local_size(settings: DINOSettings, geometry: Geometry) -> Triple:
+
+def local_size(settings: DINOSettings, geometry: DataGeometry) -> Triple:
     """Edges of a local view in voxels.
 
     Raises:

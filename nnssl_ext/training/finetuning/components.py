@@ -31,7 +31,7 @@ def finetune_settings(plans: dict) -> tuple[CommonSettings, FinetuneSettings]:
     late = [step for step in settings.snapshots if step > settings.steps]
     if late:
         raise UserError(f"{where}: finetune.snapshots has {late}, beyond finetune.steps={settings.steps}")
-    for name in ("warm_up", "head_only_steps", "freeze_encoder_steps"):
+    for name in ("warmup", "head_only_steps", "freeze_encoder_steps"):
         if getattr(settings, name) >= settings.steps:
             raise UserError(f"{where}: finetune.{name}={getattr(settings, name)} leaves none of {settings.steps} steps")
     return common, settings

@@ -75,6 +75,7 @@ def restore(trainer: nnsslTrainer_Finetune, content: dict[str, Any], source: str
     Raises:
         UserError: If the checkpoint belongs to another run, or cannot be gone on from.
     """
+    checkpoint.refuse_older(content, source)
     own = content["nnssl_ext"]
     if own.get("finetune") != vars(trainer.settings) or str(own.get("fold")) != str(trainer.fold):
         raise UserError(
@@ -109,7 +110,7 @@ def _restore_weights(trainer: nnsslTrainer_Finetune, content: dict[str, Any]) ->
     own = content["nnssl_ext"]
     trainer.plain_network.load_state_dict(own.get("trained_weights", content["network_weights"]))
     if "trained_weights" in own:
-        trainer.averaged = moving_average(trainer.plain_network, trainer.settings.average)
+        trainer.averaged = moving_average(trainer.plain_network, trainer.settings.weight_average_decay)
         trainer.averaged.module.load_state_dict(content["network_weights"])
         trainer.averaged.n_averaged.fill_(own["step"])
 

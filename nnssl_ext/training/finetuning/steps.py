@@ -96,4 +96,6 @@ def hopeless(trainer: nnsslTrainer_Finetune, outputs: Outputs) -> bool:
     A gradient scaler (float16) leaves such a step out, as stock nnU-Net does; otherwise the weights are not finite now.
     """
     bad = sum(not np.isfinite(step["loss"]) for step in outputs)
-    return bad > 0 and (trainer.grad_scaler is None or bad > trainer.common.most_nonfinite or bad == len(outputs))
+    return bad > 0 and (
+        trainer.grad_scaler is None or bad > trainer.common.max_nonfinite_batches or bad == len(outputs)
+    )

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from nnssl_ext.environment import keep_memory, set_threads
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import OptimiserRecipe
+from nnssl_ext.methods import OptimizerRecipe
 from nnssl_ext.training.checks import target_network
 from nnssl_ext.training.distributed.ranks import rank, rank_device
 from nnssl_ext.training.finetuning import state as finetune_state
@@ -84,9 +84,9 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         self.amp_dtype = amp_dtype
         self.grad_scaler = torch.amp.GradScaler("cuda") if self.amp_dtype is torch.float16 else None
         self.seed = run_seed(s.seed, fold)
-        self.initial_lr = PEAK[s.optimiser] if s.learning_rate is None else s.learning_rate
+        self.initial_lr = PEAK[s.optimizer] if s.learning_rate is None else s.learning_rate
         self.weight_decay = s.weight_decay
-        self.schedule = OptimiserRecipe(s.optimiser, self.initial_lr, s.weight_decay, s.schedule, s.warm_up / s.steps)
+        self.schedule = OptimizerRecipe(s.optimizer, self.initial_lr, s.weight_decay, s.schedule, s.warmup / s.steps)
         self.num_epochs = math.ceil(s.steps / s.steps_per_epoch)
         self.num_iterations_per_epoch = s.steps_per_epoch
         self.num_val_iterations_per_epoch = s.validation_iterations
@@ -120,12 +120,12 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, None]:
         s = self.settings
         groups = parameter_groups(self.network)
-        if (s.encoder_rate != 1 or s.freeze_encoder_steps) and not groups["encoder"]:
-            raise UserError("finetune.encoder_rate and freeze_encoder_steps need a network with an 'encoder'")
+        if (s.encoder_lr_scale != 1 or s.freeze_encoder_steps) and not groups["encoder"]:
+            raise UserError("finetune.encoder_lr_scale and freeze_encoder_steps need a network with an 'encoder'")
         if s.head_only_steps and not groups["heads"]:
             raise UserError("finetune.head_only_steps needs a network with 'seg_layers'")
         described = [{"params": parameters, "part": part} for part, parameters in groups.items() if parameters]
-        if s.optimiser == "adamw":
+        if s.optimizer == "adamw":
             return torch.optim.AdamW(described, self.initial_lr, weight_decay=s.weight_decay), None
         return torch.optim.SGD(
             described, self.initial_lr, weight_decay=s.weight_decay, momentum=0.99, nesterov=True
@@ -137,8 +137,8 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
     def on_train_start(self) -> None:
         super().on_train_start()
         # made here: pretrained weights are loaded after the network is built
-        if self.settings.average and self.averaged is None:
-            self.averaged = moving_average(self.plain_network, self.settings.average)
+        if self.settings.weight_average_decay and self.averaged is None:
+            self.averaged = moving_average(self.plain_network, self.settings.weight_average_decay)
 
     def run_training(self) -> None:
         with run_folder.entered(self), self.interruption, told_when_out_of_memory(self, finetuning_described):
@@ -174,7 +174,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         frozen = frozen_parts(self.settings, self.step)
         hold_statistics(self.plain_network, self.settings, frozen)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * (self.settings.encoder_rate if group["part"] == "encoder" else 1)
+            group["lr"] = rate * (self.settings.encoder_lr_scale if group["part"] == "encoder" else 1)
         torch.manual_seed(step_seed(self.seed, self.step, rank()))
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(batch)

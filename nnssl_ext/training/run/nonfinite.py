@@ -111,8 +111,8 @@ class FiniteGuard:
             return ""
         return (
             f"the objective or its gradients were not finite in {self.skipped} batches, more than "
-            f"nnssl_ext.most_nonfinite={self.limit} allows; the log names their cases. Look at these, and start anew "
-            f"with a lower nnssl_ext.learning_rate, or raise most_nonfinite and go on with --c"
+            f"nnssl_ext.max_nonfinite_batches={self.limit} allows; the log names their cases. Look at these, and start "
+            f"anew with a lower nnssl_ext.learning_rate, or raise max_nonfinite_batches and go on with --c"
         )
 
     @torch.no_grad()

@@ -33,13 +33,13 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return seen
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_parts_learn_when_and_as_fast_as_the_settings_say(
-    with_data: Data, monkeypatch: pytest.MonkeyPatch, optimiser: str
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     environment = with_data("labelled")
-    gentle = {"head_only_steps": 1, "freeze_encoder_steps": 3, "warm_up": 2, "encoder_rate": 0.25}
-    settings = {**RUN, "steps": 5, "snapshots": [], "optimiser": optimiser, "learning_rate": 0.01, **gentle}
+    gentle = {"head_only_steps": 1, "freeze_encoder_steps": 3, "warmup": 2, "encoder_lr_scale": 0.25}
+    settings = {**RUN, "steps": 5, "snapshots": [], "optimizer": optimizer, "learning_rate": 0.01, **gentle}
     environment.write_plans("labelled", "run", {"finetune": settings})
     steps = watched(monkeypatch)
     tune(environment, "labelled", "run")
@@ -55,7 +55,9 @@ def test_parts_learn_when_and_as_fast_as_the_settings_say(
 
 def test_the_moving_average_of_the_trained_weights_is_written(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = with_data("labelled")
-    environment.write_plans("labelled", "run", {"finetune": {**RUN, "snapshots": [], "steps": 3, "average": 0.9}})
+    environment.write_plans(
+        "labelled", "run", {"finetune": {**RUN, "snapshots": [], "steps": 3, "weight_average_decay": 0.9}}
+    )
     steps = watched(monkeypatch)
     written = final(tune(environment, "labelled", "run"))["network_weights"]
     trained, averaged = (
@@ -71,7 +73,9 @@ def test_losses_that_are_not_finite(
 ) -> None:
     """In float16 the gradient scaler leaves such a step out, as stock does; else the weights are spoilt."""
     environment = with_data("labelled")
-    environment.write_plans("labelled", "run", {"finetune": {**RUN, "snapshots": [], "steps": 3}, "most_nonfinite": 1})
+    environment.write_plans(
+        "labelled", "run", {"finetune": {**RUN, "snapshots": [], "steps": 3}, "max_nonfinite_batches": 1}
+    )
     original = nnsslTrainer_Finetune.train_step
 
     def train_step(self: Any, batch: dict) -> dict:

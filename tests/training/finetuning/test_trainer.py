@@ -62,8 +62,8 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("settings", "step"),
     [
-        ({"average": 0.9}, 7),
-        ({"optimiser": "adamw", "head_only_steps": 2, "freeze_encoder_steps": 5, "warm_up": 2}, 4),
+        ({"weight_average_decay": 0.9}, 7),
+        ({"optimizer": "adamw", "head_only_steps": 2, "freeze_encoder_steps": 5, "warmup": 2}, 4),
     ],
 )
 def test_continued_equals_never_killed_in_every_phase(
@@ -202,8 +202,8 @@ def test_seeds_and_folds_differ(with_data: Data) -> None:
 
 def test_the_default_schedule_is_stocks() -> None:
     _, settings = finetune_settings({"plans_name": "x"})
-    assert (settings.steps, settings.steps_per_epoch, settings.optimiser) == (250_000, 250, "sgd")
-    recipe = finetune.OptimiserRecipe("sgd", 0.01, 3e-5, settings.schedule, settings.warm_up / settings.steps)
+    assert (settings.steps, settings.steps_per_epoch, settings.optimizer) == (250_000, 250, "sgd")
+    recipe = finetune.OptimizerRecipe("sgd", 0.01, 3e-5, settings.schedule, settings.warmup / settings.steps)
     optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.01)
     stock = PolyLRScheduler(optimiser, 0.01, 1000)
     for epoch in (0, 1, 500, 999):
@@ -218,7 +218,7 @@ def test_the_average_is_what_is_written_and_validating_does_not_change_it(
 ) -> None:
     """Batch norm in training mode would change its running statistics."""
     environment = with_data("labelled")
-    environment.write_plans("labelled", "run", {"finetune": {**RUN, "average": 0.9}})
+    environment.write_plans("labelled", "run", {"finetune": {**RUN, "weight_average_decay": 0.9}})
     trainer: Any = trainer_for("labelled", "run", NAME)
     trainer.averaged = moving_average(torch.nn.BatchNorm3d(1), 0.9)
     trainer.averaged.train()
@@ -250,9 +250,10 @@ def test_out_of_memory_is_one_line(with_data: Data, monkeypatch: pytest.MonkeyPa
     ("settings", "message"),
     [
         ({"snapshots": [9]}, r"snapshots has \[9\], beyond finetune.steps=8"),
-        ({"warm_up": 8}, "warm_up=8 leaves none of 8 steps"),
+        ({"warmup": 8}, "warmup=8 leaves none of 8 steps"),
         ({"head_only_steps": 10}, "head_only_steps=10 leaves none"),
-        ({"optimizer": "sgd"}, "did you mean 'finetune.optimiser'"),
+        ({"optimzer": "sgd"}, "did you mean 'finetune.optimizer'"),
+        ({"optimiser": "sgd"}, "setting 'finetune.optimiser' is called 'finetune.optimizer'"),
         ({"precision": "float16"}, "precision float16 needs a GPU"),
     ],
 )

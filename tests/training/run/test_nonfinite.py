@@ -66,10 +66,12 @@ def test_a_bad_batch_is_named_and_changes_nothing(
 def test_too_many_stop_with_the_last_good_state(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = with_data("plain")
     for plans in ("whole", "broken"):
-        environment.write_plans("plain", plans, {**RUN, "most_nonfinite": 2})
+        environment.write_plans("plain", plans, {**RUN, "max_nonfinite_batches": 2})
     with monkeypatch.context() as patch:
         spoil(patch, range(1, 4))
-        with pytest.raises(UserError, match="in 3 batches, more than nnssl_ext.most_nonfinite=2 allows") as error:
+        with pytest.raises(
+            UserError, match="in 3 batches, more than nnssl_ext.max_nonfinite_batches=2 allows"
+        ) as error:
             pretrain(environment, "plain", "broken")
     assert "\n" not in str(error.value)
     fold = next(environment.results.glob("*/*broken*/fold_0"))
@@ -78,7 +80,7 @@ def test_too_many_stop_with_the_last_good_state(with_data: Data, monkeypatch: py
     assert kept["nnssl_ext"]["counters"]["step"] == 4
     # raised, it goes on, and equals a run that never stopped
     for plans in ("whole", "broken"):
-        environment.write_plans("plain", plans, {**RUN, "most_nonfinite": 3})
+        environment.write_plans("plain", plans, {**RUN, "max_nonfinite_batches": 3})
     with monkeypatch.context() as patch:
         spoil(patch, range(1, 4))
         whole = pretrain(environment, "plain", "whole")
