@@ -56,7 +56,7 @@ def write_dicom(
         setattr(data, name, value)
     data.file_meta = FileMetaDataset()
     data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    data.file_meta.MediaStorageSOPClassUID = sop
+    data.file_meta.MediaStorageSOPClassUID = sop  # type: ignore[assignment]
     data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID
     data.save_as(path, enforce_file_format=True)
     if not preamble:

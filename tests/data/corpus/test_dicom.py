@@ -48,7 +48,7 @@ def test_slices_lie_by_their_positions(tmp_path: Path) -> None:
 
 def test_shuffled_frames_lie_by_their_positions(tmp_path: Path) -> None:
     order = np.random.default_rng(0).permutation(len(IMAGE))
-    write_enhanced(tmp_path / "a.dcm", IMAGE[order], 2.0 * order)
+    write_enhanced(tmp_path / "a.dcm", IMAGE[order], [2.0 * k for k in order])
     same_as_image(kept(tmp_path))
 
 
@@ -242,7 +242,11 @@ def test_intact_files_that_hold_no_volume(tmp_path: Path, name: str) -> None:
 
 def test_a_scout_in_the_series_of_its_scan(tmp_path: Path) -> None:
     write_series(tmp_path, IMAGE, modality="CT")
-    tags = {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"], "Modality": "CT", "SeriesInstanceUID": "1.2.3"}
+    tags: dict[str, Any] = {
+        "ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"],
+        "Modality": "CT",
+        "SeriesInstanceUID": "1.2.3",
+    }
     write_dicom(tmp_path / "scout.dcm", np.zeros((40, 30)), **tags)
     scout, scan = read_folder(str(tmp_path))
     assert isinstance(scout, NotAnImage)

@@ -147,6 +147,7 @@ def test_descriptions_from_elsewhere_are_data(raw: Path, monkeypatch: pytest.Mon
     wishes = Wishes(("MR",), {}, {})
     file = raw / "dataset.json"
     whole = json.loads(file.read_text())
+    names: object
     for names in ([], ["T1"], "T1", None, {}):
         file.write_text(json.dumps({**whole, "channel_names": names}))
         with pytest.raises(UserError, match="expected channel_names as an object"):
