@@ -24,6 +24,7 @@ BENCHMARKS = {
     "launches": "kernels of a step outside the network, for each method",
     "record": "weights, objectives, transfers and a study that must not change when code moves",
     "hand_over": "every method on a real data set, through the stock command into a stock trainer",
+    "simulation": "how often a study finds a gain that is there, and one that is not",
     "soak": "random kills against an uninterrupted run",
     "fuzz_atheris": "the readers of outside files, fuzzed with coverage as a guide",
 }
