@@ -1,16 +1,23 @@
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from benchmarks import cards, loader, measure, memory, startup, step, views
+from benchmarks import cards, launches, loader, measure, memory, record, startup, step, views
 from benchmarks.__main__ import BENCHMARKS, main
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.context import Context, NoTimeLeftError
 from benchmarks.workload import DATA, write_cases
 from nnssl_ext.data.crops import Crop, CropDataset, CropRequest
 from nnssl_ext.data.index import CaseIndex
+from nnssl_ext.methods import METHODS
 from tests.conftest import REPOSITORY
 
 TOOLS = {"__init__", "__main__", "measure", "workload", "soak_runs", "checkout"}
@@ -136,3 +143,121 @@ def test_cards_fit_more_the_larger_they_are() -> None:
     small, large = (cards.fitting("vit_small", "rotation", (edge,) * 3, False) for edge in (32, 64))
     assert 0 < small[0] < small[1] < small[2]
     assert all(few < many for few, many in zip(large, small, strict=True))
+
+
+def test_the_gpu_check_runs_every_line_on_a_cpu(tmp_path: Path) -> None:
+    """The very command of a GPU machine, with the smallest networks; no part and no row may fail."""
+    words = ["gpu", "--device", "cpu", "--tiny", "--minutes", "10", "--output", str(tmp_path)]
+    finished = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks", *words],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+        text=True,
+        capture_output=True,
+        timeout=700,
+        check=False,
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert finished.returncode == 0, f"{gpu.failures(results)}\n{finished.stdout}\n{finished.stderr}"
+    parts = results["parts"]
+    assert list(parts) == list(gpu.LIMITS)
+    assert not [part for part, rows in parts.items() if "stopped" in rows or "ended early" in rows]
+    assert {"copy", "matrix product, bfloat16"} <= set(parts["ceilings"])
+    assert set(METHODS) <= set(parts["correct"])
+    assert set(METHODS) <= set(parts["speed"])
+    assert parts["correct"]["dino"]["float32"]["gradient"] < 1e-6
+    assert parts["line"]["the network equals the file under every alias"]["tensors"] > 0
+    assert parts["compile"]["rotation"]["recompilations"] == 0
+    assert parts["ranks"]["torchrun, one rank"]["weights, relative difference"] == 0
+
+
+def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path) -> None:
+    def fails(context: Context) -> None:
+        with context.row("first") as row:
+            row["value"] = 1 / 0
+        with context.row("second") as row:
+            row["value"] = 2
+        raise RuntimeError("broken part")
+
+    def hangs(context: Context) -> None:
+        context.put("begun", {})
+        time.sleep(60)
+
+    results = {}
+    for part, function in {"ceilings": fails, "line": hangs}.items():
+        context = Context(part, tmp_path, tmp_path, "cpu", True, time.monotonic() + 3)
+        results[part] = gpu.supervise(part, function, context)
+    assert "ZeroDivisionError" in results["ceilings"]["first"]["failed"]
+    assert results["ceilings"]["second"]["value"] == 2
+    assert "broken part" in results["ceilings"]["failed"]
+    assert results["line"]["begun"] == {}
+    assert "the part's limit" in results["line"]["stopped"]
+    assert gpu.failures({"parts": results}) == ["ceilings", "ceilings: first"]
+
+
+def test_a_row_without_time_says_so(tmp_path: Path) -> None:
+    context = Context("speed", tmp_path, tmp_path, "cpu", True, time.monotonic() + 1)
+    with pytest.raises(NoTimeLeftError), context.row("large", seconds=100):
+        raise AssertionError
+    assert "It needs 100 s" in context.read()["large"]["left out"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_launches_outside_the_network_stay_few(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_n_proc_DA"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("nnUNet_extTrainer", str(REPOSITORY / "trainers"))
+    kernels = launches.count_step(method, tmp_path)
+    found = {phase: sum(kernels.counts[phase].values()) for phase in launches.PHASES}
+    assert min(found["views"], found["backward"], found["update"]) > 0
+    assert sum(found.values()) <= launches.LIMITS[method], kernels.counts
+    assert set(kernels.waits) <= {"update: _local_scalar_dense"}, kernels.waits
+
+
+def test_the_counter_tells_host_from_device_and_network_from_the_rest() -> None:
+    kernels = launches.Kernels()
+    layer = torch.nn.Linear(4, 4)
+    layer.register_forward_pre_hook(kernels.enter)
+    layer.register_forward_hook(kernels.leave, always_call=True)
+    drawn = torch.from_numpy(np.ones((2, 4), np.float32))
+    with launches.pretend(kernels):
+        host = torch.from_numpy(np.ones((2, 4), np.float32)) + 1  # on the host: not counted
+        assert (host.device.type, drawn.device.type) == ("cpu", "cuda")
+        image = host.to(launches.GPU)  # one upload
+        kernels.phase = "forward"
+        loss = (layer(image) * 2).sum()  # two kernels outside the layer
+        kernels.phase = "backward"
+        loss.backward()
+        assert loss.device.type == "cuda"
+        float(loss)  # a wait
+    assert dict(kernels.counts["views"]) == {"upload": 1}
+    assert dict(kernels.counts["forward"]) == {"mul": 1, "sum": 1}
+    assert set(kernels.counts["backward"]) <= {"ones_like", "mul", "expand"}
+    assert dict(kernels.waits) == {"backward: _local_scalar_dense": 1}
+
+
+def test_a_record_names_what_differs() -> None:
+    trained = {"weights": "a", "log": {"train_losses": [1.0, 2.0]}}
+    before = {"dino/plain": trained, "transfer": {"a into b": "x"}, "study": {"rows": [["1.0"]], "report": ["0.25"]}}
+    assert record.differences(before, before) == []
+    renamed = {**trained, "log": {"other name": [1.0, 2.0]}}
+    assert record.differences(before, {"dino/plain": renamed}) == []
+    after = {
+        "dino/plain": {"weights": "b", "log": {"train_losses": [1.0, 3.0]}},
+        "transfer": {"a into b": "y"},
+        "study": {"rows": [["1.5"]], "report": []},
+    }
+    assert record.differences(before, after) == [
+        "dino/plain: weights differ",
+        "dino/plain: train_losses: [1.0, 2.0]",
+        "transfer: a into b: differs",
+        "study: results differ: [['1.0']] to [['1.5']]",
+        "study: the report lacks 0.25",
+    ]
+
+
+def test_the_record_of_the_first_version_holds_every_item() -> None:
+    content = json.loads((REPOSITORY / "benchmarks" / "record_before.json").read_text())
+    assert content["revision"] == "63a6425"
+    assert set(content["items"]) == set(record.names())
+    assert set(record.METHODS) == set(METHODS)

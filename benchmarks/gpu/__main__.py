@@ -123,7 +123,7 @@ def main() -> None:
     end = begin + 60 * arguments.minutes
     arguments.output.mkdir(parents=True, exist_ok=True)
     output = arguments.output.resolve()
-    os.environ |= {"nnUNet_extTrainer": str(REPOSITORY / "trainers"), "nnUNet_def_n_proc": "2"}
+    os.environ |= {"nnUNet_extTrainer": str(REPOSITORY / "trainers"), "nnUNet_def_n_proc": "1"}
     results: dict[str, Any] = {"device": arguments.device, "tiny": arguments.tiny, "parts": {}}
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
         parts = functions()

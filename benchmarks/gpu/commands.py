@@ -46,7 +46,7 @@ class Bench:
         self.variables = {f"nnUNet_{part}": str(self.root / part) for part in ("raw", "preprocessed", "results")}
         trainers = os.environ.get("nnUNet_extTrainer", "")
         self.variables["nnUNet_extTrainer"] = os.pathsep.join([trainers, str(self.root / "trainers")])
-        self.variables |= {"nnUNet_n_proc_DA": "2", "nnUNet_def_n_proc": "2"}
+        self.variables |= {"nnUNet_n_proc_DA": "2", "nnUNet_def_n_proc": "1"}
         plans = json.loads((self.data / "nnUNetPlans.json").read_text())
         plans["nnssl_ext"] = {"epochs": 2, "iterations_per_epoch": 5, "validation_iterations": 1, **settings}
         plans["nnssl_ext"]["finetune"] = spelled("finetune", {"steps": 10, "steps_per_epoch": 5})
