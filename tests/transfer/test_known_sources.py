@@ -58,7 +58,7 @@ def _stu_net(folder: Path) -> None:
 
 def _vit_of_primus(folder: Path) -> None:
     weights = noise(primus()).state_dict()
-    keys = {"key_to_encoder": "eva", "key_to_stem": "down_projection", "key_to_lpe": "eva.pos_embed"}
+    keys: dict[str, Any] = {"key_to_encoder": "eva", "key_to_stem": "down_projection", "key_to_lpe": "eva.pos_embed"}
     keys["pretrain_plan"] = {"configurations": {"noresample": {"patch_size": [8, 8, 8], "spacing": None}}}
     torch.save(
         {"network_weights": weights, "nnssl_adaptation_plan": plan("PrimusX", **keys)}, folder / "checkpoint_final.pth"
