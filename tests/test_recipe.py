@@ -46,7 +46,7 @@ def test_the_papers_recipes_say_what_the_papers_say() -> None:
     assert tip["volume_fusion"].intensity.invert_probability == 0.25
     for paper in (arxiv, tip):
         assert paper["volume_fusion"].ignore_below == 0
-        assert paper["volume_fusion"].optimiser == "adam"
+        assert paper["volume_fusion"].optimizer == "adam"
 
 
 def test_mis_fm_says_what_the_paper_says() -> None:

@@ -1,4 +1,4 @@
-"""Settings that methods share: how crops look and are turned, and how the objective is optimised."""
+"""Settings that methods share: how crops look and are turned, and how the objective is optimized."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from nnssl_ext.views.spatial import SpatialRange
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Intensity views and optimisation; a method's settings derive from it and may have other defaults."""
+    """Intensity views and optimization; a method's settings derive from it and may have other defaults."""
 
     intensity: IntensitySettings = field(default_factory=IntensitySettings)
-    optimiser: str = setting("adamw", "Optimiser.", choices=("adam", "adamw", "sgd"))
+    optimizer: str = setting("adamw", "Optimizer.", choices=("adam", "adamw", "sgd"))
     weight_decay: float = setting(1e-5, "Weight decay.", low=0)
     schedule: str = setting("cosine", "How the learning rate falls.", choices=("constant", "poly", "cosine"))
-    warm_up: float = setting(0.02, "Share of the steps with a rising learning rate.", low=0, high=0.9)
+    warmup: float = setting(0.02, "Share of the steps with a rising learning rate.", low=0, high=0.9)
 
     def heaviest(self) -> Any:
         """Return settings that draw what takes most memory at every step, for estimates."""
         return self
 
     def recipe(self, learning_rate: float) -> OptimizerRecipe:
-        """The optimiser, with the method's own peak learning rate."""
-        return OptimizerRecipe(self.optimiser, learning_rate, self.weight_decay, self.schedule, self.warm_up)
+        """Return the optimizer recipe with the method's peak learning rate."""
+        return OptimizerRecipe(self.optimizer, learning_rate, self.weight_decay, self.schedule, self.warmup)
 
 
 @dataclass(frozen=True)
