@@ -13,7 +13,7 @@ from tests.methods.helpers import CASE, CPU, batch_of, build, readable_after, vi
 
 OURS = replace(ExemplarSettings(), warmup=0.0)
 #: As published: three heads, a clean positive, the negative that is given.
-PUBLISHED = replace(OURS, shared_head=False, clean_positive=True, mining="given", normalise=False)
+PUBLISHED = replace(OURS, shared_head=False, clean_positive=True, mining="given", normalize=False)
 
 
 @pytest.fixture
