@@ -166,7 +166,7 @@ class Exemplar(EncoderMethod):
             for b, box in enumerate(boxes)
         ]
         image, _ = crop_batch(views, size, random.device)
-        IntensityDraw.draw(self.settings.intensity, random, image.shape[1], spacing).apply(image, random)
+        IntensityDraw.draw(self.settings.intensity, random, image.shape[1], spacing).apply(image)
         return standardise(image) if self.settings.standardise else image
 
     def _clean(self, boxes: list[SourceBox], random: BatchRandom) -> Tensor:

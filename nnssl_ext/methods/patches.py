@@ -95,6 +95,6 @@ def read_patches(
     )
     # each patch looks different: to the intensity views patches are channels
     merged = patches.flatten(1, 2)
-    IntensityDraw.draw(settings.intensity, random, merged.shape[1], geometry.spacing).apply(merged, random)
+    IntensityDraw.draw(settings.intensity, random, merged.shape[1], geometry.spacing).apply(merged)
     patches = merged.view_as(patches)
     return standardise(patches) if settings.standardise else patches

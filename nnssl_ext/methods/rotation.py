@@ -115,7 +115,7 @@ class Rotation(EncoderMethod):
                 for b, box in enumerate(batch.boxes[0])
             ]
             image, _ = crop_batch(boxes, self.size, random.device)
-            IntensityDraw.draw(s.intensity, random, image.shape[1], spacing).apply(image, random)
+            IntensityDraw.draw(s.intensity, random, image.shape[1], spacing).apply(image)
             images.append(simulate_thick_slices(image, axis[:, copy], zoom[:, copy]))
         index = sample_index(batch.indices, random.device)
         return {"image": torch.stack(images, 1), "turn": to_device(label, random.device), "index": index}
