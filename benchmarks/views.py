@@ -31,7 +31,7 @@ from benchmarks.workload import DATA, volume, write_cases
 from nnssl_ext.data.crops import CropBatch, CropDataset, CropRequest, collate
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.environment import keep_memory
-from nnssl_ext.methods import METHODS, Geometry, Method
+from nnssl_ext.methods import METHODS, DataGeometry, Method
 from nnssl_ext.networks.backbone import UNetBackbone
 from nnssl_ext.views import filters, intensity
 from nnssl_ext.views.fusion import BoxLayout, GridLayout, fuse
@@ -81,7 +81,7 @@ def build(name: str, edge: int, change: dict[str, Any]) -> Method:
 
     stages = 4 if edge < 96 else 5
     strides = tuple((2**stage,) * 3 for stage in range(stages))
-    geometry = Geometry((edge,) * 3, ISOTROPIC, 1, strides, (3 * edge // 2,) * 3, batch_size=BATCH)
+    geometry = DataGeometry((edge,) * 3, ISOTROPIC, 1, strides, (3 * edge // 2,) * 3, batch_size=BATCH)
     kind = METHODS[name]
     settings = replace(kind.Settings(), **change)
     with torch.device("meta"):
@@ -123,7 +123,7 @@ def lists(edge: int, index: CaseIndex, device: torch.device, number: int) -> dic
         "VolumeFusion, equal list": ("volume_fusion", equal_list()),
         "VolumeFusion, every channel": ("volume_fusion", equal_list(1.0)),
     }
-    kinds |= {kind.title: (name, {}) for name, kind in METHODS.items() if not kind.needs_images}
+    kinds |= {kind.title: (name, {}) for name, kind in METHODS.items() if kind.learns_from == "cases"}
     result: dict[str, Callable[[], object]] = {}
     for title, (name, change) in kinds.items():
         method = build(name, edge, change)

@@ -67,6 +67,10 @@ class CropRequest:
     def min_cases(self) -> int:
         return 2 if any(crop.other_case for crop in self.crops) else 1
 
+    def placeholder(self, channels: int, sample: int) -> list[SourceBox]:
+        """Return boxes of noise in the place of one sample, to trace shapes."""
+        return [noise_box((channels, *crop.size), f"case {row} {sample}") for row, crop in enumerate(self.crops)]
+
 
 class Sample(NamedTuple):
     """What a worker read for one sample.
@@ -191,6 +195,12 @@ class CropDataset(Dataset):
         if not (torch.isfinite(darkest).all() and torch.isfinite(brightest).all()):
             raise ValueError("NaN or infinite values")
         return SourceBox(box, matrix, center - low, case)
+
+
+def noise_box(shape: tuple[int, ...], case: str) -> SourceBox:
+    """Return a box of noise (C, D, H, W) about its own center; torch's own generator stays as it is."""
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    return SourceBox(noise, np.eye(3), (np.asarray(shape[1:]) - 1) / 2, case)
 
 
 def draw_center(

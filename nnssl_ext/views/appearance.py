@@ -17,13 +17,25 @@ from nnssl_ext.settings import setting
 from nnssl_ext.views.augmentations import Augmentation, Chosen, IntensitySettings, Noise
 from nnssl_ext.views.random import BatchRandom, pack_to_device
 
-__all__ = ["IntensityDraw", "IntensitySettings", "default"]
+__all__ = ["CustomIntensitySettings", "IntensityDraw", "IntensitySettings", "default"]
 
 
 def default(name: str, value: Any, source: str = "") -> Any:
     """Declare a setting of ``IntensitySettings`` again, with another default value."""
     inherited = next(field for field in fields(IntensitySettings) if field.name == name)
     return setting(value, **{**inherited.metadata, "source": source})
+
+
+@dataclass(frozen=True)
+class CustomIntensitySettings(IntensitySettings):
+    """Base of lists that differ from nnU-Net's: one gamma that changes statistics, no blur, no low resolution."""
+
+    noise: list[float] = default("noise", [0.0, 0.3])
+    blur_probability: float = default("blur_probability", 0.0, source="0.2 in nnU-Net")
+    blur_channel_probability: float = default("blur_channel_probability", 1.0, source="0.5 in nnU-Net")
+    low_resolution_probability: float = default("low_resolution_probability", 0.0, source="0.25 in nnU-Net")
+    inverted_gamma_probability: float = default("inverted_gamma_probability", 0.0, source="0.1 in nnU-Net")
+    retain_stats: bool = default("retain_stats", False, source="true in nnU-Net")
 
 
 @dataclass

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_ext.views.random import to_device
+from nnssl_ext.views.random import pack_to_device
 
 #: A Gaussian is cut off after this many standard deviations, less a quarter of a voxel, as in nnU-Net.
 TRUNCATE = 3.0
@@ -148,7 +148,8 @@ def _resample_axes(volumes: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
             continue
         taps = [coarse_taps(size[axis], length) for size in sizes]
         shape = [len(sizes), *(length if a == axis else 1 for a in range(3))]
-        below, above, share = (to_device(torch.stack(column), volumes.device).view(shape) for column in zip(*taps, strict=True))
+        columns = [torch.stack(column) for column in zip(*taps, strict=True)]
+        below, above, share = (column.view(shape) for column in pack_to_device(columns, volumes.device))
         first, second = (torch.take_along_dim(result, place, 1 + axis) for place in (below, above))
         result = torch.lerp(first, second, share)
     return volumes.copy_(result)

@@ -19,12 +19,12 @@ CPU = torch.device("cpu")
 
 def test_classes_and_the_split(tmp_path: Path) -> None:
     images = ImageFolder(make_images(tmp_path / "images", classes=3, each=25))
-    assert images.classes == ("brick", "coffee", "grass")
+    assert images.classes.names == ("brick", "coffee", "grass")
     assert len(images) == 75
     assert not set(images.training) & set(images.validation)
     assert len(images.training) + len(images.validation) == 75
-    assert {images.label(name) for name in images.validation} == {0, 1, 2}
-    assert images.chance == pytest.approx(1 / 3)
+    assert {name.split("/", 1)[0] for name in images.validation} == set(images.classes.names)
+    assert images.classes.chance == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(

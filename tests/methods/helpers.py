@@ -14,13 +14,13 @@ from torch import Tensor
 from benchmarks.learning import shuffle_voxels
 from nnssl_ext.data.crops import CropBatch, CropDataset, CropRequest, collate
 from nnssl_ext.data.index import CaseIndex
-from nnssl_ext.methods import Geometry, Method
+from nnssl_ext.methods import DataGeometry, Method
 from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.views.appearance import IntensitySettings
-from tests.looks import without_views
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from nnssl_ext.views.spatial import SourceBox
 from tests.datasets import blob
+from tests.looks import without_views
 from tests.networks.test_backbone import network
 
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def noise_boxes(size: tuple, number: int, spread: tuple = (0.0, 0.0, 0.0)) -> li
 
 
 def build(method: type[Method], settings: Any, spacing: tuple = (1.0, 1.0, 1.0), kind: str = "plain") -> Any:
-    geometry = Geometry(SIZE, spacing, 2, tuple(backbone_of(network(kind)).strides), CASE)
+    geometry = DataGeometry(SIZE, spacing, 2, tuple(backbone_of(network(kind)).strides), CASE)
     outputs = method.output_channels(settings, geometry) or 3
     torch.manual_seed(0)
     return method(backbone_of(network(kind, 2, outputs)), settings, geometry)
@@ -105,8 +105,8 @@ def build(method: type[Method], settings: Any, spacing: tuple = (1.0, 1.0, 1.0),
 
 def with_asked_gap(method: Any) -> Any:
     """A puzzle whose patches have just the gap that is asked for: its windows are not magnified, nothing is moved."""
-    gap = tuple(math.ceil(method.settings.gap * edge) for edge in method.grid.patch)
-    method.grid = replace(method.grid, gap=gap)
+    gap = tuple(math.ceil(method.settings.gap * edge) for edge in method.layout.patch)
+    method.layout = replace(method.layout, gap=gap)
     return method
 
 

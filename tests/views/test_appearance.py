@@ -1,5 +1,5 @@
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -115,7 +115,7 @@ def test_factors_are_drawn_as_nnunet_draws_them(limits: tuple[float, float]) -> 
 
     np.random.seed(0)
     theirs = np.array([BGContrast(limits)() for _ in range(4000)])
-    settings = strengths({"gamma": list(limits), **dict.fromkeys(CHANCES, 0.0), "gamma_probability": 1.0})
+    settings = replace(only("gamma_probability"), gamma=list(limits))
     (step,) = drawn(settings, list(range(500)), channels=8).steps
     ours = step[1].host.flatten().numpy()
     quantiles = np.linspace(0, 1, 21)

@@ -86,7 +86,7 @@ def test_lower_resolution_is_nnunets(zoom: float) -> None:
     from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
 
     volume = volumes(2, 11, 36, 40)
-    theirs = SimulateLowResolutionTransform(zoom, False, True, None)  # type: ignore[arg-type]
+    theirs = SimulateLowResolutionTransform(zoom, False, True, None)
     expected = theirs(image=volume.clone())["image"]
     torch.testing.assert_close(lower_resolution(volume, torch.full((2,), zoom), ISOTROPIC), expected)
 

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods.base import Geometry
+from nnssl_ext.methods.base import DataGeometry
 from nnssl_ext.methods.common import TrainingSettings
 from nnssl_ext.networks.base import Triple, triple
 from nnssl_ext.settings import setting
-from nnssl_ext.views.appearance import IntensitySettings
+from nnssl_ext.views.appearance import CustomIntensitySettings, default
 
 XU, DINOV2 = "3DINO", "DINOv2"
 
 
 @dataclass(frozen=True)
-class DINOIntensitySettings(IntensitySettings):
-    """Strong intensity views, so that views of a region are not told by their histograms."""
+class DINOIntensitySettings(CustomIntensitySettings):
+    """Strong intensity views, so that a histogram does not reveal which views share a region."""
 
-    gamma_probability: float = setting(0.8, "Chance of a gamma curve, per channel.", source=XU, low=0, high=1)
-    noise_probability: float = setting(0.8, "Chance of Gaussian noise, per sample.", source=XU, low=0, high=1)
-    noise: list[float] = setting(
-        [0.0, 0.1], "Range of the noise's standard deviation, in normalised intensities.", low=0, length=2
-    )
-    histogram_probability: float = setting(0.8, "Chance of a histogram shift, per channel.", source=XU, low=0, high=1)
-    blur_probability: float = setting(0.5, "Chance of a Gaussian blur, per channel.", source=XU, low=0, high=1)
-    sharpen_probability: float = setting(0.2, "Chance of unsharp masking, per channel.", source=XU, low=0, high=1)
-    gibbs_probability: float = setting(0.2, "Chance of Gibbs ringing, per channel.", source=XU, low=0, high=1)
+    gamma_probability: float = default("gamma_probability", 0.8, source=XU)
+    noise_probability: float = default("noise_probability", 0.8, source=XU)
+    noise: list[float] = default("noise", [0.0, 0.1])
+    histogram_probability: float = default("histogram_probability", 0.8, source=XU)
+    blur_probability: float = default("blur_probability", 0.5, source=XU)
+    sharpen_probability: float = default("sharpen_probability", 0.2, source=XU)
+    gibbs_probability: float = default("gibbs_probability", 0.2, source=XU)
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class DINOSettings(TrainingSettings):
     final_weight_decay: float | None = setting(
         None, "Weight decay at the end; null leaves it.", source="0.4 in 3DINO", low=0
     )
-    warm_up: float = setting(0.1, "Share of the steps with a rising learning rate.", source=XU, low=0, high=0.9)
+    warmup: float = setting(0.1, "Share of the steps with a rising learning rate.", source=XU, low=0, high=0.9)
     clip: float = setting(3.0, "Largest norm of the gradient of the network, and of each head.", source=XU, low=0.001)
     layer_decay: float = setting(
         1.0, "Learning rate of a layer as a multiple of the next one's.", source="0.9 in 3DINO", low=0.01, high=1
@@ -115,8 +113,11 @@ class DINOSettings(TrainingSettings):
         10, "Epochs in a row with a sign of collapse after which the run stops; 0 never stops.", low=0
     )
 
+    def heaviest(self) -> DINOSettings:
+        return replace(self, mask_probability=1.0, mask_ratio=[max(self.mask_ratio)] * 2)
 
-def local_size(settings: DINOSettings, geometry: Geometry) -> Triple:
+
+def local_size(settings: DINOSettings, geometry: DataGeometry) -> Triple:
     """Edges of a local view in voxels.
 
     Raises:
