@@ -12,6 +12,7 @@ import sys
 BENCHMARKS = {
     "loader": "crops read from .b2nd: crops a second, CPU seconds a crop, against reading the same boxes alone",
     "views": "each view, each method's full list, and peers: samples a second on one core or on the GPU",
+    "peers": "complete samples against stock nnU-Net, PyMIC and MONAI, like for like",
     "step": "a training step, split; its ratio to the bare forward and backward pass; memory over many steps",
     "startup": "the start of a training against stock's, and against the number of cases",
     "memory": "what a step needs of a GPU's memory: estimated, and on a GPU measured",

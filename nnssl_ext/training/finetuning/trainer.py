@@ -59,6 +59,8 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
 
     _best_ema: float | None
     network: Any
+    #: ``nnssl_ext transfer`` fills the heads of equal labels for this trainer.
+    takes_heads = True
 
     def __init__(
         self,
