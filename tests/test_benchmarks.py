@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from benchmarks import cards, launches, loader, measure, memory, record, startup, step, views
+from benchmarks import cards, launches, loader, measure, memory, peers, record, startup, step, views
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.context import Context, NoTimeLeftError
@@ -116,26 +115,66 @@ def test_step_prints_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 def test_each_view_and_each_list_runs(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    for view in views.each(24, cpu).values():
+    found = views.each(24, cpu)
+    assert {"mirror (cut)", "fusion", "noise, of a copy", "histogram, of a copy"} <= set(found)
+    for view in found.values():
         view()
     write_cases(tmp_path / DATA, (48, 48, 48), 2, [32, 32, 32])
     index = CaseIndex.build(tmp_path / DATA, workers=0, show_progress=False)
     run = views.lists(32, index, cpu, 1)
-    assert {"VolumeFusion, equal list", "VolumeFusion", "Masked autoencoder"} <= set(run)
-    run["VolumeFusion, equal list"]()
+    assert {"VolumeFusion", "Masked autoencoder"} <= set(run)
+    run["VolumeFusion"]()
+
+
+def test_sides_take_new_samples_in_every_repeat(tmp_path: Path) -> None:
+    write_cases(tmp_path / DATA, (48, 48, 48), 2, [32, 32, 32])
+    index = CaseIndex.build(tmp_path / DATA, workers=0, show_progress=False)
+    sides = peers.volume_fusion(32, index, 2)
+    seen: dict[str, list[int]] = {name: [] for name in sides}
+    for name, side in sides.items():
+        make = side.make
+        side.make = lambda batch, name=name, make=make: (seen[name].extend(batch.indices), make(batch))  # type: ignore[misc]
+    costs = peers.turns(sides, 2)
+    assert [len(found) for found in costs.values()] == [2] * len(sides)
+    assert seen["ours"] == seen["stock nnU-Net"] == list(range(12))
+
+
+def test_stock_and_ours_make_the_same_kind_of_sample(tmp_path: Path) -> None:
+    """Same shape, and both change about as much of a crop: no side does less work."""
+    write_cases(tmp_path / DATA, (48, 48, 48), 2, [32, 32, 32])
+    index = CaseIndex.build(tmp_path / DATA, workers=0, show_progress=False)
+    sides = peers.volume_fusion(32, index, 1)
+    sides["ours"].read(0)
+    (batch,) = sides["ours"].ready
+    ours, stock = sides["ours"].make(batch), sides["stock nnU-Net"].make(batch)
+    assert ours["image"].shape == stock.shape == (2, 1, 32, 32, 32)  # type: ignore[index, attr-defined]
+    assert torch.isfinite(stock).all()  # type: ignore[arg-type]
 
 
 def test_the_equal_list_is_nnunets() -> None:
-    method = views.build("volume_fusion", 32, views.equal_list())
+    method = views.build("volume_fusion", 32, peers.EQUAL_LIST)
     looks = method.settings.intensity
-    stock = nnUNetTrainer.get_training_transforms((32, 32, 32), (0.0, 0.0), None, (0, 1, 2), False)
-    chances = dict.fromkeys(("noise", "blur", "brightness", "contrast", "low_resolution", "gamma"), 0.0)
-    for chosen in stock.transforms:
-        kind = type(getattr(chosen, "transform", chosen)).__name__.lower().replace("lowres", "low_res")
-        for name in chances:
-            if name.replace("_", "") in kind.replace("_", ""):
-                chances[name] += chosen.apply_probability * getattr(chosen.transform, "p_per_channel", 1)
-    assert {name: getattr(looks, f"{name}_probability") for name in chances} == pytest.approx(chances)
+    chances: dict[str, float] = {}
+    for chosen in peers.stock_transforms(32).transforms:
+        transform = getattr(chosen, "transform", None)
+        if transform is None:
+            continue
+        name = {
+            "GaussianNoiseTransform": "noise",
+            "GaussianBlurTransform": "blur",
+            "MultiplicativeBrightnessTransform": "brightness",
+            "ContrastTransform": "contrast",
+            "SimulateLowResolutionTransform": "low_resolution",
+            "GammaTransform": "inverted_gamma" if getattr(transform, "p_invert_image", 0) else "gamma",
+        }[type(transform).__name__]
+        chances[f"{name}_probability"] = chosen.apply_probability
+        if name in ("blur", "low_resolution"):
+            chances[f"{name}_channel_probability"] = transform.p_per_channel
+        if name == "gamma":
+            assert looks.retain_stats == (transform.p_retain_stats == 1)
+    assert {name: getattr(looks, name) for name in chances} == pytest.approx(chances)
+    used = {f"{kind.name}_probability" for kind in looks.in_use}
+    assert used == {name for name in chances if "channel" not in name}
     assert method.settings.flip == 0.5
 
 
