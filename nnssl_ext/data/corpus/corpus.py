@@ -21,7 +21,7 @@ from pathlib import Path
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
-from nnssl_ext.data.cases import list_cases
+from nnssl_ext.data.cases import TARGET_KEY, list_cases
 from nnssl_ext.data.corpus.manifest import DUPLICATE, KEPT, UNUSABLE, VERSION, Entry, Manifest
 from nnssl_ext.data.corpus.preparation import NotWrittenError, Prepared, Target, prepare, start_worker
 from nnssl_ext.data.corpus.sources import Item
@@ -36,8 +36,6 @@ KEEP_SECONDS = 60
 KEEP_SHARE = 0.05
 #: Files that are named when too many are of no use.
 SHOWN = 20
-#: Of a corpus's dataset.json: the data set whose network is pretrained.
-TARGET_KEY = "nnssl_ext_target"
 #: What of a configuration decides how a case looks after preprocessing.
 PREPROCESSING = (
     "preprocessor_name",
