@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnssl_ext.methods import OptimizerRecipe, ParameterGroup
 
@@ -63,7 +63,7 @@ def set_rates(optimizer: torch.optim.Optimizer, recipe: OptimizerRecipe, peak: f
         group["weight_decay"] = decay * group.get("weight_decay_scale", 1.0)
 
 
-def clip_gradients(modules: Iterable[list[nn.Parameter]], max_norm: float) -> Tensor:
+def clip_gradients(modules: Iterable[Sequence[Tensor]], max_norm: float) -> Tensor:
     """Clip the gradient norm of each module's parameters; return the norm of all gradients before, ()."""
     norms = [torch.nn.utils.clip_grad_norm_(parameters, max_norm) for parameters in modules]
     # the norm of no gradients is 0 on the CPU
