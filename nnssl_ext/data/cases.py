@@ -14,8 +14,6 @@ from nnssl_ext.foreign import load_npz, open_blosc2
 
 #: Suffixes of image data, the preferred one first.
 SUFFIXES = (".b2nd", ".npy", ".npz")
-#: Key in a corpus's dataset.json: the data set whose network is pretrained.
-TARGET_KEY = "nnssl_ext_target"
 
 
 def list_cases(folder: Path) -> dict[str, tuple[int, int]]:

@@ -7,13 +7,13 @@ from torch import nn
 
 from nnssl_ext.cli import main
 from nnssl_ext.environment import dataset_folder
-from nnssl_ext.transfer.target import build_target, destination
+from nnssl_ext.transfer.target import build_target, target_plans
 from tests.datasets import _NUMBERS
 
 
 def stock_network(kind: str, plans: str = "nnUNetPlans", trainer: str = "nnUNetTrainer", seed: int = 99) -> nn.Module:
     folder = dataset_folder(str(_NUMBERS[kind]))
-    return build_target(destination(folder, plans, "3d_fullres", trainer), seed).network
+    return build_target(target_plans(folder, plans, "3d_fullres", trainer), seed).network
 
 
 def transferred(source: Path | str, kind: str, *options: str) -> Path:

@@ -19,11 +19,11 @@ from nnssl_ext.methods import DataGeometry, Method
 from nnssl_ext.networks import adaptation_plan as contract
 from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.networks.base import LearnedPositions
+from nnssl_ext.networks.positions import resize_positions
 from nnssl_ext.networks.weight_length import scale_to_lengths
 from nnssl_ext.provenance import hardware, revision, versions
 from nnssl_ext.training.checks import Checked
 from nnssl_ext.training.distributed.ranks import rank, world
-from nnssl_ext.transfer.adaptations import positions
 
 #: Common settings that a continued run may change: they change neither the data nor a step.
 FREE = (
@@ -98,7 +98,7 @@ def _resized_positions(table: Tensor, grid: Sequence[int] | None, learned: Learn
             f"start_from={path} has {number} positions of tokens, and does not say of which grid; plan with the patch "
             f"size and position_grid that it was made with"
         )
-    return table if tuple(grid) == learned.grid else positions(table, grid, learned.grid, learned.prefix)
+    return table if tuple(grid) == learned.grid else resize_positions(table, grid, learned.grid, learned.prefix)
 
 
 def network_weights(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nnssl_ext.data.cases import TARGET_KEY
+from nnssl_ext.data.corpus import TARGET_KEY
 from nnssl_ext.methods import Readable
 from nnssl_ext.training.run.commands import RunName
 
