@@ -113,7 +113,7 @@ def test_a_run_writes_the_same_checkpoint(with_data: Data, kind: str) -> None:
 
 def test_two_processes_equal_one_without(with_data: Data) -> None:
     environment = with_data("plain")
-    settings = {"precision": "float32", "iterations_per_epoch": 2, "epochs": 1, "volume_fusion": {"optimiser": "sgd"}}
+    settings = {"precision": "float32", "iterations_per_epoch": 2, "epochs": 1, "volume_fusion": {"optimizer": "sgd"}}
     environment.write_plans("plain", "one", settings)
     environment.write_plans("plain", "two", {**settings, "activation_checkpointing": True})
     one = checkpoint.load(pretrain(environment, "plain", "one") / "checkpoint_final.pth")

@@ -18,9 +18,9 @@ HEALTH = (
     "effective_rank",
     "off_diagonal_cosine",
     "image_entropy",
-    "cell_entropy",
+    "patch_entropy",
     "image_information",
-    "cell_information",
+    "patch_information",
 )
 #: Weight of the newest epoch in the moving average that chooses checkpoint_best.
 NEWEST = 0.3

@@ -64,9 +64,9 @@ def test_several_ranks_equal_one(with_data: Data, method: str, kind: str, world:
     assert_equal_runs(one, several, together=kind == "pct_net")
 
 
-@pytest.mark.parametrize(("kind", "centring"), [("plain", "sinkhorn"), ("vit", "sinkhorn"), ("vit", "softmax")])
-def test_3dino_over_ranks_with_either_centring_and_a_vision_transformer(
-    with_data: Data, kind: str, centring: str
+@pytest.mark.parametrize(("kind", "centering"), [("plain", "sinkhorn"), ("vit", "sinkhorn"), ("vit", "softmax")])
+def test_3dino_over_ranks_with_either_centering_and_a_vision_transformer(
+    with_data: Data, kind: str, centering: str
 ) -> None:
     environment, trainer = with_data(kind), TRAINERS["dino"]
 
@@ -76,7 +76,7 @@ def test_3dino_over_ranks_with_either_centring_and_a_vision_transformer(
             arguments = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
             arguments |= {"layer_scale": 1.0, "drop_path": 0.0}
 
-    dino = {"optimizer": "sgd", "centring": centring, "teacher_temperature": [0.04, 0.04]}
+    dino = {"optimizer": "sgd", "centering": centering, "teacher_temperature": [0.04, 0.04]}
     settings = {"precision": "float32", "batch_size": 3, "epochs": 1, "iterations_per_epoch": 2, "dino": dino}
     for plans in ("one", "two"):
         environment.write_plans(kind, plans, settings, as_if_trained)

@@ -15,7 +15,7 @@ from tests.datasets import KINDS, OWN_NETWORKS, make_labels, make_plans
 from tests.methods.helpers import SIZE
 from tests.support.networks import network
 
-SMALL = {"dino": {"local_crops": 1, "hidden": 16, "bottleneck": 8, "prototypes": 64}}
+SMALL = {"dino": {"local_crops": 1, "hidden_dim": 16, "bottleneck_dim": 8, "prototypes": 64}}
 
 
 def dataset(kind: str) -> dict:
