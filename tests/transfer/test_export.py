@@ -72,7 +72,7 @@ def test_safetensors_know_what_was_trained_and_their_sum(with_data: Data, tmp_pa
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"model\.safetensors is damaged: what it holds does not match its sha256"):
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged: its content does not match its sha256"):
         read_source(str(file))
 
 

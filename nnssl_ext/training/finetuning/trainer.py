@@ -63,6 +63,8 @@ class nnsslTrainer_Finetune(ManagedTrainer):
     """
 
     outputs: Outputs
+    #: ``nnssl_ext transfer`` fills the heads of equal labels for this trainer.
+    takes_heads = True
 
     def __init__(
         self,
