@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.context import Context, NoTimeLeftError
 from benchmarks.workload import DATA, write_cases
-from nnssl_ext.data.crops import Crop, CropDataset, CropRequest
+from nnssl_ext.data.crops import Crop, CropBatch, CropDataset, CropRequest
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.methods import METHODS
 from tests.conftest import REPOSITORY
@@ -131,9 +132,16 @@ def test_sides_take_new_samples_in_every_repeat(tmp_path: Path) -> None:
     index = CaseIndex.build(tmp_path / DATA, workers=0, show_progress=False)
     sides = peers.volume_fusion(32, index, 2)
     seen: dict[str, list[int]] = {name: [] for name in sides}
+
+    def noted(name: str, make: Callable[[CropBatch], object]) -> Callable[[CropBatch], object]:
+        def call(batch: CropBatch) -> object:
+            seen[name] += batch.indices
+            return make(batch)
+
+        return call
+
     for name, side in sides.items():
-        make = side.make
-        side.make = lambda batch, name=name, make=make: (seen[name].extend(batch.indices), make(batch))  # type: ignore[misc]
+        side.make = noted(name, side.make)
     costs = peers.turns(sides, 2)
     assert [len(found) for found in costs.values()] == [2] * len(sides)
     assert seen["ours"] == seen["stock nnU-Net"] == list(range(12))
