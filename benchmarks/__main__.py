@@ -19,6 +19,7 @@ BENCHMARKS = {
     "cost": "operations and memory of a step of each method, counted without computing them",
     "activation_memory": "what a network of ours keeps for its backward pass, counted",
     "dino_step": "3DINO's student step against its bare blocks and heads",
+    "resolution": "voxels of the plan per voxel that each method's network sees",
     "learning": "whether an objective learns, on real crops and on shuffled voxels",
     "hand_over": "every method on a real data set, through the stock command into a stock trainer",
     "soak": "random kills against an uninterrupted run",

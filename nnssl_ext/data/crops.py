@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from nnssl_ext.data.cases import open_case
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.views.random import CASES, CROPS, SUBSTITUTES, sample_generator
-from nnssl_ext.views.spatial import SourceBox, SpatialRange, half_extent, shrink_to_fit, source_range
+from nnssl_ext.views.spatial import SourceBox, SpatialRange, half_extent, is_resampled, shrink_to_fit, source_range
 
 #: How often a crop is drawn again for more body, for body in each of its parts, or because it is constant.
 BODY_TRIES, PART_TRIES, CONSTANT_TRIES = 8, 24, 32
@@ -38,8 +38,10 @@ class Crop:
         spatial: What may be done to it.
         other_case: Whether it is from another case.
         scale: Voxels of the case per voxel of the crop: 0.5 magnifies twofold.
-        fit: Whether a case that is smaller is magnified further, so that the crop is never padded.
+        fit: Whether a case that is smaller is magnified along its short axes, so that the crop is never padded.
+        isotropic: Whether ``fit`` magnifies all axes alike instead.
         centered: Whether it lies about the body's center.
+        resampled_alike: Whether it is resampled exactly where the sample's first crop is.
         parts: Lowest voxel and edges of what is looked at of it, each of which should be mostly body; () is all.
     """
 
@@ -49,6 +51,8 @@ class Crop:
     scale: float = 1.0
     fit: bool = False
     centered: bool = False
+    resampled_alike: bool = False
+    isotropic: bool = False
     parts: tuple[tuple[tuple[int, int, int], tuple[int, int, int]], ...] = ()
 
 
@@ -145,7 +149,7 @@ class CropDataset(Dataset):
             try:
                 for crop in self.request.crops:
                     case = drawn[1 if crop.other_case else 0]
-                    boxes.append(self._read(case, crop, generator))
+                    boxes.append(self._read(case, crop, generator, boxes))
             except Exception as error:  # damaged files raise anything
                 bad[case] = f"case '{case}' in {self.folder}: {type(error).__name__}: {error}"
                 good = [name for name in self.cases if name not in bad and name not in drawn]
@@ -168,7 +172,7 @@ class CropDataset(Dataset):
         step = sample_generator(self.seed, self.stream + CASES, sample).integers(1, max(2, number))
         return self.cases[own], self.cases[(own + step) % number]
 
-    def _read(self, case: str, crop: Crop, generator: np.random.Generator) -> SourceBox:
+    def _read(self, case: str, crop: Crop, generator: np.random.Generator, before: list[SourceBox]) -> SourceBox:
         record = self.index[case]
         if record.problem:
             raise ValueError(record.problem)
@@ -176,10 +180,12 @@ class CropDataset(Dataset):
         if tuple(data.shape) != record.shape:
             raise ValueError(f"has shape {tuple(data.shape)} now and had {record.shape} when the run began")
         volume = np.asarray(data.shape[1:])
+        resample = is_resampled(before[0].matrix) if crop.resampled_alike and before else None
         for _ in range(CONSTANT_TRIES):
-            matrix, edges = crop.spatial.draw(generator, crop.size) * crop.scale, crop.size
+            matrix = crop.spatial.draw(generator, crop.size, resample=resample) * crop.scale
+            edges = crop.size
             if crop.fit:
-                matrix = shrink_to_fit(matrix, crop.size, (volume - 1) / 2)
+                matrix = shrink_to_fit(matrix, crop.size, (volume - 1) / 2, isotropic=crop.isotropic)
                 edges = tuple(np.ceil(2 * half_extent(matrix, crop.size) - 1e-6).astype(int) + 1)
             if crop.centered:
                 center = body_center(generator, volume, edges, record.body)

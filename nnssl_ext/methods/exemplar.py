@@ -22,7 +22,7 @@ from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.losses.triplet import plain_triplet, semi_hard_triplet, squared_distances
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
-from nnssl_ext.methods.common import SharedSettings
+from nnssl_ext.methods.common import SharedSettings, region_size, view_size
 from nnssl_ext.methods.encoder_only import EncoderMethod
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead
@@ -33,6 +33,8 @@ from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_batch, subview
 
 TALEB = "Taleb et al. 2020"
+#: Extent of a view rotated by up to 15 degrees about each axis, as a multiple of its edge: median, and largest.
+MEDIAN_EXTENT, MAX_EXTENT = 1.25, 1.5
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,6 @@ class ExemplarSettings(SharedSettings):
     flip: float = setting(0.0, "Chance of a mirror, per axis and view.", low=0, high=1)
     rot90: float = setting(0.0, "Chance of quarter turns in a plane of equal edges and spacing.", low=0, high=1)
     affine: float = setting(1.0, "Chance of a rotation and zoom, per view.", low=0, high=1)
-    zoom: list[float] = setting(
-        [1.0, 1.4], "Range of the magnification; the view is a part of the crop.", low=1, high=10, length=2
-    )
     intensity: ExemplarIntensitySettings = field(default_factory=ExemplarIntensitySettings)
     standardize: bool = setting(True, "Zero mean and unit deviation per view.")
     margin: float = setting(1.0, "Margin in squared distance.", source=TALEB, low=0.01)
@@ -99,6 +98,8 @@ class Exemplar(EncoderMethod):
 
     def __init__(self, backbone: Backbone, settings: ExemplarSettings, geometry: DataGeometry) -> None:
         super().__init__(backbone, settings, geometry)
+        self.size = view_size(geometry, MEDIAN_EXTENT)
+        self.region = region_size(geometry, self.size, MAX_EXTENT)
         self.heads = nn.ModuleList(
             GridHead(channels=self.channels, hidden=settings.hidden_dims, outputs=settings.embedding_dim)
             for _ in range(1 if settings.shared_head else 3)
@@ -106,7 +107,8 @@ class Exemplar(EncoderMethod):
 
     @classmethod
     def crops(cls, settings: ExemplarSettings, geometry: DataGeometry) -> CropRequest:
-        crop = Crop(geometry.crop_size, SpatialRange(geometry.spacing), fit=True)
+        region = region_size(geometry, view_size(geometry, MEDIAN_EXTENT), MAX_EXTENT)
+        crop = Crop(region, SpatialRange(geometry.spacing), fit=True)
         return CropRequest((crop, Crop(crop.size, crop.spatial, other_case=True, fit=True)))
 
     def optimizer(self) -> OptimizerRecipe:
@@ -159,17 +161,18 @@ class Exemplar(EncoderMethod):
 
     def _view(self, boxes: list[SourceBox], random: BatchRandom) -> Tensor:
         """Cut an augmented view of each crop: (B, C, D, H, W)."""
-        size, spacing = self.geometry.crop_size, self.geometry.spacing
+        size, spacing = self.size, self.geometry.spacing
         spatial = self.settings.spatial(self.geometry)
-        views = [
-            subview(box, size, spatial.draw(random.generator(b), size), random.generator(b).uniform(-1, 1, 3))
-            for b, box in enumerate(boxes)
-        ]
+        views = []
+        for b, box in enumerate(boxes):
+            generator = random.generator(b)
+            matrix, place = spatial.draw(generator, size), generator.uniform(-1, 1, 3)
+            views.append(subview(box, self.region, matrix, place, view_size=size, isotropic=False))
         image, _ = crop_batch(views, size, random.device)
         IntensityDraw.draw(self.settings.intensity, random, image.shape[1], spacing).apply(image, random)
         return standardize(image) if self.settings.standardize else image
 
     def _clean(self, boxes: list[SourceBox], random: BatchRandom) -> Tensor:
-        size = self.geometry.crop_size
-        image, _ = crop_batch([subview(box, size, np.eye(3)) for box in boxes], size, random.device)
+        views = [subview(box, self.region, np.eye(3), view_size=self.size) for box in boxes]
+        image, _ = crop_batch(views, self.size, random.device)
         return standardize(image) if self.settings.standardize else image
