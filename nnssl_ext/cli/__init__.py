@@ -16,13 +16,14 @@ from nnssl_ext.cli import (
     phantom,
     plan,
     probe,
+    sources,
     study,
     train,
     trainers,
     transfer,
 )
 
-COMMANDS = (trainers, plan, corpus, train, transfer, export, study, probe, demo, doctor, msd, phantom, methods)
+COMMANDS = (trainers, plan, corpus, train, transfer, sources, export, study, probe, demo, doctor, msd, phantom, methods)
 
 
 def command_line() -> argparse.ArgumentParser:

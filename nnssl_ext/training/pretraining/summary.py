@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnssl_ext.data.corpus.corpus import TARGET_KEY
+from nnssl_ext.data.corpus import TARGET_KEY
 from nnssl_ext.environment import launched
 from nnssl_ext.recipe import write_json
 from nnssl_ext.training.distributed.ranks import world
