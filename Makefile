@@ -50,9 +50,10 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# the tables of all settings in docs/plans.md
+# the tables of all settings in docs/plans.md, and the recipes that hold every default
 tables: install
 	$(BIN)/python docs/settings_table.py
+	$(BIN)/python docs/default_recipes.py
 
 # at least twenty kills of each method and the fine-tuner, for an hour, and ten of a study; not part of the tests
 soak: install

@@ -31,7 +31,7 @@ def test_every_method_has_its_places(method: type[Method]) -> None:
     assert f"`{TRAINERS[method.name]}`" in readme
     assert f"`{TRAINERS[method.name]}`" in methods
     assert f"## {method.title}" in methods
-    assert (REPOSITORY / "tests" / "methods" / f"test_{method.name}.py").is_file()
+    assert list((REPOSITORY / "tests" / "methods").rglob(f"test_{method.name}.py"))
     assert method.name in available_recipes()
 
 
