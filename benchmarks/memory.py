@@ -1,4 +1,4 @@
-"""What a training step needs of a GPU's memory: the tables of docs/memory.md; beside it, on a GPU, what it takes.
+"""Estimate a training step's GPU memory for the tables of docs/how-to/gpu-memory.md, and measure it on a GPU.
 
     python -m benchmarks memory [--plans nnUNetPlans.json dataset.json] [--methods NAME ...] [--batch 2] [--measure]
 

@@ -32,7 +32,7 @@ def target(with_data: Callable[[str], Environment]) -> Environment:
 
 
 def test_the_documents_corpus_pretrains_its_target(target: Environment) -> None:
-    corpus, pretraining, weights, finetuning = shown_lines("docs/corpora.md", "corpus")
+    corpus, pretraining, weights, finetuning = shown_lines("docs/how-to/corpus.md", "corpus")
     for number in range(3):
         write_image(target.root / "scans" / f"{number}.nii.gz", volume(number, (18, 20, 22)))
     write_series(target.root / "dicom", volume(5, (10, 20, 22)))

@@ -153,11 +153,12 @@ def write_raw(environment: Environment, name: str) -> None:
 
 
 readme_block = partial(shown_lines, "README.md")
+guide_block = partial(shown_lines, "docs/get-started.md")
 
 
 def test_the_readmes_phantom(environment: Environment) -> None:
-    (line,) = readme_block("phantom")
-    environment.run("bash", "-ec", line.replace("--cases 60 --labelled 6", "--cases 4 --labelled 1"))
+    (line,) = guide_block("phantom")
+    environment.run("bash", "-ec", line.replace("--cases 60 --labeled 6", "--cases 4 --labeled 1"))
     assert (environment.root / "raw" / "Dataset900_Phantom" / "splits_final.json").is_file()
 
 
@@ -168,8 +169,8 @@ def test_the_readme_from_raw_images_to_a_prediction(environment: Environment) ->
     # stock planning sets torch's threads to nnUNet_n_proc_DA and fails at 0
     environment.run("bash", "-ec", f"{plan_and_preprocess} -np 1", variables={"nnUNet_n_proc_DA": "1"})
     folder = environment.preprocessed / "Dataset004_Tiny"
-    (readme_plan,) = readme_block("plan")
-    environment.run("bash", "-ec", readme_plan)
+    (guide_plan,) = guide_block("plan")
+    environment.run("bash", "-ec", guide_plan)
     assert json.loads((folder / "nnUNetPlans_vf.json").read_text())["nnssl_ext"]["epochs"] == 200
 
     for line in readme_block("doctor"):

@@ -116,7 +116,7 @@ def _plan_memory(arguments: argparse.Namespace, plans: dict, configurations: lis
             raise
         # nobody asked for an estimate
         return [f"memory on a GPU is not estimated: {getattr(error, 'line', f'{type(error).__name__}: {error}')}"]
-    lines = ["memory on a GPU, estimated (docs/memory.md):"]
+    lines = ["memory on a GPU, estimated (docs/how-to/gpu-memory.md):"]
     settings = plans.setdefault(PLANS_KEY, {})
     if target is not None:
         named = settings.get("batch_size")

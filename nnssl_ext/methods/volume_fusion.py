@@ -9,7 +9,7 @@ B batch, C channel, D H W voxels, K levels above the background.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -34,20 +34,8 @@ FILTERS = ("noise", "blur", "low_resolution", "sharpen", "gibbs")
 
 
 @dataclass(frozen=True)
-class VolumeFusionIntensitySettings(IntensitySettings):
-    """Intensity views of each crop, and filters of the fused image."""
-
-    blur_probability: float = setting(0.2, "Chance of a Gaussian blur, per channel.", source="nnU-Net", low=0, high=1)
-    low_resolution_probability: float = setting(
-        0.25, "Chance of a lower resolution, per channel.", source="nnU-Net", low=0, high=1
-    )
-
-
-@dataclass(frozen=True)
 class VolumeFusionSettings(SharedSettings):
     """Settings of VolumeFusion."""
-
-    intensity: VolumeFusionIntensitySettings = field(default_factory=VolumeFusionIntensitySettings)
 
     levels: int = setting(4, "K. The foreground's share is 0, 1/K, ..., 1.", source=ARXIV, low=1, high=254)
     foreground_case: str = setting(
@@ -154,7 +142,7 @@ class VolumeFusion(Method):
                 _, inside = crop_batch(boxes[samples], size, random.device, out=crop)
                 if s.remap == "percentile":
                     remap_percentiles(crop)
-                draw.of(samples).apply(crop, own)
+                draw.of(samples).apply(crop)
                 if inside is not None:
                     crop.mul_(inside)
                     valid.append(inside)
@@ -163,7 +151,7 @@ class VolumeFusion(Method):
                 shuffled[samples] = self._fuse(front, back, levels.clone(), own)
             self._fuse(foreground, background, levels, own)
             if filters is not None:
-                filters.of(samples).apply(background, own)
+                filters.of(samples).apply(background)
             for inside in valid:
                 background.mul_(inside)
                 levels.masked_fill_(~inside[:, 0], IGNORE)
@@ -228,6 +216,7 @@ class VolumeFusion(Method):
 def split_filters(settings: IntensitySettings) -> tuple[IntensitySettings, IntensitySettings]:
     """Split intensity views into those of each crop and those of the fused image."""
     chances = {f.name for f in fields(settings) if f.name.endswith("_probability")}
+    chances -= {name for name in chances if name.endswith("_channel_probability")}
     of_fused = {f"{name}_probability" for name in FILTERS}
     of_crops: dict[str, Any] = dict.fromkeys(of_fused, 0.0)
     others: dict[str, Any] = dict.fromkeys(chances - of_fused, 0.0)

@@ -9,24 +9,22 @@ from nnssl_ext.methods.base import DataGeometry
 from nnssl_ext.methods.common import TrainingSettings
 from nnssl_ext.networks.base import Triple, triple
 from nnssl_ext.settings import setting
-from nnssl_ext.views.appearance import IntensitySettings
+from nnssl_ext.views.appearance import CustomIntensitySettings, default
 
 XU, DINOV2 = "3DINO", "DINOv2"
 
 
 @dataclass(frozen=True)
-class DINOIntensitySettings(IntensitySettings):
-    """Strong intensity views, so that views of a region are not told by their histograms."""
+class DINOIntensitySettings(CustomIntensitySettings):
+    """Strong intensity views, so that a histogram does not reveal which views share a region."""
 
-    gamma_probability: float = setting(0.8, "Chance of a gamma curve, per channel.", source=XU, low=0, high=1)
-    noise_probability: float = setting(0.8, "Chance of Gaussian noise, per sample.", source=XU, low=0, high=1)
-    noise: list[float] = setting(
-        [0.0, 0.1], "Range of the noise's standard deviation, in normalised intensities.", low=0, length=2
-    )
-    histogram_probability: float = setting(0.8, "Chance of a histogram shift, per channel.", source=XU, low=0, high=1)
-    blur_probability: float = setting(0.5, "Chance of a Gaussian blur, per channel.", source=XU, low=0, high=1)
-    sharpen_probability: float = setting(0.2, "Chance of unsharp masking, per channel.", source=XU, low=0, high=1)
-    gibbs_probability: float = setting(0.2, "Chance of Gibbs ringing, per channel.", source=XU, low=0, high=1)
+    gamma_probability: float = default("gamma_probability", 0.8, source=XU)
+    noise_probability: float = default("noise_probability", 0.8, source=XU)
+    noise: list[float] = default("noise", [0.0, 0.1])
+    histogram_probability: float = default("histogram_probability", 0.8, source=XU)
+    blur_probability: float = default("blur_probability", 0.5, source=XU)
+    sharpen_probability: float = default("sharpen_probability", 0.2, source=XU)
+    gibbs_probability: float = default("gibbs_probability", 0.2, source=XU)
 
 
 @dataclass(frozen=True)
