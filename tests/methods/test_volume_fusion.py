@@ -185,7 +185,7 @@ def test_filters_come_after_the_fusion_and_labels_do_not_move(folder: Path) -> N
     of_crops, of_fused = split_filters(IntensitySettings(gamma_probability=0.7, noise_probability=0.6))
     assert (of_crops.gamma_probability, of_crops.noise_probability, of_crops.blur_probability) == (0.7, 0, 0)
     assert (of_fused.gamma_probability, of_fused.noise_probability, of_fused.blur_probability) == (0, 0.6, 0.2)
-    looks = (replace(OFF, blur_probability=1.0, blur=[edge, edge]) for edge in (0.0, 1.0))
+    looks = (replace(OFF, blur_probability=1.0, blur_channel_probability=1.0, blur=[edge, edge]) for edge in (0.0, 1.0))
     sharp, soft = (views_of(folder, build(VolumeFusion, replace(BARE, intensity=look)), [0, 1]) for look in looks)
     assert torch.equal(sharp["level"], soft["level"])
     expected = gaussian_filter(sharp["image"].numpy(), (0, 0, 1, 1, 1))
