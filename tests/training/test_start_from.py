@@ -13,8 +13,7 @@ from nnssl_ext.cli import main
 from nnssl_ext.errors import UserError
 from nnssl_ext.training.pretraining.state import start_from
 from tests.conftest import Environment
-from tests.test_primus import STOCK
-from tests.training.pretraining.test_trainer import pretrain, trainer_for
+from tests.support.runs import STOCK, pretrain, trainer_for
 
 Data = Callable[[str], Environment]
 TRAINER = "nnsslTrainer_3DINO"

@@ -17,8 +17,8 @@ from nnssl_ext.methods import TRAINERS
 from nnssl_ext.provenance import hardware
 from nnssl_ext.transfer.read import read_source
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import pretrain
-from tests.transfer.test_command import stock_network, transferred
+from tests.support.runs import pretrain
+from tests.support.transfers import stock_network, transferred
 
 Data = Callable[[str], Environment]
 

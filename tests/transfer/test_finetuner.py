@@ -8,9 +8,9 @@ import torch
 from nnssl_ext.transfer.read import read_source
 from tests.conftest import Environment
 from tests.datasets import make_plans
-from tests.training.finetuning.test_trainer import NAME, RUN, tune
+from tests.support.finetunings import NAME, RUN, tune
+from tests.support.transfers import transferred
 from tests.transfer.files import stock_file
-from tests.transfer.test_command import transferred
 
 
 def test_from_supervised_weights_through_the_fine_tuner(

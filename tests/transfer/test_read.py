@@ -16,7 +16,7 @@ from nnssl_ext.transfer.read import read_source
 from nnssl_ext.transfer.source import PretrainedWeights
 from tests.conftest import Environment
 from tests.datasets import make_plans
-from tests.training.pretraining.test_trainer import pretrain, trainer_for
+from tests.support.runs import pretrain, trainer_for
 from tests.transfer.files import hub_folder, nnssl_file, resnet18, stock_file
 from tests.transfer.helpers import built, noise, planned
 
