@@ -23,11 +23,7 @@ from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
 from nnssl_ext.views.cpu.chunks import sample_chunks, scratch
-<<<<<<< HEAD
-from nnssl_ext.views.fusion import MOST_BOXES, BoxLayout, GridLayout, fuse, missing_noise
-=======
-from nnssl_ext.views.fusion import MAX_BOXES, BoxLayout, GridLayout, fuse
->>>>>>> main
+from nnssl_ext.views.fusion import MAX_BOXES, BoxLayout, GridLayout, fuse, missing_noise
 from nnssl_ext.views.intensity import remap_percentiles
 from nnssl_ext.views.random import BatchRandom, shuffle_voxels
 from nnssl_ext.views.spatial import crop_batch

@@ -126,7 +126,6 @@ class GridLayout:
             whole: Take whole blocks only. The border that is left is background.
         """
         edge = torch.stack([random.integers(low, high) for low, high in edges], -1)
-<<<<<<< HEAD
         place = random.uniform(0, 1, (3,))
         lengths = torch.tensor(size)
         # of whole blocks the first begins within the remainder, behind one block of border
@@ -138,11 +137,6 @@ class GridLayout:
                 index = torch.arange(number)
                 inside = (index >= 1) & (index <= (lengths[axis] // edge[:, axis])[:, None])  # (B, cells)
                 level = level * inside.view(len(edge), *(number if a == axis else 1 for a in range(3)))
-=======
-        offset = (random.uniform(0, 1, (3,)) * edge).long()
-        grid = tuple(length // low + 2 for length, (low, _) in zip(size, edges, strict=True))
-        level = random.integers(1, levels, grid) * random.chance(share, grid)
->>>>>>> main
         return cls(edge, offset, level)
 
     def paint(self, size: Sequence[int], device: torch.device) -> Tensor:
