@@ -44,7 +44,7 @@ def test_a_signal_amid_an_epoch_loses_nothing(
     plans(environment, "whole", "broken", **settings)
     whole = tune(environment, "labelled", "whole")
     # amid an epoch and before a snapshot, in an epoch's last step, in its first, in the run's last
-    at = ((1, signal.SIGTERM), (5, signal.SIGUSR1), (6, signal.SIGTERM), (7, signal.SIGTERM))
+    at = ((1, signal.SIGTERM), (5, signal.SIGUSR1), (6, signal.SIGINT), (7, signal.SIGHUP))
     for step, number in at:
         monkeypatch.setenv("nnUNet_n_proc_DA", str(step % 2))
         with monkeypatch.context() as patch:
