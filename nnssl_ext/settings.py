@@ -98,6 +98,12 @@ class CommonSettings:
     write_in_background: bool = setting(
         True, "Write checkpoints while training goes on. false: needs one copy of the state less in host memory."
     )
+    restore_weight_lengths: bool = setting(
+        True,
+        "Scale convolutions before a norm to their initial length in the weights for fine-tuning. Runs continue with "
+        "the trained lengths.",
+        source="longer weights, equal in function, learn more slowly",
+    )
     target_trainer: str = setting("nnUNetTrainer", "Trainer that builds the network to pretrain.")
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from nnssl_ext.data.crops import body_center, draw_center
 from nnssl_ext.data.images import ImageRequest, draw_region
-from nnssl_ext.data.shard import Shard
+from nnssl_ext.data.loader import Shard
 from nnssl_ext.foreign import check_json
 from nnssl_ext.recipe import merged
 from nnssl_ext.training.distributed.ranks import mean_over_samples
