@@ -7,6 +7,7 @@ epochs of 250 steps, SGD, poly. Its checkpoints name stock's trainer, so that pr
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -54,6 +55,7 @@ from nnssl_ext.training.onednn import avoid_two_slice_bug
 from nnssl_ext.training.optimization import learning_rate_at
 from nnssl_ext.training.pretraining.log import PlainLog
 from nnssl_ext.training.run.folder import LATEST
+from nnssl_ext.transfer.start import load_heads, pretrained_weights_argument
 from nnssl_ext.views.random import step_seed
 
 
@@ -165,6 +167,9 @@ class nnsslTrainer_Finetune(ManagedTrainer):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        file = pretrained_weights_argument(sys.argv)
+        if file is not None and self.step == 0 and (loaded := load_heads(self.plain_network, file)):
+            self.print_to_log_file(f"Heads of equal labels from {file}: {len(loaded)} tensors")
         # made here: pretrained weights are loaded after the network is built
         if self.settings.weight_average_decay and self.averaged is None:
             self.averaged = MovingAverage(self.plain_network, self.settings.weight_average_decay)

@@ -150,9 +150,12 @@ class PretrainingTrainer(ManagedTrainer):
         chosen = str(self.method)
         if chosen != self.method.title:
             self.print_to_log_file(chosen)
-        if self.common.start_from is not None and self.step == 0:
-            state.start_from(self.method, Path(self.common.start_from))
-            self.print_to_log_file(f"Starting from {self.common.start_from}")
+        if self.step:
+            return
+        if self.common.start_from is not None:
+            self.print_to_log_file(state.start_from(self.method, self.common.start_from))
+        elif self.method.exported is not self.method.network:  # stock's -pretrained_weights fill the network alone
+            self.method.exported.load_state_dict(self.method.network.state_dict())
 
     def on_train_epoch_start(self) -> None:
         self.method.train()
