@@ -12,7 +12,7 @@ from nnssl_ext.methods import METHODS
 from nnssl_ext.recipe import available_recipes, load_recipe
 from tests.conftest import REPOSITORY
 
-TABLE = REPOSITORY / "docs" / "published_settings.md"
+TABLE = REPOSITORY / "docs" / "reference" / "published_settings.md"
 
 
 def sources(recipe: str) -> dict[str, tuple[Any, str]]:
