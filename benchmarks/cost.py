@@ -24,7 +24,7 @@ def measure(name: str, edge: int, batch: int) -> tuple[int, int]:
     """Floating point operations and bytes kept for the backward pass, of one step."""
     method = METHODS[name]
     build, settings, geometry = residual_encoder(method, edge, checkpointing=False)
-    built = build_method(method, build, quiet(method.heaviest(settings)), geometry, torch.device("meta"))
+    built = build_method(method, build, quiet(settings.heaviest()), geometry, torch.device("meta"))
     views = shapes_at(view_shapes(built, 1), view_shapes(built, 2), batch)
     with without_memory() as live:
         empty(built)

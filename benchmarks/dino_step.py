@@ -26,7 +26,7 @@ from nnssl_ext.losses.distillation import Targets, koleo, prototype_cross_entrop
 from nnssl_ext.methods.dino.networks import DistilledNetwork, reader_of
 from nnssl_ext.networks.architectures.vit import ViTUNETR
 from nnssl_ext.networks.backbone import backbone_of
-from nnssl_ext.views.multicrop import draw_cell_masks
+from nnssl_ext.views.multicrop import draw_patch_masks
 from nnssl_ext.views.random import BatchRandom
 
 VOLUMES, LOCALS, PROTOTYPES = 4, 8, 65536
@@ -43,7 +43,7 @@ class Step:
         self.whole = torch.randn(VOLUMES * 2, 1, 96, 96, 96)
         self.local = torch.randn(VOLUMES * LOCALS, 1, 48, 48, 48)
         random = BatchRandom(0, 0, range(VOLUMES), torch.device("cpu"))
-        self.hidden = draw_cell_masks(random, 2, 216, 0.5, (0.2, 0.75)).flatten(0, 1)
+        self.hidden = draw_patch_masks(random, 2, 216, 0.5, (0.2, 0.75)).flatten(0, 1)
         self.row = self.hidden.flatten().nonzero()[:, 0]
         self.pairs = torch.ones(2 + LOCALS, 2)
         self.pairs[:2].fill_diagonal_(0)

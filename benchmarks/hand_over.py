@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nnssl_ext import checkpoint
 from nnssl_ext.environment import commands_path
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.resources import resource_folder
 
 PLANS = "nnUNetPlans_hand_over"
@@ -49,7 +49,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     right = True
     for name in arguments.methods:
-        if METHODS[name].needs_images and not arguments.images:
+        if METHODS[name].learns_from != "cases" and not arguments.images:
             continue
         row, equal = try_method(name, arguments)
         print(row, flush=True)
@@ -68,12 +68,14 @@ def try_method(name: str, arguments: argparse.Namespace) -> tuple[str, bool]:
     run("nnssl_ext", "plan", *base, "-p", arguments.p, "-o", PLANS, *arguments.settings, *images)
     begin = time.monotonic()
     run(
-        *f"nnUNetv2_train {arguments.d} {arguments.c} 0 -tr {method.trainer} -p {PLANS}".split(), "-device", device.type
+        *f"nnUNetv2_train {arguments.d} {arguments.c} 0 -tr {TRAINERS[method.name]} -p {PLANS}".split(),
+        "-device",
+        device.type,
     )
     seconds = time.monotonic() - begin
 
     with contextlib.redirect_stdout(io.StringIO()):
-        pretraining = get_trainer_from_args(arguments.d, arguments.c, 0, method.trainer, PLANS, device=device)
+        pretraining = get_trainer_from_args(arguments.d, arguments.c, 0, TRAINERS[method.name], PLANS, device=device)
         pretraining.initialize()
         stock = get_trainer_from_args(arguments.d, arguments.c, 0, "nnUNetTrainer", PLANS, device=device)
     file = Path(pretraining.output_folder) / "checkpoint_final.pth"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from nnssl_ext.data.crops import CropBatch
-from nnssl_ext.methods import METHODS, Method
+from nnssl_ext.methods import METHODS, TRAINERS, Method
 from nnssl_ext.resources import resource_folder
 from nnssl_ext.views.random import BatchRandom
 
@@ -39,12 +39,12 @@ def main() -> None:
     from nnunetv2.run.run_training import get_trainer_from_args
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    name, fold = METHODS[arguments.method].trainer, arguments.f if arguments.f == "all" else int(arguments.f)
+    name, fold = TRAINERS[arguments.method], arguments.f if arguments.f == "all" else int(arguments.f)
     trainer = get_trainer_from_args(arguments.d, "3d_fullres", fold, name, arguments.p, device=torch.device("cpu"))
     trainer.initialize()
     if arguments.shuffled:
         trainer.disable_checkpointing = True
-        shuffle_voxels(trainer.method, "after" if trainer.method.needs_images else arguments.shuffled)
+        shuffle_voxels(trainer.method, "after" if trainer.method.learns_from != "cases" else arguments.shuffled)
     trainer.run_training()
 
     log = trainer.logger.local_logger.my_fantastic_logging

@@ -19,7 +19,7 @@ from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import nn
 
 from benchmarks.measure import Figure, parser, report
-from nnssl_ext.methods import METHODS, Geometry, Method
+from nnssl_ext.methods import METHODS, DataGeometry, Method
 from nnssl_ext.networks.backbone import Backbone, UNetBackbone
 from nnssl_ext.recipe import read_json
 from nnssl_ext.training.memory.estimate import GIB, build_method, planned, step_memory, view_shapes
@@ -27,7 +27,7 @@ from nnssl_ext.training.optimization import build_optimiser
 
 STRIDES = [1, 2, 2, 2, 2, 2]
 #: How to build a backbone with so many outputs (None: the data set's), and what the method is told.
-Case = tuple[Callable[[int | None], Backbone], Any, Geometry]
+Case = tuple[Callable[[int | None], Backbone], Any, DataGeometry]
 
 
 def residual_encoder(method: type[Method], edge: int, checkpointing: bool) -> Case:
@@ -46,7 +46,7 @@ def residual_encoder(method: type[Method], edge: int, checkpointing: bool) -> Ca
 
     total = tuple((2**stage,) * 3 for stage in range(len(STRIDES)))
     crop = (edge, edge, edge)
-    return build, method.Settings(), Geometry(crop, (1.0, 1.0, 1.0), 1, total, crop)
+    return build, method.Settings(), DataGeometry(crop, (1.0, 1.0, 1.0), 1, total, crop)
 
 
 def measured(method: type[Method], case: Case, batch: int) -> tuple[int, int]:
@@ -56,7 +56,7 @@ def measured(method: type[Method], case: Case, batch: int) -> tuple[int, int]:
     built = build_method(method, build, settings, geometry, torch.device("cpu"))
     shapes = view_shapes(built, batch)
     built.to(device)
-    recipe = built.optimiser()
+    recipe = built.optimizer()
     optimiser = build_optimiser(recipe, built.parameter_groups(), 1e-4)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):

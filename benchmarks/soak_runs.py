@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnssl_ext import checkpoint
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import TRAINERS
 from tests.datasets import dataset_name, make_dataset, make_labelled
 from tests.images import make_images
 
@@ -86,7 +86,7 @@ class Soak:
         return dataset_name("labelled" if method == FINETUNE else "residual")
 
     def _trainer(self, method: str) -> str:
-        return "nnsslTrainer_Finetune" if method == FINETUNE else METHODS[method].trainer
+        return "nnsslTrainer_Finetune" if method == FINETUNE else TRAINERS[method]
 
     def _fold(self, method: str, plans: str) -> Path:
         return self.root / "results" / self._dataset(method) / f"{self._trainer(method)}__{plans}__3d_fullres/fold_0"

@@ -140,9 +140,9 @@ def main() -> None:
         print(json.dumps(start(arguments.start)))
         return
     if arguments.against_stock:
-        from nnssl_ext.methods import METHODS
+        from nnssl_ext.methods import METHODS, TRAINERS
 
-        ours = [method.trainer for method in METHODS.values() if not method.needs_images]
+        ours = [TRAINERS[name] for name, method in METHODS.items() if method.learns_from == "cases"]
         report(against_stock(arguments.repeats, ["nnUNetTrainer", *ours]), arguments.json)
         return
     rows = []

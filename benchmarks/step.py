@@ -124,7 +124,7 @@ def measure(method: str, plan: str, arguments: Any, device: torch.device) -> dic
             "iterations_per_epoch": 100_000,
             "epochs": 1,
         }
-        if METHODS[method].needs_images:
+        if METHODS[method].learns_from != "cases":
             settings["images"] = str(make_images(Path(folder) / "images"))
         run = Run(write_dataset(Path(folder), plan, settings, batch=arguments.batch), method, device)
         turns: dict[str, Callable[[], object]] = {"full": run.full}

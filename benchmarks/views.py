@@ -31,12 +31,12 @@ from benchmarks.workload import DATA, volume, write_cases
 from nnssl_ext.data.crops import CropBatch, CropDataset, CropRequest, collate
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.environment import keep_memory
-from nnssl_ext.methods import METHODS, Geometry, Method
+from nnssl_ext.methods import METHODS, DataGeometry, Method
 from nnssl_ext.networks.backbone import UNetBackbone
 from nnssl_ext.views import filters, intensity
 from nnssl_ext.views.fusion import BoxLayout, GridLayout, fuse
 from nnssl_ext.views.random import VIEWS, BatchRandom
-from nnssl_ext.views.spatial import SourceBox, cut_batch, turn
+from nnssl_ext.views.spatial import SourceBox, crop_batch, rotation_matrix
 
 ISOTROPIC = (1.0, 1.0, 1.0)
 BATCH = 2
@@ -46,8 +46,8 @@ def each(edge: int, device: torch.device) -> dict[str, Callable[[], object]]:
     """Every transform on one crop of one channel."""
     image = torch.from_numpy(volume(np.random.default_rng(0), (edge + 32,) * 3))[None]
     box = SourceBox(image, np.diag([-1.0, 1, -1]), (np.asarray(image.shape[1:]) - 1) / 2)
-    bent = replace(box, matrix=turn((10, -5, 8), ISOTROPIC) / 1.1)
-    crop, other = (cut_batch([b], (edge,) * 3, device)[0] for b in (box, bent))
+    bent = replace(box, matrix=rotation_matrix((10, -5, 8), ISOTROPIC) / 1.1)
+    crop, other = (crop_batch([b], (edge,) * 3, device)[0] for b in (box, bent))
     random = BatchRandom(0, VIEWS, [0], device)
     boxes = BoxLayout.draw(random, (edge,) * 3, 4, (25, 25), (0.0625, 0.625), (4, 4, 4))
     grid = GridLayout.draw(random, (edge,) * 3, 4, [(8, 32)] * 3, 0.7)
@@ -57,17 +57,17 @@ def each(edge: int, device: torch.device) -> dict[str, Callable[[], object]]:
         return torch.full((1, 1), value)
 
     return {
-        "mirror (cut)": lambda: cut_batch([box], (edge,) * 3, device),
-        "rotation and zoom (cut)": lambda: cut_batch([bent], (edge,) * 3, device),
+        "mirror (cut)": lambda: crop_batch([box], (edge,) * 3, device),
+        "rotation and zoom (cut)": lambda: crop_batch([bent], (edge,) * 3, device),
         "noise": lambda: intensity.add_noise(crop, torch.full((1,), 1e-3), random),
         "brightness": lambda: intensity.scale_brightness(crop, strength(0.999)),
         "contrast": lambda: intensity.stretch_contrast(crop, strength(0.999)),
-        "gamma": lambda: intensity.bend_gamma(crop, strength(0.999)),
+        "gamma": lambda: intensity.adjust_gamma(crop, strength(0.999)),
         "blur": lambda: filters.blur(crop.clone(), strength(0.75), ISOTROPIC),
         "sharpening": lambda: filters.sharpen(crop.clone(), strength(0.75), ISOTROPIC),
         "low resolution": lambda: filters.lower_resolution(crop.clone(), strength(0.75), ISOTROPIC),
         "histogram shift": lambda: filters.shift_histogram(crop, torch.rand(1, 1, 8), torch.ones(1, 1).bool()),
-        "Gibbs ringing": lambda: filters.ring(crop.clone(), strength(0.7)),
+        "Gibbs ringing": lambda: filters.gibbs_ringing(crop.clone(), strength(0.7)),
         "boxes painted": lambda: boxes.paint((edge,) * 3, device),
         "grid painted": lambda: grid.paint((edge,) * 3, device),
         "fusion": lambda: fuse(crop, other, level, 4),
@@ -81,7 +81,7 @@ def build(name: str, edge: int, change: dict[str, Any]) -> Method:
 
     stages = 4 if edge < 96 else 5
     strides = tuple((2**stage,) * 3 for stage in range(stages))
-    geometry = Geometry((edge,) * 3, ISOTROPIC, 1, strides, (3 * edge // 2,) * 3, batch_size=BATCH)
+    geometry = DataGeometry((edge,) * 3, ISOTROPIC, 1, strides, (3 * edge // 2,) * 3, batch_size=BATCH)
     kind = METHODS[name]
     settings = replace(kind.Settings(), **change)
     with torch.device("meta"):
@@ -123,7 +123,7 @@ def lists(edge: int, index: CaseIndex, device: torch.device, number: int) -> dic
         "VolumeFusion, equal list": ("volume_fusion", equal_list()),
         "VolumeFusion, every channel": ("volume_fusion", equal_list(1.0)),
     }
-    kinds |= {kind.title: (name, {}) for name, kind in METHODS.items() if not kind.needs_images}
+    kinds |= {kind.title: (name, {}) for name, kind in METHODS.items() if kind.learns_from == "cases"}
     result: dict[str, Callable[[], object]] = {}
     for title, (name, change) in kinds.items():
         method = build(name, edge, change)

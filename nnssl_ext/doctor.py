@@ -13,7 +13,7 @@ from pathlib import Path
 from nnssl_ext import __version__
 from nnssl_ext.environment import named_trainer_folders
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.recipe import read_json, total_stride
 from nnssl_ext.resources import resource_folder
 
@@ -129,19 +129,19 @@ def _trainers() -> Iterator[Finding]:
 
     for method in METHODS.values():
         try:
-            found = recursive_find_trainer_class_by_name(method.trainer)
+            found = recursive_find_trainer_class_by_name(TRAINERS[method.name])
         except Exception as error:  # another folder's module may fail in any way
-            yield Finding(method.trainer, "", f"is not found by nnU-Net ({error})", advice)
+            yield Finding(TRAINERS[method.name], "", f"is not found by nnU-Net ({error})", advice)
             continue
         if getattr(found, "method_class", None) is not method:
             yield Finding(
-                method.trainer,
+                TRAINERS[method.name],
                 "",
                 f"is another class of that name, in module {found.__module__}",
                 "put our folder first in nnUNet_extTrainer, or rename the other class",
             )
         else:
-            yield Finding(method.trainer, f"found, through {folder}")
+            yield Finding(TRAINERS[method.name], f"found, through {folder}")
 
 
 def examine_dataset(dataset: str) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ import pytest
 from nnssl_ext import __version__
 from nnssl_ext.cli import command_line
 from nnssl_ext.cli.methods import settings_tables
-from nnssl_ext.methods import METHODS, Method
+from nnssl_ext.methods import METHODS, TRAINERS, Method
 from nnssl_ext.recipe import available_recipes
 from nnssl_ext.study.decathlon.tasks import tasks_table
 from tests.conftest import REPOSITORY
@@ -28,8 +28,8 @@ def test_every_setting_is_documented_with_its_default_and_source() -> None:
 @pytest.mark.parametrize("method", METHODS.values())
 def test_every_method_has_its_places(method: type[Method]) -> None:
     readme, methods = ((REPOSITORY / name).read_text() for name in ("README.md", "docs/methods.md"))
-    assert f"`{method.trainer}`" in readme
-    assert f"`{method.trainer}`" in methods
+    assert f"`{TRAINERS[method.name]}`" in readme
+    assert f"`{TRAINERS[method.name]}`" in methods
     assert f"## {method.title}" in methods
     assert (REPOSITORY / "tests" / "methods" / f"test_{method.name}.py").is_file()
     assert method.name in available_recipes()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nnssl_ext.environment import HUGE_PAGES, KEPT_MEMORY, cores, keep_memory, trainer_folders
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import TRAINERS
 from nnssl_ext.resources import resource_folder
 from tests.conftest import Environment
 from tests.training.pretraining.test_trainer import trainer_for
@@ -27,7 +27,7 @@ def three_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("three_threads")
-@pytest.mark.parametrize("trainer", [METHODS["volume_fusion"].trainer, "nnsslTrainer_Finetune"])
+@pytest.mark.parametrize("trainer", [TRAINERS["volume_fusion"], "nnsslTrainer_Finetune"])
 @pytest.mark.parametrize(("wanted", "threads"), [("2", 2), ("1,4", 1), ("", 3), ("none", 3), ("0", 3)])
 def test_threads_of_our_trainers(
     with_data: Data, monkeypatch: pytest.MonkeyPatch, trainer: str, wanted: str, threads: int

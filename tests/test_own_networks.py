@@ -11,7 +11,7 @@ from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoi
 from torch import Tensor
 
 from nnssl_ext import checkpoint
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import TRAINERS
 from nnssl_ext.networks.backbone import backbone_of
 from tests.conftest import Environment
 from tests.datasets import OWN_NETWORKS
@@ -39,7 +39,7 @@ def weights_after(environment: Environment, kind: str, trainer: str, name: str, 
 @pytest.mark.parametrize("method", ["volume_fusion", "masked_autoencoder", "rotation", "exemplar", "dino"])
 def test_hand_over(with_data: Data, method: str, kind: str) -> None:
     """Every tensor but the heads reaches the stock trainer, and it is what was learned."""
-    environment, trainer = with_data(kind), METHODS[method].trainer
+    environment, trainer = with_data(kind), TRAINERS[method]
     weights = weights_after(environment, kind, trainer, "quick", {})
     still = weights_after(environment, kind, trainer, "still", {"learning_rate": 0.0, "epochs": 1})
 
@@ -65,12 +65,12 @@ def test_hand_over(with_data: Data, method: str, kind: str) -> None:
 
 @pytest.mark.parametrize("method", ["jigsaw", "relative_patch_location", "contrastive_predictive_coding"])
 def test_puzzles_on_tokens(with_data: Data, method: str) -> None:
-    environment, trainer = with_data("vit"), METHODS[method].trainer
+    environment, trainer = with_data("vit"), TRAINERS[method]
     assert weights_after(environment, "vit", trainer, "quick", {"epochs": 1})
 
 
 def test_what_needs_strides_is_refused_before_anything_is_written(with_data: Data) -> None:
-    environment, trainer = with_data("vit"), METHODS["variable_dimension_transform"].trainer
+    environment, trainer = with_data("vit"), TRAINERS["variable_dimension_transform"]
     environment.write_plans("vit", "quick", {})
     with pytest.raises(SystemExit, match="Variable dimension transform cannot pretrain .*; use a U-Net"):
         pretrain(environment, "vit", "quick", trainer=trainer)
@@ -82,7 +82,7 @@ def test_what_needs_strides_is_refused_before_anything_is_written(with_data: Dat
 @pytest.mark.parametrize("kind", OWN_NETWORKS)
 def test_continued_equals_never_killed(with_data: Data, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Drop-path and dropout draw the same again."""
-    environment, trainer = with_data(kind), METHODS["volume_fusion"].trainer
+    environment, trainer = with_data(kind), TRAINERS["volume_fusion"]
     whole = weights_after(environment, kind, trainer, "whole", {})
     environment.write_plans(kind, "broken", {})
     with monkeypatch.context() as patch:

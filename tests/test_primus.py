@@ -7,7 +7,7 @@ import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
 
 from nnssl_ext import checkpoint
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import TRAINERS
 from nnssl_ext.networks.backbone import backbone_of
 from tests.conftest import Environment
 from tests.training.pretraining.test_trainer import pretrain, trainer_for
@@ -20,7 +20,7 @@ SMALL = {"local_crops": 1, "hidden": 16, "bottleneck": 8, "prototypes": 64}
 @pytest.mark.usefixtures("two_blocks")
 @pytest.mark.parametrize("method", ["dino", "masked_autoencoder", "rotation"])
 def test_the_stock_trainer_loads_what_was_learned(with_data: Data, method: str) -> None:
-    environment, trainer = with_data("plain"), METHODS[method].trainer
+    environment, trainer = with_data("plain"), TRAINERS[method]
     settings = {"epochs": 1, "target_trainer": STOCK, "dino": {**SMALL, "momentum": 0.5}}
     environment.write_plans("plain", "primus", settings)
     file = pretrain(environment, "plain", "primus", trainer=trainer) / "checkpoint_final.pth"

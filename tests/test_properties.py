@@ -5,14 +5,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nnssl_ext.data.crops import body_centre, draw_centre
+from nnssl_ext.data.crops import body_center, draw_center
 from nnssl_ext.data.images import ImageRequest, draw_region
 from nnssl_ext.data.shard import Shard
 from nnssl_ext.foreign import check_json
 from nnssl_ext.recipe import merged
 from nnssl_ext.training.distributed.ranks import mean_over_samples
 from nnssl_ext.views.random import sample_generator
-from nnssl_ext.views.spatial import SourceBox, SpatialRange, cut, reach
+from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_box, half_extent
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 edges = st.tuples(*[st.integers(1, 40)] * 3)
@@ -29,7 +29,7 @@ objects = st.dictionaries(st.text("abc", max_size=2), json_values, max_size=4)
 @given(volume=edges, size=edges, seed=seeds)
 def test_a_crop_lies_in_its_volume_or_about_it(volume: tuple, size: tuple, seed: int) -> None:
     body = np.random.default_rng(seed).random(tuple(min(16, n) for n in volume)) > 0.5
-    for draw in (draw_centre, body_centre):
+    for draw in (draw_center, body_center):
         centre = draw(np.random.default_rng(seed), np.asarray(volume), size, body)
         low = centre - (np.asarray(size) - 1) / 2
         high = low + np.asarray(size)
@@ -37,7 +37,7 @@ def test_a_crop_lies_in_its_volume_or_about_it(volume: tuple, size: tuple, seed:
             if size[axis] <= volume[axis]:
                 assert low[axis] >= 0
                 assert high[axis] <= volume[axis]
-            elif draw is draw_centre:  # padded by the same on both sides, up to a voxel
+            elif draw is draw_center:  # padded by the same on both sides, up to a voxel
                 assert abs(-low[axis] - (high[axis] - volume[axis])) <= 1
 
 
@@ -48,15 +48,15 @@ def test_flips_and_quarter_turns_only_move_voxels(size: tuple, seed: int) -> Non
     spatial = SpatialRange((1.0, 1.0, 1.0), flip=0.5, rot90=0.5)
     matrix = spatial.draw(generator, size)
     assert np.allclose(matrix @ matrix.T, np.eye(3))
-    half = reach(matrix, size)
+    half = half_extent(matrix, size)
     edge = np.ceil(2 * half - 1e-6).astype(int) + 1
     data = torch.from_numpy(generator.standard_normal((1, *edge)).astype(np.float32))
-    crop, inside = cut(SourceBox(data, matrix, (edge - 1) / 2, "c"), size, torch.device("cpu"))
+    crop, inside = crop_box(SourceBox(data, matrix, (edge - 1) / 2, "c"), size, torch.device("cpu"))
     assert sorted(edge) == sorted(size)
     assert inside is None
     assert torch.equal(crop.flatten().sort()[0], data.flatten().sort()[0])
     # turned back, it is what it was
-    back, _ = cut(SourceBox(crop, matrix.T, (np.asarray(size) - 1) / 2, "c"), edge.tolist(), torch.device("cpu"))
+    back, _ = crop_box(SourceBox(crop, matrix.T, (np.asarray(size) - 1) / 2, "c"), edge.tolist(), torch.device("cpu"))
     assert torch.equal(back, data)
 
 

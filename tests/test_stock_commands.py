@@ -18,7 +18,7 @@ from nnunetv2.run.run_training import maybe_load_checkpoint
 from torch import Tensor
 
 from nnssl_ext import checkpoint
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.networks.backbone import backbone_of
 from tests.conftest import Environment
 from tests.datasets import KINDS, blob, dataset_name
@@ -45,7 +45,7 @@ def features(weights: dict[str, Tensor], kind: str) -> list[Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 def test_hand_over(with_data: Data, method: str, kind: str) -> None:
     """Every tensor but the heads reaches the stock trainer, under every alias, and it is what was learned."""
-    environment, trainer = with_data(kind), METHODS[method].trainer
+    environment, trainer = with_data(kind), TRAINERS[method]
     environment.write_plans(kind, "quick", {})
     if list(METHODS).index(method) % len(KINDS) == KINDS.index(kind):  # one real command for each method
         words = ["3d_fullres", "0", "-tr", trainer, "-p", "quick", "-device", "cpu"]

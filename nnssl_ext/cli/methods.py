@@ -16,11 +16,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.settings:
         print(settings_tables())
         return
-    from nnssl_ext.methods import METHODS  # torch takes seconds to import
+    from nnssl_ext.methods import METHODS, TRAINERS  # torch takes seconds to import
     from nnssl_ext.recipe import available_recipes
 
     for method in METHODS.values():
-        print(f"{method.title}\n  -tr {method.trainer}\n  settings: {method.name}.*\n  {method.citation}")
+        print(f"{method.title}\n  -tr {TRAINERS[method.name]}\n  settings: {method.name}.*\n  {method.citation}")
     print(f"recipes: {', '.join(available_recipes())}")
 
 

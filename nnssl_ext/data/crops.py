@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from nnssl_ext.data.cases import open_case
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.views.random import CASES, CROPS, SUBSTITUTES, sample_generator
-from nnssl_ext.views.spatial import SourceBox, SpatialRange, fitted, reach, source_range
+from nnssl_ext.views.spatial import SourceBox, SpatialRange, half_extent, shrink_to_fit, source_range
 
 #: How often a crop is drawn again for more body, for body in each of its parts, or because it is constant.
 BODY_TRIES, PART_TRIES, CONSTANT_TRIES = 8, 24, 32
@@ -39,7 +39,7 @@ class Crop:
         other_case: Whether it is from another case.
         scale: Voxels of the case per voxel of the crop: 0.5 magnifies twofold.
         fit: Whether a case that is smaller is magnified further, so that the crop is never padded.
-        centred: Whether it lies about the body's centre.
+        centered: Whether it lies about the body's center.
         parts: Lowest voxel and edges of what is looked at of it, each of which should be mostly body; () is all.
     """
 
@@ -48,7 +48,7 @@ class Crop:
     other_case: bool = False
     scale: float = 1.0
     fit: bool = False
-    centred: bool = False
+    centered: bool = False
     parts: tuple[tuple[tuple[int, int, int], tuple[int, int, int]], ...] = ()
 
 
@@ -64,8 +64,12 @@ class CropRequest:
         return any(crop.fit for crop in self.crops)
 
     @property
-    def fewest_cases(self) -> int:
+    def min_cases(self) -> int:
         return 2 if any(crop.other_case for crop in self.crops) else 1
+
+    def placeholder(self, channels: int, sample: int) -> list[SourceBox]:
+        """Return boxes of noise in the place of one sample, to trace shapes."""
+        return [noise_box((channels, *crop.size), f"case {row} {sample}") for row, crop in enumerate(self.crops)]
 
 
 class Sample(NamedTuple):
@@ -154,7 +158,7 @@ class CropDataset(Dataset):
     def sources(self, sample: int) -> list[str]:
         """The cases that a sample is read from, for messages."""
         drawn = self.draw_cases(sample)
-        return list(drawn[: self.request.fewest_cases])
+        return list(drawn[: self.request.min_cases])
 
     def draw_cases(self, sample: int) -> tuple[str, str]:
         """A sample's own case, each case once before any comes again, and a partner that is another case."""
@@ -175,14 +179,14 @@ class CropDataset(Dataset):
         for _ in range(CONSTANT_TRIES):
             matrix, edges = crop.spatial.draw(generator, crop.size) * crop.scale, crop.size
             if crop.fit:
-                matrix = fitted(matrix, crop.size, (volume - 1) / 2)
-                edges = tuple(np.ceil(2 * reach(matrix, crop.size) - 1e-6).astype(int) + 1)
-            if crop.centred:
-                centre = body_centre(generator, volume, edges, record.body)
+                matrix = shrink_to_fit(matrix, crop.size, (volume - 1) / 2)
+                edges = tuple(np.ceil(2 * half_extent(matrix, crop.size) - 1e-6).astype(int) + 1)
+            if crop.centered:
+                center = body_center(generator, volume, edges, record.body)
             else:
                 parts = [np.asarray(part) / crop.size for part in crop.parts]
-                centre = draw_centre(generator, volume, edges, record.body, parts)
-            low, high = source_range(centre, reach(matrix, crop.size), volume)
+                center = draw_center(generator, volume, edges, record.body, parts)
+            low, high = source_range(center, half_extent(matrix, crop.size), volume)
             box = torch.from_numpy(np.ascontiguousarray(data[(slice(None), *map(slice, low, high))]))
             # one pass over the voxels tells both; NaN is handed through
             darkest, brightest = torch.stack([torch.stack(torch.aminmax(channel)) for channel in box], 1)
@@ -190,19 +194,25 @@ class CropDataset(Dataset):
                 break
         if not (torch.isfinite(darkest).all() and torch.isfinite(brightest).all()):
             raise ValueError("NaN or infinite values")
-        return SourceBox(box, matrix, centre - low, case)
+        return SourceBox(box, matrix, center - low, case)
 
 
-def draw_centre(
+def noise_box(shape: tuple[int, ...], case: str) -> SourceBox:
+    """Return a box of noise (C, D, H, W) about its own center; torch's own generator stays as it is."""
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    return SourceBox(noise, np.eye(3), (np.asarray(shape[1:]) - 1) / 2, case)
+
+
+def draw_center(
     generator: np.random.Generator,
     volume: np.ndarray,
     size: Sequence[int],
     body: np.ndarray,
     parts: Sequence[np.ndarray] = (),
 ) -> np.ndarray:
-    """The centre (3,) of a crop in voxels, where nnU-Net could have put it, preferring places with body.
+    """The center (3,) of a crop in voxels, where nnU-Net could have put it, preferring places with body.
 
-    A crop lies within the volume; along an axis where the volume is smaller it is centred and will be padded on both
+    A crop lies within the volume; along an axis where the volume is smaller it is centered and will be padded on both
     sides. Of several places the first is taken that shows at least half as much body as the case does on average; with
     parts, the first where each of them is mostly body, or that whose emptiest part shows most.
 
@@ -230,10 +240,10 @@ def draw_centre(
     return best + (edges - 1) / 2
 
 
-def body_centre(
+def body_center(
     generator: np.random.Generator, volume: np.ndarray, size: Sequence[int], body: np.ndarray
 ) -> np.ndarray:
-    """The centre (3,) of a crop about the body's centre, off by up to an eighth of the crop, within the volume."""
+    """The center (3,) of a crop about the body's center, off by up to an eighth of the crop, within the volume."""
     edges = np.asarray(size)
     middle = np.argwhere(body).mean(0) + 0.5 if body.any() else np.asarray(body.shape) / 2
     wanted = middle / body.shape * volume - edges / 2 + generator.uniform(-0.125, 0.125, 3) * edges

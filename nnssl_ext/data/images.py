@@ -6,17 +6,21 @@ C colours, H W pixels.
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from nnssl_ext.data.crops import Sample
+from nnssl_ext.data.crops import Sample, noise_box
+from nnssl_ext.data.samples import Datasets, SampleClasses, Split
 from nnssl_ext.errors import UserError
 from nnssl_ext.views.random import CASES, CROPS, VALIDATION, sample_generator
 from nnssl_ext.views.spatial import SourceBox
@@ -45,8 +49,12 @@ class ImageRequest:
     flip: float = 0.5
 
     #: It needs no case at all.
-    fewest_cases = 0
+    min_cases = 0
     fits_cases = False
+
+    def placeholder(self, channels: int, sample: int) -> list[SourceBox]:
+        """Return a box of noise in the place of one sample, to trace shapes."""
+        return [noise_box((3, 1, *self.size), "0/image.png")]
 
 
 class ImageFolder:
@@ -59,6 +67,8 @@ class ImageFolder:
         UserError: If there are fewer than two classes, or a class without images.
     """
 
+    kind = "images"
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
@@ -70,12 +80,14 @@ class ImageFolder:
                 f"nnssl_ext.images: {folder} has {len(names)} subfolders, expected one for each of two or more "
                 f"classes: CLASS/IMAGE.png or .jpg"
             )
-        self.classes = tuple(names)
         #: Paths relative to the folder, class by class.
         self.files = [self._list(name) for name in names]
+        # one in so many of each class is validated on
+        counts = [len(files[::VALIDATION_SHARE]) for files in self.files]
+        self.classes = SampleClasses(tuple(names), max(counts) / sum(counts))
 
     def __repr__(self) -> str:
-        return f"ImageFolder({len(self)} images of {len(self.classes)} classes in {self.folder})"
+        return f"ImageFolder({len(self)} images of {len(self.classes.names)} classes in {self.folder})"
 
     def __len__(self) -> int:
         return sum(map(len, self.files))
@@ -90,15 +102,20 @@ class ImageFolder:
         """Images of every class that are kept apart; those of small classes are one each."""
         return [name for files in self.files for name in files[::VALIDATION_SHARE]]
 
-    @property
-    def chance(self) -> float:
-        """Accuracy on the validation images of always answering the most frequent class."""
-        counts = [len(files[::VALIDATION_SHARE]) for files in self.files]
-        return max(counts) / sum(counts)
+    def summary(self, training_cases: int) -> str:
+        return f"images in {self.folder}"
 
-    def label(self, name: str) -> int:
-        """The class number of an image."""
-        return self.classes.index(name.split("/", 1)[0])
+    def left_out(self) -> list[str]:
+        return []
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return one digest of all names; the images are not read."""
+        names = "\n".join(name for files in self.files for name in files)
+        return {f"the list of {len(self)} images": hashlib.sha256(names.encode()).hexdigest()}
+
+    def datasets(self, request: Any, seed: int, split: Split, log: Callable[[str], None]) -> Datasets:
+        log(f"{self}; this data set's own images are not used.")
+        return ImageDataset(self, request, seed), ImageDataset(self, request, seed, VALIDATION)
 
     def _list(self, name: str) -> list[str]:
         below = self.folder / name

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch.utils.data import Dataset, get_worker_info
 
-from nnssl_ext.data.crops import CropBatch, CropDataset, Sample
-from nnssl_ext.data.images import ImageDataset
+from nnssl_ext.data.crops import CropBatch, Sample
+from nnssl_ext.data.samples import SampleDataset
 from nnssl_ext.data.shard import Shard, crop_loader
 from nnssl_ext.errors import UserError
 
@@ -59,7 +59,7 @@ class SteadyLoader:
 
     def __init__(
         self,
-        dataset: CropDataset | ImageDataset,
+        dataset: SampleDataset,
         shard: Shard,
         *,
         workers: int,
@@ -100,7 +100,7 @@ class SteadyLoader:
 class _Crew:
     """The workers of one DataLoader, from its first batch to its end."""
 
-    def __init__(self, dataset: CropDataset | ImageDataset, shard: Shard, workers: int, pin_memory: bool) -> None:
+    def __init__(self, dataset: SampleDataset, shard: Shard, workers: int, pin_memory: bool) -> None:
         self.dataset, self.workers = dataset, workers
         #: The sample that each worker reads now.
         self.reading = multiprocessing.Array("q", [_IDLE] * max(1, workers), lock=False)
@@ -179,7 +179,7 @@ class _Crew:
 class _Noting(Dataset):
     """A dataset that writes down which sample it is reading, where the main process can see it."""
 
-    def __init__(self, dataset: CropDataset | ImageDataset, reading: Any) -> None:
+    def __init__(self, dataset: SampleDataset, reading: Any) -> None:
         self.dataset, self.reading = dataset, reading
 
     def __getitem__(self, sample: int) -> Sample:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import blosc2
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from nnssl_ext.data.crops import CropBatch, CropDataset, collate
-from nnssl_ext.data.images import ImageDataset
+from nnssl_ext.data.crops import CropBatch, collate
+from nnssl_ext.data.samples import SampleDataset
 
 #: Without a batch for this long a wait ends with an error.
 TIMEOUT_SECONDS = 60
@@ -41,7 +42,7 @@ class Shard(Sampler[list[int]]):
 
 
 def crop_loader(
-    dataset: CropDataset | ImageDataset,
+    dataset: SampleDataset,
     shard: Shard,
     *,
     workers: int,
@@ -50,7 +51,7 @@ def crop_loader(
 ) -> DataLoader[CropBatch]:
     """The loader of a shard; ``workers`` 0 reads in this process. The order never depends on ``workers``."""
     return DataLoader(
-        dataset,
+        cast(Dataset, dataset),
         batch_sampler=shard,
         collate_fn=collate,
         num_workers=workers,

@@ -1,6 +1,6 @@
 """The registry of methods: a new one is its file and a line here."""
 
-from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, ParameterGroup, Readable
+from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, ParameterGroup, Readable, ValidationCheck
 from nnssl_ext.methods.contrastive_predictive_coding import ContrastivePredictiveCoding
 from nnssl_ext.methods.dino.dino import DINO
 from nnssl_ext.methods.exemplar import Exemplar
@@ -31,4 +31,20 @@ METHODS: dict[str, type[Method]] = {
 SCHEMAS: dict[str, type] = {name: method.Settings for name, method in METHODS.items()}
 SCHEMAS["finetune"] = FinetuneSettings
 
-__all__ = ["METHODS", "SCHEMAS", "Geometry", "Method", "OptimiserRecipe", "ParameterGroup", "Readable"]
+#: The trainer of each method, which stock's ``-tr`` names: from its title.
+TRAINERS: dict[str, str] = {
+    name: "nnsslTrainer_" + "".join(word[0].upper() + word[1:] for word in method.title.split())
+    for name, method in METHODS.items()
+}
+
+__all__ = [
+    "METHODS",
+    "SCHEMAS",
+    "TRAINERS",
+    "DataGeometry",
+    "Method",
+    "OptimizerRecipe",
+    "ParameterGroup",
+    "Readable",
+    "ValidationCheck",
+]

@@ -1,35 +1,36 @@
-"""The one interface of a self-supervised objective.
+"""The interface of a self-supervised objective.
 
-B batch, C channel, D H W voxels. A method names no trainer, and the trainer names no method.
+B batch, C channel, D H W voxels. A method does not depend on the trainer, nor the trainer on any one method.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from nnssl_ext.data.crops import CropBatch, CropRequest
-from nnssl_ext.data.images import ImageRequest
+from nnssl_ext.data.crops import CropBatch
+from nnssl_ext.data.index import CaseIndex
+from nnssl_ext.data.samples import CaseSource, SampleClasses, SampleRequest, SampleSource
 from nnssl_ext.networks.base import Backbone
+from nnssl_ext.settings import CommonSettings
 from nnssl_ext.views.random import BatchRandom
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """What a method is told of the data and of the network's strides.
+class DataGeometry:
+    """The data and the network's strides, as a method sees them.
 
     Attributes:
-        crop_size: Edges of the crop the network is fed with, in voxels.
+        crop_size: Edges of the network's input, in voxels.
         spacing: Voxel edges in mm, in the same order.
         channels: Channels of a case.
         strides: Cumulative stride of each encoder stage, per axis.
-        image_classes: Classes of the 2-D images, for methods that learn from them.
-        image_chance: Accuracy of always answering the most frequent of them.
-        batch_size: Samples a step over all processes; 0 before it is known.
-        case_size: Edges in voxels that at least nine in ten cases have; None, before cases are known, is the crop.
+        case_size: Edges in voxels that at least nine in ten cases have. None, before the cases are known, is the crop.
+        classes: Classes of the samples, where they are labeled.
+        batch_size: Samples per step over all processes; 0 before it is known.
     """
 
     crop_size: tuple[int, int, int]
@@ -37,156 +38,174 @@ class Geometry:
     channels: int
     strides: tuple[tuple[int, ...], ...] = ()
     case_size: tuple[int, int, int] | None = None
-    image_classes: tuple[str, ...] = ()
-    image_chance: float = 0.0
+    classes: SampleClasses | None = None
     batch_size: int = 0
 
 
 @dataclass(frozen=True)
-class OptimiserRecipe:
-    """How a method wants to be optimised.
+class OptimizerRecipe:
+    """Optimizer, schedule and clipping of a method.
 
     Attributes:
         name: ``adam``, ``adamw`` or ``sgd`` (with Nesterov momentum, as nnU-Net).
-        learning_rate: Peak, after the warm-up.
-        weight_decay: Of weight matrices and kernels alike.
+        learning_rate: Peak, after the warmup.
+        weight_decay: Weight decay of every group whose scale is 1.
         schedule: ``constant``, ``poly`` (exponent 0.9, as nnU-Net) or ``cosine``, to zero at the end.
-        warm_up: Share of all steps over which the rate rises linearly.
-        clip: Largest norm of the gradient of each of ``Method.clipped_parts``.
-        final_weight_decay: What the weight decay reaches at the end, along a cosine; None leaves it as it is.
-        momentum: Of ``sgd``.
+        warmup: Share of all steps over which the rate rises linearly.
+        max_grad_norm: Largest gradient norm of each of ``Method.clipped_modules``.
+        final_weight_decay: Weight decay at the end, reached along a cosine. None keeps it constant.
+        momentum: Momentum of ``sgd``.
     """
 
     name: str
     learning_rate: float
     weight_decay: float
     schedule: str
-    warm_up: float = 0.0
-    clip: float = 12.0
+    warmup: float = 0.0
+    max_grad_norm: float = 12.0
     final_weight_decay: float | None = None
     momentum: float = 0.99
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that are optimised alike.
+    """Parameters with their own learning rate and weight decay.
 
     Attributes:
-        parameters: Those that take a gradient.
-        rate: Multiple of the learning rate.
-        decay: Multiple of the weight decay.
+        parameters: Trainable parameters.
+        lr_scale: Multiple of the learning rate.
+        weight_decay_scale: Multiple of the weight decay.
     """
 
     parameters: list[nn.Parameter]
-    rate: float = 1.0
-    decay: float = 1.0
+    lr_scale: float = 1.0
+    weight_decay_scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class Readable:
-    """The number beside the loss that a person can read; ``key`` is its name in ``forward``'s result."""
+    """A measure beside the loss that people can interpret; ``key`` is its name in ``forward``'s result."""
 
     key: str
     title: str
     higher_is_better: bool = True
 
 
-class Method(nn.Module, ABC):
-    """A self-supervised objective around a segmentation network whose architecture it does not own.
+@dataclass(frozen=True)
+class ValidationCheck:
+    """Result of ``Method.check_validation``.
 
-    The module under training (compiled, wrapped for several GPUs) is the method; ``network`` is a part of it. Heads
-    of its own live beside the network.
+    Attributes:
+        measures: Measures that need all validation samples together. They go into the log.
+        collapse: Sign of a feature collapse and its remedy; '' if there is none.
+        patience: Validations in a row with such a sign after which a run stops; 0 never stops.
+    """
+
+    measures: dict[str, float] = field(default_factory=dict)
+    collapse: str = ""
+    patience: int = 5
+
+
+class Method(nn.Module, ABC):
+    """A self-supervised objective around a segmentation network.
+
+    The module under training (compiled, wrapped for several GPUs) is the method. The network is one of its submodules,
+    and so are the heads of the objective.
 
     Class attributes:
-        name: Its section in the plans, and its file's name.
-        trainer: The name behind ``-tr``.
-        title, citation: For people.
-        Settings: The dataclass of its settings.
-        readable: The number a person can read.
-        needs_images: Whether samples are 2-D images of ``nnssl_ext.images``.
+        name: Name of its section in the plans and of its file.
+        title: Name in reports.
+        citation: The publication.
+        Settings: Dataclass of its settings, derived from ``TrainingSettings``.
+        readable: The measure that people can interpret.
+        learns_from: What its samples are made of, for reports: ``cases`` of the data set, or anything else.
         deep_supervision: Whether the objective uses the network's coarser outputs.
-        fewest_samples: The smallest batch with which every term of the objective says something.
-        patience: Epochs in a row in which ``diagnose`` finds a collapse before the run stops.
+        min_batch_size: Smallest batch at which every term of the objective is informative.
     """
 
     name: ClassVar[str]
-    trainer: ClassVar[str]
     title: ClassVar[str]
     citation: ClassVar[str]
     Settings: ClassVar[type]
     readable: ClassVar[Readable]
-    needs_images: ClassVar[bool] = False
+    learns_from: ClassVar[str] = "cases"
     deep_supervision: ClassVar[bool] = True
-    fewest_samples: ClassVar[int] = 1
-    patience: int = 5
+    min_batch_size: ClassVar[int] = 1
 
-    def __init__(self, backbone: Backbone, settings: Any, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: Any, geometry: DataGeometry) -> None:
         super().__init__()
         self.network = backbone.network
         self.backbone = backbone
         self.settings = settings
         self.geometry = geometry
 
+    def __str__(self) -> str:
+        """Describe what was chosen for these data, in one line for the log."""
+        return self.title
+
     @classmethod
-    def output_channels(cls, settings: Any, geometry: Geometry) -> int | None:
-        """Width of the network's heads while pretraining; None leaves the data set's."""
+    def output_channels(cls, settings: Any, geometry: DataGeometry) -> int | None:
+        """Return the width of the network's heads during pretraining; None keeps the data set's."""
         return None
 
     @classmethod
     def check_backbone(cls, backbone: Backbone) -> None:
-        """Called before anything is written, with a network without memory.
+        """Check that the method can train a network, given one on the meta device.
 
         Raises:
-            ValueError: If the method needs of the network what it has not, in one line.
+            ValueError: If the network lacks what the method needs, in one line.
         """
 
     @classmethod
-    @abstractmethod
-    def crops(cls, settings: Any, geometry: Geometry) -> CropRequest | ImageRequest:
-        """What one sample is made of."""
+    def samples(cls, common: CommonSettings, index: CaseIndex) -> SampleSource:
+        """Open what samples are read from. Default: the cases of the data set.
+
+        Raises:
+            UserError: If there is nothing to read.
+        """
+        return CaseSource(index)
 
     @classmethod
-    def heaviest(cls, settings: Any) -> Any:
-        """Settings that draw what takes most memory at every step, for estimates of it."""
-        return settings
+    @abstractmethod
+    def crops(cls, settings: Any, geometry: DataGeometry) -> SampleRequest:
+        """Return the crops that make one sample."""
 
     @abstractmethod
-    def optimiser(self) -> OptimiserRecipe:
-        """How to optimise the trainable parameters."""
+    def optimizer(self) -> OptimizerRecipe:
+        """Return the optimizer recipe."""
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The parameters to optimise; all alike where a method does not say otherwise."""
+        """Return the parameters to optimize. Default: one group."""
         return [ParameterGroup([parameter for parameter in self.parameters() if parameter.requires_grad])]
 
-    def clipped_parts(self) -> list[nn.Module]:
-        """The parts whose gradients are shortened each for itself; all of it where a method does not say otherwise."""
+    def clipped_modules(self) -> list[nn.Module]:
+        """Return modules whose gradient norms are clipped separately. Default: the whole method."""
         return [self]
 
     @abstractmethod
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """Augmented views and the pretext target, without gradient, on ``random.device``; every draw from it."""
+        """Make augmented views and the pretext target, without gradient.
+
+        Every random draw comes from ``random``, and all tensors are on ``random.device``.
+        """
 
     @abstractmethod
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``loss`` and its named terms, each (B,), on the device; in evaluation also the readable number."""
-
-    def describe(self) -> str:
-        """What was chosen for these data, for the log; '' if nothing was."""
-        return ""
+        """Return ``loss`` and its named terms, each (B,); in evaluation also the readable measure."""
 
     def before_step(self, progress: float) -> None:
-        """Called before each optimiser step with the share of the training that is done, in [0, 1)."""
-
-    def end_validation(self) -> dict[str, float]:
-        """What can be measured only on all validation crops together, equal in all processes; called after them."""
-        return {}
-
-    def diagnose(self, measures: dict[str, float]) -> str:
-        """The sign by which a validation's means and measures show a collapse, and what to change; '' if none."""
-        return ""
+        """Run before each optimizer step; ``progress`` is the finished share of the training, in [0, 1)."""
 
     def after_step(self, progress: float) -> None:
-        """Called after each optimiser step with the share of the training that is done, in [0, 1]."""
+        """Run after each optimizer step; ``progress`` is the finished share of the training, in [0, 1]."""
+
+    def check_validation(self, measures: dict[str, float]) -> ValidationCheck:
+        """Evaluate all validation samples together, with equal results in all processes.
+
+        Args:
+            measures: Means over the validation samples of what ``forward`` returned.
+        """
+        return ValidationCheck()
 
     @property
     def exported(self) -> nn.Module:

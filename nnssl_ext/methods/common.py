@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from nnssl_ext.methods.base import Geometry, OptimiserRecipe
+from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensitySettings
 from nnssl_ext.views.spatial import SpatialRange
@@ -20,9 +21,13 @@ class TrainingSettings:
     schedule: str = setting("cosine", "How the learning rate falls.", choices=("constant", "poly", "cosine"))
     warm_up: float = setting(0.02, "Share of the steps with a rising learning rate.", low=0, high=0.9)
 
-    def recipe(self, learning_rate: float) -> OptimiserRecipe:
+    def heaviest(self) -> Any:
+        """Return settings that draw what takes most memory at every step, for estimates."""
+        return self
+
+    def recipe(self, learning_rate: float) -> OptimizerRecipe:
         """The optimiser, with the method's own peak learning rate."""
-        return OptimiserRecipe(self.optimiser, learning_rate, self.weight_decay, self.schedule, self.warm_up)
+        return OptimizerRecipe(self.optimiser, learning_rate, self.weight_decay, self.schedule, self.warm_up)
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class SharedSettings(TrainingSettings):
     rotation: float = setting(15.0, "Largest angle about each axis in degrees.", low=0, high=180)
     zoom: list[float] = setting([0.8, 1.25], "Range of the magnification.", low=0.1, high=10, length=2)
 
-    def spatial(self, geometry: Geometry) -> SpatialRange:
+    def spatial(self, geometry: DataGeometry) -> SpatialRange:
         """What may be done to a crop."""
         zoom = (self.zoom[0], self.zoom[1])
         return SpatialRange(geometry.spacing, self.flip, self.rot90, self.affine, self.rotation, zoom)

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from nnssl_ext.data.crops import CropBatch, CropRequest
 from nnssl_ext.losses.contrastive import hits, info_nce, paired_bce, products, similarities, within_sample
 from nnssl_ext.losses.gather import gather_samples
-from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
+from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
 from nnssl_ext.methods.patches import PuzzleSettings, read_patches, window_request
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.context import ConvolutionalContext, RecurrentContext
 from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.settings import setting
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.rows import RowLayout, Rows, solve_rows
 
 OORD, TALEB = "arXiv 1807.03748", "Taleb et al. 2020"
@@ -68,7 +68,6 @@ class ContrastivePredictiveCoding(EncoderMethod):
     """See the module's docstring."""
 
     name = "contrastive_predictive_coding"
-    trainer = "nnsslTrainer_ContrastivePredictiveCoding"
     title = "Contrastive predictive coding"
     citation = "Taleb et al., NeurIPS 2020, arXiv:2006.03829; van den Oord et al., 2018, arXiv:1807.03748"
     Settings = ContrastivePredictiveCodingSettings
@@ -76,7 +75,9 @@ class ContrastivePredictiveCoding(EncoderMethod):
 
     settings: ContrastivePredictiveCodingSettings
 
-    def __init__(self, backbone: Backbone, settings: ContrastivePredictiveCodingSettings, geometry: Geometry) -> None:
+    def __init__(
+        self, backbone: Backbone, settings: ContrastivePredictiveCodingSettings, geometry: DataGeometry
+    ) -> None:
         layout = self.layout(settings, geometry)
         super().__init__(backbone, settings, geometry, stages=layout.stages)
         self.rows = layout
@@ -94,7 +95,7 @@ class ContrastivePredictiveCoding(EncoderMethod):
         self.predict = nn.Linear(settings.width, self.targets * settings.embedding)
 
     @classmethod
-    def layout(cls, settings: ContrastivePredictiveCodingSettings, geometry: Geometry) -> RowLayout:
+    def layout(cls, settings: ContrastivePredictiveCodingSettings, geometry: DataGeometry) -> RowLayout:
         """Where patches lie."""
         s = settings
         return solve_rows(
@@ -108,13 +109,13 @@ class ContrastivePredictiveCoding(EncoderMethod):
         )
 
     @classmethod
-    def crops(cls, settings: ContrastivePredictiveCodingSettings, geometry: Geometry) -> CropRequest:
+    def crops(cls, settings: ContrastivePredictiveCodingSettings, geometry: DataGeometry) -> CropRequest:
         return window_request(cls.layout(settings, geometry), geometry)
 
-    def describe(self) -> str:
+    def __str__(self) -> str:
         return f"{self.title}: {self.rows}"
 
-    def optimiser(self) -> OptimiserRecipe:
+    def optimizer(self) -> OptimizerRecipe:
         return self.settings.peak()
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
@@ -125,8 +126,8 @@ class ContrastivePredictiveCoding(EncoderMethod):
         starts = rows.starts(direction, random.uniform(0, 1, (3,)))
         return {
             "patches": read_patches(self.settings, self.geometry, batch, random, rows.window, starts, rows.patch),
-            "direction": sent(direction, device),
-            "wrong": sent(random.uniform(0, 1, (self.targets,)), device),
+            "direction": to_device(direction, device),
+            "wrong": to_device(random.uniform(0, 1, (self.targets,)), device),
             "index": sample_index(batch.indices, device),
         }
 

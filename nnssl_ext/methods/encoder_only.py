@@ -13,10 +13,10 @@ from torch import Tensor
 
 from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.losses.health import effective_rank, feature_deviation
-from nnssl_ext.methods.base import Geometry, Method
+from nnssl_ext.methods.base import DataGeometry, Method
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import grid_features
-from nnssl_ext.views.random import sent
+from nnssl_ext.views.random import to_device
 
 
 class EncoderMethod(Method):
@@ -30,7 +30,7 @@ class EncoderMethod(Method):
 
     deep_supervision = False
 
-    def __init__(self, backbone: Backbone, settings: Any, geometry: Geometry, *, stages: int | None = None) -> None:
+    def __init__(self, backbone: Backbone, settings: Any, geometry: DataGeometry, *, stages: int | None = None) -> None:
         super().__init__(backbone, settings, geometry)
         backbone.train_encoder_only(stages)
         self.stages = stages
@@ -57,4 +57,4 @@ def classification(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def sample_index(indices: list[int], device: torch.device) -> Tensor:
     """(B,) int64 global sample indices, for what depends on the global batch."""
-    return sent(torch.tensor(indices), device)
+    return to_device(torch.tensor(indices), device)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.losses.triplet import plain_triplet, semi_hard_triplet, squared_distances
-from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
+from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
 from nnssl_ext.networks.base import Backbone
@@ -29,8 +29,8 @@ from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
 from nnssl_ext.views.layout import standardise
-from nnssl_ext.views.random import BatchRandom, sent
-from nnssl_ext.views.spatial import SourceBox, SpatialRange, cut_batch, part
+from nnssl_ext.views.random import BatchRandom, to_device
+from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_batch, subview
 
 TALEB = "Taleb et al. 2020"
 
@@ -85,16 +85,15 @@ class Exemplar(EncoderMethod):
     """See the module's docstring."""
 
     name = "exemplar"
-    trainer = "nnsslTrainer_Exemplar"
     title = "Exemplar"
     citation = "Taleb et al., NeurIPS 2020, arXiv:2006.03829; Dosovitskiy et al., TPAMI 2016, arXiv:1406.6909"
     Settings = ExemplarSettings
     readable = Readable("triplet_accuracy", "Negatives that are farther than the positive")
-    fewest_samples = 2  # negatives are chosen among the batch
+    min_batch_size = 2  # negatives are chosen among the batch
 
     settings: ExemplarSettings
 
-    def __init__(self, backbone: Backbone, settings: ExemplarSettings, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: ExemplarSettings, geometry: DataGeometry) -> None:
         super().__init__(backbone, settings, geometry)
         self.heads = nn.ModuleList(
             GridHead(channels=self.channels, hidden=settings.hidden, outputs=settings.embedding)
@@ -102,11 +101,11 @@ class Exemplar(EncoderMethod):
         )
 
     @classmethod
-    def crops(cls, settings: ExemplarSettings, geometry: Geometry) -> CropRequest:
+    def crops(cls, settings: ExemplarSettings, geometry: DataGeometry) -> CropRequest:
         crop = Crop(geometry.crop_size, SpatialRange(geometry.spacing), fit=True)
         return CropRequest((crop, Crop(crop.size, crop.spatial, other_case=True, fit=True)))
 
-    def optimiser(self) -> OptimiserRecipe:
+    def optimizer(self) -> OptimizerRecipe:
         return self.settings.recipe(3e-4)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
@@ -120,7 +119,7 @@ class Exemplar(EncoderMethod):
         case = [[zlib.crc32(box.case.encode()) for box in row] for row in (own, own, other)]
         return {
             "image": torch.stack(images, 1),
-            "case": sent(torch.tensor(case), random.device).T,
+            "case": to_device(torch.tensor(case), random.device).T,
             "index": sample_index(batch.indices, random.device),
         }
 
@@ -162,14 +161,14 @@ class Exemplar(EncoderMethod):
         size, spacing = self.geometry.crop_size, self.geometry.spacing
         spatial = self.settings.spatial(self.geometry)
         views = [
-            part(box, size, spatial.draw(random.generator(b), size), random.generator(b).uniform(-1, 1, 3))
+            subview(box, size, spatial.draw(random.generator(b), size), random.generator(b).uniform(-1, 1, 3))
             for b, box in enumerate(boxes)
         ]
-        image, _ = cut_batch(views, size, random.device)
+        image, _ = crop_batch(views, size, random.device)
         IntensityDraw.draw(self.settings.intensity, random, image.shape[1], spacing).apply(image, random)
         return standardise(image) if self.settings.standardise else image
 
     def _clean(self, boxes: list[SourceBox], random: BatchRandom) -> Tensor:
         size = self.geometry.crop_size
-        image, _ = cut_batch([part(box, size, np.eye(3)) for box in boxes], size, random.device)
+        image, _ = crop_batch([subview(box, size, np.eye(3)) for box in boxes], size, random.device)
         return standardise(image) if self.settings.standardise else image

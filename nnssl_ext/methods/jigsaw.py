@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from nnssl_ext.data.crops import CropBatch, CropRequest
-from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
+from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.encoder_only import EncoderMethod, classification, sample_index
 from nnssl_ext.methods.patches import SpacedSettings, read_patches, window_request
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead, layers
 from nnssl_ext.settings import setting
 from nnssl_ext.views.layout import Layout, solve_layout
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.random import BatchRandom, to_device
 
 TALEB = "Taleb et al. 2020"
 #: With fewer patches there are too few orders to make a task.
@@ -45,7 +45,6 @@ class Jigsaw(EncoderMethod):
     """See the module's docstring."""
 
     name = "jigsaw"
-    trainer = "nnsslTrainer_Jigsaw"
     title = "Jigsaw"
     citation = "Taleb et al., NeurIPS 2020, arXiv:2006.03829; Noroozi and Favaro, ECCV 2016, arXiv:1603.09246"
     Settings = JigsawSettings
@@ -54,7 +53,7 @@ class Jigsaw(EncoderMethod):
     settings: JigsawSettings
     permutations: Tensor
 
-    def __init__(self, backbone: Backbone, settings: JigsawSettings, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: JigsawSettings, geometry: DataGeometry) -> None:
         grid = self.layout(settings, geometry)
         super().__init__(backbone, settings, geometry, stages=grid.stages)
         self.grid, number = grid, math.prod(grid.cells)
@@ -67,7 +66,7 @@ class Jigsaw(EncoderMethod):
         self.head = nn.Sequential(nn.LayerNorm(widths[0]), nn.GELU(), *layers(widths))
 
     @classmethod
-    def layout(cls, settings: JigsawSettings, geometry: Geometry) -> Layout:
+    def layout(cls, settings: JigsawSettings, geometry: DataGeometry) -> Layout:
         """Where patches lie."""
         return solve_layout(
             geometry.strides,
@@ -81,20 +80,20 @@ class Jigsaw(EncoderMethod):
         )
 
     @classmethod
-    def crops(cls, settings: JigsawSettings, geometry: Geometry) -> CropRequest:
+    def crops(cls, settings: JigsawSettings, geometry: DataGeometry) -> CropRequest:
         return window_request(cls.layout(settings, geometry), geometry)
 
-    def describe(self) -> str:
+    def __str__(self) -> str:
         return f"{self.title}: {self.grid}"
 
-    def optimiser(self) -> OptimiserRecipe:
+    def optimizer(self) -> OptimizerRecipe:
         return self.settings.peak()
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """``patches`` (B, N, C, D, H, W) in their own order, ``order`` (B, Q), ``index`` (B,)."""
         starts, grid = self.grid.starts(random), self.grid
         patches = read_patches(self.settings, self.geometry, batch, random, grid.window, starts, grid.patch)
-        order = sent(random.integers(0, len(self.permutations) - 1, (self.settings.puzzles,)), random.device)
+        order = to_device(random.integers(0, len(self.permutations) - 1, (self.settings.puzzles,)), random.device)
         return {"patches": patches, "order": order, "index": sample_index(batch.indices, random.device)}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
-from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, Readable
+from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
 from nnssl_ext.views.masking import block_moments, draw_block_mask, expand_blocks
 from nnssl_ext.views.random import BatchRandom
-from nnssl_ext.views.spatial import cut_batch
+from nnssl_ext.views.spatial import crop_batch
 
 HE, WALD = "He et al. 2022", "arXiv 2410.23132"
 #: A block whose variance is lower shows nothing to predict.
@@ -49,7 +49,6 @@ class MaskedAutoencoder(Method):
     """See the module's docstring."""
 
     name = "masked_autoencoder"
-    trainer = "nnsslTrainer_MaskedAutoencoder"
     title = "Masked autoencoder"
     citation = "He et al., CVPR 2022, arXiv:2111.06377; Wald et al., CVPR 2025, arXiv:2410.23132"
     Settings = MaskedAutoencoderSettings
@@ -58,21 +57,21 @@ class MaskedAutoencoder(Method):
 
     settings: MaskedAutoencoderSettings
 
-    def __init__(self, backbone: Backbone, settings: MaskedAutoencoderSettings, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: MaskedAutoencoderSettings, geometry: DataGeometry) -> None:
         super().__init__(backbone, settings, geometry)
         backbone.set_deep_supervision(False)
         backbone.freeze_coarse_heads()
         self.block = settings.block or [max(1, round(edge / 8)) for edge in geometry.crop_size]
 
     @classmethod
-    def output_channels(cls, settings: MaskedAutoencoderSettings, geometry: Geometry) -> int:
+    def output_channels(cls, settings: MaskedAutoencoderSettings, geometry: DataGeometry) -> int:
         return geometry.channels
 
     @classmethod
-    def crops(cls, settings: MaskedAutoencoderSettings, geometry: Geometry) -> CropRequest:
+    def crops(cls, settings: MaskedAutoencoderSettings, geometry: DataGeometry) -> CropRequest:
         return CropRequest((Crop(geometry.crop_size, settings.spatial(geometry)),))
 
-    def optimiser(self) -> OptimiserRecipe:
+    def optimizer(self) -> OptimizerRecipe:
         return self.settings.recipe(1e-3)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
@@ -81,7 +80,7 @@ class MaskedAutoencoder(Method):
         All (B, C, D, H, W). Zero is about the mean of normalised intensities, and nnU-Net's padding.
         """
         size = self.geometry.crop_size
-        image, inside = cut_batch(batch.boxes[0], size, random.device)
+        image, inside = crop_batch(batch.boxes[0], size, random.device)
         draw = IntensityDraw.draw(self.settings.intensity, random, image.shape[1], self.geometry.spacing)
         draw.apply(image, random)
         hidden = draw_block_mask(random, size, self.block, self.settings.ratio)[:, None]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
-from nnssl_ext.methods.base import Geometry, OptimiserRecipe
+from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe
 from nnssl_ext.methods.common import TrainingSettings
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
@@ -45,7 +45,7 @@ class PuzzleSettings(TrainingSettings):
     embedding: int = setting(128, "Width of a patch's vector.", low=1)
     hidden: list[int] = setting([512], "Widths of the head's layers.", low=1)
 
-    def peak(self) -> OptimiserRecipe:
+    def peak(self) -> OptimizerRecipe:
         """The optimiser of all puzzles."""
         return self.recipe(1e-3)
 
@@ -60,7 +60,7 @@ class SpacedSettings(PuzzleSettings):
     jitter: float = setting(0.125, "How far a patch may be moved, as a share of its edge.", low=0, high=1)
 
 
-def window_request(layout: Layout | RowLayout, geometry: Geometry) -> CropRequest:
+def window_request(layout: Layout | RowLayout, geometry: DataGeometry) -> CropRequest:
     """One window, never turned: which way is up is what patches are told by; never padded; patches mostly body."""
     parts = tuple(layout.middles) if isinstance(layout, Layout) else ()
     still = SpatialRange(geometry.spacing)
@@ -69,7 +69,7 @@ def window_request(layout: Layout | RowLayout, geometry: Geometry) -> CropReques
 
 def read_patches(
     settings: PuzzleSettings,
-    geometry: Geometry,
+    geometry: DataGeometry,
     batch: CropBatch,
     random: BatchRandom,
     window: tuple[int, int, int],

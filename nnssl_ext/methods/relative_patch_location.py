@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from nnssl_ext.data.crops import CropBatch, CropRequest
-from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
+from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.encoder_only import EncoderMethod, classification, sample_index
 from nnssl_ext.methods.patches import SpacedSettings, read_patches, window_request
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead, layers
 from nnssl_ext.settings import setting
 from nnssl_ext.views.layout import Layout, solve_layout
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.random import BatchRandom, to_device
 
 TALEB = "Taleb et al. 2020"
 
@@ -38,7 +38,6 @@ class RelativePatchLocation(EncoderMethod):
     """See the module's docstring."""
 
     name = "relative_patch_location"
-    trainer = "nnsslTrainer_RelativePatchLocation"
     title = "Relative patch location"
     citation = "Taleb et al., NeurIPS 2020, arXiv:2006.03829; Doersch et al., ICCV 2015, arXiv:1505.05192"
     Settings = RelativePatchLocationSettings
@@ -46,7 +45,7 @@ class RelativePatchLocation(EncoderMethod):
 
     settings: RelativePatchLocationSettings
 
-    def __init__(self, backbone: Backbone, settings: RelativePatchLocationSettings, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: RelativePatchLocationSettings, geometry: DataGeometry) -> None:
         grid = self.layout(settings, geometry)
         super().__init__(backbone, settings, geometry, stages=grid.stages)
         self.grid = grid
@@ -57,7 +56,7 @@ class RelativePatchLocation(EncoderMethod):
         self.head = nn.Sequential(nn.LayerNorm(widths[0]), nn.GELU(), *layers(widths))
 
     @classmethod
-    def layout(cls, settings: RelativePatchLocationSettings, geometry: Geometry) -> Layout:
+    def layout(cls, settings: RelativePatchLocationSettings, geometry: DataGeometry) -> Layout:
         """Where patches lie: a centre with neighbours on both sides along an axis, or along that axis none."""
         return solve_layout(
             geometry.strides,
@@ -71,13 +70,13 @@ class RelativePatchLocation(EncoderMethod):
         )
 
     @classmethod
-    def crops(cls, settings: RelativePatchLocationSettings, geometry: Geometry) -> CropRequest:
+    def crops(cls, settings: RelativePatchLocationSettings, geometry: DataGeometry) -> CropRequest:
         return window_request(cls.layout(settings, geometry), geometry)
 
-    def describe(self) -> str:
+    def __str__(self) -> str:
         return f"{self.title}: {self.grid}"
 
-    def optimiser(self) -> OptimiserRecipe:
+    def optimizer(self) -> OptimizerRecipe:
         return self.settings.peak()
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
@@ -90,7 +89,7 @@ class RelativePatchLocation(EncoderMethod):
         window, patch = self.grid.window, self.grid.patch
         patches = read_patches(self.settings, self.geometry, batch, random, window, starts, patch)
         index = sample_index(batch.indices, random.device)
-        return {"patches": patches, "location": sent(location, random.device), "index": index}
+        return {"patches": patches, "location": to_device(location, random.device), "index": index}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """``loss``; in evaluation ``accuracy``, its ``chance`` and health; each (B,)."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
-from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
+from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import TrainingSettings
 from nnssl_ext.methods.encoder_only import EncoderMethod, classification, sample_index
 from nnssl_ext.networks.base import Backbone
@@ -23,10 +23,10 @@ from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.networks.probe import SpacingProbe
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
-from nnssl_ext.views.filters import thicken
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.filters import simulate_thick_slices
+from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.rotations import cube_group, grid_turns, published_turns, same_spacing, turnable_size
-from nnssl_ext.views.spatial import SpatialRange, cut_batch, part, turn
+from nnssl_ext.views.spatial import SpatialRange, crop_batch, rotation_matrix, subview
 
 TALEB = "Taleb et al. 2020"
 
@@ -63,7 +63,6 @@ class Rotation(EncoderMethod):
     """See the module's docstring."""
 
     name = "rotation"
-    trainer = "nnsslTrainer_Rotation"
     title = "Rotation"
     citation = "Taleb et al., NeurIPS 2020, arXiv:2006.03829; Gidaris et al., ICLR 2018, arXiv:1803.07728"
     Settings = RotationSettings
@@ -71,7 +70,7 @@ class Rotation(EncoderMethod):
 
     settings: RotationSettings
 
-    def __init__(self, backbone: Backbone, settings: RotationSettings, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: RotationSettings, geometry: DataGeometry) -> None:
         super().__init__(backbone, settings, geometry)
         self.turns = allowed_turns(settings, geometry)
         self.size = self.box(settings, geometry)
@@ -79,22 +78,22 @@ class Rotation(EncoderMethod):
         self.probe = SpacingProbe(classes=len(self.turns))
 
     @classmethod
-    def box(cls, settings: RotationSettings, geometry: Geometry) -> tuple[int, int, int]:
+    def box(cls, settings: RotationSettings, geometry: DataGeometry) -> tuple[int, int, int]:
         """Edges of the crop: equal along axes that turns exchange."""
         alike = same_spacing(geometry.spacing) if settings.keep_grid else np.ones((3, 3), bool)
         return turnable_size(geometry.crop_size, geometry.strides[-1], alike)
 
     @classmethod
-    def crops(cls, settings: RotationSettings, geometry: Geometry) -> CropRequest:
+    def crops(cls, settings: RotationSettings, geometry: DataGeometry) -> CropRequest:
         spatial = SpatialRange(geometry.spacing)
-        return CropRequest((Crop(cls.box(settings, geometry), spatial, fit=True, centred=True),))
+        return CropRequest((Crop(cls.box(settings, geometry), spatial, fit=True, centered=True),))
 
-    def clipped_parts(self) -> list[nn.Module]:
+    def clipped_modules(self) -> list[nn.Module]:
         """The probe's gradient is no part of the task's."""
         task = [part for part in self.children() if part is not self.probe]
         return [nn.ModuleList(task), self.probe]
 
-    def optimiser(self) -> OptimiserRecipe:
+    def optimizer(self) -> OptimizerRecipe:
         return self.settings.recipe(1e-3)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
@@ -111,14 +110,14 @@ class Rotation(EncoderMethod):
         for copy in range(copies):
             # small angles are of the turned crop, so that they say nothing of the turn; one resampling does both
             boxes = [
-                part(box, self.size, self.turns[label[b, copy]] @ turn(angles[b, copy] * free, spacing))
+                subview(box, self.size, self.turns[label[b, copy]] @ rotation_matrix(angles[b, copy] * free, spacing))
                 for b, box in enumerate(batch.boxes[0])
             ]
-            image, _ = cut_batch(boxes, self.size, random.device)
+            image, _ = crop_batch(boxes, self.size, random.device)
             IntensityDraw.draw(s.intensity, random, image.shape[1], spacing).apply(image, random)
-            images.append(thicken(image, axis[:, copy], zoom[:, copy]))
+            images.append(simulate_thick_slices(image, axis[:, copy], zoom[:, copy]))
         index = sample_index(batch.indices, random.device)
-        return {"image": torch.stack(images, 1), "turn": sent(label, random.device), "index": index}
+        return {"image": torch.stack(images, 1), "turn": to_device(label, random.device), "index": index}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """``loss``; in evaluation ``accuracy``, its ``chance``, ``spacing_probe_accuracy`` and health; each (B,)."""
@@ -135,7 +134,7 @@ class Rotation(EncoderMethod):
         return result
 
 
-def allowed_turns(settings: RotationSettings, geometry: Geometry) -> list[np.ndarray]:
+def allowed_turns(settings: RotationSettings, geometry: DataGeometry) -> list[np.ndarray]:
     """The classes: 10 or 24 on isotropic grids, 6 or 8 with one odd axis, 4 with three spacings."""
     turns = published_turns() if settings.turns == "published" else cube_group()
     return grid_turns(turns, geometry.spacing) if settings.keep_grid else turns

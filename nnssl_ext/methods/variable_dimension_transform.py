@@ -11,25 +11,31 @@ B batch, C channel, D H W voxels.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl_ext.data.crops import CropBatch
-from nnssl_ext.data.images import ImageRequest
-from nnssl_ext.methods.base import Geometry, OptimiserRecipe, Readable
+from nnssl_ext.data.images import ImageFolder, ImageRequest
+from nnssl_ext.data.index import CaseIndex
+from nnssl_ext.data.samples import SampleClasses
+from nnssl_ext.errors import UserError
+from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import TrainingSettings
 from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import VoxelHead
-from nnssl_ext.settings import setting
+from nnssl_ext.settings import CommonSettings, setting
 from nnssl_ext.views.appearance import IntensityDraw
 from nnssl_ext.views.depth import DEVIATION, MEAN, colours_as_depth, drifting, repeated
-from nnssl_ext.views.random import BatchRandom, sent
-from nnssl_ext.views.spatial import cut_batch
+from nnssl_ext.views.random import BatchRandom, to_device
+from nnssl_ext.views.spatial import crop_batch
 
 ZHANG = "arXiv 2201.01426"
+#: Classes before the folder of images is known: as many as ImageNet has.
+UNKNOWN = SampleClasses(tuple(map(str, range(1000))), 0.001)
 
 
 @dataclass(frozen=True)
@@ -56,38 +62,50 @@ class VariableDimensionTransform(EncoderMethod):
     """See the module's docstring."""
 
     name = "variable_dimension_transform"
-    trainer = "nnsslTrainer_VariableDimensionTransform"
     title = "Variable dimension transform"
     citation = "Zhang et al., arXiv:2201.01426"
     Settings = VariableDimensionTransformSettings
     readable = Readable("accuracy", "Accuracy of the image's class")
-    needs_images = True
+    learns_from = "labeled 2-D images"
 
     settings: VariableDimensionTransformSettings
 
-    def __init__(self, backbone: Backbone, settings: VariableDimensionTransformSettings, geometry: Geometry) -> None:
+    def __init__(
+        self, backbone: Backbone, settings: VariableDimensionTransformSettings, geometry: DataGeometry
+    ) -> None:
         super().__init__(backbone, settings, geometry)
+        # estimates of memory may come before the folder is known
+        self.classes = geometry.classes or UNKNOWN
         backbone.drop_depth_strides()
         backbone.equalise_input_channels()
-        self.head = VoxelHead(channels=self.channels, hidden=settings.hidden, outputs=len(geometry.image_classes))
+        self.head = VoxelHead(channels=self.channels, hidden=settings.hidden, outputs=len(self.classes.names))
 
     @classmethod
     def check_backbone(cls, backbone: Backbone) -> None:
         backbone.drop_depth_strides()
 
     @classmethod
-    def crops(cls, settings: VariableDimensionTransformSettings, geometry: Geometry) -> ImageRequest:
+    def samples(cls, common: CommonSettings, index: CaseIndex) -> ImageFolder:
+        if common.images is None:
+            raise UserError(
+                f"{cls.title} learns from labelled 2-D images: set nnssl_ext.images to a folder of them, "
+                f"CLASS/IMAGE.png or .jpg (nnssl_ext plan ... images=FOLDER)"
+            )
+        return ImageFolder(Path(common.images))
+
+    @classmethod
+    def crops(cls, settings: VariableDimensionTransformSettings, geometry: DataGeometry) -> ImageRequest:
         height, width = geometry.crop_size[1:]
         return ImageRequest((height, width), (settings.area[0], settings.area[1]))
 
-    def optimiser(self) -> OptimiserRecipe:
+    def optimizer(self) -> OptimizerRecipe:
         return replace(self.settings.recipe(1e-3), momentum=self.settings.momentum)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """``image`` (B, C, D, H, W), the same volume in every channel; ``label`` and ``index`` (B,)."""
         s, names = self.settings, [box.case for box in batch.boxes[0]]
         size = self.geometry.crop_size[1:]
-        pixels = cut_batch(batch.boxes[0], (1, *size), random.device)[0][:, :, 0]  # (B, 3, H, W)
+        pixels = crop_batch(batch.boxes[0], (1, *size), random.device)[0][:, :, 0]  # (B, 3, H, W)
         if s.depth == "rgb":
             volume = colours_as_depth(pixels, random)
         elif s.depth == "repeat":
@@ -97,10 +115,10 @@ class VariableDimensionTransform(EncoderMethod):
         volume = (volume - MEAN) / DEVIATION
         # pixels have no edges in mm: they are isotropic
         IntensityDraw.draw(s.intensity, random, 1, (1.0, 1.0, 1.0)).apply(volume, random)
-        label = [self.geometry.image_classes.index(name.split("/", 1)[0]) for name in names]
+        label = [self.classes.names.index(name.split("/", 1)[0]) for name in names]
         return {
             "image": volume.expand(-1, self.geometry.channels, -1, -1, -1).contiguous(),
-            "label": sent(torch.tensor(label), random.device),
+            "label": to_device(torch.tensor(label), random.device),
             "index": sample_index(batch.indices, random.device),
         }
 
@@ -114,6 +132,6 @@ class VariableDimensionTransform(EncoderMethod):
         result = {"loss": loss}
         if not self.training:
             result["accuracy"] = (logits.argmax(1) == views["label"]).float()
-            result["chance"] = torch.full_like(loss, self.geometry.image_chance)
+            result["chance"] = torch.full_like(loss, self.classes.chance)
             result |= self.health(pooled[:, None], views["index"])
         return result

@@ -22,15 +22,15 @@ from nnssl_ext.losses.dense import (
     downsample_labels,
     hard_dice,
 )
-from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, Readable
+from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
-from nnssl_ext.views.cpu.chunks import scratch, together
+from nnssl_ext.views.cpu.chunks import sample_chunks, scratch
 from nnssl_ext.views.fusion import MOST_BOXES, BoxLayout, GridLayout, fuse
 from nnssl_ext.views.intensity import remap_percentiles
 from nnssl_ext.views.random import BatchRandom
-from nnssl_ext.views.spatial import cut_batch
+from nnssl_ext.views.spatial import crop_batch
 
 ARXIV, TIP = "arXiv 2306.16925", "IEEE TIP 34:6041"
 
@@ -85,7 +85,6 @@ class VolumeFusion(Method):
     """See the module's docstring."""
 
     name = "volume_fusion"
-    trainer = "nnsslTrainer_VolumeFusion"
     title = "VolumeFusion"
     citation = "Wang et al., IEEE Transactions on Image Processing 34:6041, 2025, doi:10.1109/TIP.2025.3610249"
     Settings = VolumeFusionSettings
@@ -94,11 +93,11 @@ class VolumeFusion(Method):
     settings: VolumeFusionSettings
 
     @classmethod
-    def output_channels(cls, settings: VolumeFusionSettings, geometry: Geometry) -> int:
+    def output_channels(cls, settings: VolumeFusionSettings, geometry: DataGeometry) -> int:
         return settings.levels + 1
 
     @classmethod
-    def crops(cls, settings: VolumeFusionSettings, geometry: Geometry) -> CropRequest:
+    def crops(cls, settings: VolumeFusionSettings, geometry: DataGeometry) -> CropRequest:
         spatial = settings.spatial(geometry)
         return CropRequest(
             (
@@ -107,7 +106,7 @@ class VolumeFusion(Method):
             )
         )
 
-    def optimiser(self) -> OptimiserRecipe:
+    def optimizer(self) -> OptimizerRecipe:
         return self.settings.recipe(1e-3)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
@@ -117,12 +116,12 @@ class VolumeFusion(Method):
         draws = [IntensityDraw.draw(s.intensity, random, channels, self.geometry.spacing) for _ in batch.boxes]
         level = self._draw_levels(random)
         image = torch.empty((len(random), channels, *size), device=device)
-        for samples in together(image):
+        for samples in sample_chunks(image):
             own, levels = random.of(samples), level[samples]
             background, foreground = image[samples], scratch(image[samples].shape, device)
             insides = []
             for crop, boxes, draw in zip((background, foreground), batch.boxes, draws, strict=True):
-                _, inside = cut_batch(boxes[samples], size, device, out=crop)
+                _, inside = crop_batch(boxes[samples], size, device, out=crop)
                 if s.remap == "percentile":
                     remap_percentiles(crop)
                 draw.of(samples).apply(crop, own)

@@ -174,7 +174,7 @@ class Analysis:
         what = f"Starting from {arm.name}"
         if arm.method:
             images = f"{len(self.grid.folds[0]['train'])} images"
-            if METHODS[arm.method].needs_images:
+            if METHODS[arm.method].learns_from != "cases":
                 images = "labelled 2-D images, none of them of this data set"
             what = f"Pretraining by {arm.name} on {images}"
         if found is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import TRAINERS
 from nnssl_ext.study.protocol import SCRATCH, TITLES, TOTAL
 
 
@@ -36,7 +36,7 @@ def arms_of(methods: list[str], inits: list[str], total_baseline: int) -> list[A
     Raises:
         UserError: For an unknown method or a file that does not exist.
     """
-    known = {method.trainer.removeprefix("nnsslTrainer_"): name for name, method in METHODS.items()}
+    known = {trainer.removeprefix("nnsslTrainer_"): name for name, trainer in TRAINERS.items()}
     arms = [Arm(SCRATCH)]
     for name in methods:
         if name == SCRATCH:

@@ -42,7 +42,7 @@ def warnings(grid: Grid) -> list[str]:
     for cell, log in grid.failures().items():
         found.append(f"Failed: {cell.arm.name} {cell.name}; its log is {log.relative_to(grid.folder)}.")
     for arm in grid.arms:
-        if arm.method and METHODS[arm.method].needs_images:
+        if arm.method and METHODS[arm.method].learns_from != "cases":
             found.append(
                 f"{arm.name} has seen no case of this data set but the 2-D images in {grid.common.images}: its row is "
                 f"about those images as much as about the method."

@@ -21,7 +21,7 @@ import pandas as pd
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl_ext.methods import METHODS, SCHEMAS
+from nnssl_ext.methods import SCHEMAS, TRAINERS
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.settings import PLANS_KEY, CommonSettings, split_sections
 from nnssl_ext.study.arms import Arm
@@ -163,7 +163,7 @@ class Grid:
         return next((float(read_json(note)["rate"]) for note in notes if note.is_file()), None)
 
     def fold_folder(self, cell: Cell) -> Path:
-        trainer = METHODS[cell.arm.method].trainer if cell.kind == PRETRAINING else self.finetuner
+        trainer = TRAINERS[cell.arm.method] if cell.kind == PRETRAINING else self.finetuner
         run = f"{trainer}__{self.plans_name(cell)}__{self.protocol.configuration}"
         return self.folder / "results" / cell.arm.name / self.protocol.dataset / run / f"fold_{cell.fold}"
 
@@ -270,7 +270,7 @@ class Grid:
 
     def command(self, cell: Cell) -> list[str]:
         """The run's command; it goes on where an interrupted one stopped."""
-        trainer = METHODS[cell.arm.method].trainer if cell.kind == PRETRAINING else self.finetuner
+        trainer = TRAINERS[cell.arm.method] if cell.kind == PRETRAINING else self.finetuner
         p = self.protocol
         words = ["nnUNetv2_train", p.dataset, p.configuration, str(cell.fold), "-tr", trainer]
         words += ["-p", self.plans_name(cell), "-device", self.device]

@@ -15,11 +15,11 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnssl_ext.data.cases import shorten
-from nnssl_ext.data.images import ImageFolder
 from nnssl_ext.data.index import CaseIndex
+from nnssl_ext.data.samples import SampleSource
 from nnssl_ext.environment import worker_count
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import SCHEMAS, Geometry, Method
+from nnssl_ext.methods import SCHEMAS, DataGeometry, Method
 from nnssl_ext.networks.backbone import Backbone, backbone_of
 from nnssl_ext.networks.target import target_network
 from nnssl_ext.recipe import read_json
@@ -42,16 +42,16 @@ class Checked:
         batch_size: Samples a step over all processes.
         index: The cases.
         training_cases: How many of them this fold trains on.
-        images: The 2-D images, for methods that learn from them.
+        samples: Where samples are read from.
     """
 
     common: CommonSettings
     settings: Any
-    geometry: Geometry
+    geometry: DataGeometry
     batch_size: int
     index: CaseIndex
     training_cases: int
-    images: ImageFolder | None = None
+    samples: SampleSource
 
 
 def check_run(
@@ -81,11 +81,10 @@ def check_run(
     folder = base / manager.get_configuration(configuration).data_identifier
     index = _index(folder, geometry.channels, common.max_unreadable_fraction)
     geometry = replace(geometry, case_size=index.common_size())
-    images = _images(method, common) if method.needs_images else None
-    if images is not None:
-        geometry = replace(geometry, image_classes=images.classes, image_chance=images.chance)
+    samples = method.samples(common, index)
+    geometry = replace(geometry, classes=samples.classes)
     check_backbone(method, manager, configuration, geometry.channels)
-    fewest = method.crops(settings, geometry).fewest_cases
+    fewest = method.crops(settings, geometry).min_cases
     cases = _training_cases(base, index.cases, fold)
     if cases < fewest:
         raise UserError(
@@ -98,12 +97,12 @@ def check_run(
         _check_results_folder(Path(str(nnUNet_results)))
     if world() > 1:
         dist.barrier()  # nothing is written before all have found everything right
-    return Checked(common, settings, geometry, batch_size, index, cases, images)
+    return Checked(common, settings, geometry, batch_size, index, cases, samples)
 
 
 def check_plans(
     method: type[Method], plans: dict, configuration: str, dataset_json: dict
-) -> tuple[CommonSettings, Any, Geometry, int]:
+) -> tuple[CommonSettings, Any, DataGeometry, int]:
     """The part of ``check_run`` that needs only the plans: settings, geometry and batch size, the network's limits."""
     where = f"plans {plans['plans_name']}"
     if configuration not in plans["configurations"]:
@@ -125,7 +124,7 @@ def check_plans(
         backbone = target_backbone(manager, config, channels, 2)
     crop_size = tuple(common.crop_size or config.patch_size)
     batch_size = common.batch_size or config.batch_size
-    geometry = Geometry(crop_size, tuple(config.spacing), channels, tuple(backbone.strides), batch_size=batch_size)
+    geometry = DataGeometry(crop_size, tuple(config.spacing), channels, tuple(backbone.strides), batch_size=batch_size)
     problem = backbone.crop_problem(geometry.crop_size)
     if problem:
         raise UserError(f"{where}, configuration '{configuration}': {problem}")
@@ -157,15 +156,6 @@ def check_backbone(method: type[Method], manager: PlansManager, configuration: s
         method.check_backbone(backbone)
     except ValueError as error:
         raise UserError(f"{method.title} cannot pretrain the network of plans {manager.plans_name}: {error}") from error
-
-
-def _images(method: type[Method], common: CommonSettings) -> ImageFolder:
-    if common.images is None:
-        raise UserError(
-            f"{method.title} learns from labelled 2-D images: set nnssl_ext.images to a folder of them, "
-            f"CLASS/IMAGE.png or .jpg (nnssl_ext plan ... images=FOLDER)"
-        )
-    return ImageFolder(Path(common.images))
 
 
 def _index(folder: Path, channels: int, max_unreadable_fraction: float) -> CaseIndex:

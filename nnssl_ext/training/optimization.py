@@ -9,19 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnssl_ext.methods import OptimiserRecipe, ParameterGroup
+from nnssl_ext.methods import OptimizerRecipe, ParameterGroup
 
 #: Numbers that an optimiser keeps for each parameter: its momentum, or its two moments.
 STATES = {"sgd": 1, "adam": 2, "adamw": 2}
 
 
 def build_optimiser(
-    recipe: OptimiserRecipe, groups: Iterable[ParameterGroup], learning_rate: float
+    recipe: OptimizerRecipe, groups: Iterable[ParameterGroup], learning_rate: float
 ) -> torch.optim.Optimizer:
     """The optimiser of a recipe over groups of parameters; each group remembers its multiples for ``set_rates``."""
     groups = list(groups)
     optimised: list[dict[str, Any]] = [
-        {"params": group.parameters, "rate": group.rate, "decay": group.decay, "weight_decay": 0.0} for group in groups
+        {
+            "params": group.parameters,
+            "lr_scale": group.lr_scale,
+            "weight_decay_scale": group.weight_decay_scale,
+            "weight_decay": 0.0,
+        }
+        for group in groups
     ]
     # one kernel for all parameters; on a GPU it can also skip a step without the host waiting (training/guards.py)
     kinds = {p.device.type for group in groups for p in group.parameters}
@@ -41,12 +47,12 @@ def build_optimiser(
     return optimiser
 
 
-def set_rates(optimiser: torch.optim.Optimizer, recipe: OptimiserRecipe, peak: float, step: int, steps: int) -> None:
+def set_rates(optimiser: torch.optim.Optimizer, recipe: OptimizerRecipe, peak: float, step: int, steps: int) -> None:
     """Learning rate and weight decay of every group for one step."""
     rate, decay = learning_rate_at(recipe, peak, step, steps), weight_decay_at(recipe, step, steps)
     for group in optimiser.param_groups:
-        group["lr"] = rate * group.get("rate", 1.0)
-        group["weight_decay"] = decay * group.get("decay", 1.0)
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+        group["weight_decay"] = decay * group.get("weight_decay_scale", 1.0)
 
 
 def clip_gradients(parts: Iterable[nn.Module], largest: float) -> Tensor:
@@ -56,7 +62,7 @@ def clip_gradients(parts: Iterable[nn.Module], largest: float) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
-def weight_decay_at(recipe: OptimiserRecipe, step: int, steps: int) -> float:
+def weight_decay_at(recipe: OptimizerRecipe, step: int, steps: int) -> float:
     """From the recipe's weight decay along half a cosine to its final one."""
     if recipe.final_weight_decay is None:
         return recipe.weight_decay
@@ -64,9 +70,9 @@ def weight_decay_at(recipe: OptimiserRecipe, step: int, steps: int) -> float:
     return recipe.weight_decay + (recipe.final_weight_decay - recipe.weight_decay) * share
 
 
-def learning_rate_at(recipe: OptimiserRecipe, peak: float, step: int, steps: int) -> float:
+def learning_rate_at(recipe: OptimizerRecipe, peak: float, step: int, steps: int) -> float:
     """Linear warm-up to ``peak``, then constant, poly or cosine decay that would reach zero at ``steps``."""
-    warm_up = round(recipe.warm_up * steps)
+    warm_up = round(recipe.warmup * steps)
     if step < warm_up:
         return peak * (step + 1) / warm_up
     left = 1 - (step - warm_up) / max(1, steps - warm_up)

@@ -149,8 +149,8 @@ class IntensityDraw:
         if self.low_resolution is not None:
             filters.lower_resolution(batch, self.low_resolution, self.spacing)
         if self.gibbs is not None:
-            filters.ring(batch, self.gibbs)
-        intensity.bend_gamma(batch, self.gamma)
+            filters.gibbs_ringing(batch, self.gibbs)
+        intensity.adjust_gamma(batch, self.gamma)
         if self.histogram is not None:
             filters.shift_histogram(batch, *self.histogram)
         return intensity.invert(batch, self.invert)

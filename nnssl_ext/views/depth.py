@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.random import BatchRandom, to_device
 
 #: Of ImageNet's pixels over all colours, in eight bits (arXiv 2201.01426).
 MEAN, DEVIATION = 114.495, 57.63
@@ -20,7 +20,9 @@ COLOURS = 3
 def colours_as_depth(images: Tensor, random: BatchRandom) -> Tensor:
     """The colours, in a random order for each image, as slices: (B, 3, H, W) -> (B, 1, 3, H, W)."""
     orders = [random.generator(b).permutation(COLOURS) for b in range(len(images))]
-    shuffled = [image[sent(torch.from_numpy(order), image.device)] for image, order in zip(images, orders, strict=True)]
+    shuffled = [
+        image[to_device(torch.from_numpy(order), image.device)] for image, order in zip(images, orders, strict=True)
+    ]
     return torch.stack(shuffled)[:, None]
 
 
@@ -64,7 +66,7 @@ def drifting(images: Tensor, random: BatchRandom, depth: int, angle: float, shif
     theta[..., 0, 0], theta[..., 0, 1] = cos, -sin * height / width
     theta[..., 1, 0], theta[..., 1, 1] = sin * width / height, cos
     theta[..., 2] = shifts
-    theta = sent(theta.flatten(0, 1), images.device)
+    theta = to_device(theta.flatten(0, 1), images.device)
     grid = F.affine_grid(theta, [batch * depth, 1, height, width], align_corners=False)
     slices = grey(images).repeat_interleave(depth, 0)
     moved = F.grid_sample(slices, grid, padding_mode="border", align_corners=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from nnssl_ext.views.cpu.coarse import coarse_matrix, lower
 from nnssl_ext.views.cpu.separable import along_axes
 from nnssl_ext.views.intensity import changed
-from nnssl_ext.views.random import sent
+from nnssl_ext.views.random import to_device
 
 #: A Gaussian is cut off after this many standard deviations.
 TRUNCATE = 3.0
@@ -48,7 +48,7 @@ def lower_resolution(batch: Tensor, zoom: Tensor, spacing: Sequence[float]) -> T
     return batch
 
 
-def thicken(batch: Tensor, axis: Tensor, zoom: Tensor) -> Tensor:
+def simulate_thick_slices(batch: Tensor, axis: Tensor, zoom: Tensor) -> Tensor:
     """Sample one axis of each sample down to ``zoom`` (B,) of its resolution and back up; 1 = none; ``axis`` (B,)."""
     for sample in torch.nonzero(zoom != 1).flatten().tolist():
         size, thick = list(batch.shape[2:]), int(axis[sample])
@@ -58,7 +58,7 @@ def thicken(batch: Tensor, axis: Tensor, zoom: Tensor) -> Tensor:
     return batch
 
 
-def ring(batch: Tensor, cut: Tensor) -> Tensor:
+def gibbs_ringing(batch: Tensor, cut: Tensor) -> Tensor:
     """Gibbs ringing: drop the spatial frequencies outside an ellipsoid of ``cut`` (B, C) times Nyquist; 0 = none."""
     for volume, radius in changed(batch, cut, 0.0):
         frequencies = [torch.fft.fftfreq(n, device=batch.device) * 2 for n in volume.shape[:2]]
@@ -82,7 +82,7 @@ def shift_histogram(batch: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
     for sample, channel in torch.nonzero(chosen).tolist():
         volume = batch[sample, channel]
         low, width = volume.min(), (volume.max() - volume.min()).clamp_min(1e-6)
-        curve = sent(values[sample, channel].sort().values, batch.device)
+        curve = to_device(values[sample, channel].sort().values, batch.device)
         curve[0], curve[-1] = 0.0, 1.0
         place = ((volume - low) / width).clamp(0, 1) * (points - 1)
         below = place.floor().clamp_max(points - 2)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from nnssl_ext.losses.dense import IGNORE
-from nnssl_ext.views.cpu.chunks import slabs
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.cpu.chunks import voxel_chunks
+from nnssl_ext.views.random import BatchRandom, to_device
 
 #: Boxes are painted by the highest set bit of a 64-bit word read as a double, which is exact up to 2**52.
 MOST_BOXES = 52
@@ -79,19 +79,19 @@ class BoxLayout:
 
     def _paint_bits(self, size: Sequence[int], device: torch.device) -> Tensor:
         """All boxes of all samples at once: on a GPU, where a thousand small fills would take longer."""
-        present = sent(self.level > 0, device)
+        present = to_device(self.level > 0, device)
         bit = torch.ones((), dtype=torch.int64, device=device) << torch.arange(self.level.shape[1], device=device)
         words = []
         for axis, length in enumerate(size):
             place = torch.arange(length, device=device)
-            low, high = sent(self.low[..., axis], device), sent(self.high[..., axis], device)
+            low, high = to_device(self.low[..., axis], device), to_device(self.high[..., axis], device)
             within = (place >= low[..., None]) & (place < high[..., None]) & present[..., None]  # (B, M, length)
             words.append((within * bit[:, None]).sum(1))  # bit m says: box m reaches this plane
         covered = words[0][:, :, None, None] & words[1][:, None, :, None] & words[2][:, None, None, :]
 
         # the last box wins: frexp's exponent is the place of the highest set bit, counted from 1; 0 where no box is
         topmost = torch.frexp(covered.double()).exponent.long()
-        table = sent(torch.cat([self.level.new_zeros(len(self.level), 1), self.level], 1), device, torch.uint8)
+        table = to_device(torch.cat([self.level.new_zeros(len(self.level), 1), self.level], 1), device, torch.uint8)
         return table.gather(1, topmost.flatten(1)).view(topmost.shape)
 
 
@@ -129,13 +129,13 @@ class GridLayout:
 
     def paint(self, size: Sequence[int], device: torch.device) -> Tensor:
         """The map (B, D, H, W) uint8."""
-        edge, offset = sent(self.edge, device), sent(self.offset, device)
+        edge, offset = to_device(self.edge, device), to_device(self.offset, device)
         cell = [
             (torch.arange(length, device=device) + offset[:, axis, None]) // edge[:, axis, None]
             for axis, length in enumerate(size)
         ]
         sample = torch.arange(len(edge), device=device)[:, None, None, None]
-        level = sent(self.level, device, torch.uint8)
+        level = to_device(self.level, device, torch.uint8)
         return level[sample, cell[0][:, :, None, None], cell[1][:, None, :, None], cell[2][:, None, None, :]]
 
 
@@ -155,7 +155,7 @@ def fuse(
     # views of what is written to: a copy would be lost
     flat, over = level.view(len(level), -1), foreground.flatten(2)
     under = background.view(*background.shape[:2], -1)
-    for samples, voxels in slabs(under):
+    for samples, voxels in voxel_chunks(under):
         front, back, share = over[samples, :, voxels], under[samples, :, voxels], flat[samples, voxels]
         weight = share[:, None].to(back.dtype).div_(levels)
         if ignore_below:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnssl_ext.views.cpu.chunks import pieces
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.cpu.chunks import flat_chunks
+from nnssl_ext.views.random import BatchRandom, to_device
 
 #: Intensity differences below this are rounding, not signal.
 EPSILON = 1e-6
@@ -25,7 +25,7 @@ def add_noise(batch: Tensor, deviation: Tensor, random: BatchRandom) -> Tensor:
     for sample, value in enumerate(deviation.tolist()):
         if value:
             generator = random.noise(sample)
-            for piece in pieces(batch[sample]):
+            for piece in flat_chunks(batch[sample]):
                 piece.add_(torch.empty_like(piece).normal_(generator=generator), alpha=value)
     return batch
 
@@ -42,19 +42,19 @@ def stretch_contrast(batch: Tensor, factor: Tensor) -> Tensor:
     for volume, value in changed(batch, factor, 1.0):
         low, high = torch.aminmax(volume)
         shift = volume.mean() * (1 - value)
-        for piece in pieces(volume):
+        for piece in flat_chunks(volume):
             torch.add(shift, piece, alpha=value, out=piece)
             torch.minimum(torch.maximum(piece, low, out=piece), high, out=piece)
     return batch
 
 
-def bend_gamma(batch: Tensor, exponent: Tensor) -> Tensor:
+def adjust_gamma(batch: Tensor, exponent: Tensor) -> Tensor:
     """Raise intensities, scaled to [0, 1], to a power, and scale them back; ``exponent`` (B, C)."""
     for volume, value in changed(batch, exponent, 1.0):
         low, high = torch.aminmax(volume)
         # width ((x - low) / width)^value through logarithms, which is faster than a power by far; log 0 is -inf
         scale = (high - low).clamp_min(EPSILON).log2() * (1 - value)
-        for piece in pieces(volume):
+        for piece in flat_chunks(volume):
             torch.add(scale, _log2(piece.sub_(low)), alpha=value, out=piece).exp2_().add_(low)
     return batch
 
@@ -82,7 +82,7 @@ def remap_percentiles(batch: Tensor, low: float = 0.001, high: float = 0.999) ->
     for volume in batch.flatten(0, 1):
         # every k-th voxel is enough for a quantile, and torch.quantile takes 16 million values at most
         sample = volume.flatten()[:: max(1, volume.numel() // 100_000)]
-        bottom, top = torch.quantile(sample, sent(torch.tensor([low, high]), batch.device))
+        bottom, top = torch.quantile(sample, to_device(torch.tensor([low, high]), batch.device))
         volume.sub_(bottom).div_((top - bottom).clamp_min(EPSILON)).clamp_(0, 1)
     return batch
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.views.random import BatchRandom, sent
-from nnssl_ext.views.spatial import SourceBox, cut
+from nnssl_ext.views.random import BatchRandom, to_device
+from nnssl_ext.views.spatial import SourceBox, crop_box
 
 #: A patch whose longest edge is shorter shows nothing.
 SMALLEST_EDGE = 8
@@ -100,20 +100,20 @@ def cut_patches(
     """
     scale = np.diag(box.matrix)
     if (scale == 1).all():
-        image, _ = cut(box, window, device)
+        image, _ = crop_box(box, window, device)
         depth, height, width = patch
         return torch.stack([image[:, z : z + depth, y : y + height, x : x + width] for z, y, x in starts.tolist()])
     data = box.data.to(device, torch.float32, non_blocking=True)
     half = scale * (np.asarray(window) - 1) / 2
     room = (2 * half >= 2).astype(float)  # of one plane there is nothing to be moved
     scale = scale * (1 - room / np.maximum(2 * half, 1))
-    first = box.centre - half + starts.numpy() * scale + moved.numpy() * room  # (N, 3)
+    first = box.center - half + starts.numpy() * scale + moved.numpy() * room  # (N, 3)
     # grid_sample's coordinates (align_corners=False): voxel x of n lies at (2 x + 1) / n - 1, axes in reverse order
     lines = [
         (2 * (first[:, axis, None] + np.arange(patch[axis]) * scale[axis]) + 1) / data.shape[1 + axis] - 1
         for axis in range(3)
     ]
-    z, y, x = (sent(torch.from_numpy(line), device, torch.float32) for line in lines)
+    z, y, x = (to_device(torch.from_numpy(line), device, torch.float32) for line in lines)
     grid = torch.stack(
         torch.broadcast_tensors(x[:, None, None, :], y[:, None, :, None], z[:, :, None, None]), -1
     )  # (N, D, H, W, 3)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.random import BatchRandom, to_device
 
 
 def draw_block_mask(random: BatchRandom, size: Sequence[int], block: Sequence[int], ratio: float) -> Tensor:
@@ -25,7 +25,7 @@ def draw_block_mask(random: BatchRandom, size: Sequence[int], block: Sequence[in
     hidden = min(max(1, round(ratio * total)), max(1, total - 1))
     order = random.uniform(0, 1, (total,)).argsort(1)
     mask = torch.zeros(len(random), total, dtype=torch.bool).scatter_(1, order[:, :hidden], True)
-    return expand_blocks(sent(mask.view(-1, *cells), random.device), size, block)
+    return expand_blocks(to_device(mask.view(-1, *cells), random.device), size, block)
 
 
 def expand_blocks(values: Tensor, size: Sequence[int], block: Sequence[int]) -> Tensor:
@@ -42,5 +42,5 @@ def block_moments(image: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
         return F.avg_pool3d(values, tuple(block), ceil_mode=True, count_include_pad=False)
 
     mean = pooled(image)
-    centred = image - expand_blocks(mean, image.shape[2:], block)
-    return mean, pooled(centred**2)
+    centered = image - expand_blocks(mean, image.shape[2:], block)
+    return mean, pooled(centered**2)

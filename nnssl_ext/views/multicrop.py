@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
 from nnssl_ext.views.random import BatchRandom
-from nnssl_ext.views.spatial import SourceBox, SpatialRange, cut_batch, is_constant, part
+from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_batch, is_constant, subview
 
 #: Draws of a view until it shows more than one value.
 CONSTANT_TRIES = 32
@@ -50,7 +50,7 @@ class ViewKind:
         return np.diag(scale) @ self.turns.draw(generator, self.size)
 
 
-def cut_views(
+def crop_views(
     boxes: Sequence[SourceBox],
     region: Sequence[int],
     kind: ViewKind,
@@ -76,17 +76,17 @@ def cut_views(
             generator = random.generator(b)
             for _ in range(CONSTANT_TRIES):
                 view, place = kind.draw(generator, region), generator.uniform(-1, 1, 3)
-                drawn = part(box, region, view, place, view_size=kind.size)
+                drawn = subview(box, region, view, place, view_size=kind.size)
                 if not is_constant(drawn, kind.size):
                     break
             parts.append(replace(drawn, data=there[b]))
-        image, _ = cut_batch(parts, kind.size, random.device)
+        image, _ = crop_batch(parts, kind.size, random.device)
         IntensityDraw.draw(intensity, random, image.shape[1], kind.turns.spacing).apply(image, random)
         views.append(image)
     return torch.stack(views, 1)
 
 
-def draw_cell_masks(random: BatchRandom, views: int, cells: int, probability: float, ratio: Sequence[float]) -> Tensor:
+def draw_patch_masks(random: BatchRandom, views: int, cells: int, probability: float, ratio: Sequence[float]) -> Tensor:
     """Which cells of which views are hidden: (B, V, N) bool on the CPU.
 
     Args:

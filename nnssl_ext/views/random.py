@@ -28,7 +28,7 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     return int(np.random.default_rng((seed, 1 << 16, step, *([rank] if rank else []))).integers(1 << 62))
 
 
-def sent(draws: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def to_device(draws: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Draws that were made on the CPU, on the device; the host does not wait for it."""
     draws = draws if dtype is None else draws.to(dtype)
     if device.type == "cuda" and not draws.is_cuda:

@@ -1,7 +1,7 @@
 """Spatial views: flips, quarter turns and one affine resampling, drawn apart from applied.
 
 B batch, C channel, D H W voxels. A draw is a 3x3 matrix M in voxel coordinates: the voxel o of a crop with edges s,
-counted from the crop's centre, comes from the source point ``centre + M (o - (s - 1) / 2)``. The worker that reads a
+counted from the crop's center, comes from the source point ``center + M (o - (s - 1) / 2)``. The worker that reads a
 case knows M beforehand, so it reads just the box that M reaches; the device resamples it.
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl_ext.views.cpu.chunks import VOXELS
-from nnssl_ext.views.random import sent
+from nnssl_ext.views.random import to_device
 
 #: Above this ratio of spacings nnU-Net too turns in the plane of the thin slices alone.
 ANISOTROPY_LIMIT = 3.0
@@ -54,7 +54,7 @@ class SpatialRange:
         bend, zoom = generator.random(), generator.uniform(*self.zoom)
         angles = generator.uniform(-self.rotation, self.rotation, 3)
         if bend < self.affine and (self.rotation or self.zoom != (1.0, 1.0)):
-            matrix = turn(np.where(self.turning_axes(), angles, 0.0), self.spacing) @ matrix / zoom
+            matrix = rotation_matrix(np.where(self.turning_axes(), angles, 0.0), self.spacing) @ matrix / zoom
         return matrix
 
     def _square_planes(self, size: Sequence[int]) -> list[tuple[int, int]]:
@@ -79,32 +79,32 @@ class SourceBox:
     Attributes:
         data: (C, d, h, w), the box clipped to the volume; nothing outside the volume is stored.
         matrix: (3, 3) as above.
-        centre: The crop's centre in voxels of ``data``; may lie outside.
+        center: The crop's center in voxels of ``data``; may lie outside.
         case: The case's identifier.
     """
 
     data: Tensor
     matrix: np.ndarray
-    centre: np.ndarray
+    center: np.ndarray
     case: str = ""
 
     def pin_memory(self) -> SourceBox:
-        return SourceBox(self.data.pin_memory(), self.matrix, self.centre, self.case)
+        return SourceBox(self.data.pin_memory(), self.matrix, self.center, self.case)
 
 
-def reach(matrix: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Half extents (3,) in voxels of the source region that a crop with edges ``size`` needs around its centre."""
+def half_extent(matrix: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Half extents (3,) in voxels of the source region that a crop with edges ``size`` needs around its center."""
     return np.abs(matrix) @ ((np.asarray(size) - 1) / 2)
 
 
-def fitted(matrix: np.ndarray, size: Sequence[int], room: np.ndarray) -> np.ndarray:
+def shrink_to_fit(matrix: np.ndarray, size: Sequence[int], room: np.ndarray) -> np.ndarray:
     """``matrix``, shrunk alike along all axes until a crop of ``size`` reaches no farther than ``room`` (3,)."""
-    half = reach(matrix, size)
+    half = half_extent(matrix, size)
     wanted = half > room
     return matrix * (room[wanted] / half[wanted]).min(initial=1.0)
 
 
-def part(
+def subview(
     box: SourceBox,
     size: Sequence[int],
     view: np.ndarray,
@@ -122,21 +122,21 @@ def part(
         view_size: Edges of the view; None for those of the crop.
     """
     edges = size if view_size is None else view_size
-    room = reach(box.matrix, size)
-    matrix = fitted(box.matrix @ view, edges, room)
-    left = np.maximum(room - reach(matrix, edges), 0)
-    return SourceBox(box.data, matrix, box.centre + np.asarray(place) * left, box.case)
+    room = half_extent(box.matrix, size)
+    matrix = shrink_to_fit(box.matrix @ view, edges, room)
+    left = np.maximum(room - half_extent(matrix, edges), 0)
+    return SourceBox(box.data, matrix, box.center + np.asarray(place) * left, box.case)
 
 
-def source_range(centre: np.ndarray, half: np.ndarray, volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def source_range(center: np.ndarray, half: np.ndarray, volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First and last + 1 voxel (3,) that a crop with these half extents is made from, within the volume."""
-    low = np.clip(np.floor(centre - half + 1e-6), 0, volume - 1).astype(int)
-    return low, np.clip(np.ceil(centre + half - 1e-6) + 1, low + 1, volume).astype(int)
+    low = np.clip(np.floor(center - half + 1e-6), 0, volume - 1).astype(int)
+    return low, np.clip(np.ceil(center + half - 1e-6) + 1, low + 1, volume).astype(int)
 
 
 def is_constant(box: SourceBox, size: Sequence[int]) -> bool:
     """Whether all that a crop with edges ``size`` is made from has one value in each channel."""
-    low, high = source_range(box.centre, reach(box.matrix, size), np.asarray(box.data.shape[1:]))
+    low, high = source_range(box.center, half_extent(box.matrix, size), np.asarray(box.data.shape[1:]))
     seen = box.data[(slice(None), *map(slice, low.tolist(), high.tolist()))]
     # two voxels nearly always tell it already
     if not torch.equal(seen[:, 0, 0, 0], seen[:, -1, -1, -1]):
@@ -144,13 +144,13 @@ def is_constant(box: SourceBox, size: Sequence[int]) -> bool:
     return torch.equal(seen.amin((1, 2, 3)), seen.amax((1, 2, 3)))
 
 
-def turn(angles: Sequence[float] | np.ndarray, spacing: Sequence[float] | np.ndarray) -> np.ndarray:
+def rotation_matrix(angles: Sequence[float] | np.ndarray, spacing: Sequence[float] | np.ndarray) -> np.ndarray:
     """The matrix (3, 3) in voxels of a rotation in mm by ``angles`` (3,) in degrees about the three axes."""
     edges = np.asarray(spacing)
     return _rotation(np.deg2rad(angles)) * edges[None, :] / edges[:, None]
 
 
-def cut(box: SourceBox, size: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
+def crop_box(box: SourceBox, size: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Cut one crop out of its box: a copy where M is a signed permutation, a trilinear resampling otherwise.
 
     Returns:
@@ -161,7 +161,7 @@ def cut(box: SourceBox, size: Sequence[int], device: torch.device) -> tuple[Tens
     return crop, _cut(box, size, crop)
 
 
-def cut_batch(
+def crop_batch(
     boxes: Sequence[SourceBox], size: Sequence[int], device: torch.device, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Cut one crop of each box: (B, C, D, H, W), and ``inside`` (B, 1, D, H, W) or None.
@@ -194,7 +194,7 @@ def _permuted(matrix: np.ndarray) -> list[int] | None:
 def _copy(data: Tensor, box: SourceBox, size: Sequence[int], axes: Sequence[int], crop: Tensor) -> Tensor | None:
     # plain integers: arrays of three would take longer than the copy of a small crop
     edges = [int(size[axis]) for axis in axes]
-    low = [round(centre - (edge - 1) / 2) for centre, edge in zip(box.centre.tolist(), edges, strict=True)]
+    low = [round(center - (edge - 1) / 2) for center, edge in zip(box.center.tolist(), edges, strict=True)]
     begin = [min(max(first, 0), length) for first, length in zip(low, data.shape[1:], strict=True)]
     end = [
         min(max(first + edge, start), length)
@@ -241,13 +241,13 @@ def _resample(data: Tensor, box: SourceBox, size: Sequence[int], crop: Tensor) -
     # grid_sample's coordinates (align_corners=False): voxel x of n lies at (2 x + 1) / n - 1, axes in reverse order;
     # each coordinate is a sum of three lines, so the whole grid is one addition of a plane and a line
     edges = np.asarray(data.shape[1:], dtype=float)
-    grid = _line((2 * box.centre + 1) / edges - 1, (3, 1, 1, 1), data.device)
+    grid = _line((2 * box.center + 1) / edges - 1, (3, 1, 1, 1), data.device)
     for axis, length in enumerate(size):
         place = (np.arange(length) - (length - 1) / 2) * (2 * box.matrix[:, axis] / edges)[:, None]  # (3, length)
         grid = grid + _line(place, [3, *(length if a == axis else 1 for a in range(3))], data.device)
     crop.copy_(F.grid_sample(data[None], grid.permute(1, 2, 3, 0)[None], padding_mode="border", align_corners=False)[0])
-    half = reach(box.matrix, size)
-    if (box.centre - half >= -0.5).all() and (box.centre + half <= edges - 0.5).all():
+    half = half_extent(box.matrix, size)
+    if (box.center - half >= -0.5).all() and (box.center + half <= edges - 0.5).all():
         return None
     inside = (grid.abs() <= 1).all(0, keepdim=True)  # (1, D, H, W)
     crop.mul_(inside)
@@ -255,7 +255,7 @@ def _resample(data: Tensor, box: SourceBox, size: Sequence[int], crop: Tensor) -
 
 
 def _line(values: np.ndarray, shape: Sequence[int], device: torch.device) -> Tensor:
-    return sent(torch.from_numpy(values[::-1].copy()), device, torch.float32).view(*shape)
+    return to_device(torch.from_numpy(values[::-1].copy()), device, torch.float32).view(*shape)
 
 
 def _rotation(angles: np.ndarray) -> np.ndarray:

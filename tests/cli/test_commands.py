@@ -6,7 +6,7 @@ import pytest
 from nnssl_ext import __version__
 from nnssl_ext.cli import main
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import METHODS, TRAINERS
 from tests.conftest import REPOSITORY, Environment
 
 Data = Callable[[str], Environment]
@@ -24,7 +24,7 @@ def test_methods_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     printed = capsys.readouterr().out
     for method in METHODS.values():
-        assert method.trainer in printed
+        assert TRAINERS[method.name] in printed
         assert method.citation in printed
 
 

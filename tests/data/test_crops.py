@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from nnssl_ext.data.crops import Crop, CropDataset, CropRequest, body_centre, collate, draw_centre
+from nnssl_ext.data.crops import Crop, CropDataset, CropRequest, body_center, collate, draw_center
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.data.shard import Shard, crop_loader
 from nnssl_ext.views.random import VALIDATION
-from nnssl_ext.views.spatial import SpatialRange, cut
+from nnssl_ext.views.spatial import SpatialRange, crop_box
 from tests.datasets import blob
 
 STILL = SpatialRange((1.0, 1.0, 1.0))
@@ -52,9 +52,9 @@ def test_a_sample_is_a_pure_function_of_seed_stream_and_index(folder: Path) -> N
     for box, same in zip(first[1], again[1], strict=True):
         assert torch.equal(box.data, same.data)
         assert np.array_equal(box.matrix, same.matrix)
-        assert np.array_equal(box.centre, same.centre)
+        assert np.array_equal(box.center, same.center)
     for other in others:
-        assert not np.array_equal(first[1][0].centre, other[1][0].centre) or first[1][0].case != other[1][0].case
+        assert not np.array_equal(first[1][0].center, other[1][0].center) or first[1][0].case != other[1][0].case
 
 
 def test_a_crop_is_the_voxels_of_its_case(folder: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_crop_is_the_voxels_of_its_case(folder: Path) -> None:
         _, boxes, failure, _ = dataset(folder, STILL)[sample]
         assert not failure
         for box in boxes:
-            crop, inside = cut(box, (16, 16, 16), torch.device("cpu"))
+            crop, inside = crop_box(box, (16, 16, 16), torch.device("cpu"))
             whole = np.asarray(blosc2.open(str(folder / f"{box.case}.b2nd"))[:])
             padding = [max(0, 16 - n) for n in whole.shape[1:]]
             assert (inside is None) == (sum(padding) == 0)
@@ -92,7 +92,7 @@ def test_crops_prefer_the_body() -> None:
     shares = []
     for preferred in (body, np.ones_like(body)):
         generator = np.random.default_rng(0)
-        lows = np.array([draw_centre(generator, volume, (16, 16, 16), preferred) - 7.5 for _ in range(200)])
+        lows = np.array([draw_center(generator, volume, (16, 16, 16), preferred) - 7.5 for _ in range(200)])
         shares.append((lows < 16).all(1).mean())
         assert lows.min() >= 0
         assert lows.max() <= 48
@@ -145,15 +145,15 @@ def test_a_fitting_crop_is_never_padded_and_keeps_its_shape(folder: Path, spatia
     scales = set()
     for sample in range(40):
         boxes = CropDataset(index, index.cases, CropRequest((magnified, padded)), 0)[sample][1]
-        assert cut(boxes[0], magnified.size, torch.device("cpu"))[1] is None
+        assert crop_box(boxes[0], magnified.size, torch.device("cpu"))[1] is None
         scales.add(round(float(np.abs(np.linalg.det(boxes[0].matrix))) ** (1 / 3), 3))
         if boxes[1].case == "c2":
-            assert cut(boxes[1], padded.size, torch.device("cpu"))[1] is not None
+            assert crop_box(boxes[1], padded.size, torch.device("cpu"))[1] is not None
     if spatial is STILL:
         assert scales == {0.5}
         for box in (CropDataset(index, ["c2"], _large(), 0)[n].boxes[0] for n in range(5)):
             np.testing.assert_allclose(box.matrix, np.eye(3) * 8 / 15)  # 9 voxels, shrunk alike along all axes
-            assert cut(box, (16, 16, 16), torch.device("cpu"))[1] is None
+            assert crop_box(box, (16, 16, 16), torch.device("cpu"))[1] is None
 
 
 def _large() -> CropRequest:
@@ -169,7 +169,7 @@ def test_each_part_that_is_looked_at_is_mostly_body(looked_at: bool, least: floa
     enough = 0
     for seed in range(100):
         generator = np.random.default_rng(seed)
-        low = draw_centre(generator, volume, edges, body, parts if looked_at else ()) - 15.5
+        low = draw_center(generator, volume, edges, body, parts if looked_at else ()) - 15.5
         shares = []
         for corner, extent in parts:
             first = ((low + corner * 32) / 4).astype(int)
@@ -182,10 +182,10 @@ def test_each_part_that_is_looked_at_is_mostly_body(looked_at: bool, least: floa
 def test_crops_about_the_body() -> None:
     volume, body = np.array([40, 40, 40]), np.zeros((10, 10, 10), bool)
     body[6:8, 2:4, 5] = True  # about voxels 28, 12, 22
-    centres = np.stack([body_centre(np.random.default_rng(n), volume, (16, 16, 16), body) for n in range(100)])
+    centres = np.stack([body_center(np.random.default_rng(n), volume, (16, 16, 16), body) for n in range(100)])
     assert (abs(centres - np.array([28, 12, 22])) <= 16 / 8 + 1).all()
     assert (centres.std(0) > 0.5).all()
     assert (centres - 7.5 >= 0).all()
     assert (centres + 7.5 <= 39).all()
-    whole = body_centre(np.random.default_rng(0), volume, (40, 40, 40), np.zeros_like(body))
+    whole = body_center(np.random.default_rng(0), volume, (40, 40, 40), np.zeros_like(body))
     assert whole.tolist() == [19.5] * 3

@@ -10,7 +10,7 @@ from PIL import Image
 from nnssl_ext.data.images import ImageDataset, ImageFolder, ImageRequest, draw_region, eight_bit
 from nnssl_ext.errors import UserError
 from nnssl_ext.views.random import VALIDATION
-from nnssl_ext.views.spatial import cut
+from nnssl_ext.views.spatial import crop_box
 from tests.images import make_images
 
 REQUEST = ImageRequest((16, 24))
@@ -19,12 +19,12 @@ CPU = torch.device("cpu")
 
 def test_classes_and_the_split(tmp_path: Path) -> None:
     images = ImageFolder(make_images(tmp_path / "images", classes=3, each=25))
-    assert images.classes == ("brick", "coffee", "grass")
+    assert images.classes.names == ("brick", "coffee", "grass")
     assert len(images) == 75
     assert not set(images.training) & set(images.validation)
     assert len(images.training) + len(images.validation) == 75
-    assert {images.label(name) for name in images.validation} == {0, 1, 2}
-    assert images.chance == pytest.approx(1 / 3)
+    assert {name.split("/", 1)[0] for name in images.validation} == set(images.classes.names)
+    assert images.classes.chance == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(
@@ -70,14 +70,14 @@ def test_a_region_is_resampled_to_the_crop(tmp_path: Path) -> None:
     # 120 pixels for 16: seven are averaged while reading
     assert sample.boxes[0].data.shape == (3, 1, 18, 29)
     assert sample.boxes[0].data.dtype == torch.uint8
-    crop, inside = cut(sample.boxes[0], (1, 16, 24), CPU)
+    crop, inside = crop_box(sample.boxes[0], (1, 16, 24), CPU)
     assert inside is None
     steps = crop[0, 0].diff(dim=1)
     assert (steps > 5).all()
     assert crop[0, 0, 0, 0] < 8
     assert crop[0, 0, 0, -1] > 247
     mirrored = ImageDataset(ImageFolder(tmp_path), ImageRequest((16, 24), (1.0, 1.0), (5 / 3, 5 / 3), 1.0), 0)[0]
-    assert torch.allclose(cut(mirrored.boxes[0], (1, 16, 24), CPU)[0].flip(-1), crop, atol=1e-3)
+    assert torch.allclose(crop_box(mirrored.boxes[0], (1, 16, 24), CPU)[0].flip(-1), crop, atol=1e-3)
 
 
 def test_regions_lie_within_any_image() -> None:

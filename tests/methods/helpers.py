@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.learning import shuffle_voxels
 from nnssl_ext.data.crops import CropBatch, CropDataset, CropRequest, collate
 from nnssl_ext.data.index import CaseIndex
-from nnssl_ext.methods import Geometry, Method
+from nnssl_ext.methods import DataGeometry, Method
 from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.views.appearance import IntensitySettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
@@ -96,7 +96,7 @@ def noise_boxes(size: tuple, number: int, spread: tuple = (0.0, 0.0, 0.0)) -> li
 
 
 def build(method: type[Method], settings: Any, spacing: tuple = (1.0, 1.0, 1.0), kind: str = "plain") -> Any:
-    geometry = Geometry(SIZE, spacing, 2, tuple(backbone_of(network(kind)).strides), CASE)
+    geometry = DataGeometry(SIZE, spacing, 2, tuple(backbone_of(network(kind)).strides), CASE)
     outputs = method.output_channels(settings, geometry) or 3
     torch.manual_seed(0)
     return method(backbone_of(network(kind, 2, outputs)), settings, geometry)

@@ -13,18 +13,18 @@ import torch
 from nnssl_ext import checkpoint
 from nnssl_ext.data.crops import CropRequest
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import METHODS, SCHEMAS
+from nnssl_ext.methods import METHODS, SCHEMAS, TRAINERS
 from nnssl_ext.methods.encoder_only import EncoderMethod
 from nnssl_ext.recipe import load_recipe
 from nnssl_ext.settings import split_sections
 from nnssl_ext.views.random import VIEWS, BatchRandom
-from nnssl_ext.views.spatial import cut
+from nnssl_ext.views.spatial import crop_box
 from tests.conftest import Environment
 from tests.methods.helpers import CPU, batch_of, build, readable_after, views_of, write_anatomy, write_cases
 from tests.training.pretraining.test_trainer import pretrain, trainer_for
 
 Data = Callable[[str], Environment]
-ENCODER_ONLY = [name for name, m in METHODS.items() if issubclass(m, EncoderMethod) and not m.needs_images]
+ENCODER_ONLY = [name for name, m in METHODS.items() if issubclass(m, EncoderMethod) and m.learns_from == "cases"]
 #: Objectives on patches of a window, and what the test of their learning changes: fewer orders are sooner learned.
 PUZZLES = {
     "contrastive_predictive_coding": {},
@@ -106,7 +106,7 @@ def test_crops_are_never_padded(with_data: Data, name: str) -> None:
     """One case of the data set is smaller than the crop: it is magnified."""
     environment = with_data("plain")
     environment.write_plans("plain", "quick", {})
-    trainer = trainer_for("plain", "quick", METHODS[name].trainer, fold="all")
+    trainer = trainer_for("plain", "quick", TRAINERS[name], fold="all")
     trainer.on_train_start()
     request = trainer.method.crops(trainer.checked.settings, trainer.checked.geometry)
     assert isinstance(request, CropRequest)
@@ -115,7 +115,7 @@ def test_crops_are_never_padded(with_data: Data, name: str) -> None:
         for row, crop in zip(batch.boxes, request.crops, strict=True):
             for box in row:
                 small += min(box.data.shape[1:]) < 16
-                assert cut(box, crop.size, CPU)[1] is None
+                assert crop_box(box, crop.size, CPU)[1] is None
     assert small
 
 
@@ -142,7 +142,7 @@ def test_puzzles_that_fit_no_case_are_refused_before_anything_is_written(with_da
         thin = np.random.default_rng(case).standard_normal((1, 6, 7, 6)).astype(np.float32)
         blosc2.asarray(thin, urlpath=str(environment.dataset("plain") / f"nnUNetPlans_3d_fullres/t{case}.b2nd"))
     with pytest.raises(UserError, match=r"side by side, but cases of \(6, 7, 6\) voxels hold none") as error:
-        trainer_for("plain", "quick", METHODS[name].trainer)
+        trainer_for("plain", "quick", TRAINERS[name])
     assert "\n" not in str(error.value)
     assert re.search(r"; cases of \d+ x \d+ x \d+ would do\. ", str(error.value))
     assert not list(environment.results.iterdir())
@@ -151,7 +151,7 @@ def test_puzzles_that_fit_no_case_are_refused_before_anything_is_written(with_da
 def test_the_layout_is_in_the_log(with_data: Data) -> None:
     environment = with_data("plain")
     environment.write_plans("plain", "quick", {"epochs": 1})
-    fold = pretrain(environment, "plain", "quick", trainer=METHODS["jigsaw"].trainer)
+    fold = pretrain(environment, "plain", "quick", trainer=TRAINERS["jigsaw"])
     (log,) = fold.glob("training_log*.txt")
     assert re.search(r"Jigsaw: \d+ patches .* in a window of .*; \d encoder stages are read", log.read_text())
 
@@ -160,10 +160,10 @@ def test_the_layout_is_in_the_log(with_data: Data) -> None:
 def test_the_decoder_is_written_at_its_initial_values_and_the_checkpoint_says_so(with_data: Data, name: str) -> None:
     environment = with_data("plain")
     environment.write_plans("plain", "quick", {})
-    trainer = trainer_for("plain", "quick", METHODS[name].trainer)
+    trainer = trainer_for("plain", "quick", TRAINERS[name])
     trainer.initialize()
     initial = {key: value.clone() for key, value in trainer.network.state_dict().items()}
-    file = pretrain(environment, "plain", "quick", trainer=METHODS[name].trainer) / "checkpoint_final.pth"
+    file = pretrain(environment, "plain", "quick", trainer=TRAINERS[name]) / "checkpoint_final.pth"
     content = checkpoint.load(file)
     weights, trained = content["network_weights"], set(content["nnssl_ext"]["trained"])
     assert trained == {key for key in dict(trainer.network.named_parameters()) if key.startswith("encoder.")}

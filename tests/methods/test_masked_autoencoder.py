@@ -40,7 +40,7 @@ def test_padding_and_flat_blocks_are_no_targets(folder: Path) -> None:
     method = build(MaskedAutoencoder, BARE)
     batch = batch_of(folder, method, [0, 1])
     for box in batch.boxes[0]:
-        box.data, box.centre = box.data[:, 4:].clone(), box.centre - np.array([4, 0, 0])
+        box.data, box.center = box.data[:, 4:].clone(), box.center - np.array([4, 0, 0])
         box.data[:, :4, :4, :4] = 0.5
     weight = method.views(batch, BatchRandom(0, VIEWS, [0, 1], CPU))["weight"]
     assert not weight[:, :, :4].any()

@@ -135,7 +135,7 @@ def test_the_probe_learns_beside_and_leaves_the_objective_and_the_encoder_alone(
 
 def test_crops_lie_about_the_body(tmp_path: Path) -> None:
     (crop,) = Rotation.crops(RotationSettings(), make(RotationSettings()).geometry).crops
-    assert crop.centred
+    assert crop.centered
     assert crop.fit
 
 

@@ -12,7 +12,7 @@ from nnssl_ext import checkpoint
 from nnssl_ext.data.crops import collate
 from nnssl_ext.data.images import ImageDataset, ImageFolder
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import SCHEMAS, Geometry
+from nnssl_ext.methods import SCHEMAS, TRAINERS, DataGeometry
 from nnssl_ext.methods.variable_dimension_transform import (
     VariableDimensionTransform,
     VariableDimensionTransformSettings,
@@ -40,9 +40,7 @@ def images(tmp_path: Path) -> ImageFolder:
 def build(images: ImageFolder, kind: str = "plain", channels: int = 2, **settings: Any) -> VariableDimensionTransform:
     torch.manual_seed(0)
     backbone = backbone_of(network(kind, channels, 3))
-    geometry = Geometry(
-        (16, 16, 16), (1.0, 1.0, 1.0), channels, tuple(backbone.strides), None, images.classes, images.chance
-    )
+    geometry = DataGeometry((16, 16, 16), (1.0, 1.0, 1.0), channels, tuple(backbone.strides), classes=images.classes)
     return VariableDimensionTransform(backbone, VariableDimensionTransformSettings(**settings), geometry)
 
 
@@ -59,7 +57,9 @@ def test_views(images: ImageFolder, depth: str, slices: int) -> None:
     assert torch.equal(views["image"][:, 0], views["image"][:, 1])
     assert views["image"].abs().max() < 3  # eight bits, normalised
     data = ImageDataset(images, method.crops(method.settings, method.geometry), 0)
-    assert views["label"].tolist() == [images.label(data[i].boxes[0].case) for i in range(3)]
+    assert views["label"].tolist() == [
+        images.classes.names.index(data[i].boxes[0].case.split("/", 1)[0]) for i in range(3)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["plain", "residual", "anisotropic"])
@@ -133,7 +133,7 @@ def test_without_images_it_says_what_to_do(with_data: Data) -> None:
     environment = with_data("plain")
     environment.write_plans("plain", "bare", {"images": None})
     with pytest.raises(UserError, match="learns from labelled 2-D images: set nnssl_ext.images"):
-        pretrain(environment, "plain", "bare", trainer=VariableDimensionTransform.trainer)
+        pretrain(environment, "plain", "bare", trainer=TRAINERS["variable_dimension_transform"])
     assert not list(environment.results.rglob("*"))
 
 
@@ -145,9 +145,9 @@ def test_too_many_unreadable_images_stop_the_run(with_data: Data) -> None:
             path.write_bytes(b"nothing")
     environment.write_plans("plain", "run", {"images": str(folder), "iterations_per_epoch": 12})
     with pytest.raises(UserError, match=r"of 24 images cannot be read, more than max_unreadable_fraction=0.05 allows"):
-        pretrain(environment, "plain", "run", trainer=VariableDimensionTransform.trainer)
+        pretrain(environment, "plain", "run", trainer=TRAINERS["variable_dimension_transform"])
     environment.write_plans("plain", "run", {"images": str(folder), "max_unreadable_fraction": 1.0})
-    fold = pretrain(environment, "plain", "run", trainer=VariableDimensionTransform.trainer)
+    fold = pretrain(environment, "plain", "run", trainer=TRAINERS["variable_dimension_transform"])
     log = next(iter(sorted(fold.glob("training_log_*"), reverse=True))).read_text()
     assert "cannot be read and is skipped" in log
 
@@ -156,10 +156,10 @@ def test_too_many_unreadable_images_stop_the_run(with_data: Data) -> None:
 def test_the_decoder_is_written_as_it_was_drawn(with_data: Data, kind: str) -> None:
     environment = with_data(kind)
     environment.write_plans(kind, "run", {})
-    trainer = trainer_for(kind, "run", VariableDimensionTransform.trainer)
+    trainer = trainer_for(kind, "run", TRAINERS["variable_dimension_transform"])
     trainer.initialize()
     initial = {key: value.clone() for key, value in trainer.network.state_dict().items()}
-    fold = pretrain(environment, kind, "run", trainer=VariableDimensionTransform.trainer)
+    fold = pretrain(environment, kind, "run", trainer=TRAINERS["variable_dimension_transform"])
     content = checkpoint.load(fold / "checkpoint_final.pth")
     assert content["nnssl_ext"]["trained"]
     assert all(name.startswith("encoder.") for name in content["nnssl_ext"]["trained"])
@@ -175,7 +175,7 @@ def test_recipes_run(images: ImageFolder, recipe: str) -> None:
     if not recipe.endswith("paper"):
         assert settings == VariableDimensionTransformSettings()
     method = build(images, **{entry.name: getattr(settings, entry.name) for entry in fields(settings)})
-    assert method.optimiser().momentum == (0.9 if recipe.endswith("paper") else 0.99)
+    assert method.optimizer().momentum == (0.9 if recipe.endswith("paper") else 0.99)
     method(views_of(images, method, [0, 1]))["loss"].sum().backward()
     assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
 

@@ -45,7 +45,7 @@ def test_undecidable_voxels_and_padding_are_ignored(folder: Path, tmp_path: Path
     assert 0.05 < (level == IGNORE).float().mean() < 0.95
     for row in batch.boxes:
         for box in row:
-            box.data, box.centre = box.data[:, 4:], box.centre - np.array([4, 0, 0])
+            box.data, box.center = box.data[:, 4:], box.center - np.array([4, 0, 0])
     padded = method.views(batch, BatchRandom(0, VIEWS, batch.indices, CPU))
     assert (padded["level"][:, :4] == IGNORE).all()
     assert not padded["image"][:, :, :4].any()

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from nnssl_ext import checkpoint
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from tests.conftest import Environment
 from tests.training.pretraining.test_trainer import pretrain
@@ -24,7 +24,7 @@ def test_compiled_it_learns_the_same_and_stays_compiled(
 ) -> None:
     # most of these runs' time
     monkeypatch.setattr("nnssl_ext.training.pretraining.log.PretrainingLog.plot_progress_png", lambda *_: None)
-    environment, trainer = with_data("plain"), METHODS[method].trainer
+    environment, trainer = with_data("plain"), TRAINERS[method]
     environment.write_plans("plain", "eager", RUN)
     environment.write_plans("plain", "compiled", RUN)
     eager = checkpoint.load(pretrain(environment, "plain", "eager", trainer=trainer) / "checkpoint_final.pth")

@@ -6,7 +6,7 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import nn
 
-from nnssl_ext.methods import OptimiserRecipe, ParameterGroup
+from nnssl_ext.methods import OptimizerRecipe, ParameterGroup
 from nnssl_ext.training.optimization import (
     build_optimiser,
     clip_gradients,
@@ -16,8 +16,8 @@ from nnssl_ext.training.optimization import (
 )
 
 
-def recipe(schedule: str, warm_up: float = 0.0, name: str = "adamw") -> OptimiserRecipe:
-    return OptimiserRecipe(name, 1e-3, 0.01, schedule, warm_up)
+def recipe(schedule: str, warm_up: float = 0.0, name: str = "adamw") -> OptimizerRecipe:
+    return OptimizerRecipe(name, 1e-3, 0.01, schedule, warm_up)
 
 
 def test_warm_up_rises_to_the_peak_and_cosine_falls_to_zero() -> None:
@@ -57,7 +57,7 @@ def test_each_kind_of_optimiser(name: str, kind: type) -> None:
 
 def test_groups_keep_their_multiples_of_rate_and_decay() -> None:
     parameters = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    groups = [ParameterGroup([parameters[0]]), ParameterGroup([parameters[1]], rate=0.5, decay=0.0)]
+    groups = [ParameterGroup([parameters[0]]), ParameterGroup([parameters[1]], lr_scale=0.5, weight_decay_scale=0.0)]
     rising = replace(recipe("constant"), final_weight_decay=0.11)
     optimiser = build_optimiser(rising, groups, 0.2)
     for step, decay in ((0, 0.01), (50, 0.06), (100, 0.11)):

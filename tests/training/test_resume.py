@@ -8,7 +8,7 @@ import torch
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from tests.conftest import Environment
 from tests.training.pretraining.test_trainer import TRAINER, pretrain
@@ -43,7 +43,7 @@ def final(fold: Path) -> dict:
 def test_continued_equals_never_killed(
     with_data: Data, monkeypatch: pytest.MonkeyPatch, method: str, step: int
 ) -> None:
-    environment, trainer = with_data("residual"), METHODS[method].trainer
+    environment, trainer = with_data("residual"), TRAINERS[method]
     environment.write_plans("residual", "whole", RUN)
     environment.write_plans("residual", "broken", RUN)
     whole = final(pretrain(environment, "residual", "whole", trainer=trainer))

@@ -13,7 +13,7 @@ from safetensors.torch import load_model
 from nnssl_ext import __version__
 from nnssl_ext.cli import main
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import TRAINERS
 from nnssl_ext.provenance import hardware
 from nnssl_ext.transfer.read import read_source
 from tests.conftest import Environment
@@ -59,7 +59,7 @@ def test_hugging_face_folder(with_data: Data, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_safetensors_know_what_was_trained_and_their_sum(with_data: Data, tmp_path: Path) -> None:
-    environment, trainer = with_data("residual"), METHODS["rotation"].trainer
+    environment, trainer = with_data("residual"), TRAINERS["rotation"]
     environment.write_plans("residual", "turned", {})
     run = pretrain(environment, "residual", "turned", trainer=trainer)
     main(["export", str(run), "-o", str(tmp_path / "model"), "--safetensors"])

@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from nnssl_ext.views.filters import blur, lower_resolution, ring, sharpen, shift_histogram, thicken
+from nnssl_ext.views.filters import (
+    blur,
+    gibbs_ringing,
+    lower_resolution,
+    sharpen,
+    shift_histogram,
+    simulate_thick_slices,
+)
 
 View = Callable[[Tensor, Tensor], Tensor]
 ISOTROPIC = (1.0, 1.0, 1.0)
@@ -29,7 +36,7 @@ def only(neutral: float, value: float) -> Tensor:
         (lambda b, s: blur(b, s, ISOTROPIC), 0.0, 1.0),
         (lambda b, s: sharpen(b, s, ISOTROPIC), 0.0, 1.0),
         (lambda b, s: lower_resolution(b, s, ISOTROPIC), 1.0, 0.5),
-        (ring, 0.0, 0.5),
+        (gibbs_ringing, 0.0, 0.5),
         (lambda b, s: shift_histogram(b, torch.rand(2, 2, 5), s.bool()), 0.0, 1.0),
     ],
 )
@@ -83,11 +90,11 @@ def test_a_thick_axis_keeps_its_resolution() -> None:
 def test_ringing_removes_high_frequencies_and_overshoots_at_edges() -> None:
     step = torch.zeros(1, 1, 8, 8, 32)
     step[..., 8:24] = 1
-    rung = ring(step.clone(), torch.tensor([[0.4]]))
+    rung = gibbs_ringing(step.clone(), torch.tensor([[0.4]]))
     assert rung.max() > 1.05
     assert rung.min() < -0.05
     torch.testing.assert_close(rung.mean(), step.mean())
-    torch.testing.assert_close(ring(step.clone(), torch.tensor([[2.0]])), step, atol=1e-5, rtol=0)
+    torch.testing.assert_close(gibbs_ringing(step.clone(), torch.tensor([[2.0]])), step, atol=1e-5, rtol=0)
 
 
 def test_histogram_shift_keeps_order_and_range() -> None:
@@ -104,7 +111,7 @@ def test_histogram_shift_keeps_order_and_range() -> None:
 def test_one_axis_of_a_sample_becomes_thick() -> None:
     batch = torch.randn(3, 2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     before = batch.clone()
-    thicken(batch, torch.tensor([0, 2, 1]), torch.tensor([0.5, 1.0, 0.25]))
+    simulate_thick_slices(batch, torch.tensor([0, 2, 1]), torch.tensor([0.5, 1.0, 0.25]))
     assert torch.equal(batch[1], before[1])
     for sample, axis in ((0, 0), (2, 1)):
         rough = [batch[sample].diff(dim=a).abs().mean().item() for a in (1, 2, 3)]

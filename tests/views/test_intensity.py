@@ -3,7 +3,7 @@ import torch
 
 from nnssl_ext.views.intensity import (
     add_noise,
-    bend_gamma,
+    adjust_gamma,
     invert,
     remap_percentiles,
     scale_brightness,
@@ -25,7 +25,7 @@ def random() -> BatchRandom:
 def test_a_view_touches_only_the_samples_and_channels_it_was_drawn_for() -> None:
     factor = torch.ones(3, 2)
     factor[1, 0] = 1.5
-    for view in (scale_brightness, stretch_contrast, bend_gamma):
+    for view in (scale_brightness, stretch_contrast, adjust_gamma):
         changed = view(batch(), factor) != batch()
         assert changed[1, 0].any()
         changed[1, 0] = False
@@ -37,7 +37,7 @@ def test_brightness_scales() -> None:
 
 
 def test_gamma_and_contrast_keep_the_range_and_the_order() -> None:
-    for view in (bend_gamma, stretch_contrast):
+    for view in (adjust_gamma, stretch_contrast):
         volume, value = batch(), torch.full((3, 2), 0.7)
         changed = view(volume.clone(), value)
         assert changed.amax() <= volume.amax() + 1e-5
@@ -48,7 +48,7 @@ def test_gamma_and_contrast_keep_the_range_and_the_order() -> None:
 
 def test_gamma_formula() -> None:
     volume = torch.linspace(0, 4, 5).reshape(1, 1, 1, 1, 5)
-    changed = bend_gamma(volume.clone(), torch.tensor([[2.0]]))
+    changed = adjust_gamma(volume.clone(), torch.tensor([[2.0]]))
     torch.testing.assert_close(changed, 4 * (volume / 4) ** 2)
 
 

@@ -13,7 +13,7 @@ from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.views.layout import Layout, cut_patches, magnification, solve_layout, standardise
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from nnssl_ext.views.rows import Rows, solve_rows
-from nnssl_ext.views.spatial import SourceBox, cut
+from nnssl_ext.views.spatial import SourceBox, crop_box
 
 CPU = torch.device("cpu")
 
@@ -208,7 +208,7 @@ def told_by_variance(layout: Layout, whole: bool) -> float:
     for places, moved in zip(layout.starts(random), random.uniform(0, 1, (8, 3)), strict=True):
         box = magnified(torch.from_numpy(generator.standard_normal((1, edge, edge, edge)).astype(np.float32)), layout)
         if whole:
-            box = SourceBox(cut(box, layout.window, CPU)[0], np.eye(3), (np.asarray(layout.window) - 1) / 2)
+            box = SourceBox(crop_box(box, layout.window, CPU)[0], np.eye(3), (np.asarray(layout.window) - 1) / 2)
         found.append(cut_patches(box, layout.window, places, layout.patch, moved, CPU))
     power = torch.stack(found)[:, :, 0].square()  # (300, 8, D, H, W)
     # smoothing along the three axes multiplies

@@ -4,7 +4,7 @@ import torch
 
 from nnssl_ext.views import multicrop
 from nnssl_ext.views.appearance import IntensitySettings
-from nnssl_ext.views.multicrop import ViewKind, cut_views, draw_cell_masks
+from nnssl_ext.views.multicrop import ViewKind, crop_views, draw_patch_masks
 from nnssl_ext.views.random import BatchRandom
 from nnssl_ext.views.spatial import SourceBox, SpatialRange
 
@@ -35,9 +35,9 @@ def kind(
 def test_views_show_the_share_that_was_asked_for_and_no_padding(size: tuple[int, int, int], scale: float) -> None:
     random = BatchRandom(0, 2, range(6), CPU)
     box = places(scale)
-    views = cut_views([box] * 6, REGION, kind(size, (0.16, 0.49), (0.2, 0.5)), OFF, random)
+    views = crop_views([box] * 6, REGION, kind(size, (0.16, 0.49), (0.2, 0.5)), OFF, random)
     assert views.shape == (6, 3, 3, *size)
-    # from the first voxel's centre to the last's, as a share of the region's
+    # from the first voxel's center to the last's, as a share of the region's
     first, last = views[..., 0, 0, 0], views[..., -1, -1, -1]
     share = (last - first) / (torch.tensor(box.data.shape[1:]) - 1)
     assert (share[..., 0] > 0.19).all()
@@ -55,19 +55,19 @@ def test_views_show_the_share_that_was_asked_for_and_no_padding(size: tuple[int,
 
 def test_views_are_turned_and_look_different() -> None:
     random = BatchRandom(0, 2, range(8), CPU)
-    views = cut_views([places()] * 8, REGION, kind((12, 12, 12), (0.3, 1.0), (0.3, 1.0), flip=0.5), OFF, random)
+    views = crop_views([places()] * 8, REGION, kind((12, 12, 12), (0.3, 1.0), (0.3, 1.0), flip=0.5), OFF, random)
     rising = (views[:, :, 0, -1] - views[:, :, 0, 0]).mean((2, 3)) > 0
     assert 0 < rising.float().mean() < 1
     looks = IntensitySettings(gamma_probability=1.0)
     one = kind(REGION, (1.0, 1.0), (1.0, 1.0))
-    bent = cut_views([places()], REGION, one, looks, BatchRandom(0, 2, [0], CPU))
+    bent = crop_views([places()], REGION, one, looks, BatchRandom(0, 2, [0], CPU))
     assert not torch.allclose(bent[:, 0], bent[:, 1])
 
 
 def test_a_sample_draws_the_same_in_any_batch() -> None:
     of = kind((12, 12, 12), (0.3, 1.0), (0.3, 1.0), flip=0.5, rot90=0.5)
-    together = cut_views([places()] * 3, REGION, of, IntensitySettings(), BatchRandom(5, 2, [7, 8, 9], CPU))
-    alone = cut_views([places()], REGION, of, IntensitySettings(), BatchRandom(5, 2, [8], CPU))
+    together = crop_views([places()] * 3, REGION, of, IntensitySettings(), BatchRandom(5, 2, [7, 8, 9], CPU))
+    alone = crop_views([places()], REGION, of, IntensitySettings(), BatchRandom(5, 2, [8], CPU))
     assert torch.equal(together[1:2], alone)
 
 
@@ -78,16 +78,16 @@ def test_views_of_nothing_but_air_are_drawn_again(monkeypatch: pytest.MonkeyPatc
     data[:, :6, :10, :10] = torch.rand(1, 6, 10, 10, generator=torch.Generator().manual_seed(0))
     corner = SourceBox(data, np.eye(3), (np.asarray(REGION) - 1) / 2)
     random = BatchRandom(0, 2, range(40), CPU)
-    views = cut_views([corner] * 40, REGION, kind((6, 8, 8), (0.1, 0.3), (0.2, 0.4)), OFF, random)
+    views = crop_views([corner] * 40, REGION, kind((6, 8, 8), (0.1, 0.3), (0.2, 0.4)), OFF, random)
     empty = (views.flatten(2).std(2) < 1e-3).float().mean()
     assert most - 0.4 < empty < most
     # a region without anything is shown as it is
     nothing = SourceBox(torch.zeros(1, *REGION), np.eye(3), (np.asarray(REGION) - 1) / 2)
-    assert (cut_views([nothing], REGION, kind((6, 8, 8), (0.1, 0.3), (0.2, 0.4)), OFF, random).std() < 1e-3).all()
+    assert (crop_views([nothing], REGION, kind((6, 8, 8), (0.1, 0.3), (0.2, 0.4)), OFF, random).std() < 1e-3).all()
 
 
 def test_masks_hide_what_was_asked_for() -> None:
-    masks = draw_cell_masks(BatchRandom(0, 2, range(200), CPU), 2, 100, 0.5, (0.2, 0.75))
+    masks = draw_patch_masks(BatchRandom(0, 2, range(200), CPU), 2, 100, 0.5, (0.2, 0.75))
     share = masks.float().mean(-1)
     assert masks.shape == (200, 2, 100)
     assert 0.4 < (share > 0).float().mean() < 0.6
@@ -102,5 +102,5 @@ def test_masks_hide_what_was_asked_for() -> None:
     ("probability", "ratio", "expected"), [(0.0, (0.5, 0.5), 0), (1.0, (1.0, 1.0), 8), (1, (0, 0), 1)]
 )
 def test_none_all_and_at_least_one(probability: float, ratio: tuple[float, float], expected: int) -> None:
-    masks = draw_cell_masks(BatchRandom(0, 2, range(5), CPU), 2, 8, probability, ratio)
+    masks = draw_patch_masks(BatchRandom(0, 2, range(5), CPU), 2, 8, probability, ratio)
     assert (masks.sum(-1) == expected).all()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,15 +29,15 @@ from nnssl_ext.losses.distillation import (
     sinkhorn_bias,
 )
 from nnssl_ext.losses.gather import gather_samples
-from nnssl_ext.methods.base import Geometry, Method, OptimiserRecipe, ParameterGroup, Readable
+from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, ParameterGroup, Readable, ValidationCheck
 from nnssl_ext.methods.dino.health import Seen, seen_cells, sign_of_collapse
 from nnssl_ext.methods.dino.networks import DistilledNetwork, reader_of
 from nnssl_ext.methods.dino.settings import DINOSettings, local_size
 from nnssl_ext.methods.encoder_only import sample_index
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.views.masking import expand_blocks
-from nnssl_ext.views.multicrop import ViewKind, cut_views, draw_cell_masks
-from nnssl_ext.views.random import BatchRandom, sent
+from nnssl_ext.views.multicrop import ViewKind, crop_views, draw_patch_masks
+from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.spatial import SpatialRange
 
 GLOBALS = 2
@@ -52,13 +51,12 @@ class DINO(Method):
     """See the module's docstring."""
 
     name = "dino"
-    trainer = "nnsslTrainer_3DINO"
     title = "3DINO"
     citation = "Xu et al., npj Digital Medicine 2025; Oquab et al., TMLR 2024, arXiv:2304.07193"
     Settings = DINOSettings
     readable = Readable("hidden_cells", "Hidden cells told from the same place in other views")
     deep_supervision = False
-    fewest_samples = 2  # KoLeo spreads neighbours
+    min_batch_size = 2  # KoLeo spreads neighbours
 
     settings: DINOSettings
     image_centre: Tensor
@@ -67,10 +65,9 @@ class DINO(Method):
     teacher_temperature: Tensor
     prototypes_move: Tensor
 
-    def __init__(self, backbone: Backbone, settings: DINOSettings, geometry: Geometry) -> None:
+    def __init__(self, backbone: Backbone, settings: DINOSettings, geometry: DataGeometry) -> None:
         super().__init__(backbone, settings, geometry)
         backbone.train_encoder_only()
-        self.patience = settings.patience
         self.warming_up = False
         self.local_size = local_size(settings, geometry)
         self.student = DistilledNetwork(
@@ -96,24 +93,20 @@ class DINO(Method):
         self.seen = Seen()
 
     @classmethod
-    def crops(cls, settings: DINOSettings, geometry: Geometry) -> CropRequest:
+    def crops(cls, settings: DINOSettings, geometry: DataGeometry) -> CropRequest:
         local_size(settings, geometry)  # an illegal one is found before anything is written
         still = SpatialRange(geometry.spacing)
         return CropRequest((Crop(geometry.crop_size, still, scale=settings.region, fit=True),))
 
-    @classmethod
-    def heaviest(cls, settings: DINOSettings) -> DINOSettings:
-        return replace(settings, mask_probability=1.0, mask_ratio=[max(settings.mask_ratio)] * 2)
-
-    def optimiser(self) -> OptimiserRecipe:
+    def optimizer(self) -> OptimizerRecipe:
         settings = self.settings
-        return OptimiserRecipe(
+        return OptimizerRecipe(
             settings.optimiser,
             5e-4,
             settings.weight_decay,
             settings.schedule,
             settings.warm_up,
-            clip=settings.clip,
+            max_grad_norm=settings.clip,
             final_weight_decay=settings.final_weight_decay,
         )
 
@@ -130,7 +123,7 @@ class DINO(Method):
                 groups.setdefault((rates.get(id(parameter), 1.0), decays), []).append(parameter)
         return [ParameterGroup(parameters, rate, decays) for (rate, decays), parameters in groups.items()]
 
-    def clipped_parts(self) -> list[nn.Module]:
+    def clipped_modules(self) -> list[nn.Module]:
         """As DINOv2: at the start of a vision transformer KoLeo's gradient is hundreds of times the heads'."""
         return [self.student.reader, self.student.image_head, self.student.cell_head]
 
@@ -156,18 +149,18 @@ class DINO(Method):
 
         def cut(number: int, size: tuple[int, int, int], area: list[float], depth: list[float]) -> Tensor:
             kind = ViewKind(number, size, (area[0], area[1]), (depth[0], depth[1]), turns)
-            return cut_views(batch.boxes[0], region, kind, settings.intensity, random)
+            return crop_views(batch.boxes[0], region, kind, settings.intensity, random)
 
         views = {"global": cut(GLOBALS, region, settings.global_area, settings.global_depth)}
         if settings.local_crops:
             views["local"] = cut(settings.local_crops, self.local_size, settings.local_area, settings.local_depth)
         number = math.prod(self.cells)
-        hidden = draw_cell_masks(random, GLOBALS, number, settings.mask_probability, settings.mask_ratio)
+        hidden = draw_patch_masks(random, GLOBALS, number, settings.mask_probability, settings.mask_ratio)
         row = hidden.flatten().nonzero()[:, 0]
         share = 1 / hidden.sum(-1).clamp_min(1) / GLOBALS  # (B, 2)
         views |= {"hidden": hidden, "row": row, "weight": share.flatten()[row // number]}
         views |= {"owner": row // (GLOBALS * number), "index": sample_index(batch.indices, torch.device("cpu"))}
-        views = {name: sent(value, device) for name, value in views.items()}
+        views = {name: to_device(value, device) for name, value in views.items()}
         if self.student.reader.hides_voxels:
             views["seen"] = self._hide(views["global"], views["hidden"], random)
         return views
@@ -194,7 +187,7 @@ class DINO(Method):
         cell = image.new_zeros(number).index_add(0, views["owner"], per_cell)
         spread = self._spread(own_features.float().unflatten(0, (number, GLOBALS)), views["index"])
         if not self.training:
-            some = sent(seen_cells(cells.shape[1]), cells.device)
+            some = to_device(seen_cells(cells.shape[1]), cells.device)
             guessed, right = student.cell_head(own_cells[:, some]), teacher.cell_head(cells[:, some])
             self.seen.add(views["index"], features.float(), said, guessed, right, hidden[:, some])
         settings = self.settings
@@ -216,12 +209,11 @@ class DINO(Method):
         pairs = [(theirs, mine) for theirs, mine in self._paired() if theirs.is_floating_point()]
         torch._foreach_lerp_([theirs for theirs, _ in pairs], [mine for _, mine in pairs], 1 - momentum)
 
-    def end_validation(self) -> dict[str, float]:
-        return self.seen.measures(self._targets)
-
-    def diagnose(self, measures: dict[str, float]) -> str:
+    def check_validation(self, measures: dict[str, float]) -> ValidationCheck:
+        found = self.seen.measures(self._targets)
         # a vision transformer starts with features that are all alike (LayerScale), and leaves that as the rate rises
-        return "" if self.warming_up else sign_of_collapse(measures, self.settings)
+        sign = "" if self.warming_up else sign_of_collapse({**measures, **found}, self.settings)
+        return ValidationCheck(found, sign, self.settings.patience)
 
     @torch.compiler.disable  # the number of hidden cells is another at each step
     def _distil(self, level: str, own: Tensor, said: Tensor, pairs: Tensor, weight: Tensor | None = None) -> Distilled:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods.base import Geometry
+from nnssl_ext.methods.base import DataGeometry
 from nnssl_ext.methods.common import TrainingSettings
 from nnssl_ext.networks.base import Triple, triple
 from nnssl_ext.settings import setting
@@ -115,8 +115,11 @@ class DINOSettings(TrainingSettings):
         10, "Epochs in a row with a sign of collapse after which the run stops; 0 never stops.", low=0
     )
 
+    def heaviest(self) -> DINOSettings:
+        return replace(self, mask_probability=1.0, mask_ratio=[max(self.mask_ratio)] * 2)
 
-def local_size(settings: DINOSettings, geometry: Geometry) -> Triple:
+
+def local_size(settings: DINOSettings, geometry: DataGeometry) -> Triple:
     """Edges of a local view in voxels.
 
     Raises:

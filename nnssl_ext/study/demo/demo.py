@@ -14,7 +14,7 @@ from typing import Any
 
 from nnssl_ext.environment import keep_memory
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.recipe import load_recipe, merged, read_json, write_json
 from nnssl_ext.resources import resource_folder
 from nnssl_ext.settings import CommonSettings
@@ -52,7 +52,7 @@ class Demo:
 
     @property
     def trainer(self) -> str:
-        return METHODS[self.method].trainer
+        return TRAINERS[self.method]
 
     @property
     def raw(self) -> Path:

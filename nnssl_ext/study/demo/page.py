@@ -11,7 +11,7 @@ import SimpleITK
 import torch
 
 from nnssl_ext.environment import cores
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.recipe import read_json
 from nnssl_ext.study import pictures
 from nnssl_ext.study.demo.demo import Demo
@@ -145,7 +145,7 @@ def _what_was_run(demo: Demo) -> Section:
 
 
 def _on_ones_own_data(demo: Demo) -> Section:
-    trainer = METHODS[demo.method].trainer
+    trainer = TRAINERS[demo.method]
     weights = f"$nnUNet_results/DATASET/{trainer}__nnUNetPlans__3d_fullres/fold_0/checkpoint_final.pth"
     lines = [
         'export nnUNet_extTrainer="$(nnssl_ext trainers)"',

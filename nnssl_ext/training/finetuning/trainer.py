@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from nnssl_ext.environment import keep_memory, set_threads
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import OptimiserRecipe
+from nnssl_ext.methods import OptimizerRecipe
 from nnssl_ext.training.checks import target_network
 from nnssl_ext.training.distributed.ranks import rank, rank_device
 from nnssl_ext.training.finetuning import state as finetune_state
@@ -86,7 +86,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         self.seed = run_seed(s.seed, fold)
         self.initial_lr = PEAK[s.optimizer] if s.learning_rate is None else s.learning_rate
         self.weight_decay = s.weight_decay
-        self.schedule = OptimiserRecipe(s.optimizer, self.initial_lr, s.weight_decay, s.schedule, s.warmup / s.steps)
+        self.schedule = OptimizerRecipe(s.optimizer, self.initial_lr, s.weight_decay, s.schedule, s.warmup / s.steps)
         self.num_epochs = math.ceil(s.steps / s.steps_per_epoch)
         self.num_iterations_per_epoch = s.steps_per_epoch
         self.num_val_iterations_per_epoch = s.validation_iterations

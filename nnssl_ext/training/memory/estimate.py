@@ -9,21 +9,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
 from nnssl_ext.data.crops import CropBatch
-from nnssl_ext.data.images import ImageRequest
-from nnssl_ext.methods import Geometry, Method
+from nnssl_ext.methods import DataGeometry, Method
 from nnssl_ext.networks.backbone import Backbone
 from nnssl_ext.settings import PLANS_KEY
 from nnssl_ext.training.checks import check_backbone, check_plans, target_backbone
 from nnssl_ext.training.memory.trace import Shapes, empty, trace_step, without_memory
 from nnssl_ext.training.optimization import STATES
 from nnssl_ext.views.random import VIEWS, BatchRandom
-from nnssl_ext.views.spatial import SourceBox
 
 #: Builds the view of a network with so many outputs; None is as many as the data set has.
 Build = Callable[[int | None], Backbone]
@@ -34,8 +31,6 @@ RESERVE = 2 * GIB
 FRAGMENTS = 0.1
 #: A step is traced for these batches; between and beyond them bytes lie on a line.
 TRACED = (2, 8)
-#: Classes that an objective on images is taken to tell apart where the folder is not known yet: ImageNet's.
-CLASSES = 1000
 
 
 class Line(NamedTuple):
@@ -83,7 +78,9 @@ class StepMemory:
         return min(int((room - moment.fixed) / moment.each) for moment in self.moments if moment.each > 0)
 
 
-def step_memory(method: type[Method], build: Build, settings: Any, geometry: Geometry, precision: str) -> StepMemory:
+def step_memory(
+    method: type[Method], build: Build, settings: Any, geometry: DataGeometry, precision: str
+) -> StepMemory:
     """Trace a step of a method on a network, on tensors without memory.
 
     Args:
@@ -96,7 +93,7 @@ def step_memory(method: type[Method], build: Build, settings: Any, geometry: Geo
     Raises:
         UserError: If the method cannot lay out its patches in cases of this size.
     """
-    built = build_method(method, build, quiet(method.heaviest(settings)), geometry, torch.device("meta"))
+    built = build_method(method, build, quiet(settings.heaviest()), geometry, torch.device("meta"))
     one, two = (view_shapes(built, batch) for batch in (1, 2))
     dtype = None if precision == "float32" else torch.bfloat16
     with without_memory() as live:
@@ -106,7 +103,7 @@ def step_memory(method: type[Method], build: Build, settings: Any, geometry: Geo
     return StepMemory(
         weights=_bytes(built.parameters()) + _bytes(built.buffers()),
         gradients=trained,
-        optimiser=STATES[built.optimiser().name] * trained,
+        optimiser=STATES[built.optimizer().name] * trained,
         kept=_line(less.kept, more.kept),
         moments=(
             _line(less.forward, more.forward),
@@ -116,10 +113,10 @@ def step_memory(method: type[Method], build: Build, settings: Any, geometry: Geo
     )
 
 
-def build_method(method: type[Method], build: Build, settings: Any, geometry: Geometry, device: torch.device) -> Method:
+def build_method(
+    method: type[Method], build: Build, settings: Any, geometry: DataGeometry, device: torch.device
+) -> Method:
     """A method in training on a network that is built on ``device``; the generator stays as it was."""
-    if method.needs_images and not geometry.image_classes:
-        geometry = replace(geometry, image_classes=tuple(map(str, range(CLASSES))))
     # heads draw their initial values
     with torch.random.fork_rng(devices=[]):
         with device:
@@ -140,9 +137,9 @@ def planned(
     configuration: str,
     dataset: dict,
     *,
-    geometry: Geometry | None = None,
+    geometry: DataGeometry | None = None,
     checkpointing: bool | None = None,
-) -> tuple[Build, Any, Geometry]:
+) -> tuple[Build, Any, DataGeometry]:
     """How plans build the network, the method's settings, and what it is told of the data.
 
     Args:
@@ -182,14 +179,8 @@ def quiet(settings: Any) -> Any:
 def view_shapes(method: Method, batch: int) -> Shapes:
     """Shapes and types of a method's views, which are drawn from noise."""
     request, indices = method.crops(method.settings, method.geometry), list(range(batch))
-    if isinstance(request, ImageRequest):
-        name = f"{method.geometry.image_classes[0]}/image.png"
-        boxes = [[_box((3, 1, *request.size), name) for _ in indices]]
-    else:
-        boxes = [
-            [_box((method.geometry.channels, *crop.size), f"case {row} {number}") for number in indices]
-            for row, crop in enumerate(request.crops)
-        ]
+    samples = (request.placeholder(method.geometry.channels, number) for number in indices)
+    boxes = [list(row) for row in zip(*samples, strict=True)]
     with torch.no_grad():
         views = method.views(CropBatch(indices, boxes), BatchRandom(0, VIEWS, indices, torch.device("cpu")))
     return {name: (tuple(view.shape), view.dtype) for name, view in views.items()}
@@ -201,12 +192,6 @@ def shapes_at(one: Shapes, two: Shapes, batch: int) -> Shapes:
         name: (tuple(a + (batch - 1) * (b - a) for a, b in zip(shape, two[name][0], strict=True)), kind)
         for name, (shape, kind) in one.items()
     }
-
-
-def _box(shape: tuple[int, ...], case: str) -> SourceBox:
-    # the run's own generator stays as it is
-    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    return SourceBox(noise, np.eye(3), (np.asarray(shape[1:]) - 1) / 2, case)
 
 
 def _line(less: int, more: int) -> Line:

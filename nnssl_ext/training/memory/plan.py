@@ -62,13 +62,13 @@ def fitting_batch(needs: Sequence[Need], target: float, plans: dict, dataset: di
     """
     largest = [need.memory.largest_batch(target) for need in needs]
     for need, batch in zip(needs, largest, strict=True):
-        if batch < need.method.fewest_samples:
+        if batch < need.method.min_batch_size:
             raise UserError(_nothing_fits(need, target, plans, dataset))
     return min([*largest, *filter(None, [plans.get(PLANS_KEY, {}).get("batch_size")])])
 
 
 def _nothing_fits(need: Need, target: float, plans: dict, dataset: dict) -> str:
-    least = need.method.fewest_samples
+    least = need.method.min_batch_size
     change = ["a smaller crop_size", "fewer features (architecture.features_base, architecture.features_max)"]
     if not plans.get(PLANS_KEY, {}).get("activation_checkpointing"):
         twice = planned_memory(need.method, plans, need.configuration, dataset, checkpointing=True)

@@ -12,23 +12,20 @@ if TYPE_CHECKING:
 KEY = "val_collapsed"
 
 
-def stop_when_collapsed(trainer: PretrainingTrainer, sign: str) -> None:
+def stop_when_collapsed(trainer: PretrainingTrainer, sign: str, patience: int) -> None:
     """Note in the log whether a validation showed a sign of collapse, and stop after enough in a row.
 
     The count is read from the log, so that a continued run stops where the uninterrupted one would.
 
     Args:
         trainer: The trainer, at the end of a validation.
-        sign: What ``Method.diagnose`` said; '' for a healthy network.
+        sign: Of ``Method.check_validation``; '' for a healthy network.
+        patience: Of the same.
 
     Raises:
-        UserError: With the sign, after ``Method.patience`` epochs in a row.
+        UserError: With the sign, after ``patience`` epochs in a row.
     """
-    log, epoch, patience = (
-        trainer.logger.local_logger.my_fantastic_logging,
-        trainer.current_epoch,
-        trainer.method.patience,
-    )
+    log, epoch = trainer.logger.local_logger.my_fantastic_logging, trainer.current_epoch
     if not sign and KEY not in log:
         return
     log.setdefault(KEY, [0.0] * epoch)

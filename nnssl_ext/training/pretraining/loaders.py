@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from nnssl_ext.data.cases import shorten
-from nnssl_ext.data.crops import CropBatch, CropDataset
-from nnssl_ext.data.images import ImageDataset, ImageRequest
+from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.data.loader import SteadyLoader
 from nnssl_ext.data.shard import Shard
 from nnssl_ext.environment import worker_count
@@ -15,7 +14,6 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.training.distributed.ranks import rank, world
 from nnssl_ext.training.distributed.store import from_the_first
 from nnssl_ext.training.pretraining.steps import leave_if_asked
-from nnssl_ext.views.random import VALIDATION
 
 if TYPE_CHECKING:
     from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
@@ -23,7 +21,12 @@ if TYPE_CHECKING:
 
 def sample_loaders(trainer: PretrainingTrainer) -> tuple[Iterator[CropBatch], Iterable[CropBatch]]:
     """One iterator over all training batches that are left, and a loader of the validation batches."""
-    train, val = _datasets(trainer)
+    checked = trainer.checked
+    request = trainer.method.crops(checked.settings, checked.geometry)
+    # nnU-Net writes a split where there is none yet
+    train, val = checked.samples.datasets(
+        request, checked.common.seed, lambda: from_the_first("split", trainer.do_split), trainer.print_to_log_file
+    )
     workers, pin = worker_count(), trainer.device.type == "cuda"
     left = Shard(
         trainer.step, trainer.num_epochs * trainer.num_iterations_per_epoch, trainer.batch_size, rank(), world()
@@ -38,26 +41,6 @@ def sample_loaders(trainer: PretrainingTrainer) -> tuple[Iterator[CropBatch], It
     training = SteadyLoader(train, left, workers=workers, pin_memory=pin, tell=tell, waiting=waiting)
     return iter(training), SteadyLoader(
         val, validation, workers=min(1, workers), pin_memory=pin, tell=tell, waiting=lambda: None
-    )
-
-
-def _datasets(trainer: PretrainingTrainer) -> tuple[CropDataset | ImageDataset, CropDataset | ImageDataset]:
-    checked, seed = trainer.checked, trainer.checked.common.seed
-    request = trainer.method.crops(checked.settings, checked.geometry)
-    if isinstance(request, ImageRequest):
-        assert checked.images is not None
-        trainer.print_to_log_file(f"{checked.images}; this data set's own images are not used.")
-        return ImageDataset(checked.images, request, seed), ImageDataset(checked.images, request, seed, VALIDATION)
-    # nnU-Net writes a split where there is none yet
-    train_cases, val_cases = from_the_first("split", trainer.do_split)
-    if trainer.fold == "all":
-        trainer.print_to_log_file("Fold 'all': the objective is validated on crops of the training cases.")
-    if len(val_cases) < request.fewest_cases:
-        trainer.print_to_log_file(f"{len(val_cases)} validation cases are too few: using training cases instead.")
-        val_cases = train_cases
-    return (
-        CropDataset(checked.index, train_cases, request, seed),
-        CropDataset(checked.index, val_cases, request, seed, VALIDATION),
     )
 
 
@@ -98,10 +81,7 @@ class Unreadable:
 
 def unreadable(trainer: PretrainingTrainer) -> Unreadable:
     """The list of a run that begins, with the cases that are left out from the start."""
-    checked, limit = trainer.checked, trainer.checked.common.max_unreadable_fraction
-    if checked.images is not None:
-        return Unreadable("images", len(checked.images), limit, trainer.print_to_log_file)
-    result = Unreadable("cases", len(checked.index.cases), limit, trainer.print_to_log_file)
-    folder = checked.index.folder
-    result.note(f"case '{case}' in {folder}: {problem}" for case, problem in checked.index.left_out.items())
+    samples, limit = trainer.checked.samples, trainer.checked.common.max_unreadable_fraction
+    result = Unreadable(samples.kind, len(samples), limit, trainer.print_to_log_file)
+    result.note(samples.left_out())
     return result

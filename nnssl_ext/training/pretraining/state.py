@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -94,8 +93,8 @@ def restore(trainer: PretrainingTrainer, content: dict[str, Any], source: str) -
 
 def start(trainer: PretrainingTrainer) -> None:
     """Before the first step of this process: what the method has chosen; of a run, ``start_from``, if plans say so."""
-    chosen = trainer.method.describe()
-    if chosen:
+    chosen = str(trainer.method)
+    if chosen != trainer.method.title:
         trainer.print_to_log_file(chosen)
     source = trainer.checked.common.start_from
     if source is not None and trainer.step == 0:
@@ -190,8 +189,6 @@ def identity(trainer: PretrainingTrainer) -> dict[str, Any]:
     del geometry["strides"], geometry["batch_size"]  # said elsewhere
     if not method.crops(checked.settings, checked.geometry).fits_cases:
         del geometry["case_size"]
-    if not method.needs_images:
-        del geometry["image_classes"], geometry["image_chance"]
     return _jsonlike(
         {
             "method": method.name,
@@ -223,11 +220,7 @@ def refuse_other_run(stored: dict[str, Any], mine: dict[str, Any], source: str) 
 
 def data(trainer: PretrainingTrainer) -> dict[str, str]:
     """Digests of what the run learns from, by case; of the names alone where that is 2-D images."""
-    images = trainer.checked.images
-    if images is None:
-        return trainer.checked.index.fingerprint()
-    names = "\n".join(name for files in images.files for name in files)
-    return {f"the list of {len(images)} images": hashlib.sha256(names.encode()).hexdigest()}
+    return trainer.checked.samples.fingerprint()
 
 
 def refuse_other_data(stored: dict[str, str] | None, mine: dict[str, str], source: str) -> None:

@@ -46,7 +46,7 @@ def print_summary(trainer: PretrainingTrainer) -> dict[str, Any]:
     trainer.print_to_log_file(
         f"Pretraining summary\n"
         f"  {content['method']} on {content['dataset']}, {content['configuration']}, fold {content['fold']} "
-        f"({_seen(trainer)}): "
+        f"({trainer.checked.samples.summary(trainer.checked.training_cases)}): "
         f"{content['epochs']} epochs, {content['steps']} steps of {content['batch_size']}, {content['hours']:.2f} h\n"
         f"  objective on validation crops: {losses[0]:.4f} -> {losses[-1]:.4f}\n"
         f"  {readable.title}: {numbers[0]:.4f} -> {numbers[-1]:.4f}\n"
@@ -54,13 +54,6 @@ def print_summary(trainer: PretrainingTrainer) -> dict[str, Any]:
         add_timestamp=False,
     )
     return content
-
-
-def _seen(trainer: PretrainingTrainer) -> str:
-    """What the method has learned from."""
-    if trainer.method.needs_images:
-        return f"images in {trainer.checked.common.images}"
-    return f"{trainer.checked.training_cases} cases"
 
 
 def next_command(trainer: PretrainingTrainer, file: Path) -> str:

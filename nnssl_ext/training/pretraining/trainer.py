@@ -118,7 +118,7 @@ class PretrainingTrainer(nnUNetTrainer):
             self.print_to_log_file("Using torch.compile...")
         self.objective = engine(self.method, self.device, compiled)
 
-        self.recipe = self.method.optimiser()
+        self.recipe = self.method.optimizer()
         self.initial_lr = self.recipe.learning_rate if common.learning_rate is None else common.learning_rate
         self.weight_decay = self.recipe.weight_decay
         self.optimizer = build_optimiser(self.recipe, self.method.parameter_groups(), self.initial_lr)
@@ -223,7 +223,7 @@ class PretrainingTrainer(nnUNetTrainer):
             return self.objective(views)
 
     def _clip(self) -> Tensor:
-        return clip_gradients(self.method.clipped_parts(), self.recipe.clip)
+        return clip_gradients(self.method.clipped_modules(), self.recipe.max_grad_norm)
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Tensor]]) -> None:
         means = mean_over_samples(train_outputs)
@@ -236,10 +236,10 @@ class PretrainingTrainer(nnUNetTrainer):
         self.method.eval()
 
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Tensor]]) -> None:
-        measures = {**mean_over_samples(val_outputs), **self.method.end_validation()}
-        sign = self.method.diagnose(measures)
-        self._log_means("val", measures)
-        stop_when_collapsed(self, sign)
+        measures = mean_over_samples(val_outputs)
+        check = self.method.check_validation(measures)
+        self._log_means("val", {**measures, **check.measures})
+        stop_when_collapsed(self, check.collapse, check.patience)
 
     def _log_means(self, prefix: str, means: dict[str, float]) -> None:
         self.logger.log(f"{prefix}_losses", means.pop("loss"), self.current_epoch)

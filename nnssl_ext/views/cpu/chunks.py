@@ -14,7 +14,7 @@ VOXELS = 1 << 16
 SAMPLES = 1 << 20
 
 
-def slabs(batch: Tensor) -> Iterator[tuple[slice, slice]]:
+def voxel_chunks(batch: Tensor) -> Iterator[tuple[slice, slice]]:
     """Which samples and voxels of a flattened batch (B, C, V) to take at a time: all of them on a GPU."""
     if batch.device.type != "cpu":
         yield slice(None), slice(None)
@@ -26,14 +26,14 @@ def slabs(batch: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(sample, sample + 1), slice(begin, min(begin + together, voxels))
 
 
-def together(batch: Tensor) -> list[slice]:
+def sample_chunks(batch: Tensor) -> list[slice]:
     """Samples of a batch (B, ...) to take at a time: as many as a CPU's last cache holds; all of them on a GPU."""
     samples = len(batch)
     at_once = max(1, SAMPLES // max(1, batch[0].numel())) if batch.device.type == "cpu" else samples
     return [slice(begin, min(begin + at_once, samples)) for begin in range(0, samples, at_once)]
 
 
-def pieces(volume: Tensor) -> Iterator[Tensor]:
+def flat_chunks(volume: Tensor) -> Iterator[Tensor]:
     """Flat views of a contiguous volume, one after the other; all of it on a GPU."""
     flat = volume.view(-1)
     return iter(flat.split(VOXELS)) if volume.device.type == "cpu" else iter((flat,))

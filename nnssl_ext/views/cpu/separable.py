@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nnssl_ext.views.cpu.chunks import VOXELS
-from nnssl_ext.views.random import sent
+from nnssl_ext.views.random import to_device
 
 #: On the CPU: planes, at least, that go through the products at a time while they are in the core's cache; and rows of
 #: a banded matrix, at most, that are multiplied at a time, with no more columns than they touch.
@@ -77,7 +77,7 @@ def along_axes(volume: Tensor, matrices: Sequence[Tensor | None], out: Tensor | 
         return _Planes(volume, height, width).through(depth, out)
     for axis, matrix in enumerate(matrices):
         if matrix is not None:
-            volume = torch.tensordot(sent(matrix, volume.device), volume, ([1], [axis])).movedim(0, axis)
+            volume = torch.tensordot(to_device(matrix, volume.device), volume, ([1], [axis])).movedim(0, axis)
     return volume if out is None else out.copy_(volume)
 
 

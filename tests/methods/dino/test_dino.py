@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import Geometry
+from nnssl_ext.methods import DataGeometry
 from nnssl_ext.methods.dino.dino import DINO
 from nnssl_ext.methods.dino.settings import DINOSettings, local_size
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom
@@ -63,8 +63,8 @@ def validated(folder: Path, method: Any, batches: int = 4) -> dict[str, float]:
             indices = list(range(4 * number, 4 * number + 4))
             batch = batch_of(folder, method, indices)
             method(method.views(batch, BatchRandom(0, VALIDATION + VIEWS, indices, CPU)))
-    measures: dict[str, float] = method.end_validation()
-    assert method.end_validation() == {}
+    measures: dict[str, float] = method.check_validation({}).measures
+    assert method.check_validation({}).measures == {}
     return measures
 
 
@@ -202,17 +202,18 @@ def test_rates_fall_towards_the_input_and_biases_do_not_decay() -> None:
     assert set(found) == {id(p) for p in trainable.values()}
     depth = len(method.network.backbone.blocks)
     encoder = method.network.backbone
-    assert found[id(encoder.patch_embed.proj.weight)].rate == pytest.approx(0.2 * 0.5 ** (depth + 1))
-    assert found[id(encoder.pos_embed)].rate == pytest.approx(0.5 ** (depth + 1))
+    assert found[id(encoder.patch_embed.proj.weight)].lr_scale == pytest.approx(0.2 * 0.5 ** (depth + 1))
+    assert found[id(encoder.pos_embed)].lr_scale == pytest.approx(0.5 ** (depth + 1))
     for level, block in enumerate(encoder.blocks):
         group = found[id(block.attn.qkv.weight)]
-        assert (group.rate, group.decay) == (pytest.approx(0.5 ** (depth - level)), 1.0)
-        assert found[id(block.attn.qkv.bias)].decay == found[id(block.norm1.weight)].decay == 0.0
-    assert found[id(method.student.image_head.directions)].rate == 1.0
+        assert (group.lr_scale, group.weight_decay_scale) == (pytest.approx(0.5 ** (depth - level)), 1.0)
+        for undecayed in (block.attn.qkv.bias, block.norm1.weight):
+            assert found[id(undecayed)].weight_decay_scale == 0.0
+    assert found[id(method.student.image_head.directions)].lr_scale == 1.0
 
 
-def geometry(size: tuple[int, int, int], stride: tuple[int, int, int]) -> Geometry:
-    return Geometry(size, (1.0, 1.0, 1.0), 1, ((1, 1, 1), stride))
+def geometry(size: tuple[int, int, int], stride: tuple[int, int, int]) -> DataGeometry:
+    return DataGeometry(size, (1.0, 1.0, 1.0), 1, ((1, 1, 1), stride))
 
 
 def test_local_views_are_half_as_large_and_legal() -> None:

@@ -86,7 +86,7 @@ def test_no_collapse_is_told_while_the_rate_rises() -> None:
     alike |= {"cell_entropy": 0.5, "effective_rank": 1.0, "off_diagonal_cosine": 1.0}
     for progress, told in ((0.05, False), (0.2, True)):
         method.before_step(progress)
-        assert bool(method.diagnose(alike)) == told
+        assert bool(method.check_validation(alike).collapse) == told
 
 
 def test_it_learns_and_its_health_is_told(tmp_path: Path) -> None:
@@ -99,14 +99,14 @@ def test_it_learns_and_its_health_is_told(tmp_path: Path) -> None:
     assert health | {"view_retrieval", "image_information", "cell_information"} <= set(measures)
     assert measures["samples"] == 16
     assert measures["hidden_cells"] > max(untrained, 5 * measures["chance"])
-    assert method.diagnose(measures) == ""
+    assert method.check_validation(measures).collapse == ""
 
 
 def test_a_broken_run_shows_its_sign(tmp_path: Path) -> None:
     folder = write_anatomy(tmp_path)
     method = build(DINO, BROKEN)
     trained(folder, method, 10)
-    sign = method.diagnose(validated(folder, method))
+    sign = method.check_validation(validated(folder, method)).collapse
     assert "targets are uniform" in sign
     assert "dino.teacher_temperature" in sign
     # every image and every cell the same, but sharply
@@ -115,14 +115,14 @@ def test_a_broken_run_shows_its_sign(tmp_path: Path) -> None:
         for head in (method.teacher.image_head, method.teacher.cell_head):
             head.mlp[-1].weight.zero_()
             head.mlp[-1].bias.copy_(head.directions[0])
-    assert "the same whatever it sees" in method.diagnose(validated(folder, method))
+    assert "the same whatever it sees" in method.check_validation(validated(folder, method)).collapse
     # the same features of every image
     method = build(DINO, LEARNING)
     with torch.no_grad():
         method.teacher.reader.voxel[0].weight.zero_()
-    assert "features of all images are alike" in method.diagnose(validated(folder, method))
+    assert "features of all images are alike" in method.check_validation(validated(folder, method)).collapse
     # one validation sample tells nothing
-    assert method.diagnose({"samples": 2.0, "image_information": 0.0, "cell_information": 0.0}) == ""
+    assert method.check_validation({"samples": 2.0, "image_information": 0.0, "cell_information": 0.0}).collapse == ""
 
 
 def test_a_large_validation_is_seen_in_part() -> None:

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import TRAINERS
 from nnssl_ext.train import stock_parser, train
 from nnssl_ext.training import checks as preflight
 from nnssl_ext.training.distributed import heartbeat
@@ -27,7 +27,7 @@ from tests.training.distributed.test_ranks import assert_equal_runs, free_port, 
 from tests.training.pretraining.test_trainer import pretrain
 
 Data = Callable[[str], Environment]
-TRAINER = METHODS["volume_fusion"].trainer
+TRAINER = TRAINERS["volume_fusion"]
 #: Eleven steps an epoch; processes ask each other at every eighth whether to stop.
 SETTINGS = {
     "precision": "float32",

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from nnunetv2.run.run_training import maybe_load_checkpoint
 
 from nnssl_ext import checkpoint
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.training.distributed import heartbeat
 from nnssl_ext.training.distributed.ranks import mean_over_samples, rank_device
 from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
@@ -93,7 +93,7 @@ def without_dropout(plans: dict) -> None:
     ],
 )
 def test_several_ranks_equal_one(with_data: Data, method: str, kind: str, world: int, batch_size: int) -> None:
-    environment, trainer = with_data(kind), METHODS[method].trainer
+    environment, trainer = with_data(kind), TRAINERS[method]
     # in bfloat16 the split of a batch is rounding
     settings = {
         "precision": "float32",
@@ -122,7 +122,7 @@ def test_several_ranks_equal_one(with_data: Data, method: str, kind: str, world:
 def test_3dino_over_ranks_with_either_centring_and_a_vision_transformer(
     with_data: Data, kind: str, centring: str
 ) -> None:
-    environment, trainer = with_data(kind), METHODS["dino"].trainer
+    environment, trainer = with_data(kind), TRAINERS["dino"]
 
     def as_if_trained(plans: dict) -> None:
         # the first features of a vision transformer are all alike: where KoLeo spreads them to is rounding
@@ -161,7 +161,7 @@ def rank_that_dies(rank: int, world: int, port: int, victim: int, number: int) -
     PretrainingTrainer.train_step = train_step  # type: ignore[method-assign]
     heartbeat.BEAT_SECONDS, heartbeat.SILENCE_SECONDS = 0.2, 5.0
     sys.stderr = (Path(os.environ["nnUNet_results"]) / f"stderr_{rank}").open("w", buffering=1)
-    one_rank(rank, world, port, "two", METHODS["volume_fusion"].trainer, c=True)
+    one_rank(rank, world, port, "two", TRAINERS["volume_fusion"], c=True)
 
 
 def two_ranks(victim: int, number: int) -> list[int | None]:
@@ -187,13 +187,13 @@ def test_when_a_rank_is_gone_the_others_name_it_and_end(with_data: Data, victim:
     line = (environment.results / f"stderr_{1 - victim}").read_text().strip().splitlines()[-1]
     assert line.startswith(f"nnssl_ext: error: process {victim} of 2 (pid ")
     assert f"is gone; process {1 - victim} ends too. The last checkpoint is intact: go on with --c" in line
-    fold = environment.fold("plain", "two", METHODS["volume_fusion"].trainer)
+    fold = environment.fold("plain", "two", TRAINERS["volume_fusion"])
     checkpoint.load(fold / "checkpoint_latest.pth")
     assert (pretrain(environment, "plain", "two", c=True) / "checkpoint_final.pth").is_file()
 
 
 def test_a_signal_to_one_rank_ends_all_and_loses_nothing(with_data: Data) -> None:
-    environment, trainer = with_data("plain"), METHODS["volume_fusion"].trainer
+    environment, trainer = with_data("plain"), TRAINERS["volume_fusion"]
     settings = {"precision": "float32", "epochs": 2, "iterations_per_epoch": 11, "volume_fusion": {"optimiser": "sgd"}}
     for plans in ("one", "two"):
         environment.write_plans("plain", plans, settings)

@@ -203,7 +203,7 @@ def test_seeds_and_folds_differ(with_data: Data) -> None:
 def test_the_default_schedule_is_stocks() -> None:
     _, settings = finetune_settings({"plans_name": "x"})
     assert (settings.steps, settings.steps_per_epoch, settings.optimizer) == (250_000, 250, "sgd")
-    recipe = finetune.OptimiserRecipe("sgd", 0.01, 3e-5, settings.schedule, settings.warmup / settings.steps)
+    recipe = finetune.OptimizerRecipe("sgd", 0.01, 3e-5, settings.schedule, settings.warmup / settings.steps)
     optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.01)
     stock = PolyLRScheduler(optimiser, 0.01, 1000)
     for epoch in (0, 1, 500, 999):

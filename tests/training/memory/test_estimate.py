@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nnssl_ext.methods import METHODS, Geometry
+from nnssl_ext.methods import METHODS, DataGeometry
 from nnssl_ext.networks.backbone import Backbone, backbone_of
 from nnssl_ext.training.memory import estimate as memory
 from nnssl_ext.training.memory.estimate import GIB, RESERVE, Line, StepMemory, planned_memory, step_memory
@@ -80,7 +80,7 @@ def built_on(kind: str) -> Any:
     """VolumeFusion on a network of a kind."""
     method = METHODS["volume_fusion"]
     backbone = backbone_of(network(kind, 1, 5))
-    geometry = Geometry(SIZE, (1.0, 1.0, 1.0), 1, tuple(backbone.strides))
+    geometry = DataGeometry(SIZE, (1.0, 1.0, 1.0), 1, tuple(backbone.strides))
     return method(backbone, memory.quiet(method.Settings()), geometry).train()
 
 

@@ -12,7 +12,7 @@ from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoi
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnssl_ext import checkpoint
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.training.pretraining import classes
 from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from tests.conftest import REPOSITORY, Environment
@@ -54,7 +54,7 @@ def trainer_for(kind: str, plans: str, trainer: str = TRAINER, fold: int | str =
 
 @pytest.mark.parametrize("method", METHODS)
 def test_stock_finds_one_picklable_class(environment: Environment, method: str) -> None:
-    name = METHODS[method].trainer
+    name = TRAINERS[method]
     first, second = (recursive_find_trainer_class_by_name(name) for _ in range(2))
     assert first is second is getattr(classes, name)
     assert first.__name__ == name

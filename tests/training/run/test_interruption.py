@@ -14,7 +14,7 @@ from nnssl_ext import checkpoint
 from nnssl_ext.cli import main
 from nnssl_ext.environment import MAX_TIME, commands_path, time_limit
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import METHODS
+from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from tests.conftest import Environment
 from tests.training.pretraining.test_trainer import TRAINER, pretrain
@@ -61,7 +61,7 @@ def signal_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 def test_a_signal_amid_an_epoch_loses_nothing(
     with_data: Data, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
-    environment, trainer = with_data("plain"), METHODS[method].trainer
+    environment, trainer = with_data("plain"), TRAINERS[method]
     for plans in ("whole", "broken"):
         environment.write_plans("plain", plans, RUN)
     whole = pretrain(environment, "plain", "whole", trainer=trainer)

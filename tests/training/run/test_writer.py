@@ -175,9 +175,9 @@ def digests(fold: Path) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["volume_fusion", "dino", "contrastive_predictive_coding"])
 def test_later_steps_do_not_leak_into_a_slow_write(with_data: Data, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Each write begins when the training is two steps further; what it holds is what is written at once."""
-    from nnssl_ext.methods import METHODS
+    from nnssl_ext.methods import TRAINERS
 
-    environment, trainer = with_data("plain"), METHODS[name].trainer
+    environment, trainer = with_data("plain"), TRAINERS[name]
     settings = {"epochs": 3, "iterations_per_epoch": 4, "save_every": 1}
     original, steps, ahead = checkpoint.save, [0], list[int]()
     train_step = PretrainingTrainer.train_step
