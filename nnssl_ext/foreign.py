@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnssl_ext.errors import RefusedError
+
 #: nnU-Net's checkpoints keep their log in numpy scalars; these names, and no others, may be loaded beside tensors.
 NUMPY_SCALARS: list[Any] = [
     np.dtype,
@@ -23,18 +25,14 @@ NUMPY_SCALARS: list[Any] = [
     type(np.dtype(np.float64)),
     type(np.dtype(np.int64)),
 ]
-#: Largest JSON file in bytes, and how deeply it may be nested.
-LARGEST_JSON, DEEPEST_JSON = 64 * 2**20, 64
+#: How deeply a checkpoint may be nested.
+MAX_DEPTH = 64
 #: An .npz may be so many times larger than its file.
 LARGEST_RATIO = 1000
 #: A frame of Blosc2 begins with this, at this offset; its header's length stands behind.
 _FRAME, _FRAME_AT, _LENGTH_AT = b"b2frame\0", 2, 11
 #: Kinds of Blosc2 objects that run code or open other files when they are opened.
 _ACTIVE = (b"LazyArray", b"proxy-source", b"\xa3b2o")
-
-
-class RefusedError(ValueError):
-    """A file that is not what it should be; the message says why."""
 
 
 def load_tensors(path: Path, safe: list[Any] = NUMPY_SCALARS) -> Any:
@@ -62,7 +60,7 @@ def check_tensors(content: Any) -> None:
         RefusedError: For a tensor that is not dense or shows more than it stores, and for nesting without end.
     """
     level: list[Any] = [content]
-    for _ in range(DEEPEST_JSON):
+    for _ in range(MAX_DEPTH):
         below: list[Any] = []
         for value in level:
             if isinstance(value, dict):
@@ -78,21 +76,6 @@ def check_tensors(content: Any) -> None:
             return
         level = below
     raise RefusedError("it is nested too deeply")
-
-
-def check_json(content: Any) -> None:
-    """Refuse what is nested more deeply than any settings are."""
-    level: list[Any] = [content]
-    for _ in range(DEEPEST_JSON):
-        level = [
-            item
-            for value in level
-            if isinstance(value, (dict, list))
-            for item in (value.values() if isinstance(value, dict) else value)
-        ]
-        if not level:
-            return
-    raise RefusedError(f"it is nested more than {DEEPEST_JSON} levels deep")
 
 
 def open_blosc2(path: Path, **options: Any) -> blosc2.NDArray:

@@ -102,7 +102,7 @@ def _check_number(dataset: str) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from nnssl_ext.environment import trainer_folders
+    from nnssl_ext.external_trainers import trainer_folders
     from nnssl_ext.study.decathlon.tasks import find_task, run_stock
 
     task = find_task(arguments.task)

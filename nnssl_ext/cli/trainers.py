@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from nnssl_ext.environment import trainer_folders
+from nnssl_ext.external_trainers import trainer_folders
 from nnssl_ext.resources import resource_folder
 
 

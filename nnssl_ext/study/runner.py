@@ -19,7 +19,8 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from nnssl_ext.environment import commands_path, cores, trainer_folders
+from nnssl_ext.environment import commands_path, cores
+from nnssl_ext.external_trainers import trainer_folders
 from nnssl_ext.files import replaced_on_success
 from nnssl_ext.provenance import revision, versions
 from nnssl_ext.recipe import read_json, write_json

@@ -15,8 +15,8 @@ import numpy as np
 from filelock import FileLock
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnssl_ext.configurations import configuration_of
 from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import file_digest, lock_file, replaced_on_success
@@ -219,10 +219,7 @@ def data_folder(source: Path, plans: str, configuration: str) -> Path:
     if not file.is_file():
         raise UserError(f"{source.name} has no plans '{plans}'; plan it first, or name others with -p")
     content = read_json(file)
-    known = content["configurations"]
-    if configuration not in known:
-        raise UserError(f"plans {plans} have no configuration '{configuration}'; they have {', '.join(known)}")
-    return source / PlansManager(content).get_configuration(configuration).data_identifier
+    return source / configuration_of(content, configuration)["data_identifier"]
 
 
 def pool_size(dataset: str, plans: str, configuration: str, fold: int) -> int:

@@ -21,8 +21,9 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from nnssl_ext.environment import keep_memory, set_threads
+from nnssl_ext.environment import check_device, set_threads
 from nnssl_ext.errors import UserError
+from nnssl_ext.host_memory import keep_memory
 from nnssl_ext.methods import OptimizerRecipe
 from nnssl_ext.training.checks import target_network
 from nnssl_ext.training.distributed.ranks import rank, rank_device
@@ -69,8 +70,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net reads this signature)
     ) -> None:
         self.common, self.settings = finetune_settings(plans)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError("no CUDA device was found; use -device cpu")
+        check_device(device.type)
         s = self.settings
         stock = "float16" if device.type == "cuda" else "float32"
         amp_dtype = mixed_precision(device, stock if s.precision == "stock" else s.precision)
@@ -79,7 +79,8 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         self.logger.local_logger = PlainLog()
         self.drawn = monotonic()
         set_threads(device.type)
-        keep_memory(device.type)
+        if self.common.keep_host_memory:
+            keep_memory(device.type)
         self.device = rank_device(device)
         self.amp_dtype = amp_dtype
         self.grad_scaler = torch.amp.GradScaler("cuda") if self.amp_dtype is torch.float16 else None

@@ -36,6 +36,7 @@ FREE = (
     "max_time",
     "on_write_failure",
     "write_in_background",
+    "keep_host_memory",
 )
 
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nnssl_ext.data.crops import CropBatch
-from nnssl_ext.environment import keep_memory, set_threads
+from nnssl_ext.environment import set_threads
 from nnssl_ext.errors import UserError
+from nnssl_ext.host_memory import keep_memory
 from nnssl_ext.methods import Method
 from nnssl_ext.networks.target import target_network
 from nnssl_ext.training.checks import check_run, target_backbone
@@ -72,7 +73,8 @@ class PretrainingTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.drawn = monotonic()
         set_threads(device.type)
-        keep_memory(device.type)
+        if common.keep_host_memory:
+            keep_memory(device.type)
         self.device, self.amp_dtype = rank_device(device), amp_dtype
         # bfloat16 has the range of float32: only float16 needs its gradients scaled
         self.grad_scaler = torch.amp.GradScaler("cuda") if self.amp_dtype is torch.float16 else None
