@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl_ext.host_memory import keep_memory
-from nnssl_ext.losses.distillation import Targets, koleo, prototype_cross_entropy
+from nnssl_ext.losses.distillation import Targets, koleo
+from nnssl_ext.losses.fused import prototype_cross_entropy
 from nnssl_ext.methods.dino.networks import DistilledNetwork, reader_of
 from nnssl_ext.networks.architectures.vit import ViTUNETR
 from nnssl_ext.networks.backbone import backbone_of

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import sys
 from pathlib import Path
 
 _NAME = re.compile(r"Dataset(\d{3,})_")
@@ -22,6 +21,18 @@ def dataset_word(name: str) -> str:
     roots = filter(os.path.isdir, (os.environ.get(f"nnUNet_{root}", "") for root in ("preprocessed", "raw", "results")))
     same = {path.name for root in roots for path in Path(root).glob(f"Dataset{match[1]}*")}
     return str(int(match[1])) if same <= {name} else name
+
+
+def dataset_number(name: str) -> int:
+    """Return the number in a data set's name, of three or more digits.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    match = _NAME.match(name)
+    if match is None:
+        raise ValueError(f"expected DatasetXXX_NAME, got '{name}'")
+    return int(match[1])
 
 
 def train_words(
@@ -53,8 +64,3 @@ def train_command(
     """Return an ``nnUNetv2_train`` command line, as ``train_words``, with ``-pretrained_weights`` if given."""
     words = train_words(dataset, configuration, fold, plans=plans, trainer=trainer)
     return shlex.join([*words, *(["-pretrained_weights", str(weights)] if weights is not None else [])])
-
-
-def commands_path() -> str:
-    """Return PATH with the commands of this Python's environment first."""
-    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

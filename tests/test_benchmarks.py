@@ -13,7 +13,7 @@ from nnssl_ext.data.crops import Crop, CropDataset, CropRequest
 from nnssl_ext.data.index import CaseIndex
 from tests.conftest import REPOSITORY
 
-TOOLS = {"__init__", "__main__", "measure", "workload", "soak_runs"}
+TOOLS = {"__init__", "__main__", "measure", "workload", "soak_runs", "checkout"}
 
 
 def test_every_benchmark_is_listed() -> None:

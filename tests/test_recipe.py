@@ -41,12 +41,12 @@ def network_of(configuration: dict) -> Any:
 def test_the_papers_recipes_say_what_the_papers_say() -> None:
     _, arxiv = split_sections(load_recipe("volume_fusion_paper_arxiv").settings, SCHEMAS, "arxiv")
     _, tip = split_sections(load_recipe("volume_fusion_paper_tip").settings, SCHEMAS, "tip")
-    assert (arxiv["volume_fusion"].source, arxiv["volume_fusion"].layout) == ("other", "boxes")
-    assert (tip["volume_fusion"].source, tip["volume_fusion"].layout) == ("same", "grid")
+    assert (arxiv["volume_fusion"].foreground_case, arxiv["volume_fusion"].layout) == ("other", "boxes")
+    assert (tip["volume_fusion"].foreground_case, tip["volume_fusion"].layout) == ("same", "grid")
     assert tip["volume_fusion"].intensity.invert_probability == 0.25
     for paper in (arxiv, tip):
         assert paper["volume_fusion"].ignore_below == 0
-        assert paper["volume_fusion"].optimiser == "adam"
+        assert paper["volume_fusion"].optimizer == "adam"
 
 
 def test_mis_fm_says_what_the_paper_says() -> None:
@@ -137,14 +137,14 @@ def test_words_of_the_command_line() -> None:
             "epochs=20",
             "volume_fusion.levels=3",
             "volume_fusion.intensity.noise=[0,0.1]",
-            "volume_fusion.source=same",
+            "volume_fusion.foreground_case=same",
             "configuration.batch_size=2",
             "architecture.features_base=8",
         ]
     )
     assert recipe.settings == {
         "epochs": 20,
-        "volume_fusion": {"levels": 3, "intensity": {"noise": [0, 0.1]}, "source": "same"},
+        "volume_fusion": {"levels": 3, "intensity": {"noise": [0, 0.1]}, "foreground_case": "same"},
     }
     assert recipe.configuration == {"batch_size": 2}
     assert recipe.architecture == {"features_base": 8}
@@ -156,11 +156,11 @@ def test_recipes_are_laid_over_in_order_and_the_source_is_untouched() -> None:
     plans = make_plans("plain")
     before = json.dumps(plans)
     first = Recipe("a", {"epochs": 3, "volume_fusion": {"levels": 2}}, {"batch_size": 5})
-    second = Recipe("b", {"volume_fusion": {"source": "same"}}, {}, {"features_base": 8, "features_max": 16})
+    second = Recipe("b", {"volume_fusion": {"foreground_case": "same"}}, {}, {"features_base": 8, "features_max": 16})
     derived = derive_plans(plans, "new", [first, second], ["3d_fullres"])
     assert json.dumps(plans) == before
     assert derived["plans_name"] == "new"
-    assert derived["nnssl_ext"] == {"epochs": 3, "volume_fusion": {"levels": 2, "source": "same"}}
+    assert derived["nnssl_ext"] == {"epochs": 3, "volume_fusion": {"levels": 2, "foreground_case": "same"}}
     configuration = derived["configurations"]["3d_fullres"]
     assert configuration["batch_size"] == 5
     assert configuration["architecture"]["arch_kwargs"]["features_per_stage"] == [8, 16, 16]

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="only give settings of version 0.1 their new names in these plans or recipes",
     )
-    parser.add_argument("overlays", nargs="*", metavar="RECIPE|SETTING=VALUE", help="recipes and settings to merge, in order")
+    parser.add_argument("overlays", nargs="*", metavar="RECIPE|SETTING=VALUE", help="merged in their order")
 
 
 def run(arguments: argparse.Namespace) -> None:

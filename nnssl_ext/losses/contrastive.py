@@ -1,4 +1,4 @@
-"""Contrastive losses: tell the right candidate from the others.
+"""Contrastive losses: find the right candidate among others.
 
 P predictions, K candidates, F features.
 """
@@ -11,13 +11,15 @@ from torch import Tensor
 
 
 def info_nce(predictions: Tensor, candidates: Tensor, right: Tensor, temperature: float) -> Tensor:
-    """InfoNCE (van den Oord et al., arXiv 1807.03748) on cosine similarities.
+    """Compute InfoNCE on cosine similarities.
+
+    van den Oord et al., "Representation Learning with Contrastive Predictive Coding", arXiv 1807.03748.
 
     Args:
         predictions: (P, F).
         candidates: (K, F).
-        right: (P,) the place of each prediction's own candidate.
-        temperature: Divides the similarities.
+        right: (P,) position of the right candidate of each prediction.
+        temperature: Temperature of the softmax.
 
     Returns:
         (P,); log K at chance.
@@ -26,14 +28,18 @@ def info_nce(predictions: Tensor, candidates: Tensor, right: Tensor, temperature
 
 
 def paired_bce(predictions: Tensor, candidates: Tensor, right: Tensor, draw: Tensor) -> Tensor:
-    """Sigmoid cross-entropy of the right candidate and of one wrong one, by their scalar products.
+    """Compute the sigmoid cross-entropy of the right and one wrong candidate.
+
+    Scores are scalar products.
 
     Args:
-        predictions, candidates, right: As above.
-        draw: (P,) in [0, 1), which of the wrong candidates.
+        predictions: (P, F).
+        candidates: (K, F).
+        right: (P,) position of the right candidate of each prediction.
+        draw: (P,) in [0, 1), selects the wrong candidate.
 
     Returns:
-        (P,); log 2 where nothing is known.
+        (P,); log 2 at chance.
     """
     wrong = (draw * (len(candidates) - 1)).long().clamp_max(len(candidates) - 2)
     wrong = wrong + (wrong >= right)
@@ -44,23 +50,32 @@ def paired_bce(predictions: Tensor, candidates: Tensor, right: Tensor, draw: Ten
 
 
 def similarities(predictions: Tensor, candidates: Tensor) -> Tensor:
-    """Cosines (P, K)."""
+    """Compute cosines, (P, K)."""
     return products(F.normalize(predictions.float(), dim=1), F.normalize(candidates.float(), dim=1))
 
 
 def products(predictions: Tensor, candidates: Tensor) -> Tensor:
-    """Scalar products (P, K), in float32 under autocast, too."""
+    """Compute scalar products (P, K) in float32, also under autocast."""
     with torch.autocast(predictions.device.type, enabled=False):
         return predictions.float() @ candidates.float().T
 
 
 def hits(scores: Tensor, right: Tensor) -> Tensor:
-    """(P, K), (P,) -> (P,) 1 where the right candidate scores highest; of n equals it is the first with 1 / n."""
+    """Score 1 where the right candidate is best: (P, K), (P,) -> (P,).
+
+    Among n candidates with the best score it counts 1 / n.
+    """
     best = scores.amax(1, keepdim=True)
     top = scores == best
     return top.gather(1, right[:, None])[:, 0].float() / top.sum(1)
 
 
 def within_sample(scores: Tensor, right: Tensor, sample: Tensor) -> Tensor:
-    """``scores`` with the candidates of other samples at -inf; ``sample`` (K,) says whose a candidate is."""
+    """Exclude the candidates of other samples from ``scores`` (P, K).
+
+    Args:
+        scores: (P, K).
+        right: (P,) position of the right candidate.
+        sample: (K,) sample of each candidate.
+    """
     return scores.masked_fill(sample[right][:, None] != sample[None], -torch.inf)

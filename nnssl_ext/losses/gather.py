@@ -1,4 +1,8 @@
-"""The global batch in every process, with gradient, in the order of samples."""
+"""The global batch in every process, with gradient, in the order of samples.
+
+B samples of this process, G samples of all processes. With W processes, rank r holds the samples r, r + W, r + 2 W, ...
+of the global batch. So all counts are known, and no process waits for them.
+"""
 
 from __future__ import annotations
 
@@ -10,43 +14,44 @@ from torch import Tensor
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all processes in the order of ranks; backward, each process gets the sum of all gradients of its rows."""
+    """Gather rows of all ranks; each rank receives the sum of all gradients of its rows."""
 
     @staticmethod
-    def forward(context: Any, rows: Tensor) -> Tensor:
-        counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
-        dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-        context.counts = [int(count) for count in counts]
-        # ranks may hold one sample more or less; what is gathered must have one shape
-        padded = rows.new_zeros((max(context.counts), *rows.shape[1:]))
+    def forward(context: Any, rows: Tensor, total: int) -> Tensor:
+        world = dist.get_world_size()
+        # ranks may differ by one sample, and gathered tensors need one shape
+        padded = rows.new_zeros((-(-total // world), *rows.shape[1:]))
         padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:count] for part, count in zip(parts, context.counts, strict=True)])
+        gathered = [torch.empty_like(padded) for _ in range(world)]
+        dist.all_gather(gathered, padded)
+        # row k of rank r is sample r + k W, so that all padding is at the end
+        return torch.stack(gathered, 1).flatten(0, 1)[:total]
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Tensor:
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         gradient = gradients[0].contiguous()
         dist.all_reduce(gradient)
-        begin = sum(context.counts[: dist.get_rank()])
-        return gradient[begin : begin + context.counts[dist.get_rank()]]
+        return gradient[dist.get_rank() :: dist.get_world_size()], None
 
 
-@torch.compiler.disable  # it asks other processes how many there are
-def gather_samples(rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the global batch, and where this process's rows are among them.
+@torch.compiler.disable  # it communicates
+def gather_samples(rows: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Gather the rows of the global batch.
 
     Args:
-        rows: (B, ...) of this process.
-        index: (B,) global sample indices.
+        rows: (B, ...) rows of this process.
+        total: G. Not used by a single process, which has them all.
 
     Returns:
-        (B of all processes, ...) in the order of sample indices, which no number of processes changes, and (B,).
+        (G, ...) in the order of samples, which the number of processes does not change; and (B,) the positions of this
+        process's rows in it.
+
+    Raises:
+        ValueError: If ``rows`` are not this process's share of ``total``.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        order = index.argsort()
-        return rows[order], order.argsort()
-    gathered: Tensor = _Gather.apply(rows)
-    every: Tensor = _Gather.apply(index)
-    order = every.argsort()
-    return gathered[order], torch.searchsorted(every[order], index)
+        return rows, torch.arange(len(rows), device=rows.device)
+    own = torch.arange(dist.get_rank(), total, dist.get_world_size(), device=rows.device)
+    if len(own) != len(rows):
+        raise ValueError(f"Expected {len(own)} of {total} samples on rank {dist.get_rank()}, got {len(rows)}.")
+    return _Gather.apply(rows, total), own

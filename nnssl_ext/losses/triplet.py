@@ -1,4 +1,4 @@
-"""Triplet loss: an anchor is nearer to its positive than to negatives, by a margin.
+"""Triplet losses: bring anchors nearer to positives than to negatives, by a margin.
 
 A anchors, K candidates, F features.
 """
@@ -11,26 +11,30 @@ from torch import Tensor
 
 
 def squared_distances(anchors: Tensor, candidates: Tensor) -> Tensor:
-    """(A, F), (K, F) -> (A, K), in float32 under autocast, too: the differences of near vectors are small."""
+    """Compute squared distances, (A, F), (K, F) -> (A, K).
+
+    They are in float32 also under autocast: the differences of near vectors are small.
+    """
     a, c = anchors.float(), candidates.float()
     with torch.autocast(a.device.type, enabled=False):
         return ((a**2).sum(1, keepdim=True) - 2 * a @ c.T + (c**2).sum(1)).clamp_min(0)
 
 
 def semi_hard_triplet(anchors: Tensor, positives: Tensor, candidates: Tensor, allowed: Tensor, margin: float) -> Tensor:
-    """Triplet loss with semi-hard negatives (Schroff et al., FaceNet, CVPR 2015).
+    """Compute the triplet loss with semi-hard negatives.
 
-    The negative is the nearest one that is farther than the positive; where none is, the farthest. With a single
-    negative there is nothing to choose and it is the plain triplet loss.
+    Schroff et al., "FaceNet", CVPR 2015, arXiv 1503.03832. The negative is the nearest candidate that is farther than
+    the positive. If none is farther, it is the farthest candidate. With one candidate this is the plain triplet loss.
 
     Args:
-        anchors, positives: (A, F), on the unit sphere.
+        anchors: (A, F), on the unit sphere.
+        positives: (A, F), on the unit sphere.
         candidates: (K, F).
-        allowed: (A, K) bool, which candidates are negatives of which anchor; at least one each.
-        margin: In squared distance.
+        allowed: (A, K) bool, whether a candidate is a negative of an anchor. Each anchor needs one.
+        margin: Margin between squared distances.
 
     Returns:
-        (A,); the margin where nothing is known.
+        (A,); the margin at chance.
     """
     near = ((anchors.float() - positives.float()) ** 2).sum(1)
     far = squared_distances(anchors, candidates)
@@ -41,7 +45,17 @@ def semi_hard_triplet(anchors: Tensor, positives: Tensor, candidates: Tensor, al
 
 
 def plain_triplet(anchors: Tensor, positives: Tensor, negatives: Tensor, margin: float) -> Tensor:
-    """(A, F) three times -> (A,): squared distances, one given negative per anchor."""
+    """Compute the triplet loss with one given negative per anchor.
+
+    Args:
+        anchors: (A, F).
+        positives: (A, F).
+        negatives: (A, F).
+        margin: Margin between squared distances.
+
+    Returns:
+        (A,).
+    """
     near = ((anchors.float() - positives.float()) ** 2).sum(1)
     far = ((anchors.float() - negatives.float()) ** 2).sum(1)
     return F.relu(near - far + margin)

@@ -1,4 +1,4 @@
-"""The registry of methods: a new one is its file and a line here."""
+"""Registry of methods. A new method is its file and a line here."""
 
 from nnssl_ext.catalog import trainer_of
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, ParameterGroup, Readable, ValidationCheck
@@ -28,7 +28,7 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 
-#: The settings schema of every section in the plans: one per method, and the fine-tuner's.
+#: Settings of each section in the plans: one per method, and the fine-tuner's.
 SCHEMAS: dict[str, type] = {name: method.Settings for name, method in METHODS.items()}
 SCHEMAS["finetune"] = FinetuneSettings
 

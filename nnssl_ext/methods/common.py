@@ -1,4 +1,4 @@
-"""Settings that methods share: how crops look and are turned, and how the objective is optimised."""
+"""Settings that methods share: intensity views, spatial views and optimization."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from nnssl_ext.views.spatial import SpatialRange
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Intensity views and optimisation; a method's settings derive from it and may have other defaults."""
+    """Intensity views and optimization. Settings of a method derive from it and may change defaults."""
 
     intensity: IntensitySettings = field(default_factory=IntensitySettings)
-    optimiser: str = setting("adamw", "Optimiser.", choices=("adam", "adamw", "sgd"))
+    optimizer: str = setting("adamw", "Optimizer.", choices=("adam", "adamw", "sgd"))
     weight_decay: float = setting(1e-5, "Weight decay.", low=0)
-    schedule: str = setting("cosine", "How the learning rate falls.", choices=("constant", "poly", "cosine"))
-    warm_up: float = setting(0.02, "Share of the steps with a rising learning rate.", low=0, high=0.9)
+    schedule: str = setting("cosine", "Decay of the learning rate.", choices=("constant", "poly", "cosine"))
+    warmup: float = setting(0.02, "Share of the steps with a rising learning rate.", low=0, high=0.9)
 
     def heaviest(self) -> Any:
         """Return settings that draw what takes most memory at every step, for estimates."""
         return self
 
     def recipe(self, learning_rate: float) -> OptimizerRecipe:
-        """The optimiser, with the method's own peak learning rate."""
-        return OptimizerRecipe(self.optimiser, learning_rate, self.weight_decay, self.schedule, self.warm_up)
+        """Build the optimizer recipe with the method's peak learning rate."""
+        return OptimizerRecipe(self.optimizer, learning_rate, self.weight_decay, self.schedule, self.warmup)
 
 
 @dataclass(frozen=True)
 class SharedSettings(TrainingSettings):
-    """The same, and spatial views."""
+    """Spatial views in addition."""
 
     flip: float = setting(0.5, "Chance of a mirror, per axis and crop.", source="nnU-Net", low=0, high=1)
     rot90: float = setting(0.3, "Chance of quarter turns in a plane of equal edges and spacing.", low=0, high=1)
@@ -41,6 +41,6 @@ class SharedSettings(TrainingSettings):
     zoom: list[float] = setting([0.8, 1.25], "Range of the magnification.", low=0.1, high=10, length=2)
 
     def spatial(self, geometry: DataGeometry) -> SpatialRange:
-        """What may be done to a crop."""
+        """Build the range of spatial views of a crop."""
         zoom = (self.zoom[0], self.zoom[1])
         return SpatialRange(geometry.spacing, self.flip, self.rot90, self.affine, self.rotation, zoom)

@@ -1,10 +1,10 @@
-"""Contrastive predictive coding: predict the vectors of patches from those of patches before them.
+"""Contrastive predictive coding: predict the vectors of patches from those of earlier patches.
 
-van den Oord et al., "Representation Learning with Contrastive Predictive Coding", arXiv 1807.03748; in 3-D Taleb et
-al., "3D Self-Supervised Methods for Medical Imaging", NeurIPS 2020, arXiv 2006.03829. Encoder only.
+van den Oord et al., "Representation Learning with Contrastive Predictive Coding", arXiv 1807.03748. In 3-D: Taleb et
+al., "3D Self-Supervised Methods for Medical Imaging", NeurIPS 2020, arXiv 2006.03829.
 
 B batch (G over all processes), R rows, Q patches of a row, N = R Q, T predicted patches, C channel, D H W voxels,
-E embedding, H summary.
+E embedding, H context.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nnssl_ext.data.crops import CropBatch, CropRequest
+from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.losses.contrastive import hits, info_nce, paired_bce, products, similarities, within_sample
 from nnssl_ext.losses.gather import gather_samples
-from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
-from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
-from nnssl_ext.methods.patches import PuzzleSettings, read_patches, window_request
+from nnssl_ext.methods.base import DataGeometry, Readable
+from nnssl_ext.methods.patches import PatchMethod, PatchSettings
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.context import ConvolutionalContext, RecurrentContext
 from nnssl_ext.networks.heads import GridHead
@@ -32,14 +31,14 @@ OORD, TALEB = "arXiv 1807.03748", "Taleb et al. 2020"
 
 
 @dataclass(frozen=True)
-class ContrastivePredictiveCodingSettings(PuzzleSettings):
+class ContrastivePredictiveCodingSettings(PatchSettings):
     """Settings of contrastive predictive coding."""
 
-    context_rows: int = setting(2, "Rows that are seen.", low=1)
-    skipped_rows: int = setting(1, "Rows between context and prediction; neighbours could be copied.", low=0)
-    predicted_rows: int = setting(2, "Rows that are predicted.", source=TALEB, low=1)
+    context_rows: int = setting(2, "Rows of the context.", low=1)
+    skipped_rows: int = setting(1, "Rows between context and prediction. Adjacent rows could be copied.", low=0)
+    predicted_rows: int = setting(2, "Rows to predict.", source=TALEB, low=1)
     overlap: float = setting(
-        0.5, "Overlap of one row with the next, as a share of a patch's edge.", source=OORD, low=0, high=0.9
+        0.5, "Overlap of consecutive rows, as a share of a patch's edge.", source=OORD, low=0, high=0.9
     )
     gap: float = setting(
         0.25,
@@ -48,24 +47,31 @@ class ContrastivePredictiveCodingSettings(PuzzleSettings):
         low=0,
         high=2,
     )
-    columns: int = setting(2, "Most patches of a row, along each of its two axes.", low=1, high=4)
+    max_columns: int = setting(2, "Most patches of a row, along each of its two axes.", low=1, high=4)
     directions: str = setting(
-        "six", "Rows run in any direction that fits, drawn per window, or always in the same.", choices=("six", "one")
+        "six", "Draw the direction of rows per window, or always take the same.", choices=("six", "one")
     )
-    aggregator: str = setting("gru", "What sums up the context.", source=TALEB, choices=("gru", "convolution"))
-    width: int = setting(256, "Width of the context's summary.", source=TALEB, low=1)
+    aggregator: str = setting("gru", "Network over the context.", source=TALEB, choices=("gru", "convolution"))
+    context_dim: int = setting(256, "Width of the context vector.", source=TALEB, low=1)
     loss: str = setting(
         "infonce",
-        "Among all patches of the batch, or against one wrong patch.",
+        "Compare with all patches of the batch, or with one negative.",
         source=f"InfoNCE {OORD}; bce {TALEB}",
         choices=("infonce", "bce"),
     )
-    temperature: float = setting(0.1, "Divides InfoNCE's cosines.", low=0.01)
-    voxels: float = setting(2.0, "Most voxels of all patches, in crops of the plan; fewer columns are taken.", low=0.1)
+    temperature: float = setting(0.1, "Divisor of InfoNCE's cosine similarities.", low=0.01)
+    max_voxels: float = setting(
+        2.0, "Most voxels of all patches, in crops of the plan. Fewer columns are taken instead.", low=0.1
+    )
 
 
-class ContrastivePredictiveCoding(EncoderMethod):
-    """See the module's docstring."""
+class ContrastivePredictiveCoding(PatchMethod):
+    """Predict the embeddings of later rows of patches from earlier rows.
+
+    A context network summarizes the rows that are seen. A linear layer per target predicts an embedding, and the loss
+    is InfoNCE over all patches of the global batch. Trains the encoder. Taleb et al., NeurIPS 2020, after van den
+    Oord et al., arXiv 1807.03748.
+    """
 
     name = "contrastive_predictive_coding"
     title = "Contrastive predictive coding"
@@ -74,96 +80,85 @@ class ContrastivePredictiveCoding(EncoderMethod):
     readable = Readable("accuracy", "Accuracy among the predicted patches of a window")
 
     settings: ContrastivePredictiveCodingSettings
+    layout: RowLayout
 
     def __init__(
         self, backbone: Backbone, settings: ContrastivePredictiveCodingSettings, geometry: DataGeometry
     ) -> None:
-        layout = self.layout(settings, geometry)
-        super().__init__(backbone, settings, geometry, stages=layout.stages)
-        self.rows = layout
-        self.columns = layout.beside(layout.axes[0])
-        self.targets = settings.predicted_rows * self.columns
-        self.embed = GridHead(channels=self.channels, hidden=settings.hidden, outputs=settings.embedding)
-        self.direction = nn.Embedding(2 * len(layout.axes), settings.embedding)
+        super().__init__(backbone, settings, geometry)
+        s = settings
+        self.columns = self.layout.columns_of(self.layout.axes[0])
+        self.targets = s.predicted_rows * self.columns
+        self.embed = GridHead(channels=self.channels, hidden=s.hidden_dims, outputs=s.embedding_dim)
+        self.direction = nn.Embedding(2 * len(self.layout.axes), s.embedding_dim)
         self.context: nn.Module
-        if settings.aggregator == "gru":
-            self.context = RecurrentContext(embedding=settings.embedding, width=settings.width)
+        if s.aggregator == "gru":
+            self.context = RecurrentContext(embedding_dim=s.embedding_dim, context_dim=s.context_dim)
         else:
             self.context = ConvolutionalContext(
-                columns=self.columns, embedding=settings.embedding, width=settings.width
+                columns=self.columns, embedding_dim=s.embedding_dim, context_dim=s.context_dim
             )
-        self.predict = nn.Linear(settings.width, self.targets * settings.embedding)
+        self.predict = nn.Linear(s.context_dim, self.targets * s.embedding_dim)
 
     @classmethod
-    def layout(cls, settings: ContrastivePredictiveCodingSettings, geometry: DataGeometry) -> RowLayout:
-        """Where patches lie."""
+    def solve_layout(cls, settings: ContrastivePredictiveCodingSettings, geometry: DataGeometry) -> RowLayout:
         s = settings
         return solve_rows(
             geometry.strides,
             geometry.case_size or geometry.crop_size,
             Rows(s.context_rows, s.skipped_rows, s.predicted_rows, s.overlap, s.gap),
             title=cls.title,
-            columns=s.columns,
-            most_zoom=s.zoom,
-            most_voxels=s.voxels * math.prod(geometry.crop_size),
+            max_columns=s.max_columns,
+            max_zoom=s.zoom,
+            max_voxels=s.max_voxels * math.prod(geometry.crop_size),
         )
 
-    @classmethod
-    def crops(cls, settings: ContrastivePredictiveCodingSettings, geometry: DataGeometry) -> CropRequest:
-        return window_request(cls.layout(settings, geometry), geometry)
-
-    def __str__(self) -> str:
-        return f"{self.title}: {self.rows}"
-
-    def optimizer(self) -> OptimizerRecipe:
-        return self.settings.peak()
-
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """``patches`` (B, N, C, D, H, W) row by row, context first, ``direction`` (B,), ``wrong`` (B, T), ``index``."""
-        rows, device = self.rows, random.device
-        last = 2 * len(rows.axes) - 1 if self.settings.directions == "six" else 0
+        """Return patches row by row, context first.
+
+        Returns:
+            ``patches`` (B, N, C, D, H, W), ``direction`` (B,), and ``negative`` (B, T) in [0, 1).
+        """
+        last = 2 * len(self.layout.axes) - 1 if self.settings.directions == "six" else 0
         direction = random.integers(0, last)
-        starts = rows.starts(direction, random.uniform(0, 1, (3,)))
+        starts = self.layout.starts(direction, random.uniform(0, 1, (3,)))
         return {
-            "patches": read_patches(self.settings, self.geometry, batch, random, rows.window, starts, rows.patch),
-            "direction": to_device(direction, device),
-            "wrong": to_device(random.uniform(0, 1, (self.targets,)), device),
-            "index": sample_index(batch.indices, device),
+            "patches": self.read_patches(batch, random, starts),
+            "direction": to_device(direction, random.device),
+            "negative": to_device(random.uniform(0, 1, (self.targets,)), random.device),
         }
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``loss``; in evaluation ``accuracy``, its ``chance``, ``batch_accuracy`` and health; each (B,)."""
+        """Return ``loss``. In evaluation also ``accuracy``, ``chance``, ``batch_accuracy`` and health; (B,) each."""
         features = self.encode(views["patches"])
         embedded = self.embed(features)
-        context = embedded[:, : -self.targets].unflatten(1, (-1, self.columns))  # (B, R, Q, E)
-        summary = self.context(context + self.direction(views["direction"])[:, None, None])
-        predicted = self.predict(summary).view(-1, embedded.shape[-1])  # (B T, E)
+        rows = embedded[:, : -self.targets].unflatten(1, (-1, self.columns))  # (B, R, Q, E)
+        context = self.context(rows + self.direction(views["direction"])[:, None, None])
+        predicted = self.predict(context).view(-1, embedded.shape[-1])  # (B T, E)
 
-        # every patch of the global batch is a candidate; one's own stand at the end of one's own patches
-        everyone, place = gather_samples(embedded, views["index"])  # (G, N, E), (B,)
+        # every patch of the global batch is a candidate; a window's own targets are its last patches
+        gathered, place = gather_samples(embedded, self.geometry.batch_size)  # (G, N, E), (B,)
         number = embedded.shape[1]
-        own = torch.arange(number - self.targets, number, device=place.device)
-        right = (place[:, None] * number + own).flatten()
-        candidates = everyone.flatten(0, 1)
+        target = torch.arange(number - self.targets, number, device=place.device)
+        positive = (place[:, None] * number + target).flatten()
+        candidates = gathered.flatten(0, 1)
         if self.settings.loss == "infonce":
-            loss = info_nce(predicted, candidates, right, self.settings.temperature)
+            loss = info_nce(predicted, candidates, positive, self.settings.temperature)
         else:
-            loss = paired_bce(predicted, candidates, right, views["wrong"].flatten())
-        result = {"loss": loss.view(-1, self.targets).mean(1)}
-        if not self.training:
-            result |= self._readable(predicted, candidates, right, number)
-            result |= self.health(features, views["index"])
-        return result
+            loss = paired_bce(predicted, candidates, positive, views["negative"].flatten())
+        measures = {} if self.training else self._accuracies(predicted, candidates, positive, number)
+        return self.result(loss.view(-1, self.targets).mean(1), features, 1 / self.targets, **measures)
 
-    def _readable(self, predicted: Tensor, candidates: Tensor, right: Tensor, number: int) -> dict[str, Tensor]:
-        if self.settings.loss == "infonce":
-            scores = similarities(predicted, candidates)
-        else:
-            scores = products(predicted, candidates)
-        place = torch.arange(len(candidates), device=right.device)
-        # a patch of the context is never right: left out, so that chance is one in T
-        targets = scores.masked_fill(place[None] % number < number - self.targets, -torch.inf)
-        accuracy = hits(within_sample(targets, right, place // number), right).view(-1, self.targets).mean(1)
-        among_all = hits(scores, right).view(-1, self.targets).mean(1)
-        chance = torch.full_like(accuracy, 1 / self.targets)
-        return {"accuracy": accuracy, "chance": chance, "batch_accuracy": among_all}
+    def _accuracies(self, predicted: Tensor, candidates: Tensor, positive: Tensor, number: int) -> dict[str, Tensor]:
+        """Measure the accuracy among a window's targets and among all patches of the batch: (B,) each."""
+        score = similarities if self.settings.loss == "infonce" else products
+        scores = score(predicted, candidates)
+        place = torch.arange(len(candidates), device=positive.device)
+        # patches of the context are never targets: without them chance is one in T
+        among_targets = scores.masked_fill(place[None] % number < number - self.targets, -torch.inf)
+        accuracy = hits(within_sample(among_targets, positive, place // number), positive)
+        batch_accuracy = hits(scores, positive)
+        return {
+            "accuracy": accuracy.view(-1, self.targets).mean(1),
+            "batch_accuracy": batch_accuracy.view(-1, self.targets).mean(1),
+        }

@@ -1,4 +1,4 @@
-"""What objectives on the encoder alone share: the frozen decoder, a vector per crop or patch, health.
+"""Shared parts of objectives that train the encoder alone.
 
 B batch, N crops or patches of a sample, C channel, D H W voxels, F features.
 """
@@ -16,16 +16,16 @@ from nnssl_ext.losses.health import effective_rank, feature_deviation
 from nnssl_ext.methods.base import DataGeometry, Method
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import grid_features
-from nnssl_ext.views.random import to_device
 
 
 class EncoderMethod(Method):
-    """An objective on the encoder's features; the decoder keeps its initial values and is written with them.
+    """Train the encoder's features. The decoder keeps its initial values.
 
     Args:
         backbone: The network.
-        settings, geometry: As for every method.
-        stages: Encoder stages that are read, and trained; None for all.
+        settings: The method's settings.
+        geometry: Properties of the data.
+        stages: Encoder stages that are run and trained. None is all of them.
     """
 
     deep_supervision = False
@@ -37,24 +37,32 @@ class EncoderMethod(Method):
         self.channels = backbone.channels[: stages or None][-1]
 
     def encode(self, crops: Tensor) -> Tensor:
-        """Octant means of the deepest map that is read, all crops in one pass: (B, N, C, D, H, W) -> (B, N, 8 F)."""
+        """Average the deepest feature map over octants: (B, N, C, D, H, W) -> (B, N, 8 F). All crops take one pass."""
         features = self.backbone.features(crops.flatten(0, 1), self.stages)[-1]
         return grid_features(features).unflatten(0, crops.shape[:2])
 
-    def health(self, features: Tensor, index: Tensor) -> dict[str, Tensor]:
-        """``feature_deviation`` and ``effective_rank`` of (B, N, F) over the global batch, each (B,)."""
-        gathered = gather_samples(features, index)[0].flatten(0, 1)
+    def result(self, loss: Tensor, features: Tensor, chance: float, **measures: Tensor) -> dict[str, Tensor]:
+        """Collect what ``forward`` returns.
+
+        Args:
+            loss: (B,).
+            features: (B, N, F), whose health is measured in evaluation.
+            chance: Value of the readable number for a guess.
+            measures: (B,) each, returned in evaluation only.
+        """
+        if self.training:
+            return {"loss": loss}
+        return {"loss": loss, **measures, "chance": torch.full_like(loss, chance), **self.health(features)}
+
+    def health(self, features: Tensor) -> dict[str, Tensor]:
+        """Measure ``feature_deviation`` and ``effective_rank`` of (B, N, F) over the global batch: (B,) each."""
+        gathered = gather_samples(features, self.geometry.batch_size)[0].flatten(0, 1)
         measures = {"feature_deviation": feature_deviation(gathered), "effective_rank": effective_rank(gathered)}
         return {name: value.expand(len(features)) for name, value in measures.items()}
 
 
 def classification(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and accuracy of each sample: (B, N, classes), (B, N) -> (B,) twice."""
+    """Compute cross-entropy and accuracy per sample: (B, N, classes), (B, N) -> twice (B,)."""
     loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
-    right = (logits.argmax(-1) == target).float().mean(1)
-    return loss.view(target.shape).mean(1), right
-
-
-def sample_index(indices: list[int], device: torch.device) -> Tensor:
-    """(B,) int64 global sample indices, for what depends on the global batch."""
-    return to_device(torch.tensor(indices), device)
+    accuracy = (logits.argmax(-1) == target).float().mean(1)
+    return loss.view(target.shape).mean(1), accuracy

@@ -1,8 +1,8 @@
 """Exemplar: two views of one crop are nearer to each other than to crops of other cases.
 
 Dosovitskiy et al., "Discriminative Unsupervised Feature Learning with Exemplar Convolutional Neural Networks", TPAMI
-2016; as a triplet loss in 3-D Taleb et al., "3D Self-Supervised Methods for Medical Imaging", NeurIPS 2020, arXiv
-2006.03829. Encoder only.
+2016. As a triplet loss in 3-D: Taleb et al., "3D Self-Supervised Methods for Medical Imaging", NeurIPS 2020, arXiv
+2006.03829.
 
 B batch (G over all processes), C channel, D H W voxels, E embedding. A sample is three images: anchor, positive, and a
 crop of another case, so that there is a negative at any batch size.
@@ -23,12 +23,12 @@ from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.losses.triplet import plain_triplet, semi_hard_triplet, squared_distances
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
-from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
+from nnssl_ext.methods.encoder_only import EncoderMethod
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
-from nnssl_ext.views.layout import standardise
+from nnssl_ext.views.layout import standardize
 from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_batch, subview
 
@@ -37,7 +37,7 @@ TALEB = "Taleb et al. 2020"
 
 @dataclass(frozen=True)
 class ExemplarIntensitySettings(IntensitySettings):
-    """Stronger intensity views: the histogram of a crop must not identify it."""
+    """Stronger intensity views, because the histogram must not identify a crop."""
 
     gamma_probability: float = setting(0.8, "Chance of a gamma curve, per channel.", low=0, high=1)
     noise_probability: float = setting(0.3, "Chance of Gaussian noise, per sample.", low=0, high=1)
@@ -58,7 +58,7 @@ class ExemplarSettings(SharedSettings):
         [1.0, 1.4], "Range of the magnification; the view is a part of the crop.", low=1, high=10, length=2
     )
     intensity: ExemplarIntensitySettings = field(default_factory=ExemplarIntensitySettings)
-    standardise: bool = setting(True, "Zero mean and unit deviation per view.")
+    standardize: bool = setting(True, "Zero mean and unit deviation per view.")
     margin: float = setting(1.0, "Margin in squared distance.", source=TALEB, low=0.01)
     mining: str = setting(
         "semi_hard",
@@ -68,35 +68,39 @@ class ExemplarSettings(SharedSettings):
     )
     shared_head: bool = setting(
         True,
-        "One head for all three images; with three the loss falls without the encoder.",
+        "One head for all three images. With three heads the loss falls without the encoder.",
         source=f"three in {TALEB}",
     )
-    normalise: bool = setting(True, "Embeddings on the unit sphere.", source="FaceNet")
+    normalize: bool = setting(True, "Embeddings on the unit sphere.", source="FaceNet")
     clean_positive: bool = setting(
         False,
-        "The positive is not augmented, and told from the anchor by that alone.",
+        "The positive is not augmented, which alone distinguishes it from the anchor.",
         source=f"true in {TALEB}",
     )
-    hidden: list[int] = setting([256], "Widths of the head's layers.", low=1)
-    embedding: int = setting(128, "Width of an embedding.", low=1)
+    hidden_dims: list[int] = setting([256], "Widths of the head's layers.", low=1)
+    embedding_dim: int = setting(128, "Width of an embedding.", low=1)
 
 
 class Exemplar(EncoderMethod):
-    """See the module's docstring."""
+    """Pull two views of one crop together and push crops of other cases away.
+
+    A triplet loss with semi-hard negatives on embeddings of the encoder. Trains the encoder.
+    Taleb et al., NeurIPS 2020, after Dosovitskiy et al., TPAMI 2016.
+    """
 
     name = "exemplar"
     title = "Exemplar"
     citation = "Taleb et al., NeurIPS 2020, arXiv:2006.03829; Dosovitskiy et al., TPAMI 2016, arXiv:1406.6909"
     Settings = ExemplarSettings
     readable = Readable("triplet_accuracy", "Negatives that are farther than the positive")
-    min_batch_size = 2  # negatives are chosen among the batch
+    min_batch_size = 2  # negatives are chosen from the batch
 
     settings: ExemplarSettings
 
     def __init__(self, backbone: Backbone, settings: ExemplarSettings, geometry: DataGeometry) -> None:
         super().__init__(backbone, settings, geometry)
         self.heads = nn.ModuleList(
-            GridHead(channels=self.channels, hidden=settings.hidden, outputs=settings.embedding)
+            GridHead(channels=self.channels, hidden=settings.hidden_dims, outputs=settings.embedding_dim)
             for _ in range(1 if settings.shared_head else 3)
         )
 
@@ -109,7 +113,7 @@ class Exemplar(EncoderMethod):
         return self.settings.recipe(3e-4)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """``image`` (B, 3, C, D, H, W), ``case`` (B, 3) which case each is of, ``index`` (B,)."""
+        """Return ``image`` (B, 3, C, D, H, W), and hashes of the images' ``case`` (B, 3)."""
         own, other = batch.boxes
         images = [
             self._view(own, random),
@@ -120,17 +124,15 @@ class Exemplar(EncoderMethod):
         return {
             "image": torch.stack(images, 1),
             "case": to_device(torch.tensor(case), random.device).T,
-            "index": sample_index(batch.indices, random.device),
         }
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``loss``; in evaluation ``triplet_accuracy``, its ``chance`` and health; each (B,)."""
-        features = self.encode(views["image"])
-        embedded = self.embed(features)
+        """Return ``loss``. In evaluation also ``triplet_accuracy``, ``chance`` and health. Each is (B,)."""
+        embedded = self.embed(self.encode(views["image"]))
         anchor, positive, negative = embedded.unbind(1)
-        everyone, _ = gather_samples(embedded, views["index"])  # (G, 3, E)
-        cases, _ = gather_samples(views["case"], views["index"])
-        candidates = everyone.flatten(0, 1)
+        gathered, _ = gather_samples(embedded, self.geometry.batch_size)  # (G, 3, E)
+        cases, _ = gather_samples(views["case"], self.geometry.batch_size)
+        candidates = gathered.flatten(0, 1)
         allowed = views["case"][:, :1] != cases.flatten()[None]  # (B, 3 G)
         margin = self.settings.margin
         if self.settings.mining == "given":
@@ -140,13 +142,12 @@ class Exemplar(EncoderMethod):
                 semi_hard_triplet(anchor, positive, candidates, allowed, margin)
                 + semi_hard_triplet(positive, anchor, candidates, allowed, margin)
             ) / 2
-        result = {"loss": loss}
+        measures = {}
         if not self.training:
             near = ((anchor.float() - positive.float()) ** 2).sum(1, keepdim=True)
             farther = (squared_distances(anchor, candidates) > near) & allowed
-            result["triplet_accuracy"] = farther.sum(1) / allowed.sum(1)
-            result |= {"chance": torch.full_like(loss, 0.5), **self.health(embedded, views["index"])}
-        return result
+            measures["triplet_accuracy"] = farther.sum(1) / allowed.sum(1)
+        return self.result(loss, embedded, 0.5, **measures)
 
     def embed(self, features: Tensor) -> Tensor:
         """(B, 3, 8 F) -> (B, 3, E)."""
@@ -154,10 +155,10 @@ class Exemplar(EncoderMethod):
             embedded = self.heads[0](features)
         else:
             embedded = torch.stack([head(features[:, place]) for place, head in enumerate(self.heads)], 1)
-        return F.normalize(embedded.float(), dim=-1) if self.settings.normalise else embedded.float()
+        return F.normalize(embedded.float(), dim=-1) if self.settings.normalize else embedded.float()
 
     def _view(self, boxes: list[SourceBox], random: BatchRandom) -> Tensor:
-        """A part of each crop, turned and changed: (B, C, D, H, W)."""
+        """Cut an augmented view of each crop: (B, C, D, H, W)."""
         size, spacing = self.geometry.crop_size, self.geometry.spacing
         spatial = self.settings.spatial(self.geometry)
         views = [
@@ -166,9 +167,9 @@ class Exemplar(EncoderMethod):
         ]
         image, _ = crop_batch(views, size, random.device)
         IntensityDraw.draw(self.settings.intensity, random, image.shape[1], spacing).apply(image, random)
-        return standardise(image) if self.settings.standardise else image
+        return standardize(image) if self.settings.standardize else image
 
     def _clean(self, boxes: list[SourceBox], random: BatchRandom) -> Tensor:
         size = self.geometry.crop_size
         image, _ = crop_batch([subview(box, size, np.eye(3)) for box in boxes], size, random.device)
-        return standardise(image) if self.settings.standardise else image
+        return standardize(image) if self.settings.standardize else image

@@ -1,8 +1,8 @@
-"""Masked autoencoder: predict the voxels of hidden input blocks with the whole network.
+"""Masked autoencoder: predict the voxels of masked blocks with the whole network.
 
-The control for every claim of the other methods, and the strongest published objective for segmentation with residual
-encoders. He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022; Wald et al., arXiv 2410.23132 and
-2412.17041 (convolutional, 3-D).
+It is the control for claims about the other methods, and the strongest published objective for segmentation with
+residual encoders. He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022. Convolutional and 3-D:
+Wald et al., arXiv 2410.23132 and 2412.17041.
 
 B batch, C channel, D H W voxels.
 """
@@ -24,35 +24,39 @@ from nnssl_ext.views.random import BatchRandom
 from nnssl_ext.views.spatial import crop_batch
 
 HE, WALD = "He et al. 2022", "arXiv 2410.23132"
-#: A block whose variance is lower shows nothing to predict.
-LEAST_VARIANCE = 1e-6
+#: Blocks of lower variance are no targets.
+MIN_VARIANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class MaskedAutoencoderSettings(SharedSettings):
     """Settings of the masked autoencoder."""
 
-    ratio: float = setting(0.75, "Share of the blocks that is hidden.", source=f"{HE}, {WALD}", low=0.01, high=0.99)
-    block: list[int] | None = setting(
+    mask_ratio: float = setting(0.75, "Share of masked blocks.", source=f"{HE}, {WALD}", low=0.01, high=0.99)
+    block_size: list[int] | None = setting(
         None,
-        "Block edges in voxels; null is an eighth of the crop's.",
+        "Edges of a block in voxels. null is an eighth of the crop's.",
         source="16 of 128 in both papers",
         low=1,
         length=3,
     )
-    normalise_target: bool = setting(
-        False, "Predict voxels normalised by their block's mean and deviation.", source=f"an option of {HE}"
+    normalize_target: bool = setting(
+        False, "Predict voxels normalized by their block's mean and deviation.", source=f"an option of {HE}"
     )
 
 
 class MaskedAutoencoder(Method):
-    """See the module's docstring."""
+    """Predict the voxels of masked blocks from the visible ones.
+
+    The loss is the mean squared error over masked voxels. Trains encoder and decoder.
+    He et al., CVPR 2022, and Wald et al., CVPR 2025.
+    """
 
     name = "masked_autoencoder"
     title = "Masked autoencoder"
     citation = "He et al., CVPR 2022, arXiv:2111.06377; Wald et al., CVPR 2025, arXiv:2410.23132"
     Settings = MaskedAutoencoderSettings
-    readable = Readable("explained_variance", "Explained variance of hidden voxels")
+    readable = Readable("explained_variance", "Explained variance of masked voxels")
     deep_supervision = False
 
     settings: MaskedAutoencoderSettings
@@ -61,7 +65,7 @@ class MaskedAutoencoder(Method):
         super().__init__(backbone, settings, geometry)
         backbone.set_deep_supervision(False)
         backbone.freeze_coarse_heads()
-        self.block = settings.block or [max(1, round(edge / 8)) for edge in geometry.crop_size]
+        self.block_size = settings.block_size or [max(1, round(edge / 8)) for edge in geometry.crop_size]
 
     @classmethod
     def output_channels(cls, settings: MaskedAutoencoderSettings, geometry: DataGeometry) -> int:
@@ -75,39 +79,40 @@ class MaskedAutoencoder(Method):
         return self.settings.recipe(1e-3)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """``image`` with hidden voxels at zero, ``target``, and ``weight`` 1 where a voxel is to be predicted.
+        """Return ``image`` with masked voxels at zero, ``target``, and ``weight`` 1 for target voxels.
 
-        All (B, C, D, H, W). Zero is about the mean of normalised intensities, and nnU-Net's padding.
+        Each is (B, C, D, H, W). Zero is about the mean of normalized intensities, and nnU-Net's padding.
         """
         size = self.geometry.crop_size
         image, inside = crop_batch(batch.boxes[0], size, random.device)
         draw = IntensityDraw.draw(self.settings.intensity, random, image.shape[1], self.geometry.spacing)
         draw.apply(image, random)
-        hidden = draw_block_mask(random, size, self.block, self.settings.ratio)[:, None]
+        masked = draw_block_mask(random, size, self.block_size, self.settings.mask_ratio)[:, None]
 
         if inside is not None:
             image.mul_(inside)
-        mean, variance = block_moments(image, self.block)
-        weight = hidden & expand_blocks(variance > LEAST_VARIANCE, size, self.block)
+        mean, variance = block_moments(image, self.block_size)
+        weight = masked & expand_blocks(variance > MIN_VARIANCE, size, self.block_size)
         if inside is not None:
             weight = weight & inside
         target = image
-        if self.settings.normalise_target:
-            deviation = variance.clamp_min(LEAST_VARIANCE).sqrt()
-            target = (image - expand_blocks(mean, size, self.block)) / expand_blocks(deviation, size, self.block)
-        return {"image": image * ~hidden, "target": target, "weight": weight.to(image.dtype)}
+        if self.settings.normalize_target:
+            deviation = variance.clamp_min(MIN_VARIANCE).sqrt()
+            mean, deviation = (expand_blocks(values, size, self.block_size) for values in (mean, deviation))
+            target = (image - mean) / deviation
+        return {"image": image * ~masked, "target": target, "weight": weight.to(image.dtype)}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``loss``, the mean squared error of hidden voxels; in evaluation ``explained_variance``; each (B,)."""
+        """Return ``loss``, the error of masked voxels. In evaluation also ``explained_variance``. Each is (B,)."""
         target, weight = views["target"], views["weight"]
         prediction = self.network(views["image"]).float()
         count = weight.sum((1, 2, 3, 4)).clamp_min(1)
         error = ((prediction - target) ** 2 * weight).sum((1, 2, 3, 4)) / count
         result = {"loss": error}
         if not self.training:
-            # a network that answers the mean of the hidden voxels of each channel scores 0
+            # predicting the mean of the masked voxels of each channel scores 0
             per_channel = weight.sum((2, 3, 4), keepdim=True).clamp_min(1)
             mean = (target * weight).sum((2, 3, 4), keepdim=True) / per_channel
             variance = ((target - mean) ** 2 * weight).sum((1, 2, 3, 4)) / count
-            result["explained_variance"] = 1 - error / variance.clamp_min(LEAST_VARIANCE)
+            result["explained_variance"] = 1 - error / variance.clamp_min(MIN_VARIANCE)
         return result

@@ -1,21 +1,24 @@
-"""What objectives on patches of one window share: the layout's settings and the patches.
+"""Shared parts of objectives on patches of one window.
 
 B batch, N patches, C channel, D H W voxels.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe
 from nnssl_ext.methods.common import TrainingSettings
+from nnssl_ext.methods.encoder_only import EncoderMethod
+from nnssl_ext.networks.base import Backbone
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
-from nnssl_ext.views.layout import Layout, cut_patches, standardise
+from nnssl_ext.views.layout import Layout, cut_patches, standardize
 from nnssl_ext.views.random import BatchRandom
 from nnssl_ext.views.rows import RowLayout
 from nnssl_ext.views.spatial import SpatialRange
@@ -23,7 +26,7 @@ from nnssl_ext.views.spatial import SpatialRange
 
 @dataclass(frozen=True)
 class PatchIntensitySettings(IntensitySettings):
-    """Intensity views of each patch by itself; standardising makes brightness and contrast moot."""
+    """Intensity views of each patch. Standardizing undoes brightness and contrast."""
 
     gamma_probability: float = setting(
         0.5, "Chance of a gamma curve, per channel.", source="0.3 in nnU-Net", low=0, high=1
@@ -34,67 +37,78 @@ class PatchIntensitySettings(IntensitySettings):
 
 
 @dataclass(frozen=True)
-class PuzzleSettings(TrainingSettings):
-    """How patches are read and look."""
+class PatchSettings(TrainingSettings):
+    """Reading and appearance of patches."""
 
-    zoom: float = setting(2.0, "Largest magnification of the window, so that small cases hold it.", low=1, high=8)
-    standardise: bool = setting(
-        True, "Zero mean and unit deviation per patch.", source="intensity drifts tell where a patch is from"
+    zoom: float = setting(2.0, "Largest magnification of the window, for small cases.", low=1, high=8)
+    standardize: bool = setting(
+        True, "Zero mean and unit deviation per patch.", source="intensity drifts reveal a patch's place"
     )
     intensity: PatchIntensitySettings = field(default_factory=PatchIntensitySettings)
-    embedding: int = setting(128, "Width of a patch's vector.", low=1)
-    hidden: list[int] = setting([512], "Widths of the head's layers.", low=1)
-
-    def peak(self) -> OptimizerRecipe:
-        """The optimiser of all puzzles."""
-        return self.recipe(1e-3)
+    embedding_dim: int = setting(128, "Width of a patch's vector.", low=1)
+    hidden_dims: list[int] = setting([512], "Widths of the head's layers.", low=1)
 
 
 @dataclass(frozen=True)
-class SpacedSettings(PuzzleSettings):
-    """The same, for patches that lie apart from each other."""
+class SpacedPatchSettings(PatchSettings):
+    """The same, for patches with a gap between them."""
 
     gap: float = setting(
-        0.25, "Least distance of neighbours, as a share of a patch's edge.", source="nearer edges match", low=0, high=2
+        0.25, "Least distance of neighbors, as a share of a patch's edge.", source="nearer edges match", low=0, high=2
     )
-    jitter: float = setting(0.125, "How far a patch may be moved, as a share of its edge.", low=0, high=1)
+    jitter: float = setting(0.125, "Largest shift of a patch, as a share of its edge.", low=0, high=1)
 
 
-def window_request(layout: Layout | RowLayout, geometry: DataGeometry) -> CropRequest:
-    """One window, never turned: which way is up is what patches are told by; never padded; patches mostly body."""
-    parts = tuple(layout.middles) if isinstance(layout, Layout) else ()
-    still = SpatialRange(geometry.spacing)
-    return CropRequest((Crop(layout.window, still, scale=1 / layout.zoom, fit=True, parts=parts),))
+class PatchMethod(EncoderMethod):
+    """Read patches of one window and encode them.
 
-
-def read_patches(
-    settings: PuzzleSettings,
-    geometry: DataGeometry,
-    batch: CropBatch,
-    random: BatchRandom,
-    window: tuple[int, int, int],
-    starts: Tensor,
-    size: tuple[int, int, int],
-) -> Tensor:
-    """Patches as the network sees them: (B, N, C, *size).
-
-    Args:
-        settings, geometry: The method's.
-        batch: Windows that were read.
-        random: One stream per sample.
-        window: Edges of the window.
-        starts: (B, N, 3) lowest voxel of each patch.
-        size: Edges of a patch.
+    Attributes:
+        layout: Places of the patches in the window.
     """
-    moved = random.uniform(0, 1, starts.shape[1:])
-    patches = torch.stack(
-        [
-            cut_patches(box, window, places, size, moves, random.device)
-            for box, places, moves in zip(batch.boxes[0], starts, moved, strict=True)
-        ]
-    )
-    # each patch looks different: to the intensity views patches are channels
-    merged = patches.flatten(1, 2)
-    IntensityDraw.draw(settings.intensity, random, merged.shape[1], geometry.spacing).apply(merged, random)
-    patches = merged.view_as(patches)
-    return standardise(patches) if settings.standardise else patches
+
+    layout: Layout | RowLayout
+
+    def __init__(self, backbone: Backbone, settings: Any, geometry: DataGeometry) -> None:
+        layout = self.solve_layout(settings, geometry)
+        super().__init__(backbone, settings, geometry, stages=layout.stages)
+        self.layout = layout
+
+    @classmethod
+    @abstractmethod
+    def solve_layout(cls, settings: Any, geometry: DataGeometry) -> Layout | RowLayout:
+        """Choose the patches' places for these data.
+
+        Raises:
+            UserError: If the cases hold no window.
+        """
+
+    @classmethod
+    def crops(cls, settings: Any, geometry: DataGeometry) -> CropRequest:
+        """Request one unrotated, unpadded window whose patches are mostly body."""
+        layout = cls.solve_layout(settings, geometry)
+        still = SpatialRange(geometry.spacing)
+        return CropRequest((Crop(layout.window, still, scale=1 / layout.zoom, fit=True, parts=tuple(layout.middles)),))
+
+    def __str__(self) -> str:
+        return f"{self.title}: {self.layout}"
+
+    def optimizer(self) -> OptimizerRecipe:
+        return self.settings.recipe(1e-3)
+
+    def read_patches(self, batch: CropBatch, random: BatchRandom, starts: Tensor) -> Tensor:
+        """Read patches: (B, N, C, D, H, W).
+
+        Args:
+            batch: Windows.
+            random: One stream per sample.
+            starts: (B, N, 3) lowest voxel of each patch, on the CPU.
+        """
+        shifts = random.uniform(0, 1, starts.shape[1:])
+        patches = cut_patches(batch.boxes[0], self.layout.window, starts, self.layout.patch, shifts, random.device)
+        # intensity views treat patches as channels, so that each patch gets its own draw
+        merged = patches.flatten(1, 2)
+        IntensityDraw.draw(self.settings.intensity, random, merged.shape[1], self.geometry.spacing).apply(
+            merged, random
+        )
+        patches = merged.view_as(patches)
+        return standardize(patches) if self.settings.standardize else patches

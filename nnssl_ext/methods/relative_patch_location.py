@@ -1,9 +1,9 @@
-"""Relative patch location: tell on which side of a central patch another patch lies.
+"""Relative patch location: recognize on which side of a central patch another patch lies.
 
-Doersch et al., "Unsupervised Visual Representation Learning by Context Prediction", ICCV 2015; in 3-D Taleb et al.,
-"3D Self-Supervised Methods for Medical Imaging", NeurIPS 2020, arXiv 2006.03829. Encoder only.
+Doersch et al., "Unsupervised Visual Representation Learning by Context Prediction", ICCV 2015. In 3-D: Taleb et al.,
+"3D Self-Supervised Methods for Medical Imaging", NeurIPS 2020, arXiv 2006.03829.
 
-B batch, N neighbours that are asked for, C channel, D H W voxels, E embedding.
+B batch, N neighbors of a window, C channel, D H W voxels, E embedding.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nnssl_ext.data.crops import CropBatch, CropRequest
-from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
-from nnssl_ext.methods.encoder_only import EncoderMethod, classification, sample_index
-from nnssl_ext.methods.patches import SpacedSettings, read_patches, window_request
+from nnssl_ext.data.crops import CropBatch
+from nnssl_ext.methods.base import DataGeometry, Readable
+from nnssl_ext.methods.encoder_only import classification
+from nnssl_ext.methods.patches import PatchMethod, SpacedPatchSettings
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead, layers
 from nnssl_ext.settings import setting
@@ -28,14 +28,18 @@ TALEB = "Taleb et al. 2020"
 
 
 @dataclass(frozen=True)
-class RelativePatchLocationSettings(SpacedSettings):
+class RelativePatchLocationSettings(SpacedPatchSettings):
     """Settings of relative patch location."""
 
-    neighbours: int = setting(8, "Neighbours asked for in each window; at most all.", source=f"1 in {TALEB}", low=1)
+    neighbors_per_window: int = setting(8, "Neighbors classified in each window.", source=f"1 in {TALEB}", low=1)
 
 
-class RelativePatchLocation(EncoderMethod):
-    """See the module's docstring."""
+class RelativePatchLocation(PatchMethod):
+    """Classify where a patch lies relative to the central patch of a grid.
+
+    Central patch and neighbor are encoded by themselves. A head sees both vectors. Trains the encoder.
+    Taleb et al., NeurIPS 2020, after Doersch et al., ICCV 2015.
+    """
 
     name = "relative_patch_location"
     title = "Relative patch location"
@@ -44,62 +48,44 @@ class RelativePatchLocation(EncoderMethod):
     readable = Readable("accuracy", "Accuracy of the location")
 
     settings: RelativePatchLocationSettings
+    layout: Layout
 
     def __init__(self, backbone: Backbone, settings: RelativePatchLocationSettings, geometry: DataGeometry) -> None:
-        grid = self.layout(settings, geometry)
-        super().__init__(backbone, settings, geometry, stages=grid.stages)
-        self.grid = grid
-        self.classes = math.prod(grid.cells) - 1
-        self.neighbours = min(settings.neighbours, self.classes)
-        self.embed = GridHead(channels=self.channels, hidden=[], outputs=settings.embedding)
-        widths = [2 * settings.embedding, *settings.hidden, self.classes]
+        super().__init__(backbone, settings, geometry)
+        self.classes = math.prod(self.layout.grid) - 1
+        self.neighbors = min(settings.neighbors_per_window, self.classes)
+        self.embed = GridHead(channels=self.channels, hidden=[], outputs=settings.embedding_dim)
+        widths = [2 * settings.embedding_dim, *settings.hidden_dims, self.classes]
         self.head = nn.Sequential(nn.LayerNorm(widths[0]), nn.GELU(), *layers(widths))
 
     @classmethod
-    def layout(cls, settings: RelativePatchLocationSettings, geometry: DataGeometry) -> Layout:
-        """Where patches lie: a centre with neighbours on both sides along an axis, or along that axis none."""
+    def solve_layout(cls, settings: RelativePatchLocationSettings, geometry: DataGeometry) -> Layout:
+        # along each axis a center with a neighbor on both sides, or no neighbor at all
         return solve_layout(
             geometry.strides,
             geometry.case_size or geometry.crop_size,
             title=cls.title,
             gap=settings.gap,
             jitter=settings.jitter,
-            most_zoom=settings.zoom,
-            fewest=3,
+            max_zoom=settings.zoom,
+            min_patches=3,
             choices=(1, 3),
         )
 
-    @classmethod
-    def crops(cls, settings: RelativePatchLocationSettings, geometry: DataGeometry) -> CropRequest:
-        return window_request(cls.layout(settings, geometry), geometry)
-
-    def __str__(self) -> str:
-        return f"{self.title}: {self.grid}"
-
-    def optimizer(self) -> OptimizerRecipe:
-        return self.settings.peak()
-
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """``patches`` (B, 1 + N, C, D, H, W), the centre first, ``location`` (B, N), ``index`` (B,)."""
-        location = random.uniform(0, 1, (self.classes,)).argsort(1)[:, : self.neighbours]
-        # cells count along the grid; those behind the centre are one further than their class
-        centre = self.classes // 2
-        cell = torch.cat([torch.full((len(location), 1), centre), location + (location >= centre)], 1)
-        starts = self.grid.starts(random).gather(1, cell[..., None].expand(-1, -1, 3))
-        window, patch = self.grid.window, self.grid.patch
-        patches = read_patches(self.settings, self.geometry, batch, random, window, starts, patch)
-        index = sample_index(batch.indices, random.device)
-        return {"patches": patches, "location": to_device(location, random.device), "index": index}
+        """Return ``patches`` (B, 1 + N, C, D, H, W), center first, and ``location`` (B, N)."""
+        location = random.uniform(0, 1, (self.classes,)).argsort(1)[:, : self.neighbors]
+        # the center is no class: places behind it are one above their class
+        center = self.classes // 2
+        place = torch.cat([torch.full((len(location), 1), center), location + (location >= center)], 1)
+        starts = self.layout.starts(random).gather(1, place[..., None].expand(-1, -1, 3))
+        return {"patches": self.read_patches(batch, random, starts), "location": to_device(location, random.device)}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``loss``; in evaluation ``accuracy``, its ``chance`` and health; each (B,)."""
+        """Return ``loss``. In evaluation also ``accuracy``, ``chance`` and health. Each is (B,)."""
         features = self.encode(views["patches"])
         embedded = self.embed(features)
-        neighbour = embedded[:, 1:]
-        pair = torch.cat([embedded[:, :1].expand_as(neighbour), neighbour], -1)  # (B, N, 2 E)
+        neighbor = embedded[:, 1:]
+        pair = torch.cat([embedded[:, :1].expand_as(neighbor), neighbor], -1)  # (B, N, 2 E)
         loss, accuracy = classification(self.head(pair), views["location"])
-        result = {"loss": loss}
-        if not self.training:
-            result |= {"accuracy": accuracy, "chance": torch.full_like(loss, 1 / self.classes)}
-            result |= self.health(features, views["index"])
-        return result
+        return self.result(loss, features, 1 / self.classes, accuracy=accuracy)

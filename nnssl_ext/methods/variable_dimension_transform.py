@@ -1,9 +1,7 @@
-"""Variable dimension transform: learn to classify 2-D images, seen as thin volumes, with the 3-D encoder.
+"""Variable dimension transform: classify 2-D images as thin volumes with the 3-D encoder.
 
-Supervised, and from natural images: the colours of an image become the slices of a volume, every stride along the
-depth is one while pretraining, and the same weights then run with the strides of the plan, for a kernel does not depend
-on its stride. Zhang et al., "Advancing 3D Medical Image Analysis with Variable Dimension Transform based Supervised 3D
-Pre-training", arXiv 2201.01426. Encoder only.
+Zhang et al., "Advancing 3D Medical Image Analysis with Variable Dimension Transform based Supervised 3D Pre-training",
+arXiv 2201.01426.
 
 B batch, C channel, D H W voxels.
 """
@@ -24,17 +22,17 @@ from nnssl_ext.data.samples import SampleClasses
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import TrainingSettings
-from nnssl_ext.methods.encoder_only import EncoderMethod, sample_index
+from nnssl_ext.methods.encoder_only import EncoderMethod
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import VoxelHead
 from nnssl_ext.settings import CommonSettings, setting
 from nnssl_ext.views.appearance import IntensityDraw
-from nnssl_ext.views.depth import DEVIATION, MEAN, colours_as_depth, drifting, repeated
+from nnssl_ext.views.depth import DEVIATION, MEAN, colors_as_depth, drifting, repeated
 from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.spatial import crop_batch
 
 ZHANG = "arXiv 2201.01426"
-#: Classes before the folder of images is known: as many as ImageNet has.
+#: Classes before the folder of images is known, as many as in ImageNet.
 UNKNOWN = SampleClasses(tuple(map(str, range(1000))), 0.001)
 
 
@@ -44,22 +42,26 @@ class VariableDimensionTransformSettings(TrainingSettings):
 
     depth: str = setting(
         "rgb",
-        "Slices are the colours, the grey image again and again, or the grey image under a slow affine drift.",
+        "Slices are the colors, repeated gray images, or gray images under a slow affine drift.",
         source=ZHANG,
         choices=("rgb", "repeat", "drift"),
     )
     slices: int = setting(8, "Slices of repeat and drift.", source="3 for rgb", low=2, high=64)
-    area: list[float] = setting([0.2, 1.0], "Share of an image that a crop shows.", low=0.01, high=1, length=2)
-    drift_angle: float = setting(10.0, "Largest turn at an end of the drift, in degrees.", low=0, high=180)
+    area: list[float] = setting([0.2, 1.0], "Range of a crop's share of the image.", low=0.01, high=1, length=2)
+    drift_angle: float = setting(10.0, "Largest rotation at an end of the drift, in degrees.", low=0, high=180)
     drift_shift: float = setting(0.1, "Largest shift there, as a share of the edge.", low=0, high=1)
     drift_zoom: float = setting(0.1, "Largest change of magnification there.", low=0, high=0.9)
     label_smoothing: float = setting(0.1, "Label smoothing.", source=ZHANG, low=0, high=0.9)
-    momentum: float = setting(0.99, "Of SGD, where that is the optimiser.", source="nnU-Net", low=0, high=0.999)
-    hidden: int = setting(512, "Width of the per-voxel layer before pooling.", low=1)
+    momentum: float = setting(0.99, "Momentum of SGD.", source="nnU-Net", low=0, high=0.999)
+    hidden_dim: int = setting(512, "Width of the per-voxel layer before pooling.", low=1)
 
 
 class VariableDimensionTransform(EncoderMethod):
-    """See the module's docstring."""
+    """Classify labeled natural images, whose colors become the slices of a volume.
+
+    Every stride along the depth is one during pretraining. Afterwards the same weights run with the plan's strides,
+    because a kernel does not depend on its stride. Supervised. Trains the encoder. Zhang et al., arXiv 2201.01426.
+    """
 
     name = "variable_dimension_transform"
     title = "Variable dimension transform"
@@ -78,7 +80,7 @@ class VariableDimensionTransform(EncoderMethod):
         self.classes = geometry.classes or UNKNOWN
         backbone.drop_depth_strides()
         backbone.equalise_input_channels()
-        self.head = VoxelHead(channels=self.channels, hidden=settings.hidden, outputs=len(self.classes.names))
+        self.head = VoxelHead(channels=self.channels, hidden=settings.hidden_dim, outputs=len(self.classes.names))
 
     @classmethod
     def check_backbone(cls, backbone: Backbone) -> None:
@@ -88,7 +90,7 @@ class VariableDimensionTransform(EncoderMethod):
     def samples(cls, common: CommonSettings, index: CaseIndex) -> ImageFolder:
         if common.images is None:
             raise UserError(
-                f"{cls.title} learns from labelled 2-D images: set nnssl_ext.images to a folder of them, "
+                f"{cls.title} learns from labeled 2-D images: set nnssl_ext.images to a folder of them, "
                 f"CLASS/IMAGE.png or .jpg (nnssl_ext plan ... images=FOLDER)"
             )
         return ImageFolder(Path(common.images))
@@ -102,36 +104,31 @@ class VariableDimensionTransform(EncoderMethod):
         return replace(self.settings.recipe(1e-3), momentum=self.settings.momentum)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """``image`` (B, C, D, H, W), the same volume in every channel; ``label`` and ``index`` (B,)."""
+        """Return ``image`` (B, C, D, H, W) with equal channels and ``label`` (B,)."""
         s, names = self.settings, [box.case for box in batch.boxes[0]]
         size = self.geometry.crop_size[1:]
         pixels = crop_batch(batch.boxes[0], (1, *size), random.device)[0][:, :, 0]  # (B, 3, H, W)
         if s.depth == "rgb":
-            volume = colours_as_depth(pixels, random)
+            volume = colors_as_depth(pixels, random)
         elif s.depth == "repeat":
             volume = repeated(pixels, s.slices)
         else:
             volume = drifting(pixels, random, s.slices, s.drift_angle, s.drift_shift, s.drift_zoom)
         volume = (volume - MEAN) / DEVIATION
-        # pixels have no edges in mm: they are isotropic
+        # pixels have no spacing: they count as isotropic
         IntensityDraw.draw(s.intensity, random, 1, (1.0, 1.0, 1.0)).apply(volume, random)
         label = [self.classes.names.index(name.split("/", 1)[0]) for name in names]
         return {
             "image": volume.expand(-1, self.geometry.channels, -1, -1, -1).contiguous(),
             "label": to_device(torch.tensor(label), random.device),
-            "index": sample_index(batch.indices, random.device),
         }
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``loss``; in evaluation ``accuracy``, its ``chance`` and health; each (B,)."""
+        """Return ``loss``. In evaluation also ``accuracy``, ``chance`` and health. Each is (B,)."""
         features = self.backbone.features(views["image"])[-1]
         logits, pooled = self.head(features)
         loss = F.cross_entropy(
             logits.float(), views["label"], reduction="none", label_smoothing=self.settings.label_smoothing
         )
-        result = {"loss": loss}
-        if not self.training:
-            result["accuracy"] = (logits.argmax(1) == views["label"]).float()
-            result["chance"] = torch.full_like(loss, self.classes.chance)
-            result |= self.health(pooled[:, None], views["index"])
-        return result
+        accuracy = (logits.argmax(1) == views["label"]).float()
+        return self.result(loss, pooled[:, None], self.classes.chance, accuracy=accuracy)

@@ -1,8 +1,7 @@
-"""VolumeFusion: tell per voxel how much of a foreground crop was fused into a background crop.
+"""VolumeFusion: segment a fused image into the levels at which a foreground crop was mixed in.
 
-X = a F + (1 - a) B with a in {0, 1/K, ..., 1}; the network segments X into the K + 1 levels of a. Encoder and decoder
-are pretrained. Wang et al., "MIS-FM", arXiv 2306.16925; "Volume Fusion-based Self-Supervised Pretraining for 3D
-Medical Image Segmentation", IEEE Transactions on Image Processing 34:6041, 2025.
+Wang et al., "MIS-FM", arXiv 2306.16925, and "Volume Fusion-based Self-Supervised Pretraining for 3D Medical Image
+Segmentation", IEEE Transactions on Image Processing 34:6041, 2025.
 
 B batch, C channel, D H W voxels, K levels above the background.
 """
@@ -15,13 +14,8 @@ import torch
 from torch import Tensor
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
-from nnssl_ext.losses.dense import (
-    IGNORE,
-    deep_supervision_weights,
-    dice_cross_entropy,
-    downsample_labels,
-    hard_dice,
-)
+from nnssl_ext.losses.dense import IGNORE, deep_supervision_weights, downsample_labels, hard_dice
+from nnssl_ext.losses.fused import dice_cross_entropy
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.settings import setting
@@ -39,27 +33,27 @@ ARXIV, TIP = "arXiv 2306.16925", "IEEE TIP 34:6041"
 class VolumeFusionSettings(SharedSettings):
     """Settings of VolumeFusion."""
 
-    levels: int = setting(4, "K: the foreground's share is 0, 1/K, ..., 1.", source=ARXIV, low=1, high=254)
-    source: str = setting(
+    levels: int = setting(4, "K. The foreground's share is 0, 1/K, ..., 1.", source=ARXIV, low=1, high=254)
+    foreground_case: str = setting(
         "other",
         "Foreground from another case, or from the same case.",
         source=ARXIV,
         choices=("other", "same"),
     )
     layout: str = setting("boxes", "Overlapping boxes, or a grid of blocks.", source=ARXIV, choices=("boxes", "grid"))
-    boxes: list[int] = setting([10, 40], "Least and most boxes.", source=ARXIV, low=1, high=MOST_BOXES, length=2)
+    boxes: list[int] = setting([10, 40], "Number of boxes.", source=ARXIV, low=1, high=MOST_BOXES, length=2)
     box_edge: list[float] = setting(
         [0.0625, 0.625],
-        "Least and largest box edge, as a share of the crop's.",
+        "Range of a box's edge, as a share of the crop's edge.",
         source=ARXIV,
         low=0,
         high=1,
         length=2,
     )
-    smallest_box: int = setting(4, "Least box edge in voxels of the finest axis.", source=f"8 in {ARXIV}", low=1)
+    min_box_edge: int = setting(4, "Least box edge in voxels of the finest axis.", source=f"8 in {ARXIV}", low=1)
     block_edge: list[int] = setting(
         [8, 32],
-        "Least and largest edge of a grid's blocks in voxels of the finest axis.",
+        "Range of the edge of a grid's blocks, in voxels of the finest axis.",
         source=TIP,
         low=1,
         length=2,
@@ -67,22 +61,26 @@ class VolumeFusionSettings(SharedSettings):
     foreground_share: float = setting(0.7, "Share of a grid's blocks that are foreground.", source=TIP, low=0, high=1)
     ignore_below: float = setting(
         0.05,
-        "Voxels whose two sources differ by less, in normalised intensities, are no target; 0 keeps all.",
-        source="where both crops are alike, on air say, the level cannot be known",
+        "Voxels whose two sources differ by less, in normalized intensities, are ignored. 0 keeps all.",
+        source="where both crops are alike, as in air, the level is undecidable",
         low=0,
     )
     dice_weight: float = setting(
-        0.5, "Weight of the Dice loss; the cross-entropy has the rest.", source=ARXIV, low=0, high=1
+        0.5, "Weight of the Dice loss. The cross-entropy has the rest.", source=ARXIV, low=0, high=1
     )
     remap: str = setting(
         "none",
-        "Intensities as the plans normalise them, or percentiles to [0, 1].",
+        "Intensities as the plans normalize them, or percentiles to [0, 1].",
         choices=("none", "percentile"),
     )
 
 
 class VolumeFusion(Method):
-    """See the module's docstring."""
+    """Segment X = a F + (1 - a) B into the K + 1 levels of a in {0, 1/K, ..., 1}.
+
+    F is a foreground crop, B a background crop, and a is constant in boxes or blocks. The loss is Dice and
+    cross-entropy with deep supervision. Trains encoder and decoder. Wang et al., IEEE TIP 34:6041, 2025.
+    """
 
     name = "volume_fusion"
     title = "VolumeFusion"
@@ -102,7 +100,7 @@ class VolumeFusion(Method):
         return CropRequest(
             (
                 Crop(geometry.crop_size, spatial),
-                Crop(geometry.crop_size, spatial, other_case=settings.source == "other"),
+                Crop(geometry.crop_size, spatial, other_case=settings.foreground_case == "other"),
             )
         )
 
@@ -110,7 +108,7 @@ class VolumeFusion(Method):
         return self.settings.recipe(1e-3)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """``image`` (B, C, D, H, W) and ``level`` (B, D, H, W) uint8 with ``IGNORE``."""
+        """Return ``image`` (B, C, D, H, W) and ``level`` (B, D, H, W) uint8 with ``IGNORE``."""
         s, size, device = self.settings, self.geometry.crop_size, random.device
         channels = len(batch.boxes[0][0].data)
         draws = [IntensityDraw.draw(s.intensity, random, channels, self.geometry.spacing) for _ in batch.boxes]
@@ -119,7 +117,7 @@ class VolumeFusion(Method):
         for samples in sample_chunks(image):
             own, levels = random.of(samples), level[samples]
             background, foreground = image[samples], scratch(image[samples].shape, device)
-            insides = []
+            valid = []
             for crop, boxes, draw in zip((background, foreground), batch.boxes, draws, strict=True):
                 _, inside = crop_batch(boxes[samples], size, device, out=crop)
                 if s.remap == "percentile":
@@ -127,20 +125,20 @@ class VolumeFusion(Method):
                 draw.of(samples).apply(crop, own)
                 if inside is not None:
                     crop.mul_(inside)
-                    insides.append(inside)
+                    valid.append(inside)
             fuse(foreground, background, levels, s.levels, s.ignore_below)
-            for inside in insides:
+            for inside in valid:
                 levels.masked_fill_(~inside[:, 0], IGNORE)
         return {"image": image, "level": level}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``loss``, ``dice_loss`` and ``cross_entropy``, and in evaluation ``fusion_dice``; each (B,)."""
+        """Return ``loss``, ``dice_loss`` and ``cross_entropy``. In evaluation also ``fusion_dice``. Each is (B,)."""
         outputs = self.network(views["image"])
         outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
         loss = dice_total = entropy_total = views["image"].new_zeros(len(views["image"]), dtype=torch.float32)
         for output, weight in zip(outputs, deep_supervision_weights(len(outputs)), strict=True):
             if not weight:
-                # keeps the coarsest head in the graph: several GPUs wait for every parameter's gradient
+                # keeps the coarsest head in the graph: DDP waits for every parameter's gradient
                 loss = loss + 0.0 * output.float().mean((1, 2, 3, 4))
                 continue
             dice, entropy = dice_cross_entropy(output, downsample_labels(views["level"], output.shape[2:]))
@@ -153,16 +151,17 @@ class VolumeFusion(Method):
         return result
 
     def _draw_levels(self, random: BatchRandom) -> Tensor:
+        """Draw and paint the level of every voxel: (B, D, H, W) uint8."""
         s, size = self.settings, self.geometry.crop_size
-        # voxels along a thick axis count for more: limits in voxels are those of the finest axis
+        # limits in voxels hold for the finest axis; a thick axis takes fewer voxels
         anisotropy = [spacing / min(self.geometry.spacing) for spacing in self.geometry.spacing]
         layout: BoxLayout | GridLayout
         if s.layout == "boxes":
-            thinnest = [max(1, round(s.smallest_box / ratio)) for ratio in anisotropy]
-            layout = BoxLayout.draw(random, size, s.levels, sorted(s.boxes), sorted(s.box_edge), thinnest)
+            min_edge = [max(1, round(s.min_box_edge / ratio)) for ratio in anisotropy]
+            layout = BoxLayout.draw(random, size, s.levels, sorted(s.boxes), sorted(s.box_edge), min_edge)
         else:
             edges = [[max(1, round(edge / ratio)) for edge in sorted(s.block_edge)] for ratio in anisotropy]
             layout = GridLayout.draw(random, size, s.levels, edges, s.foreground_share)
-        # doubles, which the paint brush of boxes needs, do not exist on mps
+        # boxes are painted with doubles, which mps lacks
         canvas = torch.device("cpu") if random.device.type == "mps" else random.device
         return layout.paint(size, canvas).to(random.device)

@@ -1,6 +1,6 @@
-"""What has been seen so far, summed up in one vector.
+"""Context networks of contrastive predictive coding.
 
-B batch, R rows, Q patches of a row, E embedding, H width of the summary.
+B batch, R rows, Q patches of a row, E embedding, H context.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ from torch import Tensor, nn
 
 
 class RecurrentContext(nn.Module):
-    """A GRU over patches, row by row: (B, R, Q, E) -> (B, H)."""
+    """Run a GRU over patches, row by row: (B, R, Q, E) -> (B, H)."""
 
-    def __init__(self, *, embedding: int, width: int) -> None:
+    def __init__(self, *, embedding_dim: int, context_dim: int) -> None:
         super().__init__()
-        self.gru = nn.GRU(embedding, width, batch_first=True)
+        self.gru = nn.GRU(embedding_dim, context_dim, batch_first=True)
 
     def forward(self, rows: Tensor) -> Tensor:
-        # a recurrence over a handful of patches costs nothing, and float32 is the one type that every device has
+        # a recurrence over a handful of patches costs nothing, and every device supports it in float32
         with torch.autocast(rows.device.type, enabled=False):
             return self.gru(rows.float().flatten(1, 2))[0][:, -1]
 
 
 class ConvolutionalContext(nn.Module):
-    """Convolutions along rows that look back only, read at the last row: (B, R, Q, E) -> (B, H)."""
+    """Run causal convolutions along rows and read the last row: (B, R, Q, E) -> (B, H)."""
 
-    def __init__(self, *, columns: int, embedding: int, width: int) -> None:
+    def __init__(self, *, columns: int, embedding_dim: int, context_dim: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             nn.ConstantPad1d((1, 0), 0.0),
-            nn.Conv1d(columns * embedding, width, 2),
+            nn.Conv1d(columns * embedding_dim, context_dim, 2),
             nn.GELU(),
             nn.ConstantPad1d((1, 0), 0.0),
-            nn.Conv1d(width, width, 2),
+            nn.Conv1d(context_dim, context_dim, 2),
         )
 
     def forward(self, rows: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Heads that turn a feature map into one vector.
+"""Heads from a feature map to one vector.
+
+Global average pooling after an instance norm hides nearly everything, because the norm has made every channel's mean
+equal. So a 2 x 2 x 2 grid is kept, which shows where in the crop a feature is strong.
 
 B batch, C channel, D H W voxels of a feature map.
-
-Global average pooling right after an instance norm hides nearly everything: the norm has just made every channel's
-mean the same. So a 2 x 2 x 2 grid is kept, which tells where in the crop a feature is strong.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ GRID = 2
 
 
 def grid_features(features: Tensor) -> Tensor:
-    """(B, C, D, H, W) -> (B, 8 C): means over the eight octants of a feature map."""
+    """Average over the eight octants of a feature map: (B, C, D, H, W) -> (B, 8 C)."""
     return F.adaptive_avg_pool3d(features, GRID).flatten(1)
 
 
 class GridHead(nn.Sequential):
-    """Layers over the octants of a feature map: (B, 8 C) -> (B, outputs).
+    """Apply layers to the octants of a feature map: (B, 8 C) -> (B, outputs).
 
     Args:
         channels: C of the feature map.
@@ -36,10 +36,7 @@ class GridHead(nn.Sequential):
 
 
 class VoxelHead(nn.Module):
-    """A layer at every voxel of a feature map, then the means over octants, then a linear layer.
-
-    Octants are what tells images apart: after an instance norm the mean over a whole map cannot, with a layer before it
-    or without.
+    """Apply a layer at every voxel, average over octants, and apply a linear layer.
 
     Args:
         channels: C of the feature map.
@@ -59,10 +56,10 @@ class VoxelHead(nn.Module):
 
 
 def layers(widths: Sequence[int]) -> list[nn.Module]:
-    """Linear layers of these widths, with a norm over features and GELU between."""
-    parts: list[nn.Module] = []
+    """Build linear layers of these widths, with layer norm and GELU between."""
+    modules: list[nn.Module] = []
     for place, (inputs, outputs) in enumerate(pairwise(widths)):
         if place:
-            parts += [nn.LayerNorm(inputs), nn.GELU()]
-        parts.append(nn.Linear(inputs, outputs))
-    return parts
+            modules += [nn.LayerNorm(inputs), nn.GELU()]
+        modules.append(nn.Linear(inputs, outputs))
+    return modules

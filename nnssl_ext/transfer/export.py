@@ -15,6 +15,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_ext import checkpoint
+from nnssl_ext.commands import dataset_word
 from nnssl_ext.errors import UserError
 from nnssl_ext.networks.target import target_network
 from nnssl_ext.recipe import read_json, write_json
@@ -153,8 +154,7 @@ def prepare_zip(file: Path, content: Mapping[str, Any]) -> str:
 def _identity(content: Mapping[str, Any]) -> tuple[str, str, str]:
     """Data set, configuration and fold, as the command line names them."""
     arguments = content["init_args"]
-    number = int(arguments["plans"]["dataset_name"][len("Dataset") :].split("_")[0])
-    return str(number), arguments["configuration"], str(arguments["fold"])
+    return dataset_word(arguments["plans"]["dataset_name"]), arguments["configuration"], str(arguments["fold"])
 
 
 def _plans_option(content: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
-"""Turns that map a voxel grid to itself, and how they are applied.
+"""Rotations that map a voxel grid to itself.
 
-D H W voxels. A turn is a rotation by multiples of 90 degrees, a signed permutation of the axes. One that exchanges
-axes of different voxel edges changes how an image looks on its grid: the turn could then be read off the spacing alone.
+D H W voxels. Such a rotation is one by multiples of 90 degrees, a signed permutation of the axes. One that exchanges
+axes of different spacing changes how an image looks on its grid, so the spacing alone would reveal it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from itertools import permutations, product
 
 import numpy as np
 
-#: Spacings that differ by less are one.
-SAME = 0.01
+#: Relative difference below which spacings count as equal.
+TOLERANCE = 0.01
 
 
 def cube_group() -> list[np.ndarray]:
-    """The 24 rotations of the cube, the identity first: (3, 3) each."""
+    """List the 24 rotations of the cube, the identity first: (3, 3) each."""
     group = []
     for order in permutations(range(3)):
         for signs in product((1.0, -1.0), repeat=3):
@@ -27,29 +27,29 @@ def cube_group() -> list[np.ndarray]:
     return group
 
 
-def published_turns() -> list[np.ndarray]:
-    """The identity and 90, 180 and 270 degrees about each axis (Taleb et al.): 10 of the cube's 24 rotations."""
-    return [turn for turn in cube_group() if sum(turn[axis, axis] == 1 for axis in range(3))]
+def published_rotations() -> list[np.ndarray]:
+    """List the identity and 90, 180 and 270 degrees about each axis (Taleb et al. 2020): 10 of the cube's 24."""
+    return [rotation for rotation in cube_group() if sum(rotation[axis, axis] == 1 for axis in range(3))]
 
 
 def same_spacing(spacing: Sequence[float]) -> np.ndarray:
-    """(3, 3) bool: which axes have one voxel edge."""
+    """Compare the spacings of all pairs of axes: (3, 3) bool."""
     edges = np.asarray(spacing)
-    return abs(edges[:, None] / edges[None, :] - 1) < SAME
+    return abs(edges[:, None] / edges[None, :] - 1) < TOLERANCE
 
 
-def grid_turns(turns: Sequence[np.ndarray], spacing: Sequence[float]) -> list[np.ndarray]:
-    """Those of ``turns`` that map a grid of this spacing to itself."""
+def grid_rotations(rotations: Sequence[np.ndarray], spacing: Sequence[float]) -> list[np.ndarray]:
+    """Select the rotations that map a grid of this spacing to itself."""
     alike = same_spacing(spacing)
-    return [turn for turn in turns if not (np.abs(turn) > alike).any()]
+    return [rotation for rotation in rotations if not (np.abs(rotation) > alike).any()]
 
 
-def turnable_size(size: Sequence[int], steps: Sequence[int], alike: np.ndarray) -> tuple[int, int, int]:
-    """The largest box within ``size`` whose edges are equal along axes that are ``alike``.
+def rotatable_size(size: Sequence[int], steps: Sequence[int], alike: np.ndarray) -> tuple[int, int, int]:
+    """Find the largest box within ``size`` whose edges are equal along axes that are ``alike``.
 
     Args:
         size: Edges of the crop.
-        steps: What an edge must be a multiple of, and at least twice, per axis; where nothing fits, twice the step.
+        steps: Divisor of the edges per axis. An edge has at least two steps, even if the crop is smaller.
         alike: (3, 3) bool.
     """
     edges = []

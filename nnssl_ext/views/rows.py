@@ -1,6 +1,8 @@
-"""Rows of patches along a direction, for predicting some from others.
+"""Rows of patches along a direction: the layout solver of contrastive predictive coding.
 
-B batch, R rows that are read, Q columns of a row. See ``layout`` for how patches and windows are chosen.
+See ``layout`` for the choice of patches and windows.
+
+B batch, R rows that are read, Q columns of a row.
 """
 
 from __future__ import annotations
@@ -13,18 +15,18 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from nnssl_ext.views.layout import Edges, magnification, moves, nothing_fits, patch_sizes, sized
+from nnssl_ext.views.layout import Edges, format_edges, magnification, nothing_fits, patch_sizes, shift_room
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How rows follow each other: ``context`` rows that are seen, ``skipped`` ones, ``predicted`` ones.
+    """A sequence of rows: context, skipped rows, rows to predict.
 
     Attributes:
         context, skipped, predicted: Numbers of rows.
-        overlap: Of a row with the next, as a share of a patch's edge.
-        gap: Least distance of context and prediction, as a share of a patch's edge: nearer faces are alike.
-        room: Voxels that come on top, by which patches of a magnified window may be moved.
+        overlap: Overlap of consecutive rows, as a share of a patch's edge.
+        gap: Least distance of context and prediction, as a share of a patch's edge. Nearer faces are alike.
+        room: Voxels on top of the gap, by which patches of a magnified window may be shifted.
     """
 
     context: int
@@ -36,25 +38,25 @@ class Rows:
 
     @property
     def read(self) -> list[int]:
-        """Places of the rows that are read: the skipped ones are not."""
+        """Places of the rows that are read, without the skipped ones."""
         first = self.context + self.skipped
         return [*range(self.context), *range(first, first + self.predicted)]
 
     def pitch(self, edge: int) -> int:
-        """From one row to the next, in voxels, for patches with this edge."""
+        """Compute the distance of consecutive rows in voxels, for patches with this edge."""
         return max(1, math.ceil(edge * (1 - self.overlap)))
 
-    def shift(self, edge: int) -> int:
-        """Voxels by which the predicted rows lie farther away than pitch and skipped rows say."""
+    def offset(self, edge: int) -> int:
+        """Compute the extra distance of predicted rows that keeps the gap, in voxels."""
         distance = (self.skipped + 1) * self.pitch(edge) - edge
         return max(0, math.ceil(self.gap * edge) + self.room - distance)
 
     def begin(self, row: int, edge: int) -> int:
-        """The lowest voxel of a row."""
-        return row * self.pitch(edge) + (self.shift(edge) if row >= self.context else 0)
+        """Compute the lowest voxel of a row."""
+        return row * self.pitch(edge) + (self.offset(edge) if row >= self.context else 0)
 
     def length(self, edge: int) -> int:
-        """Voxels that all rows take."""
+        """Compute the voxels that all rows take."""
         return self.begin(self.context + self.skipped + self.predicted - 1, edge) + edge
 
 
@@ -63,12 +65,12 @@ class RowLayout:
     """Rows along some axes, columns side by side along the other two.
 
     Attributes:
-        rows: See there.
+        rows: The sequence of rows.
         patch: Edges of a patch in voxels.
-        columns: Patches side by side along each axis when rows run along another.
+        columns: Patches side by side along each axis, when rows run along another.
         axes: Axes along which rows may run.
         window: Edges of the window that holds any direction.
-        stages: How many encoder stages are read, and so trained.
+        stages: Encoder stages that are run and trained.
         zoom: Magnification of the window.
     """
 
@@ -80,21 +82,27 @@ class RowLayout:
     stages: int
     zoom: float
 
-    def __str__(self) -> str:
-        rows = f"{len(self.rows.read)} rows of {self.beside(self.axes[0])} patches of {sized(self.patch)} voxels"
-        window = f"in a window of {sized(self.window)}, magnified {self.zoom:.2f} times, along {len(self.axes)} axes"
-        return f"{rows} {window}; {self.stages} encoder stages are read"
+    #: The direction is drawn after the window is read, so the window's body is looked at as a whole.
+    middles = ()
 
-    def beside(self, axis: int) -> int:
-        """Columns of a row that runs along ``axis``."""
+    def __str__(self) -> str:
+        rows = f"{len(self.rows.read)} rows of {self.columns_of(self.axes[0])} patches"
+        window = f"a window of {format_edges(self.window)}, magnified {self.zoom:.2f} times"
+        return (
+            f"{rows} of {format_edges(self.patch)} voxels in {window}, along {len(self.axes)} axes; "
+            f"{self.stages} encoder stages are trained"
+        )
+
+    def columns_of(self, axis: int) -> int:
+        """Count the columns of a row along ``axis``."""
         return math.prod(self.columns) // self.columns[axis]
 
     def starts(self, direction: Tensor, place: Tensor) -> Tensor:
-        """Lowest voxel of each patch, row by row.
+        """Compute the lowest voxel of each patch, row by row.
 
         Args:
             direction: (B,) 2 k for rows that run up along the k-th of ``axes``, 2 k + 1 for down.
-            place: (B, 3) in [0, 1), where in the room that the window leaves.
+            place: (B, 3) in [0, 1), position in the room that the window leaves.
 
         Returns:
             (B, R Q, 3).
@@ -123,30 +131,31 @@ def solve_rows(
     rows: Rows,
     *,
     title: str,
-    columns: int,
-    most_zoom: float,
-    most_voxels: float,
+    max_columns: int,
+    max_zoom: float,
+    max_voxels: float,
 ) -> RowLayout:
-    """The layout at the deepest stage at which rows fit along any axis, with as many columns as may be.
+    """Find the layout at the deepest stage at which rows fit, with as many columns as possible.
 
     Args:
         strides: Cumulative stride of each encoder stage.
-        case_size: Edges that cases have.
+        case_size: Edges of the cases.
         rows: The rows.
-        title: The method, for the message.
-        columns: Most patches side by side along an axis.
-        most_zoom: Largest magnification.
-        most_voxels: Most voxels of all patches together, if there are fewer columns to take.
+        title: Name of the method, for the message.
+        max_columns: Most patches side by side along an axis.
+        max_zoom: Largest magnification.
+        max_voxels: Most voxels of all patches together, if there are fewer columns to take.
 
     Raises:
         UserError: If nothing fits.
     """
     for stages, patch in patch_sizes(strides):
-        for most in range(columns, 0, -1):
-            layout = _magnified(rows, patch, stages, most, case_size, most_zoom)
+        for columns in range(max_columns, 0, -1):
+            layout = _magnify(rows, patch, stages, columns, case_size, max_zoom)
             if layout is None:
                 continue
-            if most == 1 or len(rows.read) * layout.beside(layout.axes[0]) * math.prod(patch) <= most_voxels:
+            voxels = len(rows.read) * layout.columns_of(layout.axes[0]) * math.prod(patch)
+            if columns == 1 or voxels <= max_voxels:
                 return layout
     windows = []
     for _, patch in patch_sizes(strides):
@@ -154,28 +163,41 @@ def solve_rows(
             edges = [rows.length(edge) if a == axis else edge for a, edge in enumerate(patch)]
             windows.append((edges[0], edges[1], edges[2]))
     number = rows.context + rows.skipped + rows.predicted
-    raise nothing_fits(title, f"{number} rows", strides, case_size, most_zoom, windows)
+    raise nothing_fits(title, f"{number} rows", strides, case_size, max_zoom, windows)
 
 
-def _magnified(
-    rows: Rows, patch: Edges, stages: int, most: int, case_size: Sequence[int], most_zoom: float
+def _magnify(
+    rows: Rows, patch: Edges, stages: int, max_columns: int, case_size: Sequence[int], max_zoom: float
 ) -> RowLayout | None:
-    """The layout of this patch with at most so many columns, with distances that are kept though patches are moved."""
-    space, room = [edge * most_zoom for edge in case_size], 0
+    """Build the layout of this patch, with room for shifts.
+
+    Args:
+        rows: The rows.
+        patch: Edges of a patch.
+        stages: Encoder stages that take such patches.
+        max_columns: Most patches side by side along an axis.
+        case_size: Edges of the cases.
+        max_zoom: Largest magnification.
+
+    Returns:
+        None if it does not fit.
+    """
+    space, room = [edge * max_zoom for edge in case_size], 0
     while True:
-        here = replace(rows, room=room)
-        axes = tuple(axis for axis in range(3) if here.length(patch[axis]) <= space[axis])
+        spaced = replace(rows, room=room)
+        axes = tuple(axis for axis in range(3) if spaced.length(patch[axis]) <= space[axis])
         if not axes or any(edge > largest for edge, largest in zip(patch, space, strict=True)):
             return None
-        beside = [max(1, min(most, int(space[axis] // patch[axis]))) for axis in range(3)]
+        columns = [max(1, min(max_columns, int(space[axis] // patch[axis]))) for axis in range(3)]
         # rows along any of the axes must have equally many columns
         for axis in axes:
-            beside[axis] = min(beside[a] for a in axes)
-        window = [n * edge for n, edge in zip(beside, patch, strict=True)]
+            columns[axis] = min(columns[a] for a in axes)
+        edges = [n * edge for n, edge in zip(columns, patch, strict=True)]
         for axis in axes:
-            window[axis] = max(window[axis], here.length(patch[axis]))
-        shown = (window[0], window[1], window[2])
-        zoom = magnification(shown, case_size)
-        if moves(zoom) <= room:
-            return RowLayout(here, patch, (beside[0], beside[1], beside[2]), axes, shown, stages, zoom)
-        room = moves(zoom)
+            edges[axis] = max(edges[axis], spaced.length(patch[axis]))
+        window = (edges[0], edges[1], edges[2])
+        zoom = magnification(window, case_size)
+        if shift_room(zoom) <= room:
+            grid = (columns[0], columns[1], columns[2])
+            return RowLayout(spaced, patch, grid, axes, window, stages, zoom)
+        room = shift_room(zoom)

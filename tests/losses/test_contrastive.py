@@ -42,9 +42,9 @@ def test_candidates_of_other_samples_can_be_left_out() -> None:
 
 
 def test_in_one_process_samples_are_gathered_in_their_order() -> None:
-    rows, place = gather_samples(torch.tensor([[5.0], [3.0], [4.0]]), torch.tensor([15, 13, 14]))
-    assert rows.flatten().tolist() == [3, 4, 5]
-    assert place.tolist() == [2, 0, 1]
+    rows, place = gather_samples(torch.tensor([[5.0], [3.0], [4.0]]), 3)
+    assert rows.flatten().tolist() == [5, 3, 4]
+    assert place.tolist() == [0, 1, 2]
 
 
 def test_cosines() -> None:

@@ -1,24 +1,30 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from nnunetv2.training.loss.dice import SoftDiceLoss
 
-from nnssl_ext.losses.dense import (
-    IGNORE,
-    deep_supervision_weights,
-    dice_cross_entropy,
-    downsample_labels,
-    hard_dice,
-)
+from nnssl_ext.losses import dense, fused
+from nnssl_ext.losses.dense import IGNORE, deep_supervision_weights, downsample_labels, hard_dice
+
+Example = tuple[torch.Tensor, torch.Tensor]
+Losses = Callable[[torch.Tensor, torch.Tensor], Example]
+
+
+@pytest.fixture(params=[dense.dice_cross_entropy, fused.dice_cross_entropy], ids=["definition", "fused"])
+def dice_cross_entropy(request: pytest.FixtureRequest) -> Losses:
+    losses: Losses = request.param
+    return losses
 
 
 @pytest.fixture
-def example() -> tuple[torch.Tensor, torch.Tensor]:
+def example() -> Example:
     torch.manual_seed(0)
     return torch.randn(2, 4, 6, 5, 7), torch.randint(0, 4, (2, 6, 5, 7), dtype=torch.uint8)
 
 
-def test_equals_torch_and_nnunet(example: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_equals_torch_and_nnunet(example: Example, dice_cross_entropy: Losses) -> None:
     logits, target = example
     dice, entropy = dice_cross_entropy(logits, target)
     peer = SoftDiceLoss(apply_nonlin=lambda x: x.softmax(1), batch_dice=False, do_bg=True, smooth=1e-5)
@@ -28,7 +34,7 @@ def test_equals_torch_and_nnunet(example: tuple[torch.Tensor, torch.Tensor]) -> 
         assert dice[sample] - 1 == pytest.approx(peer(logits[one], target[one][:, None]).item(), rel=1e-4)
 
 
-def by_autograd(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def by_autograd(logits: torch.Tensor, target: torch.Tensor) -> Example:
     """The same losses as they are usually written."""
     counted = (target != IGNORE).double()
     truth = F.one_hot(torch.where(target == IGNORE, 0, target).long(), logits.shape[1]).movedim(-1, 1).double()
@@ -41,7 +47,7 @@ def by_autograd(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tenso
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.3, 0.7)])
 @pytest.mark.parametrize("classes", [2, 5])
-def test_gradients_are_autograds(weights: tuple[float, float], classes: int) -> None:
+def test_gradients_are_autograds(weights: tuple[float, float], classes: int, dice_cross_entropy: Losses) -> None:
     torch.manual_seed(1)
     logits = 3 * torch.randn(2, classes, 6, 5, 7)
     target = torch.randint(0, 4 if classes == 5 else 2, (2, 6, 5, 7), dtype=torch.uint8)  # one class is absent
@@ -56,7 +62,7 @@ def test_gradients_are_autograds(weights: tuple[float, float], classes: int) -> 
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
 
 
-def test_under_autocast_sums_are_not_in_bfloat16(example: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_under_autocast_sums_are_not_in_bfloat16(example: Example, dice_cross_entropy: Losses) -> None:
     logits, target = example[0].bfloat16(), example[1]
     with torch.autocast("cpu", torch.bfloat16):
         dice, entropy = dice_cross_entropy(logits.requires_grad_(), target)
@@ -68,7 +74,7 @@ def test_under_autocast_sums_are_not_in_bfloat16(example: tuple[torch.Tensor, to
     assert logits.grad.dtype == torch.bfloat16
 
 
-def test_ignored_voxels_count_for_nothing(example: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_ignored_voxels_count_for_nothing(example: Example, dice_cross_entropy: Losses) -> None:
     logits, target = example
     target[:, 2:] = IGNORE
     whole = dice_cross_entropy(logits, target)
@@ -77,7 +83,7 @@ def test_ignored_voxels_count_for_nothing(example: tuple[torch.Tensor, torch.Ten
         torch.testing.assert_close(a, b)
 
 
-def test_all_ignored_gives_zero_and_no_gradient(example: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_all_ignored_gives_zero_and_no_gradient(example: Example, dice_cross_entropy: Losses) -> None:
     logits, target = example
     logits.requires_grad_()
     dice, entropy = dice_cross_entropy(logits, torch.full_like(target, IGNORE))
@@ -87,7 +93,7 @@ def test_all_ignored_gives_zero_and_no_gradient(example: tuple[torch.Tensor, tor
     assert not logits.grad.any()
 
 
-def test_values_are_per_sample(example: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_values_are_per_sample(example: Example, dice_cross_entropy: Losses) -> None:
     logits, target = example
     both = dice_cross_entropy(logits, target)
     for sample in range(2):

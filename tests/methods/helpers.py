@@ -104,8 +104,8 @@ def build(method: type[Method], settings: Any, spacing: tuple = (1.0, 1.0, 1.0),
 
 def with_asked_gap(method: Any) -> Any:
     """A puzzle whose patches have just the gap that is asked for: its windows are not magnified, nothing is moved."""
-    gap = tuple(math.ceil(method.settings.gap * edge) for edge in method.grid.patch)
-    method.grid = replace(method.grid, gap=gap)
+    gap = tuple(math.ceil(method.settings.gap * edge) for edge in method.layout.patch)
+    method.layout = replace(method.layout, gap=gap)
     return method
 
 

@@ -20,7 +20,7 @@ from tests.methods.helpers import CPU, batch_of, build, noise_boxes, views_of, w
 
 NO_VIEWS = PatchIntensitySettings(gamma_probability=0, contrast_probability=0, noise_probability=0)
 OURS = ContrastivePredictiveCodingSettings()
-BARE = replace(OURS, intensity=NO_VIEWS, standardise=False)
+BARE = replace(OURS, intensity=NO_VIEWS, standardize=False)
 
 
 @pytest.fixture
@@ -110,8 +110,8 @@ def test_padding_gives_the_published_task_away_and_not_ours(tmp_path: Path) -> N
 def copied(kept_apart: bool) -> float:
     """Share of predicted voxels that the context shows already, where no row is skipped."""
     method = build(ContrastivePredictiveCoding, replace(BARE, skipped_rows=0))
-    published = replace(method.rows, rows=replace(method.rows.rows, gap=-1.0, room=0))
-    rows = method.rows if kept_apart else published
+    published = replace(method.layout, rows=replace(method.layout.rows, gap=-1.0, room=0))
+    rows = method.layout if kept_apart else published
     starts = rows.starts(torch.arange(6), torch.zeros(6, 3))
     shown = torch.zeros(6, *(2 * edge for edge in rows.window))
     for sample, places in enumerate(starts[:, : -method.targets].tolist()):
@@ -133,8 +133,8 @@ def test_overlapping_rows_can_be_copied_unless_they_are_kept_apart() -> None:
 def matched(gap: float) -> tuple[float, float]:
     """How often the face of a patch that is next to the context's is the most like it, and chance; on smooth noise."""
     method = build(ContrastivePredictiveCoding, replace(BARE, directions="one", gap=gap))
-    rows = method.rows if gap else replace(method.rows, rows=replace(method.rows.rows, room=0))
-    method.rows = rows
+    rows = method.layout if gap else replace(method.layout, rows=replace(method.layout.rows, room=0))
+    method.layout = rows
     boxes = noise_boxes(rows.window, 60, (1.0, 1.0, 1.0))
     indices = list(range(60))
     patches = method.views(CropBatch(indices, [boxes]), BatchRandom(0, VIEWS, indices, CPU))["patches"][:, :, 0]

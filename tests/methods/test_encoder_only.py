@@ -122,7 +122,7 @@ def test_crops_are_never_padded(with_data: Data, name: str) -> None:
 @pytest.mark.parametrize("name", PUZZLES)
 def test_puzzles_learn_where_patches_are_from_and_from_shuffled_voxels_they_do_not(tmp_path: Path, name: str) -> None:
     folder = write_anatomy(tmp_path)
-    settings = replace(METHODS[name].Settings(), warm_up=0.0, **PUZZLES[name])
+    settings = replace(METHODS[name].Settings(), warmup=0.0, **PUZZLES[name])
     method = build(METHODS[name], settings)
     steps = 100 if name == "contrastive_predictive_coding" else 50
     found = readable_after(folder, method, steps)
@@ -153,7 +153,7 @@ def test_the_layout_is_in_the_log(with_data: Data) -> None:
     environment.write_plans("plain", "quick", {"epochs": 1})
     fold = pretrain(environment, "plain", "quick", trainer=TRAINERS["jigsaw"])
     (log,) = fold.glob("training_log*.txt")
-    assert re.search(r"Jigsaw: \d+ patches .* in a window of .*; \d encoder stages are read", log.read_text())
+    assert re.search(r"Jigsaw: \d+ patches .* in a window of .*; \d encoder stages are trained", log.read_text())
 
 
 @pytest.mark.parametrize("name", ENCODER_ONLY)

@@ -11,9 +11,9 @@ from nnssl_ext.methods.exemplar import Exemplar, ExemplarIntensitySettings, Exem
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from tests.methods.helpers import CASE, CPU, batch_of, build, readable_after, views_of, write_cases
 
-OURS = replace(ExemplarSettings(), warm_up=0.0)
+OURS = replace(ExemplarSettings(), warmup=0.0)
 #: As published: three heads, a clean positive, the negative that is given.
-PUBLISHED = replace(OURS, shared_head=False, clean_positive=True, mining="given", normalise=False)
+PUBLISHED = replace(OURS, shared_head=False, clean_positive=True, mining="given", normalize=False)
 
 
 @pytest.fixture

@@ -14,15 +14,15 @@ from tests.methods.helpers import CPU, batch_of, build, noise_boxes, views_of, w
 
 NO_VIEWS = PatchIntensitySettings(gamma_probability=0, contrast_probability=0, noise_probability=0)
 #: Patches as published: next to each other, in their own intensities.
-PUBLISHED = replace(JigsawSettings(), gap=0.0, jitter=0.0, standardise=False, intensity=NO_VIEWS, voxels=99.0)
-OURS = replace(JigsawSettings(), voxels=99.0)
+PUBLISHED = replace(JigsawSettings(), gap=0.0, jitter=0.0, standardize=False, intensity=NO_VIEWS, max_voxels=99.0)
+OURS = replace(JigsawSettings(), max_voxels=99.0)
 
 
 def read(method: Jigsaw, boxes: list[SourceBox]) -> torch.Tensor:
     """Patches of windows, one channel: (B, cells D, cells H, cells W, D, H, W)."""
     indices = list(range(len(boxes)))
     patches = method.views(CropBatch(indices, [boxes]), BatchRandom(0, VIEWS, indices, CPU))["patches"]
-    return patches[:, :, 0].unflatten(1, method.grid.cells)
+    return patches[:, :, 0].unflatten(1, method.layout.grid)
 
 
 def test_a_hundred_permutations_far_from_each_other() -> None:
@@ -70,9 +70,9 @@ def solved(patches: torch.Tensor, permutations: torch.Tensor) -> float:
 def test_intensity_drift_solves_the_published_puzzle_and_not_ours() -> None:
     for settings, least, most in ((PUBLISHED, 0.95, 1.0), (OURS, 0.0, 0.1)):
         method = with_asked_gap(build(Jigsaw, settings))
-        ramps = noise_boxes(method.grid.window, 50)
+        ramps = noise_boxes(method.layout.window, 50)
         for index, box in enumerate(ramps):
-            axes = np.meshgrid(*(np.linspace(-1, 1, edge) for edge in method.grid.window), indexing="ij")
+            axes = np.meshgrid(*(np.linspace(-1, 1, edge) for edge in method.layout.window), indexing="ij")
             slope = np.random.default_rng(index).standard_normal(3)
             box.data = torch.from_numpy(sum(s * a for s, a in zip(slope, axes, strict=True))[None].astype(np.float32))
         assert least <= solved(read(method, ramps), method.permutations) <= most
@@ -90,7 +90,7 @@ def test_edges_match_in_the_published_puzzle_and_not_in_ours() -> None:
     found = {}
     for name, settings in (("published", PUBLISHED), ("ours", OURS)):
         method = with_asked_gap(build(Jigsaw, settings))
-        found[name] = matched(read(method, noise_boxes(method.grid.window, 30, (1.0, 1.0, 1.0))))
+        found[name] = matched(read(method, noise_boxes(method.layout.window, 30, (1.0, 1.0, 1.0))))
     assert found["published"] > 0.95
     assert found["ours"] < 0.3
 
@@ -110,7 +110,7 @@ def test_the_head_sees_patches_in_the_order_that_is_asked_for(tmp_path: Path) ->
 
 def test_patches_look_different_from_each_other(tmp_path: Path) -> None:
     folder = write_cases(tmp_path)
-    plain = replace(OURS, intensity=NO_VIEWS, standardise=False)
+    plain = replace(OURS, intensity=NO_VIEWS, standardize=False)
     bare = views_of(folder, build(Jigsaw, plain), [0])["patches"]
     strong = PatchIntensitySettings(
         gamma_probability=1.0, gamma=[0.5, 2.0], contrast_probability=0, noise_probability=0
@@ -124,6 +124,6 @@ def test_patches_look_different_from_each_other(tmp_path: Path) -> None:
 def test_magnified_windows_hold_all_patches(tmp_path: Path) -> None:
     method = build(Jigsaw, OURS)
     (boxes,) = batch_of(write_cases(tmp_path), method, [0]).boxes
-    assert method.grid.zoom > 1
+    assert method.layout.zoom > 1
     np.testing.assert_allclose(boxes[0].matrix, np.eye(3) * boxes[0].matrix[0, 0])
-    assert boxes[0].matrix[0, 0] == pytest.approx(1 / method.grid.zoom, rel=0.05)
+    assert boxes[0].matrix[0, 0] == pytest.approx(1 / method.layout.zoom, rel=0.05)

@@ -11,7 +11,7 @@ from nnssl_ext.views.random import VIEWS, BatchRandom
 from tests.methods.helpers import CPU, OFF, SIZE, batch_of, build, views_of, write_cases
 
 #: No augmentation.
-BARE = replace(MaskedAutoencoderSettings(), flip=0, rot90=0, affine=0, intensity=OFF, block=[4, 4, 4])
+BARE = replace(MaskedAutoencoderSettings(), flip=0, rot90=0, affine=0, intensity=OFF, block_size=[4, 4, 4])
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_hidden_blocks_are_zero_and_are_the_targets(folder: Path) -> None:
 
 
 def test_default_blocks_are_an_eighth_of_the_crop() -> None:
-    assert build(MaskedAutoencoder, MaskedAutoencoderSettings()).block == [2, 2, 2]
+    assert build(MaskedAutoencoder, MaskedAutoencoderSettings()).block_size == [2, 2, 2]
 
 
 def test_padding_and_flat_blocks_are_no_targets(folder: Path) -> None:
@@ -49,7 +49,7 @@ def test_padding_and_flat_blocks_are_no_targets(folder: Path) -> None:
 
 
 def test_targets_can_be_normalised_per_block(folder: Path) -> None:
-    target = views_of(folder, build(MaskedAutoencoder, replace(BARE, normalise_target=True)), [0, 1])["target"]
+    target = views_of(folder, build(MaskedAutoencoder, replace(BARE, normalize_target=True)), [0, 1])["target"]
     mean, variance = block_moments(target, (4, 4, 4))
     torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-4, rtol=0)
     torch.testing.assert_close(variance, torch.ones_like(variance), atol=1e-2, rtol=0)
@@ -87,7 +87,7 @@ def test_explained_variance_of_the_mean_is_zero_and_of_the_truth_is_one(folder: 
 
 def explained_after(folder: Path, shuffled: bool) -> float:
     """Explained variance on other crops after some steps, with the voxels of all crops shuffled or not."""
-    method = build(MaskedAutoencoder, replace(BARE, ratio=0.5))
+    method = build(MaskedAutoencoder, replace(BARE, mask_ratio=0.5))
     optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 1e-2)
 
     def views(indices: list[int]) -> dict[str, torch.Tensor]:
@@ -115,7 +115,7 @@ def test_it_learns_and_with_shuffled_voxels_it_does_not(folder: Path) -> None:
 
 
 def test_constant_crops_give_finite_numbers(folder: Path) -> None:
-    method = build(MaskedAutoencoder, replace(MaskedAutoencoderSettings(), normalise_target=True)).eval()
+    method = build(MaskedAutoencoder, replace(MaskedAutoencoderSettings(), normalize_target=True)).eval()
     batch = batch_of(folder, method, [0, 1])
     for box in batch.boxes[0]:
         box.data = torch.zeros_like(box.data)

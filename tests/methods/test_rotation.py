@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from nnssl_ext.data.crops import CropBatch
-from nnssl_ext.methods.rotation import Rotation, RotationSettings, allowed_turns
-from nnssl_ext.networks.probe import roughness
+from nnssl_ext.methods.rotation import Rotation, RotationSettings, allowed_rotations, roughness
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from tests.methods.helpers import CPU, OFF, build, noise_boxes, readable_after, views_of, write_anatomy, write_cases
 
 #: Turns and nothing else.
-BARE = replace(RotationSettings(), angle=0.0, thick_probability=0.0, intensity=OFF)
+BARE = replace(RotationSettings(), jitter_angle=0.0, thick_slice_probability=0.0, intensity=OFF)
 THICK = (4.0, 1.0, 1.0)
 
 
@@ -24,12 +23,12 @@ def turned(method: Rotation, boxes: list) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, C, D, H, W) and the turns (B,)."""
     indices = list(range(len(boxes)))
     views = method.views(CropBatch(indices, [boxes]), BatchRandom(0, VIEWS, indices, CPU))
-    return views["image"][:, 0], views["turn"][:, 0]
+    return views["image"][:, 0], views["rotation"][:, 0]
 
 
-@pytest.mark.parametrize("turns", ["published", "cube"])
-def test_a_turn_is_a_permutation_of_voxels(turns: str) -> None:
-    method = make(replace(BARE, turns=turns))
+@pytest.mark.parametrize("rotations", ["published", "cube"])
+def test_a_rotation_is_a_permutation_of_voxels(rotations: str) -> None:
+    method = make(replace(BARE, rotations=rotations))
     boxes = noise_boxes(method.size, 60)
     image, label = turned(method, boxes)
     assert len(label.unique()) > 7
@@ -42,7 +41,7 @@ def test_a_turn_is_a_permutation_of_voxels(turns: str) -> None:
         # turned back it is the box: o -> M o in coordinates from the centre
         places = np.stack(np.meshgrid(*(np.arange(n) for n in method.size), indexing="ij"), -1).reshape(-1, 3)
         centre = (np.asarray(method.size) - 1) / 2
-        source = np.rint((places - centre) @ method.turns[turn].T + centre).astype(int)
+        source = np.rint((places - centre) @ method.rotations[turn].T + centre).astype(int)
         assert np.array_equal(view[0].numpy().ravel(), box.data[0].numpy()[tuple(source.T)])
 
 
@@ -50,7 +49,7 @@ def accuracy_from_roughness(method: Rotation, boxes: list) -> float:
     """How often the turn is told by how much neighbours differ along the axes; classes known from half of the views."""
     image, label = turned(method, boxes)
     cue, half = roughness(image), len(boxes) // 2
-    classes = range(len(method.turns))
+    classes = range(len(method.rotations))
     centres = torch.stack([cue[:half][label[:half] == turn].mean(0) for turn in classes])
     # of classes that look the same one is as good a guess as another
     guess = torch.cdist(cue[half:], centres).argmin(1)
@@ -64,10 +63,10 @@ def test_spacing_gives_published_turns_away_and_ours_not() -> None:
         method = make(settings, THICK)
         found[name] = (accuracy_from_roughness(method, noise_boxes(method.size, 400, (0.0, 1.5, 1.5))), method)
     accuracy, method = found["published"]
-    assert len(method.turns) == 10
+    assert len(method.rotations) == 10
     assert accuracy > 0.22
     accuracy, method = found["ours"]
-    assert len(method.turns) == 6
+    assert len(method.rotations) == 6
     assert accuracy < 1 / 6 + 0.06
 
 
@@ -76,7 +75,7 @@ def test_three_spacings_give_published_turns_away_and_ours_not() -> None:
     found = {}
     for keep_grid in (False, True):
         method = make(replace(BARE, keep_grid=keep_grid), spacing)
-        found[len(method.turns)] = accuracy_from_roughness(method, noise_boxes(method.size, 400, (0.0, 1.6, 0.8)))
+        found[len(method.rotations)] = accuracy_from_roughness(method, noise_boxes(method.size, 400, (0.0, 1.6, 0.8)))
     assert found[10] > 0.3
     assert found[4] < 1 / 4 + 0.08
 
@@ -84,7 +83,7 @@ def test_three_spacings_give_published_turns_away_and_ours_not() -> None:
 def test_low_resolution_after_the_turn_lowers_what_a_blurred_axis_gives_away() -> None:
     """Resampled thick slices: the grid is isotropic and the image is not. Stronger blur shows through."""
     found = []
-    for settings in (BARE, replace(BARE, thick_probability=1.0, thick=[0.3, 0.7])):
+    for settings in (BARE, replace(BARE, thick_slice_probability=1.0, thick_slice=[0.3, 0.7])):
         method = make(settings)
         found.append(accuracy_from_roughness(method, noise_boxes(method.size, 1000, (1.2, 0.8, 0.8))))
     published, ours = found
@@ -98,15 +97,15 @@ def test_low_resolution_after_the_turn_lowers_what_a_blurred_axis_gives_away() -
 def test_the_reported_chance_is_the_true_one(tmp_path: Path, spacing: tuple, published: int, cube: int) -> None:
     folder = write_cases(tmp_path)
     for turns, number in (("published", published), ("cube", cube)):
-        method = build(Rotation, replace(RotationSettings(), turns=turns), spacing).eval()
-        assert len(method.turns) == len(allowed_turns(method.settings, method.geometry)) == number
+        method = build(Rotation, replace(RotationSettings(), rotations=turns), spacing).eval()
+        assert len(method.rotations) == len(allowed_rotations(method.settings, method.geometry)) == number
         with torch.no_grad():
             assert method(views_of(folder, method, [0]))["chance"].item() == pytest.approx(1 / number)
 
 
 def test_small_angles_say_nothing_of_the_turn() -> None:
     """The same angles are drawn whatever the turn: turned back, views of one crop are equally distributed."""
-    method = make(replace(BARE, angle=10.0))
+    method = make(replace(BARE, jitter_angle=10.0))
     image, label = turned(method, noise_boxes(method.size, 300, (2.0, 2.0, 2.0)))
     spread = image.std((1, 2, 3, 4))
     # every view is interpolated, so none is sharper than the others
@@ -121,13 +120,13 @@ def test_the_probe_learns_beside_and_leaves_the_objective_and_the_encoder_alone(
     views = views_of(folder, method, [0, 1])
     before = method(views)["loss"]
     gradients = torch.autograd.grad(before.sum(), [p for p in method.parameters() if p.requires_grad])
-    torch.nn.init.normal_(list(method.probe.parameters())[-2])
+    torch.nn.init.normal_(list(method.spacing_classifier.parameters())[-2])
     after = method(views)["loss"]
     torch.testing.assert_close(after, before)
     names = [name for name, p in method.named_parameters() if p.requires_grad]
     again = torch.autograd.grad(after.sum(), [p for p in method.parameters() if p.requires_grad])
     for name, one, other in zip(names, gradients, again, strict=True):
-        if name.startswith("probe."):
+        if name.startswith("spacing_classifier."):
             assert one.any() or other.any(), name
         else:
             torch.testing.assert_close(one, other)
@@ -141,6 +140,6 @@ def test_crops_lie_about_the_body(tmp_path: Path) -> None:
 
 def test_it_learns_and_with_shuffled_voxels_it_does_not(tmp_path: Path) -> None:
     folder = write_anatomy(tmp_path)
-    settings = replace(RotationSettings(), warm_up=0.0)
+    settings = replace(RotationSettings(), warmup=0.0)
     assert readable_after(folder, make(settings), 50) > 0.5
     assert readable_after(folder, make(settings), 50, "before") < 0.2

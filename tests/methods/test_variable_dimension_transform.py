@@ -20,7 +20,7 @@ from nnssl_ext.methods.variable_dimension_transform import (
 from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.recipe import load_recipe
 from nnssl_ext.settings import split_sections
-from nnssl_ext.views.layout import standardise
+from nnssl_ext.views.layout import standardize
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom
 from tests.conftest import Environment
 from tests.datasets import KINDS
@@ -132,7 +132,7 @@ def test_it_learns_photographs_and_not_shuffled_labels(images: ImageFolder) -> N
 def test_without_images_it_says_what_to_do(with_data: Data) -> None:
     environment = with_data("plain")
     environment.write_plans("plain", "bare", {"images": None})
-    with pytest.raises(UserError, match="learns from labelled 2-D images: set nnssl_ext.images"):
+    with pytest.raises(UserError, match="learns from labeled 2-D images: set nnssl_ext.images"):
         pretrain(environment, "plain", "bare", trainer=TRAINERS["variable_dimension_transform"])
     assert not list(environment.results.rglob("*"))
 
@@ -186,7 +186,7 @@ def depth_of(images: ImageFolder, depth: str) -> tuple[float, float]:
     volume = views_of(images, method, list(range(12)))["image"][:, :1]
     ones = torch.ones(1, 1, volume.shape[2], 1, 1)
     taps = torch.nn.functional.conv3d(ones, torch.ones(1, 1, 3, 1, 1), padding=(1, 0, 0))
-    first, second = (standardise(volume[:, :, cut])[:, 0] for cut in (slice(0, -1), slice(1, None)))
+    first, second = (standardize(volume[:, :, cut])[:, 0] for cut in (slice(0, -1), slice(1, None)))
     return 1 - (taps.sum() / (3 * taps.numel())).item(), (first * second).mean().item()
 
 

@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("layout", ["boxes", "grid"])
 @pytest.mark.parametrize("source", ["other", "same"])
 def test_the_level_says_how_much_of_each_source_is_seen(folder: Path, source: str, layout: str) -> None:
-    method = build(VolumeFusion, replace(BARE, source=source, layout=layout, block_edge=[3, 6]))
+    method = build(VolumeFusion, replace(BARE, foreground_case=source, layout=layout, block_edge=[3, 6]))
     batch = batch_of(folder, method, [0, 1, 2])
     views = method.views(batch, BatchRandom(0, VIEWS, batch.indices, CPU))
     assert views["image"].shape == (3, 2, *SIZE)
@@ -66,7 +66,7 @@ def test_a_sample_looks_the_same_in_any_batch(folder: Path, monkeypatch: pytest.
 def test_blocks_and_boxes_are_thinner_along_a_thick_axis(folder: Path) -> None:
     def shortest_run(layout: str, spacing: tuple) -> list[int]:
         method = build(
-            VolumeFusion, replace(BARE, layout=layout, block_edge=[8, 8], smallest_box=8, boxes=[1, 1]), spacing
+            VolumeFusion, replace(BARE, layout=layout, block_edge=[8, 8], min_box_edge=8, boxes=[1, 1]), spacing
         )
         level = method._draw_levels(BatchRandom(0, VIEWS, list(range(30)), CPU)).long()
         found = []

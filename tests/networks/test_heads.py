@@ -3,10 +3,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl_ext.methods.rotation import SpacingClassifier, roughness
 from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.networks.context import ConvolutionalContext, RecurrentContext
 from nnssl_ext.networks.heads import GridHead, VoxelHead, grid_features
-from nnssl_ext.networks.probe import SpacingProbe, roughness
 from tests.networks.test_backbone import network
 
 
@@ -47,7 +47,8 @@ def test_a_head_has_the_layers_it_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "context", [RecurrentContext(embedding=5, width=6), ConvolutionalContext(columns=4, embedding=5, width=6)]
+    "context",
+    [RecurrentContext(embedding_dim=5, context_dim=6), ConvolutionalContext(columns=4, embedding_dim=5, context_dim=6)],
 )
 def test_contexts_see_every_row(context: torch.nn.Module) -> None:
     rows = torch.randn(2, 2, 4, 5, requires_grad=True)
@@ -65,8 +66,8 @@ def test_roughness_sees_the_grid_and_nothing_else() -> None:
     assert (roughness(thick)[:, 0] < -0.4).all()
     torch.testing.assert_close(roughness(5 * image + 3), roughness(image), atol=1e-4, rtol=0)
     image.requires_grad_()
-    assert SpacingProbe(classes=3)(image).shape == (2, 3)
-    probe = SpacingProbe(classes=3)
+    assert SpacingClassifier(classes=3)(image).shape == (2, 3)
+    probe = SpacingClassifier(classes=3)
     probe(image).sum().backward()
     assert image.grad is None
     assert all(p.grad is not None for p in probe.parameters())

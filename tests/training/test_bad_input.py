@@ -141,7 +141,7 @@ def test_one_case(plain: Environment) -> None:
             path.unlink()
     refused(plain, "fold 0 needs at least 5 cases, .* has 1; use fold 'all'")
     refused(plain, "needs at least 2 training cases, fold all .* has 1", fold="all")
-    plain.write_plans("plain", "run", {"epochs": 1, "volume_fusion": {"source": "same"}})
+    plain.write_plans("plain", "run", {"epochs": 1, "volume_fusion": {"foreground_case": "same"}})
     assert (pretrain(plain, "plain", "run", "all") / "checkpoint_final.pth").is_file()
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from nnssl_ext.views.depth import colours_as_depth, drifting, grey, repeated
+from nnssl_ext.views.depth import colors_as_depth, drifting, luminance, repeated
 from nnssl_ext.views.random import BatchRandom
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ def draws(batch: int = 3) -> BatchRandom:
 
 def test_colours_are_slices_in_some_order() -> None:
     pixels = images(8)
-    volume = colours_as_depth(pixels, draws(8))
+    volume = colors_as_depth(pixels, draws(8))
     assert volume.shape == (8, 1, 3, 12, 20)
     assert torch.equal(volume[:, 0].sort(1).values, pixels.sort(1).values)
     assert not torch.equal(volume[:, 0], pixels)
@@ -29,7 +29,7 @@ def test_repeat_is_the_grey_image() -> None:
     volume = repeated(pixels, 5)
     assert volume.shape == (3, 1, 5, 12, 20)
     assert (volume == volume[:, :, :1]).all()
-    assert torch.allclose(grey(pixels[:, :1].expand(-1, 3, -1, -1)), pixels[:, :1], rtol=1e-5)
+    assert torch.allclose(luminance(pixels[:, :1].expand(-1, 3, -1, -1)), pixels[:, :1], rtol=1e-5)
 
 
 def test_drift_at_zero_strength_repeats() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.networks.backbone import backbone_of
-from nnssl_ext.views.layout import Layout, cut_patches, magnification, solve_layout, standardise
+from nnssl_ext.views.layout import Layout, cut_patches, magnification, solve_layout, standardize
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from nnssl_ext.views.rows import Rows, solve_rows
 from nnssl_ext.views.spatial import SourceBox, crop_box
@@ -25,10 +25,10 @@ PLANS = {
     "anisotropic": ([[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2]], (18, 237, 208), False),
 }
 CHOICES: dict[str, dict[str, Any]] = {
-    "jigsaw": {"fewest": 4, "most_voxels": 2.0},
-    "relative location": {"fewest": 3, "choices": (1, 3)},
+    "jigsaw": {"min_patches": 4, "max_voxels": 2.0},
+    "relative location": {"min_patches": 3, "choices": (1, 3)},
 }
-COMMON: dict[str, Any] = {"title": "it", "gap": 0.25, "jitter": 0.125, "most_zoom": 2.0}
+COMMON: dict[str, Any] = {"title": "it", "gap": 0.25, "jitter": 0.125, "max_zoom": 2.0}
 
 
 def cumulated(strides: list) -> list[tuple[int, ...]]:
@@ -62,11 +62,11 @@ def thin_network(strides: list, residual: bool) -> nn.Module:
 def test_layouts_are_legal_on_every_kind_of_plan(plan: str, task: str) -> None:
     strides, case_size, residual = PLANS[plan]
     options = dict(CHOICES[task])
-    if "most_voxels" in options:
-        options["most_voxels"] *= math.prod(case_size)
+    if "max_voxels" in options:
+        options["max_voxels"] *= math.prod(case_size)
     layout = solve_layout(cumulated(strides), case_size, **COMMON, **options)
     assert layout.stages == len(strides)
-    assert math.prod(layout.cells) >= options["fewest"]
+    assert math.prod(layout.grid) >= options["min_patches"]
     assert 1 <= layout.zoom <= 2
     for window, case in zip(layout.window, case_size, strict=True):
         assert window / layout.zoom <= case + 1e-6
@@ -89,15 +89,15 @@ def test_rows_are_legal_on_every_kind_of_plan(plan: str) -> None:
         case_size,
         Rows(2, 1, 2, 0.5),
         title="it",
-        columns=2,
-        most_zoom=2.0,
-        most_voxels=2 * math.prod(case_size),
+        max_columns=2,
+        max_zoom=2.0,
+        max_voxels=2 * math.prod(case_size),
     )
     assert layout.stages == len(strides)
     assert layout.axes
-    assert len({layout.beside(axis) for axis in layout.axes}) == 1
+    assert len({layout.columns_of(axis) for axis in layout.axes}) == 1
     starts = layout.starts(torch.arange(2 * len(layout.axes)), torch.full((2 * len(layout.axes), 3), 1 - 2.0**-24))
-    assert starts.shape == (2 * len(layout.axes), 4 * layout.beside(layout.axes[0]), 3)
+    assert starts.shape == (2 * len(layout.axes), 4 * layout.columns_of(layout.axes[0]), 3)
     assert (starts >= 0).all()
     assert (starts + torch.tensor(layout.patch) <= torch.tensor(layout.window)).all()
     assert magnification(layout.window, case_size) == layout.zoom <= 2
@@ -115,7 +115,7 @@ def test_context_and_prediction_are_apart(skipped: int, overlap: float, gap: flo
 
 def test_rows_run_along_every_direction() -> None:
     layout = solve_rows(
-        [(4, 4, 4)], (24, 24, 24), Rows(1, 1, 1, 0.5), title="it", columns=2, most_zoom=1, most_voxels=1e9
+        [(4, 4, 4)], (24, 24, 24), Rows(1, 1, 1, 0.5), title="it", max_columns=2, max_zoom=1, max_voxels=1e9
     )
     assert layout.axes == (0, 1, 2)
     starts = layout.starts(torch.arange(6), torch.zeros(6, 3)).view(6, 2, 4, 3)
@@ -128,15 +128,15 @@ def test_rows_run_along_every_direction() -> None:
 
 def test_fewer_patches_where_they_would_cost_too_much() -> None:
     strides = cumulated(PLANS["128^3, six stages"][0])
-    free = solve_layout(strides, (128,) * 3, **COMMON, fewest=4)
-    bound = solve_layout(strides, (128,) * 3, **COMMON, fewest=4, most_voxels=2 * 128**3)
-    assert free.cells == (3, 3, 3)
-    assert math.prod(bound.cells) * 64**3 <= 2 * 128**3 < math.prod(free.cells) * 64**3
+    free = solve_layout(strides, (128,) * 3, **COMMON, min_patches=4)
+    bound = solve_layout(strides, (128,) * 3, **COMMON, min_patches=4, max_voxels=2 * 128**3)
+    assert free.grid == (3, 3, 3)
+    assert math.prod(bound.grid) * 64**3 <= 2 * 128**3 < math.prod(free.grid) * 64**3
 
 
 def test_a_shallower_stage_where_the_deepest_does_not_fit() -> None:
     strides = cumulated(PLANS["128^3, six stages"][0])
-    layout = solve_layout(strides, (48, 48, 48), **COMMON, fewest=4)
+    layout = solve_layout(strides, (48, 48, 48), **COMMON, min_patches=4)
     assert layout.stages < 6
     assert layout.patch == tuple(2 * stride for stride in strides[layout.stages - 1])
 
@@ -145,11 +145,11 @@ def test_one_line_where_nothing_fits() -> None:
     with pytest.raises(
         UserError, match=r"it needs 4 patches of \(8, 8, 8\) voxels side by side, but cases of"
     ) as error:
-        solve_layout(cumulated(PLANS["hippocampus"][0]), (6, 6, 6), **COMMON, fewest=4)
+        solve_layout(cumulated(PLANS["hippocampus"][0]), (6, 6, 6), **COMMON, min_patches=4)
     assert "\n" not in str(error.value)
     # and cases of the size that it names are enough
     (needed,) = re.findall(r"cases of (\d+) x (\d+) x (\d+) would do", str(error.value))
-    solve_layout(cumulated(PLANS["hippocampus"][0]), [int(edge) for edge in needed], **COMMON, fewest=4)
+    solve_layout(cumulated(PLANS["hippocampus"][0]), [int(edge) for edge in needed], **COMMON, min_patches=4)
 
 
 def test_patches_keep_their_distance_and_are_jittered() -> None:
@@ -165,7 +165,7 @@ def test_patches_keep_their_distance_and_are_jittered() -> None:
     centre = (np.asarray(layout.window) - 1) / 2
     for sample, window in enumerate(image):
         box, places = SourceBox(window, np.eye(3), centre), starts[sample].flatten(0, 1)
-        patches = cut_patches(box, layout.window, places, layout.patch, torch.rand(6, 3), CPU)
+        patches = cut_patches([box], layout.window, places[None], layout.patch, torch.rand(1, 6, 3), CPU)[0]
         for patch, (z, y, x) in zip(patches, places.tolist(), strict=True):
             assert torch.equal(patch, window[:, z : z + 8, y : y + 8, x : x + 4])
 
@@ -184,11 +184,11 @@ def test_patches_of_a_magnified_window_lie_within_a_voxel_of_their_place() -> No
     grid = torch.stack(torch.meshgrid(*(torch.arange(edge, dtype=torch.float32),) * 3, indexing="ij"))
     box, random = magnified(grid), BatchRandom(0, VIEWS, list(range(40)), CPU)
     starts, scale = MAGNIFIED.starts(random), (edge - 2) / (MAGNIFIED.window[0] - 1)
-    moved = torch.rand(40, 8, 3, generator=torch.Generator().manual_seed(0))
-    for places, moves in zip(starts, moved, strict=True):
-        patches = cut_patches(box, MAGNIFIED.window, places, MAGNIFIED.patch, moves, CPU)
-        assert torch.allclose(patches[:, :, 0, 0, 0], places * scale + moves, atol=1e-4)
-        assert torch.allclose(patches[:, :, -1, -1, -1], (places + 7) * scale + moves, atol=1e-4)
+    shifts = torch.rand(40, 8, 3, generator=torch.Generator().manual_seed(0))
+    for places, shift in zip(starts, shifts, strict=True):
+        patches = cut_patches([box], MAGNIFIED.window, places[None], MAGNIFIED.patch, shift[None], CPU)[0]
+        assert torch.allclose(patches[:, :, 0, 0, 0], places * scale + shift, atol=1e-4)
+        assert torch.allclose(patches[:, :, -1, -1, -1], (places + 7) * scale + shift, atol=1e-4)
         assert 0 <= patches.min() <= patches.max() <= edge - 1  # and nothing outside is read
     # a neighbour is never nearer than the gap that was asked for, which MAGNIFIED has with 2 voxels for that
     distance = starts.view(40, 2, 2, 2, 3).diff(dim=1)[..., 0] * scale - 7 * scale - 1
@@ -209,7 +209,7 @@ def told_by_variance(layout: Layout, whole: bool) -> float:
         box = magnified(torch.from_numpy(generator.standard_normal((1, edge, edge, edge)).astype(np.float32)), layout)
         if whole:
             box = SourceBox(crop_box(box, layout.window, CPU)[0], np.eye(3), (np.asarray(layout.window) - 1) / 2)
-        found.append(cut_patches(box, layout.window, places, layout.patch, moved, CPU))
+        found.append(cut_patches([box], layout.window, places[None], layout.patch, moved[None], CPU)[0])
     power = torch.stack(found)[:, :, 0].square()  # (300, 8, D, H, W)
     # smoothing along the three axes multiplies
     lines = [power[:200].mean((0, *(2 + other for other in range(3) if other != axis))) for axis in range(3)]
@@ -230,10 +230,10 @@ def test_interpolation_tells_the_place_in_a_window_that_is_resampled_as_one_and_
     assert told_by_variance(layout, whole=False) < 0.17
 
 
-def test_standardised_patches() -> None:
+def test_standardized_patches() -> None:
     patches = 3 * torch.randn(2, 4, 1, 6, 6, 6) + 7
     patches[0, 0] = 5
-    result = standardise(patches)
+    result = standardize(patches)
     assert not result[0, 0].any()
     deviation, mean = torch.std_mean(result[1], (-3, -2, -1), correction=0)
     torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)

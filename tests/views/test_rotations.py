@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from nnssl_ext.views.rotations import cube_group, grid_turns, published_turns, same_spacing, turnable_size
+from nnssl_ext.views.rotations import cube_group, grid_rotations, published_rotations, rotatable_size, same_spacing
 
 
 def test_the_groups_of_the_cube() -> None:
-    group, published = cube_group(), published_turns()
+    group, published = cube_group(), published_rotations()
     assert len(group) == 24
     assert len({turn.tobytes() for turn in group}) == 24
     assert len(published) == 10
@@ -21,9 +21,9 @@ def test_the_groups_of_the_cube() -> None:
     [((1.0, 1.0, 1.0), 10, 24), ((5.0, 1.0, 1.0), 6, 8), ((1.0, 1.0, 3.0), 6, 8), ((3.0, 1.0, 2.0), 4, 4)],
 )
 def test_only_turns_that_map_the_grid_to_itself(spacing: tuple, published: int, cube: int) -> None:
-    assert len(grid_turns(published_turns(), spacing)) == published
-    assert len(grid_turns(cube_group(), spacing)) == cube
-    for turn in grid_turns(cube_group(), spacing):
+    assert len(grid_rotations(published_rotations(), spacing)) == published
+    assert len(grid_rotations(cube_group(), spacing)) == cube
+    for turn in grid_rotations(cube_group(), spacing):
         np.testing.assert_allclose(np.abs(turn) @ np.asarray(spacing), spacing)
 
 
@@ -40,4 +40,4 @@ def test_only_turns_that_map_the_grid_to_itself(spacing: tuple, published: int, 
 def test_edges_are_equal_along_axes_that_are_exchanged(
     size: tuple, steps: tuple, spacing: tuple, expected: tuple
 ) -> None:
-    assert turnable_size(size, steps, same_spacing(spacing)) == expected
+    assert rotatable_size(size, steps, same_spacing(spacing)) == expected

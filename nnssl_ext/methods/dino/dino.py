@@ -19,21 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
-from nnssl_ext.losses.distillation import (
-    Targets,
-    carried,
-    held_by_float16,
-    koleo,
-    moved_centre,
-    prototype_cross_entropy,
-    sinkhorn_bias,
-)
+from nnssl_ext.losses.distillation import Targets, koleo, sinkhorn_bias, update_center
+from nnssl_ext.losses.fused import attach_gradient, limit_koleo_gradient, prototype_cross_entropy
 from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, ParameterGroup, Readable, ValidationCheck
 from nnssl_ext.methods.dino.health import Seen, seen_cells, sign_of_collapse
 from nnssl_ext.methods.dino.networks import DistilledNetwork, reader_of
 from nnssl_ext.methods.dino.settings import DINOSettings, local_size
-from nnssl_ext.methods.encoder_only import sample_index
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.views.masking import expand_blocks
 from nnssl_ext.views.multicrop import ViewKind, crop_views, draw_patch_masks
@@ -101,11 +93,11 @@ class DINO(Method):
     def optimizer(self) -> OptimizerRecipe:
         settings = self.settings
         return OptimizerRecipe(
-            settings.optimiser,
+            settings.optimizer,
             5e-4,
             settings.weight_decay,
             settings.schedule,
-            settings.warm_up,
+            settings.warmup,
             max_grad_norm=settings.clip,
             final_weight_decay=settings.final_weight_decay,
         )
@@ -141,7 +133,7 @@ class DINO(Method):
         """Two global and several local views of a region, and which cells of the global ones are hidden.
 
         ``global`` (B, 2, C, D, H, W), ``local`` (B, V, C, D, H, W), ``hidden`` (B, 2, N) bool; ``row`` (M,) the hidden
-        cells among B x 2 x N, ``weight`` (M,) and ``owner`` (M,) their share in which sample; ``index`` (B,); ``seen``,
+        cells among B x 2 x N, ``weight`` (M,) and ``owner`` (M,) their share in which sample; ``seen``,
         the global views with hidden cells replaced, for networks that cannot hide cells themselves.
         """
         settings, region, device = self.settings, self.geometry.crop_size, random.device
@@ -159,7 +151,7 @@ class DINO(Method):
         row = hidden.flatten().nonzero()[:, 0]
         share = 1 / hidden.sum(-1).clamp_min(1) / GLOBALS  # (B, 2)
         views |= {"hidden": hidden, "row": row, "weight": share.flatten()[row // number]}
-        views |= {"owner": row // (GLOBALS * number), "index": sample_index(batch.indices, torch.device("cpu"))}
+        views["owner"] = row // (GLOBALS * number)
         views = {name: to_device(value, device) for name, value in views.items()}
         if self.student.reader.hides_voxels:
             views["seen"] = self._hide(views["global"], views["hidden"], random)
@@ -185,17 +177,17 @@ class DINO(Method):
         one = self.pairs.new_ones(1, 1)
         cell_total, per_cell = self._distil("cell", own_of_cells[:, None], said_of_cells[:, None], one, views["weight"])
         cell = image.new_zeros(number).index_add(0, views["owner"], per_cell)
-        spread = self._spread(own_features.float().unflatten(0, (number, GLOBALS)), views["index"])
+        spread = self._spread(own_features.float().unflatten(0, (number, GLOBALS)))
         if not self.training:
             some = to_device(seen_cells(cells.shape[1]), cells.device)
             guessed, right = student.cell_head(own_cells[:, some]), teacher.cell_head(cells[:, some])
-            self.seen.add(views["index"], features.float(), said, guessed, right, hidden[:, some])
+            self.seen.add(self.geometry.batch_size, features.float(), said, guessed, right, hidden[:, some])
         settings = self.settings
-        loss = carried(image, image_total) + settings.cell_weight * carried(cell, cell_total)
+        loss = attach_gradient(image, image_total) + settings.cell_weight * attach_gradient(cell, cell_total)
         return {"loss": loss + settings.koleo_weight * spread, "image": image, "cells": cell, "spread": spread}
 
     def before_step(self, progress: float) -> None:
-        self.warming_up = progress < self.settings.warm_up
+        self.warming_up = progress < self.settings.warmup
         first, last = self.settings.teacher_temperature
         share = min(1.0, progress / self.settings.temperature_warm_up) if self.settings.temperature_warm_up else 1.0
         self.teacher_temperature.fill_(first + (last - first) * share)
@@ -221,13 +213,13 @@ class DINO(Method):
         targets = self._targets(level, said)
         directions, temperature = self._head(self.student, level).directions, self.settings.student_temperature
         result = prototype_cross_entropy(
-            own, directions, targets, pairs, temperature, weight=weight, moving=self.prototypes_move
+            own, directions, targets, pairs, temperature, weight=weight, prototype_scale=self.prototypes_move
         )
         if self.training and self.centring == "softmax":
             with torch.no_grad():
                 centre = self._centre(level)
                 centre.copy_(
-                    moved_centre(centre, said.flatten(0, 1), targets.prototypes, self.settings.centre_momentum)
+                    update_center(centre, said.flatten(0, 1), targets.prototypes, self.settings.centre_momentum)
                 )
         return result
 
@@ -240,14 +232,14 @@ class DINO(Method):
         return Targets(said, prototypes, bias, temperature)
 
     @torch.compiler.disable  # it listens to gradients
-    def _spread(self, features: Tensor, index: Tensor) -> Tensor:
+    def _spread(self, features: Tensor) -> Tensor:
         """KoLeo of each global view among the same view of all samples: (B, 2, F) -> (B,); 0 for one sample."""
         kind = features.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        everyone, own = gather_samples(features, index)
+        everyone, own = gather_samples(features, self.geometry.batch_size)
         rows = torch.stack([koleo(features[:, v], everyone[:, v], own) for v in range(GLOBALS)]).sum(0)
         if features.requires_grad and dtype == torch.float16:
-            held_by_float16(features, rows)
+            limit_koleo_gradient(features, rows)
         return rows
 
     def _hide(self, image: Tensor, hidden: Tensor, random: BatchRandom) -> Tensor:

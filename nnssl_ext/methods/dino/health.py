@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnssl_ext.losses.distillation import ELEMENTS, Targets, target_distributions
+from nnssl_ext.losses.distillation import MAX_LOGITS, Targets, target_distributions
 from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.losses.health import (
     effective_rank,
@@ -49,13 +49,11 @@ class Seen:
         return f"Seen({len(self._batches)} batches)"
 
     @torch.compiler.disable
-    def add(
-        self, index: Tensor, features: Tensor, said: Tensor, guessed: Tensor, cells: Tensor, hidden: Tensor
-    ) -> None:
+    def add(self, total: int, features: Tensor, said: Tensor, guessed: Tensor, cells: Tensor, hidden: Tensor) -> None:
         """Keep a batch, or what fits of it.
 
         Args:
-            index: (B,) global sample indices.
+            total: Samples of the batch over all processes.
             features: (2 B, F) of the teacher's global views.
             said: (B, 2, E), what the teacher says of them.
             guessed, cells: (2 B, N, E), what the student and the teacher say of some of their cells.
@@ -65,7 +63,7 @@ class Seen:
         if room <= 0:
             return
         parts = [part.unflatten(0, (len(said), -1)) for part in (features, guessed, cells, hidden.float())]
-        batch = tuple(gather_samples(part, index)[0][:room] for part in (said, *parts))
+        batch = tuple(gather_samples(part, total)[0][:room] for part in (said, *parts))
         self._samples += len(batch[0])
         self._batches.append(batch)
 
@@ -83,7 +81,7 @@ class Seen:
         found = {"hidden_cells": told_cells(guessed.flatten(0, 1), cells.flatten(0, 1), hidden.flatten(0, 1) > 0)}
         for level, vectors in (("image", said.flatten(0, 1)), ("cell", cells.flatten(0, 2))):
             what = targets(level, vectors[:, None])
-            rows = max(1, ELEMENTS // len(what.prototypes))
+            rows = max(1, MAX_LOGITS // len(what.prototypes))
             pieces = (target_distributions(what._replace(vectors=v))[:, 0] for v in what.vectors.split(rows))
             found[f"{level}_entropy"], found[f"{level}_information"] = entropies(pieces)
         found |= {

@@ -103,7 +103,7 @@ class DINOSettings(TrainingSettings):
     final_weight_decay: float | None = setting(
         None, "Weight decay at the end; null leaves it.", source="0.4 in 3DINO", low=0
     )
-    warm_up: float = setting(0.1, "Share of the steps with a rising learning rate.", source=XU, low=0, high=0.9)
+    warmup: float = setting(0.1, "Share of the steps with a rising learning rate.", source=XU, low=0, high=0.9)
     clip: float = setting(3.0, "Largest norm of the gradient of the network, and of each head.", source=XU, low=0.001)
     layer_decay: float = setting(
         1.0, "Learning rate of a layer as a multiple of the next one's.", source="0.9 in 3DINO", low=0.01, high=1

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnssl_ext.commands import train_words
 from nnssl_ext.data.corpus.corpus import TARGET_KEY
 from nnssl_ext.environment import launched
 from nnssl_ext.recipe import write_json
@@ -86,7 +87,5 @@ def _launcher() -> list[str]:
 
 
 def _command(trainer: Training, dataset: str, fold: str, trainer_name: str) -> list[str]:
-    words = ["nnUNetv2_train", str(int(dataset[7:10])), trainer.configuration_name, fold]
-    if trainer.plans_manager.plans_name != "nnUNetPlans":
-        words += ["-p", trainer.plans_manager.plans_name]
-    return [*words, "-tr", trainer_name] if trainer_name != "nnUNetTrainer" else words
+    plans = trainer.plans_manager.plans_name
+    return train_words(dataset, trainer.configuration_name, fold, plans=plans, trainer=trainer_name)

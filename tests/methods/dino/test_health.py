@@ -81,7 +81,7 @@ def test_cells_that_are_looked_at_lie_all_over_the_view(cells: tuple[int, int, i
 
 def test_no_collapse_is_told_while_the_rate_rises() -> None:
     """A vision transformer's first features are all alike."""
-    method = build(DINO, replace(SMALL, warm_up=0.1), kind="vit")
+    method = build(DINO, replace(SMALL, warmup=0.1), kind="vit")
     alike = {"samples": 8.0, "image_information": 1.0, "cell_information": 1.0, "image_entropy": 0.5}
     alike |= {"cell_entropy": 0.5, "effective_rank": 1.0, "off_diagonal_cosine": 1.0}
     for progress, told in ((0.05, False), (0.2, True)):
@@ -133,9 +133,9 @@ def test_a_large_validation_is_seen_in_part() -> None:
     def unit(*shape: int) -> torch.Tensor:
         return torch.nn.functional.normalize(torch.randn(*shape, width, generator=generator), dim=-1)
 
-    for first in range(0, 3 * SEEN_SAMPLES, 100):
+    for _ in range(0, 3 * SEEN_SAMPLES, 100):
         cells, hidden = unit(200, 2), torch.ones(200, 2, dtype=torch.bool)
-        seen.add(torch.arange(first, first + 100), torch.randn(200, 5), unit(100, 2), cells, cells, hidden)
+        seen.add(100, torch.randn(200, 5), unit(100, 2), cells, cells, hidden)
     prototypes = unit(6)
     for _ in range(2):  # and forgotten
         measures = seen.measures(lambda _, vectors: Targets(vectors, prototypes, torch.zeros(6), 0.1))

@@ -35,7 +35,7 @@ SETTINGS = {
     "epochs": 2,
     "seed": 1,
     "iterations_per_epoch": 11,
-    "volume_fusion": {"optimiser": "sgd"},
+    "volume_fusion": {"optimizer": "sgd"},
 }
 
 

@@ -101,7 +101,7 @@ def test_several_ranks_equal_one(with_data: Data, method: str, kind: str, world:
         "epochs": 1,
         "iterations_per_epoch": 1 if kind == "pct_net" else 2,
     }
-    settings |= {"validation_iterations": 1, method: {"optimiser": "sgd"}}
+    settings |= {"validation_iterations": 1, method: {"optimizer": "sgd"}}
     for plans in ("one", "several"):
         environment.write_plans(kind, plans, settings, without_dropout)
     one = pretrain(environment, kind, "one", trainer=trainer)
@@ -130,7 +130,7 @@ def test_3dino_over_ranks_with_either_centring_and_a_vision_transformer(
             arguments = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
             arguments |= {"layer_scale": 1.0, "drop_path": 0.0}
 
-    dino = {"optimiser": "sgd", "centring": centring, "teacher_temperature": [0.04, 0.04]}
+    dino = {"optimizer": "sgd", "centring": centring, "teacher_temperature": [0.04, 0.04]}
     settings = {"precision": "float32", "batch_size": 3, "epochs": 1, "iterations_per_epoch": 2, "dino": dino}
     for plans in ("one", "two"):
         environment.write_plans(kind, plans, settings, as_if_trained)
@@ -194,7 +194,7 @@ def test_when_a_rank_is_gone_the_others_name_it_and_end(with_data: Data, victim:
 
 def test_a_signal_to_one_rank_ends_all_and_loses_nothing(with_data: Data) -> None:
     environment, trainer = with_data("plain"), TRAINERS["volume_fusion"]
-    settings = {"precision": "float32", "epochs": 2, "iterations_per_epoch": 11, "volume_fusion": {"optimiser": "sgd"}}
+    settings = {"precision": "float32", "epochs": 2, "iterations_per_epoch": 11, "volume_fusion": {"optimizer": "sgd"}}
     for plans in ("one", "two"):
         environment.write_plans("plain", plans, settings)
     assert two_ranks(1, signal.SIGTERM) == [0, 0]

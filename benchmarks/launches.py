@@ -1,0 +1,268 @@
+"""Count the kernels of a training step that run outside the network: a GPU pays about 5 microseconds for each.
+
+    python -m benchmarks launches [METHOD ...] [--code CHECKOUT] [--output FILE]
+
+One step of a real trainer, batch 2 at 64^3, float32. The count is made on the CPU: tensors answer that they are on a
+GPU, so that the code of a GPU runs, and every operation is counted that computes or copies. Operations of the
+network's modules and of their backward pass are left out. Views of memory and allocations are no kernels. Operations
+on draws that stay on the host are not counted; each copy of draws to the device is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from benchmarks.checkout import add_option, run_on, set_environment, spelled, trainer_name
+from benchmarks.measure import report
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+#: Operations that allocate or describe memory, by the first part of their name.
+FREE = (
+    "detach", "empty", "new_empty", "_unsafe_view", "set_", "resize_", "lift_fresh", "is_same_size", "is_pinned",
+    "_pin_memory", "_reshape_alias", "alias", "sym_", "_local_scalar_dense", "record_stream",
+)  # fmt: skip
+#: Operations for which the host waits.
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
+PHASES = ("views", "forward", "backward", "update")
+SMALL_DINO = {"hidden": 64, "bottleneck": 16, "prototypes": 128}
+
+
+class PretendGPU(TorchFunctionMode):
+    """Let tensors answer that they are on a GPU while they are computed on the CPU.
+
+    A tensor is on the host if it was made without a device, or from tensors on the host alone.
+    """
+
+    def __init__(self, counter: Kernels) -> None:
+        self.counter = counter
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        options = dict(options or {})
+        if function is Tensor.device.__get__:
+            return CPU if on_host(arguments[0]) else GPU
+        if function is Tensor.is_cuda.__get__:
+            return not on_host(arguments[0])
+        if function is Tensor.pin_memory:
+            return arguments[0]
+        flat = [value for value in tree_flatten((arguments, options))[0] if value is not None]
+        tensors = [value for value in flat if isinstance(value, Tensor)]
+        named = [torch.device(value) for value in flat if isinstance(value, (torch.device, str)) and is_device(value)]
+        arguments, options = tree_map(replaced, (arguments, options))
+        host = all(map(on_host, tensors)) if tensors else True
+        if named:
+            if host and named[-1].type != "cpu" and (tensors or function in (torch.tensor, torch.as_tensor)):
+                self.counter.note("upload")
+            if self.counter.phase in ("views", "forward"):  # torch's own clipping names the true device
+                if tensors and not host and named[-1].type == "cpu":
+                    self.counter.wait("to the host")
+                host = named[-1].type == "cpu"
+        with self.counter.on_host(host):
+            result = function(*arguments, **options)
+        for value in tree_flatten(result)[0]:
+            if isinstance(value, Tensor):
+                value.host = host  # type: ignore[attr-defined]
+        return result
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Return whether a tensor is said to be on the host."""
+    return bool(getattr(tensor, "host", False))
+
+
+def is_device(value: torch.device | str) -> bool:
+    """Return whether a value names a device."""
+    return isinstance(value, torch.device) or value.partition(":")[0] in ("cpu", "cuda")
+
+
+def replaced(value: Any) -> Any:
+    """Replace the GPU by the CPU in an argument."""
+    return CPU if isinstance(value, (torch.device, str)) and is_device(value) else value
+
+
+class Kernels(TorchDispatchMode):
+    """Count the kernels outside the network, by phase of the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, Counter[str]] = {phase: Counter() for phase in PHASES}
+        self.waits: Counter[str] = Counter()
+        self.phase, self.inside, self.host = "views", 0, False
+        self.network: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if not (self.host or self.inside or self._network_gradient()):
+            if name.startswith(WAITS):
+                self.wait(name)
+            if not (function.is_view or name.startswith(FREE)):
+                self.note(name)
+        return function(*arguments, **(options or {}))
+
+    def note(self, name: str) -> None:
+        """Count one kernel."""
+        if not self.inside:
+            self.counts[self.phase][name] += 1
+
+    def wait(self, name: str) -> None:
+        """Count one wait of the host."""
+        self.waits[f"{self.phase}: {name}"] += 1
+
+    @contextmanager
+    def on_host(self, host: bool) -> Iterator[None]:
+        """Count nothing within if the operands are on the host."""
+        before, self.host = self.host, host
+        try:
+            yield
+        finally:
+            self.host = before
+
+    def _network_gradient(self) -> bool:
+        """Return whether a backward operation belongs to the network's modules."""
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return False
+        number = node._sequence_nr()
+        return number > 2**62 or any(first <= number < last for first, last in self.network)
+
+    def enter(self, *_: Any) -> None:
+        """Begin a module of the network."""
+        if not self.inside:
+            self.network.append((torch._C._autograd._get_sequence_nr(), 0))
+        self.inside += 1
+
+    def leave(self, *_: Any) -> None:
+        """End a module of the network."""
+        self.inside -= 1
+        if not self.inside:
+            self.network[-1] = (self.network[-1][0], torch._C._autograd._get_sequence_nr())
+
+
+def count_step(name: str, root: Path) -> Kernels:
+    """Count one step of a method's trainer on a data set of its own."""
+    trainer = begin(name, root)
+    kernels = Kernels()
+    for network in (m for m in trainer.method.modules() if type(m) is type(trainer.network)):
+        for module in network.modules():
+            module.register_forward_pre_hook(kernels.enter)
+            module.register_forward_hook(kernels.leave, always_call=True)
+    batches = iter(trainer.dataloader_train)
+    for _ in range(2):  # the first step makes the optimizer's state
+        trainer.train_step(next(batches))
+    batch = next(batches)
+    for row in batch.boxes:
+        for box in row:
+            box.data.host = True
+    phases(trainer, kernels)
+    trainer.device = GPU
+    with pretend(kernels):
+        trainer.train_step(batch)
+    return kernels
+
+
+@contextmanager
+def pretend(kernels: Kernels) -> Iterator[None]:
+    """Count kernels within, with all that makes or moves tensors told apart by device."""
+    generator, from_numpy = torch.Generator, torch.from_numpy
+
+    def flagged(array: Any) -> Tensor:
+        result = from_numpy(array)
+        result.host = True
+        return result
+
+    with (
+        patch.object(torch, "Generator", lambda *_: generator()),
+        patch.object(torch, "from_numpy", flagged),
+        PretendGPU(kernels),
+        kernels,
+    ):
+        yield
+
+
+def phases(trainer: Any, kernels: Kernels) -> None:
+    """Switch the counter's phase where a step passes from one to the next."""
+
+    def after(owner: Any, name: str, phase: str) -> None:
+        function = getattr(owner, name)
+
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            result = function(*arguments, **options)
+            kernels.phase = phase
+            return result
+
+        setattr(owner, name, wrapped)
+
+    after(trainer.method, "views", "forward")
+    trainer.method.register_forward_hook(lambda *_: setattr(kernels, "phase", "backward"))
+    after(trainer, "_clip", "update")
+
+
+def begin(name: str, root: Path) -> Any:
+    """Start a pretraining and return its trainer before the first step."""
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    from benchmarks.workload import write_dataset, write_images
+
+    settings: dict[str, Any] = {"precision": "float32", "iterations_per_epoch": 100, "epochs": 1}
+    if name == "variable_dimension_transform":
+        write_images(root / "images")
+        settings["images"] = str(root / "images")
+    settings["dino"] = spelled("dino", SMALL_DINO)
+    folder = write_dataset(root / name, "counted", settings)
+    plans, content = (json.loads((folder / f"{file}.json").read_text()) for file in ("nnUNetPlans", "dataset"))
+    kind = recursive_find_trainer_class_by_name(trainer_name(name))
+    trainer = kind({**plans, "continue_training": False}, "3d_fullres", "all", content, CPU)
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.on_train_start()
+        trainer.on_epoch_start()
+        trainer.on_train_epoch_start()
+    return trainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", help="default: all")
+    parser.add_argument("--json", action="store_true", help="print all values as JSON")
+    parser.add_argument("--output", type=Path, help="file to write the counts to")
+    parser.add_argument("--operations", action="store_true", help="print the counts of each operation")
+    add_option(parser)
+    arguments = parser.parse_args()
+    run_on(arguments.code, "launches")
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        set_environment(Path(folder))
+        from nnssl_ext.methods import METHODS
+
+        for name in arguments.methods or METHODS:
+            kernels = count_step(name, Path(folder))
+            parts = {phase: sum(kernels.counts[phase].values()) for phase in PHASES}
+            rows.append(
+                {"method": name, **parts, "all": sum(parts.values()), "host waits": sum(kernels.waits.values())}
+            )
+            if arguments.operations:
+                for phase in PHASES:
+                    print(name, phase, dict(kernels.counts[phase].most_common()))
+                print(name, "host waits", dict(kernels.waits))
+    if arguments.output:
+        arguments.output.write_text(json.dumps({row["method"]: row for row in rows}, indent=1) + "\n")
+    report(rows, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
