@@ -35,18 +35,28 @@ def use_utf8() -> None:
     os.execv(sys.executable, words)
 
 
+def named_folder(name: str) -> Path:
+    """Return the folder that one of nnU-Net's variables names. It need not exist.
+
+    Raises:
+        UserError: If the variable is empty.
+    """
+    value = os.environ.get(name, "")
+    if not value.strip():
+        raise UserError(f"{name} is not set; export it as nnU-Net's documentation says, or ask nnssl_ext doctor")
+    return Path(value)
+
+
 def required_folder(name: str) -> Path:
     """Return the folder that one of nnU-Net's variables names.
 
     Raises:
         UserError: If the variable is empty or names no folder.
     """
-    value = os.environ.get(name, "")
-    if not value.strip():
-        raise UserError(f"{name} is not set; export it as nnU-Net's documentation says, or ask nnssl_ext doctor")
-    if not Path(value).is_dir():
-        raise UserError(f"{name} names {value}, which is no folder; make it, or correct the variable")
-    return Path(value)
+    folder = named_folder(name)
+    if not folder.is_dir():
+        raise UserError(f"{name} names {folder}, which is no folder; make it, or correct the variable")
+    return folder
 
 
 def process_problem(name: str) -> str:

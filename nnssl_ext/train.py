@@ -96,9 +96,7 @@ def _check(arguments: Sequence[str], hours: str | None) -> argparse.Namespace:
         os.environ[environment.MAX_TIME] = hours
         environment.time_limit(None)
     environment.check_processes()
-    results = Path(os.environ.get("nnUNet_results", ""))
-    if not str(results).strip(". "):
-        environment.required_folder("nnUNet_results")
+    results = environment.named_folder("nnUNet_results")
     folder = environment.dataset_folder(known.dataset_name_or_id)
     _check_number(known.dataset_name_or_id, folder)
     plans, dataset_json = _plans(folder, known.p), read_json(folder / "dataset.json")
@@ -107,15 +105,20 @@ def _check(arguments: Sequence[str], hours: str | None) -> argparse.Namespace:
         _check_stock_reads(file)
     if known.fold != "all" and not known.fold.isdigit():
         raise UserError(f"fold must be 'all' or a number, got '{known.fold}'")
-    environment.check_split(folder, known.fold)
-    _check_devices(known)
-    check_writable(results, "nnUNet_results")
+    weights = Path(known.pretrained_weights) if known.pretrained_weights else None
+    if weights is not None and not weights.is_file():
+        raise UserError(f"-pretrained_weights {weights} does not exist")
     os.environ["nnUNet_extTrainer"] = trainer_folders()
     trainer = find_trainer(known.tr)
+    _check_devices(known)
+    environment.check_split(folder, known.fold)
+    check_writable(results, "nnUNet_results")
     _check_checkpoints(known, results / folder.name / f"{known.tr}__{known.p}__{known.configuration}")
     _check_batches(trainer, configuration, dataset_json)
-    if known.pretrained_weights:
-        _check_weights(Path(known.pretrained_weights), trainer, plans, known.configuration, dataset_json)
+    if weights is not None and not hasattr(trainer, "method_class"):  # a pretraining takes weights in its own way
+        from nnssl_ext.networks.target import check_stock_weights
+
+        check_stock_weights(weights, trainer, plans, known.configuration, dataset_json)
     return known
 
 
@@ -194,16 +197,6 @@ def _check_batches(trainer: Any, configuration: dict[str, Any], dataset_json: di
     channels = len(dataset_json.get("channel_names") or dataset_json.get("modality") or [0])
     voxels = configuration["batch_size"] * math.prod(configuration["patch_size"])
     environment.check_shared_memory(voxels * (channels * CHANNEL_BYTES + LABEL_BYTES), workers)
-
-
-def _check_weights(file: Path, trainer: Any, plans: dict, configuration: str, dataset_json: dict) -> None:
-    """Refuse weights that stock's loader would answer with whole tensors."""
-    from nnssl_ext.networks.target import check_stock_weights
-
-    if not file.is_file():
-        raise UserError(f"-pretrained_weights {file} does not exist")
-    if not hasattr(trainer, "method_class"):  # a pretraining takes weights in its own way
-        check_stock_weights(file, trainer, plans, configuration, dataset_json)
 
 
 if __name__ == "__main__":

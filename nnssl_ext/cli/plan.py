@@ -23,6 +23,7 @@ from nnssl_ext.settings import PLANS_KEY
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(wrong_usage=parser.error)
     parser.add_argument("-d", metavar="DATASET", help="dataset name or ID")
     parser.add_argument(
         "-c",
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         _rename_settings(arguments.rename_settings)
         return
     if not arguments.d or not arguments.o:
-        raise UserError("Expected -d DATASET and -o NAME. nnssl_ext plan --help lists the arguments")
+        arguments.wrong_usage("the following arguments are required: -d, -o")
     folder = dataset_folder(arguments.d)
     plans = read_json(folder / f"{arguments.p}.json")
     target = folder / f"{arguments.o}.json"
