@@ -171,7 +171,7 @@ def test_reports_escape_names_from_files(here: Path) -> None:
     evil = "<script>alert(1)</script>"
     table = Table([evil], [[evil]])
     text = render(
-        Path("page.html"), Page(evil, evil, [evil], evil, [Section(evil, [evil], table, [], evil)])
+        Path("page.html"), Page(evil, evil, table, [Section(evil, [evil], table, code=evil)], [evil])
     ).read_text()
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)" in text

@@ -1,9 +1,9 @@
-"""Show the whole line on a phantom or a Decathlon task, and write a result page.
+"""Run the whole pipeline on a phantom or a Decathlon task, and write a result page.
 
-    nnssl_ext demo [--output nnssl_demo] [--msd TaskXX_NAME[.tar]]
+    nnssl_ext demo [--output nnssl_demo] [--minutes 8] [--msd TaskXX_NAME[.tar]]
 
 Phantom or task -> stock planning and preprocessing -> pretraining -> stock fine-tuning with and without the pretrained
-weights -> demo.html. About ten minutes on two CPU cores. Called again, it goes on where it stopped.
+weights -> demo.html. It times a step first and chooses its lengths for --minutes. A second call continues.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import sys
 import webbrowser
 from pathlib import Path
 
+from nnssl_ext.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="nnssl_demo", metavar="FOLDER", help="all files go there (nnssl_demo)")
-    parser.add_argument("--msd", metavar="TASK", help="a Decathlon task's folder or tar file instead of the phantom")
-    parser.add_argument("--labelled", type=int, default=6, help="labelled cases for fine-tuning (6)")
-    parser.add_argument("-device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--open", action="store_true", help="open the page in a browser, where there is a display")
-    parser.add_argument(
-        "settings", nargs="*", metavar="SETTING=VALUE", help="laid over the demonstration's plans, as in nnssl_ext plan"
-    )
+    add = parser.add_argument
+    add("--output", default="nnssl_demo", metavar="FOLDER", help="folder for all files (nnssl_demo)")
+    add("--minutes", type=float, default=8.0, help="time for everything, from 2 (8)")
+    add("--msd", metavar="TASK", help="folder or tar file of a Decathlon task instead of the phantom")
+    add("--labeled", "--labelled", type=int, default=6, help="labeled cases for fine-tuning (6)")
+    add("-device", choices=("cpu", "cuda"), help="cuda where there is a GPU, else cpu")
+    add("--open", action="store_true", help="open the page in a browser, where there is a display")
+    add("settings", nargs="*", metavar="SETTING=VALUE", help="laid over the demo's plans, as in nnssl_ext plan")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -34,13 +36,16 @@ def run(arguments: argparse.Namespace) -> None:
     from nnssl_ext.study.demo.phantom import PhantomOptions
     from nnssl_ext.study.demo.sources import DecathlonSource, PhantomSource, Source
 
-    source: Source = PhantomSource(PhantomOptions(labelled=arguments.labelled, test=8, field_of_view=36.0))
+    source: Source = PhantomSource(PhantomOptions(labeled=arguments.labeled, test=8, field_of_view=36.0))
     if arguments.msd:
-        source = DecathlonSource(Path(arguments.msd), arguments.labelled)
+        source = DecathlonSource(Path(arguments.msd), arguments.labeled)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    demo = Demo(Path(arguments.output).resolve(), source, device, settings=arguments.settings)
+    if not arguments.minutes >= 2:
+        raise UserError(f"--minutes: expected at least 2, got {arguments.minutes:g}.")
+    folder = Path(arguments.output).resolve()
+    demo = Demo(folder, source, device, minutes=arguments.minutes, settings=arguments.settings)
     demo.run()
     page = write_page(demo)
-    print(f"the result page: {page}")
+    print(f"The result page: {page}")
     if arguments.open and (sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         webbrowser.open(page.as_uri())

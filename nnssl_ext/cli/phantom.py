@@ -1,6 +1,6 @@
 """Write a phantom, a raw nnU-Net data set of synthetic cases, few of them labeled.
 
-    nnssl_ext phantom -d 900 -o "$nnUNet_raw" --cases 60 --labelled 6 --seed 0
+    nnssl_ext phantom -d 900 -o "$nnUNet_raw" --cases 60 --labeled 6 --seed 0
 
 Unlabeled cases carry nnU-Net's ignore label. nnU-Net's planning takes over the splits_final.json that is written too:
 fold 0 trains on the labeled cases, fold 1 on all but the test cases (for pretraining), both validate on the test cases.
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", default=os.environ.get("nnUNet_raw"), metavar="FOLDER", help="where to ($nnUNet_raw)")
     parser.add_argument("-n", default="Phantom", metavar="NAME", help="name of the data set (Phantom)")
     parser.add_argument("--cases", type=int, default=60, help="all cases (60)")
-    parser.add_argument("--labelled", "--labeled", type=int, default=6, help="labeled training cases (6)")
+    parser.add_argument("--labeled", "--labelled", type=int, default=6, help="labeled training cases (6)")
     parser.add_argument("--test", type=int, default=None, help="labeled test cases (a quarter of the cases)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (0)")
     parser.add_argument("--channels", type=int, default=1, help="channels of a case (1)")
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     spacing = (arguments.spacing[0], arguments.spacing[1], arguments.spacing[2])
     if not all(map(math.isfinite, spacing)):
         raise UserError(f"--spacing must be three lengths in mm, got {spacing}")
-    options = PhantomOptions(arguments.cases, arguments.labelled, test, arguments.seed, arguments.channels, spacing)
+    options = PhantomOptions(arguments.cases, arguments.labeled, test, arguments.seed, arguments.channels, spacing)
     options.check()
     # no bar where nobody watches, and none before an error
     with tqdm(total=arguments.cases, desc="Making cases", disable=None) as bar:

@@ -1,12 +1,15 @@
-"""The sides of a study's comparison."""
+"""The arms of a study."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import TRAINERS
+from nnssl_ext.recipe import Recipe, assignments_recipe, load_recipe, merged
 from nnssl_ext.study.protocol import SCRATCH, TITLES, TOTAL
 
 
@@ -15,46 +18,108 @@ class Arm:
     """One side of the comparison.
 
     Attributes:
-        name: As on the command line.
-        method: Its pretraining method, '' for none.
-        init: A file of pretrained weights from elsewhere, '' for none.
+        name: Name in the report. ``METHOD+RECIPE`` where recipes of fine-tuning are compared.
+        method: Pretraining method, '' for none.
+        init: File of pretrained weights from elsewhere, '' for none.
+        finetune: Fine-tuning settings of the arm's own recipe, laid over the study's.
     """
 
     name: str
     method: str = ""
     init: str = ""
+    finetune: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def title(self) -> str:
-        """The exact name of an arm for the report."""
+        """Return the name of the arm for the report."""
         return TITLES.get(self.name, self.name)
 
+    @property
+    def weights_name(self) -> str:
+        """Return the name that arms with the same pretrained weights share."""
+        return self.name.partition("+")[0]
 
-def arms_of(methods: list[str], inits: list[str], total_baseline: int) -> list[Arm]:
-    """The arms that the command line names; scratch is always the first.
+    @property
+    def own_rate(self) -> float | None:
+        """Return the learning rate that the arm's recipe fixes, if it does."""
+        return self.finetune.get("learning_rate")
+
+
+def arms_of(
+    methods: Sequence[str], inits: Sequence[str], total_baseline: int, finetune: Sequence[str] = ()
+) -> list[Arm]:
+    """Build the arms that the command line names. Scratch comes first.
+
+    Args:
+        methods: Trainer names without ``nnsslTrainer_``.
+        inits: ``NAME=FILE`` words.
+        total_baseline: Paired runs of scratch with equal total steps.
+        finetune: ``NAME=RECIPE[,SETTING=VALUE...]`` words. The name ``scratch`` sets the recipe of the baselines.
 
     Raises:
-        UserError: For an unknown method or a file that does not exist.
+        UserError: For an unknown method or recipe, or a file that does not exist.
     """
     known = {trainer.removeprefix("nnsslTrainer_"): name for name, trainer in TRAINERS.items()}
-    arms = [Arm(SCRATCH)]
+    recipes = dict(_finetune_recipe(word) for word in finetune)
+    if len(recipes) != len(finetune):
+        raise UserError("--finetune: two recipes have the same name. Give each name once.")
+    baseline = recipes.pop(SCRATCH, {})
+    arms = []
     for name in methods:
-        if name == SCRATCH:
-            continue
-        if name not in known:
-            raise UserError(f"--methods: unknown method '{name}'; known: scratch, {', '.join(known)}")
-        arms.append(Arm(name, method=known[name]))
+        if name != SCRATCH and name not in known:
+            raise UserError(f"--methods: unknown method '{name}'. Known: scratch, {', '.join(known)}.")
+        if name != SCRATCH:
+            arms.append(Arm(name, method=known[name]))
     for word in inits:
         name, _, file = word.partition("=")
         if not file or not Path(file).is_file():
-            raise UserError(f"--init {word}: expected NAME=FILE with a file that exists")
-        if not name.replace("_", "").replace("-", "").isalnum() or name in (SCRATCH, TOTAL, *known):
+            raise UserError(f"--init: expected NAME=FILE with a file that exists, got '{word}'.")
+        if not _is_name(name) or name in (SCRATCH, TOTAL, *known):
             raise UserError(
-                f"--init {word}: the name may have letters, digits, - and _, and is neither {SCRATCH} nor a method's"
+                f"--init: expected a name of letters, digits, - and _ that is neither {SCRATCH} nor a method, got "
+                f"'{word}'."
             )
         arms.append(Arm(name, init=str(Path(file).resolve())))
+    if recipes:
+        arms = [
+            replace(arm, name=f"{arm.name}+{name}", finetune=settings)
+            for arm in arms
+            for name, settings in recipes.items()
+        ]
+    arms.insert(0, Arm(SCRATCH, finetune=baseline))
     if len({arm.name for arm in arms}) != len(arms):
-        raise UserError("two arms have the same name; give each --methods and --init once")
+        raise UserError("Two arms have the same name. Give each of --methods and --init once.")
     if total_baseline and any(arm.method for arm in arms):
-        arms.append(Arm(TOTAL))
+        arms.append(Arm(TOTAL, finetune=baseline))
     return arms
+
+
+def _finetune_recipe(word: str) -> tuple[str, dict[str, Any]]:
+    """Read one ``NAME=RECIPE[,SETTING=VALUE...]`` into a name and fine-tuning settings."""
+    name, _, rest = word.partition("=")
+    if not rest or not _is_name(name):
+        raise UserError(f"--finetune: expected NAME=RECIPE, got '{word}'.")
+    settings: dict[str, Any] = {}
+    for part in rest.split(","):
+        recipe = assignments_recipe([part]) if "=" in part else load_recipe(part)
+        _refuse_other_parts(recipe, word)
+        settings = merged(settings, recipe.settings.get("finetune", {}))
+    for setting in ("steps", "snapshots", "seed"):
+        if setting in settings:
+            raise UserError(f"--finetune {word}: finetune.{setting} belongs to the study. Use its own option.")
+    return name, settings
+
+
+def _refuse_other_parts(recipe: Recipe, word: str) -> None:
+    """Raise where a recipe changes more than the fine-tuning."""
+    others = [name for name in recipe.settings if name != "finetune"]
+    others += [name for name in ("configuration", "architecture") if recipe.parts()[name]]
+    if others:
+        raise UserError(
+            f"--finetune {word}: expected fine-tuning settings only, got {', '.join(others)}. Lay these over the whole "
+            f"study: put them at the end of the command."
+        )
+
+
+def _is_name(name: str) -> bool:
+    return name.replace("_", "").replace("-", "").isalnum()

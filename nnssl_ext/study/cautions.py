@@ -1,4 +1,4 @@
-"""What a reader of a study's report must know before its numbers."""
+"""Notes and warnings that a reader of a study's report needs."""
 
 from __future__ import annotations
 
@@ -6,70 +6,85 @@ from collections.abc import Iterator
 
 from nnssl_ext.methods import METHODS
 from nnssl_ext.recipe import read_json
-from nnssl_ext.study.analysis import count
+from nnssl_ext.study.analysis import SHORT, Analysis, count
 from nnssl_ext.study.grid import PRETRAINING, Grid
 from nnssl_ext.study.protocol import TOTAL
 
 
-def caution(grid: Grid, tested: int) -> str:
-    """What the tests are about; ``tested`` arms beside the baselines."""
-    p = grid.protocol
-    sentences = [
-        f"The endpoint was fixed before the runs: Dice at {count(p.primary_labels, 'label')} after {p.primary_step} "
-        f"steps.",
-        "The unit is the paired run (label subset and seed), tested by exact sign flips; intervals belong to the same "
-        "test.",
-        f"Every arm is fine-tuned for {p.steps} steps.",
-        "All runs of an arm start from one pretraining: p and interval are about its weights, on these held-out cases, "
-        "and another seed's may differ by more.",
+def notes(analysis: Analysis) -> list[str]:
+    """Explain what the tests are about."""
+    p, tested = analysis.protocol, len(analysis.tested_arms)
+    found = [
+        f"The endpoint was fixed before the runs: {analysis.endpoint}. All arms are fine-tuned for {p.steps:,} steps.",
+        "A paired run has the same labeled cases, seed and augmentation with and without pretraining.",
     ]
-    if tested > 1:
-        sentences.append(
-            f"{count(tested, 'arm')} are tested against the same runs from scratch, each at 5 %: the more there are, "
-            f"the likelier is a gain that is none."
+    if p.pretraining_seeds > 1:
+        found.append(
+            f"Each method was pretrained {p.pretraining_seeds} times. Intervals and p values are about the method: "
+            f"Student's t over the means of the pretraining runs."
         )
-    return " ".join(sentences)
+    else:
+        found.append(
+            "Differences are tested by exact sign flips. All runs of an arm start from one pretraining, so intervals "
+            "and p values are about its weights. Another pretraining run may differ by more."
+        )
+    if tested > 1:
+        found.append(f"{count(tested, 'arm')} are tested, each at 5 %. More arms make a false alarm likelier.")
+    return found
 
 
-def warnings(grid: Grid) -> list[str]:
-    """What limits this study in particular."""
+def warnings(analysis: Analysis) -> list[str]:
+    """List what limits this study in particular."""
+    grid, p = analysis.grid, analysis.protocol
     found = []
-    if grid.protocol.transductive:
+    rise = analysis.late_rise(p.primary_labels)
+    if rise is not None and rise > SHORT:
+        found.append(
+            f"Short study: scratch still rises by {100 * rise:.1f} points over the last third of its steps. Longer "
+            f"fine-tuning may change the result."
+        )
+    if p.transductive:
         found.append("Transductive: pretraining saw the images (not the labels) of the held-out cases.")
-    missing = [cell for cell in grid.all_cells() if not grid.done(cell)]
+    if p.pretrain_on:
+        left_out = read_json(grid.preprocessed.parent / p.pretrain_on / "left_out.json")
+        named = ", ".join(f"{case} = {twin}" for case, twin in left_out.items()) or "none"
+        found.append(
+            f"Pretraining on {p.pretrain_on}: its cases were compared with the held-out cases by content. Left out: "
+            f"{named}."
+        )
+    runs = grid.all_runs()
+    missing = sum(not grid.done(run) for run in runs)
     if missing:
-        found.append(f"{len(missing)} of {len(grid.all_cells())} runs are not done; what follows is without them.")
-    for cell, log in grid.failures().items():
-        found.append(f"Failed: {cell.arm.name} {cell.name}; its log is {log.relative_to(grid.folder)}.")
+        found.append(f"{missing} of {len(runs)} runs are not done. The results are without them.")
+    for run, log in grid.failures().items():
+        found.append(f"Failed: {run.arm.name} {run.name}. Log: {log.relative_to(grid.folder)}.")
     for arm in grid.arms:
         if arm.method and METHODS[arm.method].learns_from != "cases":
-            found.append(
-                f"{arm.name} has seen no case of this data set but the 2-D images in {grid.common.images}: its row is "
-                f"about those images as much as about the method."
-            )
+            found.append(f"{arm.name} learned from the 2-D images in {grid.common.images}, not from this data set.")
         if arm.init:
-            found.append(f"{arm.name} comes from a file: which images it has seen is not known to this study.")
+            found.append(f"{arm.name} comes from a file. The study does not know which images it has seen.")
     devices = sorted({note["device"] for note in _notes(grid) if "device" in note})
     if len(devices) > 1:
-        found.append(f"Runs were made on different devices ({', '.join(devices)}), whose precision differs.")
+        found.append(f"Runs were made on devices of different precision: {', '.join(devices)}.")
     return found + _rates_at_an_end(grid)
 
 
 def _rates_at_an_end(grid: Grid) -> list[str]:
     rates = sorted(grid.protocol.rates)
-    chosen = {arm.name: grid.rate(arm) for arm in grid.arms if arm.name != TOTAL and grid.rate_is_known(arm)}
+    chosen = {
+        arm.name: grid.rate(arm)
+        for arm in grid.arms
+        if arm.name != TOTAL and arm.own_rate is None and grid.rate_is_known(arm)
+    }
     at_end = [f"{name} {rate:g}" for name, rate in chosen.items() if rate in (rates[0], rates[-1])]
     if len(rates) < 2 or not at_end:
         return []
     tried = ", ".join(f"{rate:g}" for rate in rates)
-    return [
-        f"Fine-tuning rates at an end of those that were tried ({tried}): {', '.join(at_end)}. One beyond might serve "
-        f"these arms better."
-    ]
+    return [f"Chosen rates at an end of those tried ({tried}): {', '.join(at_end)}. A rate beyond may be better."]
 
 
 def _notes(grid: Grid) -> Iterator[dict]:
-    """What was noted of each fine-tuning that is done."""
-    for cell in grid.all_cells():
-        if cell.kind != PRETRAINING and grid.done(cell):
-            yield read_json(grid.metrics_file(cell).with_suffix(".json"))
+    """Yield the notes of each finished fine-tuning."""
+    for run in grid.all_runs():
+        if run.kind != PRETRAINING and grid.done(run):
+            yield read_json(grid.metrics_file(run).with_suffix(".json"))

@@ -51,11 +51,11 @@ class Estimate:
 def estimate(grid: Grid) -> Estimate:
     """What the runs of a prepared grid that are not done will take."""
     runs, steps = 0, 0
-    for cell in grid.all_cells():
-        if grid.done(cell):
+    for run in grid.all_runs():
+        if grid.done(run):
             continue
         runs += 1
-        steps += grid.pretraining_steps() if cell.kind == PRETRAINING else grid.last_step(cell)
+        steps += grid.pretraining_steps() if run.kind == PRETRAINING else grid.last_step(run)
     dataset_json = read_json(grid.preprocessed / "dataset.json")
     words = grid.plans, grid.protocol.configuration, dataset_json, grid.common, torch.device(grid.device)
     if grid.device == "cpu":

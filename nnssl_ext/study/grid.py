@@ -1,11 +1,11 @@
-"""The runs of a study: ordinary trainings in an nnUNet_preprocessed root of their own, a results root for each arm.
+"""The runs of a study: ordinary trainings in an nnUNet_preprocessed root of their own.
 
-STUDY/study.json                    the protocol
-STUDY/nnUNet_preprocessed/DATASET   links to the user's preprocessed data; plans and splits of our own
+STUDY/study.json                    protocol
+STUDY/nnUNet_preprocessed/DATASET   links to the user's preprocessed data, plans and splits of the study
 STUDY/results/ARM                   nnUNet_results of one arm
-STUDY/init/ARM.pth                  a copy of the file behind --init
-STUDY/cells/ARM/NAME.csv            the metrics of one run; its presence says that the run is done
-STUDY/logs/ARM/NAME.txt             what its command printed
+STUDY/init/ARM.pth                  copy of the file behind --init
+STUDY/runs/ARM/NAME.csv             metrics of one run, present once the run is done
+STUDY/logs/ARM/NAME.txt             output of the run's command
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from nnssl_ext.methods import SCHEMAS, TRAINERS
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.settings import PLANS_KEY, CommonSettings, split_sections
 from nnssl_ext.study.arms import Arm
+from nnssl_ext.study.metrics import run_scores
 from nnssl_ext.study.protocol import SCRATCH, TOTAL, Cases, Protocol
 
 FINETUNER = "nnsslTrainer_Finetune"
-#: What the study asks of every fine-tuning unless its overlays say otherwise.
+#: Fine-tuning settings of a study unless its overlays set them.
 FINETUNE = {
     "steps_per_epoch": 250,
     "validation_iterations": 1,
@@ -36,22 +37,23 @@ FINETUNE = {
     "precision": "auto",
     "mirroring": False,
 }
-#: The fine-tuner's ways of sparing pretrained weights, switched off.
-SPARE_NOTHING = {"head_only_steps": 0, "freeze_encoder_steps": 0, "encoder_lr_scale": 1.0}
-#: Kinds of runs in the order in which they are wanted.
-PRETRAINING, DEVELOPMENT, GRID = "pretraining", "development", "grid"
+#: Values that switch the protection of pretrained weights off.
+UNPROTECTED = {"head_only_steps": 0, "freeze_encoder_steps": 0, "encoder_lr_scale": 1.0}
+#: Kinds of runs in the order in which they are started.
+PRETRAINING, DEVELOPMENT, COMPARISON = "pretraining", "development", "comparison"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run.
+class Run:
+    """One training.
 
     Attributes:
-        arm: Whose.
-        kind: ``PRETRAINING``, ``DEVELOPMENT`` or ``GRID``.
-        fold: Its fold in the study's splits.
-        rate: Fine-tuning rate; 0 for a pretraining.
-        labels, subset: Of a grid cell; for a development run ``subset`` is its number.
+        arm: The run's arm.
+        kind: ``PRETRAINING``, ``DEVELOPMENT`` or ``COMPARISON``.
+        fold: Fold in the study's splits.
+        rate: Fine-tuning rate. 0 for a pretraining.
+        labels: Budget of a compared run.
+        subset: Label subset of a compared run, else the number of the run.
     """
 
     arm: Arm
@@ -63,8 +65,9 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """Return the stem of the run's files."""
         if self.kind == PRETRAINING:
-            return PRETRAINING
+            return PRETRAINING + (f"_seed_{self.subset}" if self.subset else "")
         if self.kind == DEVELOPMENT:
             return f"development_{self.subset}_rate_{self.rate:g}"
         return f"labels_{self.labels}_subset_{self.subset}"
@@ -72,7 +75,7 @@ class Cell:
 
 @dataclass
 class Grid:
-    """All runs of a study and where they are."""
+    """All runs of a study and their files."""
 
     folder: Path
     protocol: Protocol
@@ -81,210 +84,277 @@ class Grid:
     device: str = "cpu"
     keep_checkpoints: bool = False
     finetuner: str = FINETUNER
-    failed: dict[Cell, Path] = field(default_factory=dict)
+    failed: dict[Run, Path] = field(default_factory=dict)
 
     @property
     def preprocessed(self) -> Path:
+        """Return the study's own folder of the preprocessed target."""
         return self.folder / "nnUNet_preprocessed" / self.protocol.dataset
+
+    @property
+    def pretraining_dataset(self) -> str:
+        """Return the data set that pretrainings run on."""
+        return self.protocol.pretrain_on or self.protocol.dataset
 
     @cached_property
     def folds(self) -> list[dict[str, list[str]]]:
-        """nnU-Net's splits: 0 pretrains, then the development runs, then the grid."""
+        """Return nnU-Net's splits: 0 pretrains, then the development runs, then the compared runs."""
         c = self.cases
         seen = sorted([*c.pool, *c.held_out]) if self.protocol.transductive else c.pool
         folds = [{"train": seen, "val": []}]
         folds += [{"train": train, "val": c.development} for train in c.development_subsets]
         return folds + [{"train": train, "val": c.held_out} for train in c.subsets.values()]
 
-    def plans_name(self, cell: Cell) -> str:
+    @property
+    def pretraining_cases(self) -> list[str]:
+        """Return the cases whose images pretraining sees."""
+        if not self.protocol.pretrain_on:
+            return self.folds[0]["train"]
+        splits = self.preprocessed.parent / self.protocol.pretrain_on / "splits_final.json"
+        return read_json(splits, list)[0]["train"]
+
+    def plans_name(self, run: Run) -> str:
+        """Return the name of the plans that a run is trained with."""
         base = f"{self.protocol.plans}_study"
-        if cell.kind == PRETRAINING:
-            return base
-        total = "_total" if cell.arm.name == TOTAL else "" if self.weights(cell.arm) or not self._gentle else "_scratch"
-        return f"{base}{total}_rate_{cell.rate:g}"
+        if run.kind == PRETRAINING:
+            return base + (f"_seed_{run.subset}" if run.subset else "")
+        kind = ""
+        if run.arm.name == TOTAL:
+            kind = "_total"
+        elif run.arm.finetune:
+            kind = f"_{run.arm.name.rpartition('+')[2]}"
+        elif self._protection and not self.is_pretrained(run.arm):
+            kind = "_scratch"
+        return f"{base}{kind}_rate_{run.rate:g}"
+
+    @staticmethod
+    def is_pretrained(arm: Arm) -> bool:
+        """Return whether an arm starts from pretrained weights."""
+        return bool(arm.method or arm.init)
 
     @property
-    def _gentle(self) -> dict[str, float]:
-        """The overlays' settings that spare pretrained weights: from scratch there is nothing to spare."""
+    def _protection(self) -> dict[str, float]:
+        """Return the overlays' settings that protect pretrained weights, switched off for scratch."""
         asked = self.plans.get(PLANS_KEY, {}).get("finetune", {})
-        return {name: value for name, value in SPARE_NOTHING.items() if name in asked}
+        return {name: value for name, value in UNPROTECTED.items() if name in asked}
 
     @property
     def has_total(self) -> bool:
-        """Whether scratch is also trained for equal total steps."""
+        """Return whether scratch is also trained for equal total steps."""
         return any(arm.name == TOTAL for arm in self.arms)
 
-    def pretrained_arms(self) -> list[Arm]:
-        return [arm for arm in self.arms if arm.method]
+    def pretrainings(self) -> list[Run]:
+        """List every pretraining once: arms that differ in their recipe share theirs."""
+        runs = [
+            self.pretraining(arm, seed)
+            for arm in self.arms
+            if arm.method
+            for seed in range(self.protocol.pretraining_seeds)
+        ]
+        return list(dict.fromkeys(runs))
 
-    def pretraining(self, arm: Arm) -> Cell:
-        return Cell(arm, PRETRAINING, 0)
+    def pretraining(self, arm: Arm, subset: int = 0) -> Run:
+        """Return the pretraining that an arm's run of a subset starts from."""
+        own = Arm(arm.weights_name, method=arm.method)
+        return Run(own, PRETRAINING, 0, subset=subset % self.protocol.pretraining_seeds)
 
-    def development(self, arm: Arm) -> list[Cell]:
-        """The runs by which an arm's rate is chosen."""
-        if arm.name == TOTAL:
+    def is_ready(self, run: Run) -> bool:
+        """Return whether a fine-tuning's weights exist."""
+        return not run.arm.method or self.done(self.pretraining(run.arm, run.subset))
+
+    def rates(self, arm: Arm) -> list[float]:
+        """Return the learning rates that an arm chooses from."""
+        return self.protocol.rates if arm.own_rate is None else [arm.own_rate]
+
+    def development(self, arm: Arm) -> list[Run]:
+        """List the runs that choose an arm's rate."""
+        if arm.name == TOTAL or len(self.rates(arm)) == 1:
             return []
         runs = range(len(self.cases.development_subsets))
-        return [Cell(arm, DEVELOPMENT, 1 + run, rate, subset=run) for run in runs for rate in self.protocol.rates]
+        return [Run(arm, DEVELOPMENT, 1 + run, rate, subset=run) for run in runs for rate in self.rates(arm)]
 
-    def grid(self, arm: Arm, rate: float) -> list[Cell]:
-        """An arm's runs that are compared."""
+    def compared(self, arm: Arm, rate: float) -> list[Run]:
+        """List an arm's runs that are compared."""
         first = 1 + len(self.cases.development_subsets)
         places = [
             (labels, subset, fold)
             for fold, (labels, subset) in enumerate(self.cases.subsets, first)
             if arm.name != TOTAL or (labels == self.protocol.primary_labels and subset < self.protocol.total_baseline)
         ]
-        return [Cell(arm, GRID, fold, rate, labels, subset) for labels, subset, fold in places]
+        return [Run(arm, COMPARISON, fold, rate, labels, subset) for labels, subset, fold in places]
 
     def rate(self, arm: Arm) -> float:
-        """The rate with the best mean Dice on development cases at the primary step; scratch's for both baselines."""
+        """Return the rate with the best mean Dice on development cases at the primary step.
+
+        Both baselines take the rate of scratch.
+        """
         chosen_by = next(a for a in self.arms if a.name == SCRATCH) if arm.name == TOTAL else arm
         used = self._rate_of_done(chosen_by)
         if used is not None:
             return used
         scores: dict[float, float] = {}
-        for rate, cells in self._development_by_rate(chosen_by).items():
-            if all(self.done(cell) for cell in cells):
-                frames = [self.metrics(cell) for cell in cells]
+        for rate, runs in self._development_by_rate(chosen_by).items():
+            if all(self.done(run) for run in runs):
+                frames = [self.metrics(run) for run in runs]
                 at_step = [frame[frame["step"] == self.protocol.primary_step] for frame in frames]
-                score = sum(frame.groupby("organ")["dice"].mean().mean() for frame in at_step)
-                if math.isfinite(score):  # it is not where no development case shows a class, nor a prediction does
+                score = sum(self.score(frame, "dice", ["step"]).mean() for frame in at_step)
+                if math.isfinite(score):  # NaN where neither a development case nor a prediction shows a class
                     scores[rate] = score
-        return max(scores, key=lambda rate: scores[rate]) if scores else self.protocol.rates[0]
+        return max(scores, key=lambda rate: scores[rate]) if scores else self.rates(chosen_by)[0]
 
-    def _development_by_rate(self, arm: Arm) -> dict[float, list[Cell]]:
-        cells = self.development(arm)
-        return {rate: [cell for cell in cells if cell.rate == rate] for rate in self.protocol.rates} if cells else {}
+    def score(self, frame: pd.DataFrame, value: str, by: list[str]) -> pd.Series:
+        """Score runs by the primary class, or by the mean over classes."""
+        name = self.protocol.primary_class
+        return run_scores(frame[frame["organ"] == name] if name else frame, value, by)
+
+    def _development_by_rate(self, arm: Arm) -> dict[float, list[Run]]:
+        runs = self.development(arm)
+        return {rate: [run for run in runs if run.rate == rate] for rate in self.rates(arm)} if runs else {}
 
     def _rate_of_done(self, arm: Arm) -> float | None:
-        """The rate of an arm's compared runs, if any is done: it never changes between them."""
-        notes = (self.metrics_file(cell).with_suffix(".json") for cell in self.grid(arm, 0.0))
+        """Return the rate of an arm's compared runs once one is done. It never changes between them."""
+        notes = (self.metrics_file(run).with_suffix(".json") for run in self.compared(arm, 0.0))
         return next((float(read_json(note)["rate"]) for note in notes if note.is_file()), None)
 
-    def fold_folder(self, cell: Cell) -> Path:
-        trainer = TRAINERS[cell.arm.method] if cell.kind == PRETRAINING else self.finetuner
-        run = f"{trainer}__{self.plans_name(cell)}__{self.protocol.configuration}"
-        return self.folder / "results" / cell.arm.name / self.protocol.dataset / run / f"fold_{cell.fold}"
+    def fold_folder(self, run: Run) -> Path:
+        """Return nnU-Net's output folder of a run."""
+        trainer, dataset = self._trainer(run), self._dataset(run)
+        name = f"{trainer}__{self.plans_name(run)}__{self.protocol.configuration}"
+        return self.folder / "results" / run.arm.name / dataset / name / f"fold_{run.fold}"
 
-    def metrics_file(self, cell: Cell) -> Path:
-        return self.folder / "cells" / cell.arm.name / f"{cell.name}.csv"
+    def _trainer(self, run: Run) -> str:
+        return TRAINERS[run.arm.method] if run.kind == PRETRAINING else self.finetuner
 
-    def log_file(self, cell: Cell) -> Path:
-        return self.folder / "logs" / cell.arm.name / f"{cell.name}.txt"
+    def _dataset(self, run: Run) -> str:
+        return self.pretraining_dataset if run.kind == PRETRAINING else self.protocol.dataset
 
-    def failure_mark(self, cell: Cell) -> Path:
-        """There while a run's last attempt failed."""
-        return self.log_file(cell).with_suffix(".failed")
+    def metrics_file(self, run: Run) -> Path:
+        """Return the file that holds a run's metrics."""
+        return self.folder / "runs" / run.arm.name / f"{run.name}.csv"
 
-    def failures(self) -> dict[Cell, Path]:
-        """Runs that failed, in this call or an earlier one, and were not done since; and their logs."""
-        cells = (cell for cell in self.all_cells() if not self.done(cell) and self.failure_mark(cell).is_file())
-        return {cell: self.log_file(cell) for cell in cells}
+    def log_file(self, run: Run) -> Path:
+        """Return the file that holds the output of a run's command."""
+        return self.folder / "logs" / run.arm.name / f"{run.name}.txt"
 
-    def metrics(self, cell: Cell) -> pd.DataFrame:
-        """Columns step, case, organ, dice, nsd of a run that is done."""
-        return pd.read_csv(self.metrics_file(cell))
+    def failure_mark(self, run: Run) -> Path:
+        """Return the file that exists while a run's last attempt failed."""
+        return self.log_file(run).with_suffix(".failed")
 
-    def weights(self, arm: Arm) -> Path | None:
-        """The file an arm is fine-tuned from."""
-        if arm.init:
-            return self.folder / "init" / f"{arm.name}.pth"  # a copy: the file may be another one tomorrow
-        return self.fold_folder(self.pretraining(arm)) / "checkpoint_final.pth" if arm.method else None
+    def failures(self) -> dict[Run, Path]:
+        """Return runs that failed and were not done since, with their logs."""
+        runs = (run for run in self.all_runs() if not self.done(run) and self.failure_mark(run).is_file())
+        return {run: self.log_file(run) for run in runs}
 
-    def done(self, cell: Cell) -> bool:
-        if cell.kind == PRETRAINING:
-            return (self.fold_folder(cell) / "pretraining_summary.json").is_file()
-        return self.metrics_file(cell).is_file()
+    def metrics(self, run: Run) -> pd.DataFrame:
+        """Read the metrics of a finished run: columns step, case, organ, dice, nsd."""
+        return pd.read_csv(self.metrics_file(run))
 
-    def ready(self) -> Iterator[Cell]:
-        """Runs that are not done and whose conditions are met, the most wanted first."""
-        for arm in self.pretrained_arms():
-            if not self.done(self.pretraining(arm)):
-                yield self.pretraining(arm)
-        usable = [arm for arm in self.arms if not arm.method or self.done(self.pretraining(arm))]
-        for arm in usable:
-            yield from (cell for cell in self.development(arm) if not self.done(cell))
-        cells = [cell for arm in usable if self.rate_is_known(arm) for cell in self.grid(arm, self.rate(arm))]
+    def weights(self, run: Run) -> Path | None:
+        """Return the file that a fine-tuning starts from, None for scratch."""
+        if run.arm.init:
+            return self.folder / "init" / f"{run.arm.weights_name}.pth"  # a copy, since the file may change
+        if not run.arm.method:
+            return None
+        return self.fold_folder(self.pretraining(run.arm, run.subset)) / "checkpoint_final.pth"
+
+    def done(self, run: Run) -> bool:
+        """Return whether a run is finished and measured."""
+        if run.kind == PRETRAINING:
+            return (self.fold_folder(run) / "pretraining_summary.json").is_file()
+        return self.metrics_file(run).is_file()
+
+    def ready(self) -> Iterator[Run]:
+        """Yield unfinished runs that can start, the most urgent first."""
+        yield from (run for run in self.pretrainings() if not self.done(run))
+        for arm in self.arms:
+            yield from (run for run in self.development(arm) if not self.done(run) and self.is_ready(run))
+        runs = [run for arm in self.arms if self.rate_is_known(arm) for run in self.compared(arm, self.rate(arm))]
         p = self.protocol
-        # pairs are completed one after the other, the primary endpoint's first, the long baseline last
-        cells.sort(key=lambda c: (c.arm.name == TOTAL, c.labels != p.primary_labels, c.labels, c.subset))
-        yield from (cell for cell in cells if not self.done(cell))
+        # complete one pair after the other, the endpoint's budget first, the long baseline last
+        runs.sort(key=lambda r: (r.arm.name == TOTAL, r.labels != p.primary_labels, r.labels, r.subset))
+        yield from (run for run in runs if not self.done(run) and self.is_ready(run))
 
     def rate_is_known(self, arm: Arm) -> bool:
-        """Whether every development run is done, but for those of a rate of which one failed; one rate must be left."""
-        arm = self.arms[0] if arm.name == TOTAL else arm
+        """Return whether an arm's learning rate can be chosen. Rates with a failed run are excluded."""
+        arm = next(a for a in self.arms if a.name == SCRATCH) if arm.name == TOTAL else arm
         by_rate = self._development_by_rate(arm)
         if not by_rate or self._rate_of_done(arm) is not None:
             return True
-        complete = [all(self.done(cell) for cell in cells) for cells in by_rate.values()]
-        failed = [any(cell in self.failed for cell in cells) for cells in by_rate.values()]
+        complete = [all(self.done(run) for run in runs) for runs in by_rate.values()]
+        failed = [any(run in self.failed for run in runs) for runs in by_rate.values()]
         return any(complete) and all(a or b for a, b in zip(complete, failed, strict=True))
 
-    def all_cells(self) -> list[Cell]:
-        """Every run, done or not; grid cells of arms whose rate is still unknown with the first rate."""
-        cells = [self.pretraining(arm) for arm in self.pretrained_arms()]
+    def all_runs(self) -> list[Run]:
+        """List every run. Arms whose rate is still unknown take the first rate."""
+        runs = self.pretrainings()
         for arm in self.arms:
-            cells += self.development(arm)
-            cells += self.grid(arm, self.rate(arm) if self.rate_is_known(arm) else self.protocol.rates[0])
-        return cells
+            runs += self.development(arm)
+            runs += self.compared(arm, self.rate(arm) if self.rate_is_known(arm) else self.rates(arm)[0])
+        return runs
 
     @cached_property
     def plans(self) -> dict:
-        """The study's plans, as ``Study.prepare`` wrote them."""
+        """Return the study's plans, as ``Study.prepare`` wrote them."""
         return read_json(self.preprocessed / f"{self.protocol.plans}_study.json")
 
     @cached_property
     def reader(self) -> BaseReaderWriter:
-        """What reads the data set's label maps."""
+        """Return nnU-Net's reader of the data set's label maps."""
         return PlansManager(self.plans).image_reader_writer_class()
 
     @cached_property
     def common(self) -> CommonSettings:
-        """Their settings for every pretraining."""
+        """Return the settings that every pretraining shares."""
         return split_sections(self.plans.get(PLANS_KEY, {}), SCHEMAS, "the study's plans")[0]
 
     def pretraining_steps(self) -> int:
+        """Return the steps of a pretraining."""
         return self.common.epochs * self.common.iterations_per_epoch
 
     def total_steps(self) -> int:
-        """Fine-tuning steps and a pretraining's."""
+        """Return the steps of a pretraining and a fine-tuning together."""
         return self.protocol.steps + self.pretraining_steps()
 
-    def last_step(self, cell: Cell) -> int:
-        """The step at which a fine-tuning ends."""
-        return self.total_steps() if cell.arm.name == TOTAL else self.protocol.steps
+    def last_step(self, run: Run) -> int:
+        """Return the step at which a fine-tuning ends."""
+        return self.total_steps() if run.arm.name == TOTAL else self.protocol.steps
 
-    def write_plans(self, cell: Cell) -> None:
-        """Write the plans of a fine-tuning: the study's own with the run's length, snapshots and rate."""
-        name, p = self.plans_name(cell), self.protocol
-        if cell.kind == PRETRAINING:
+    def write_plans(self, run: Run) -> None:
+        """Write the plans of a run: the study's plans with the run's own settings."""
+        name, p = self.plans_name(run), self.protocol
+        section = self.plans.get(PLANS_KEY, {})
+        if run.kind == PRETRAINING:
+            if run.subset or p.pretrain_on:
+                own = {**section, "seed": p.seed + run.subset}
+                self._write(own, name, self.preprocessed.parent / self.pretraining_dataset)
             return
-        section, last = self.plans.get(PLANS_KEY, {}), self.last_step(cell)
-        snapshots = [last] if cell.arm.name == TOTAL else p.snapshots
-        own = {"steps": last, "snapshots": snapshots, "learning_rate": cell.rate, "seed": p.seed}
-        if not self.weights(cell.arm):
-            own |= self._gentle
-        section = {**section, "finetune": {**FINETUNE, **section.get("finetune", {}), **own}}
-        write_json({**self.plans, "plans_name": name, PLANS_KEY: section}, self.preprocessed / f"{name}.json")
+        last = self.last_step(run)
+        snapshots = [last] if run.arm.name == TOTAL else p.snapshots
+        own = {"steps": last, "snapshots": snapshots, "learning_rate": run.rate, "seed": p.seed}
+        if not self.is_pretrained(run.arm):
+            own |= self._protection
+        finetune = {**FINETUNE, **section.get("finetune", {}), **run.arm.finetune, **own}
+        self._write({**section, "finetune": finetune}, name, self.preprocessed)
 
-    def command(self, cell: Cell) -> list[str]:
-        """The run's command; it goes on where an interrupted one stopped."""
-        trainer = TRAINERS[cell.arm.method] if cell.kind == PRETRAINING else self.finetuner
-        p = self.protocol
-        words = ["nnUNetv2_train", p.dataset, p.configuration, str(cell.fold), "-tr", trainer]
-        words += ["-p", self.plans_name(cell), "-device", self.device]
-        kept = self.fold_folder(cell)
+    def _write(self, section: dict, name: str, folder: Path) -> None:
+        own = {"plans_name": name, "dataset_name": folder.name, PLANS_KEY: section}
+        write_json({**self.plans, **own}, folder / f"{name}.json")
+
+    def command(self, run: Run) -> list[str]:
+        """Return the command of a run. It continues an interrupted one."""
+        words = ["nnUNetv2_train", self._dataset(run), self.protocol.configuration, str(run.fold)]
+        words += ["-tr", self._trainer(run), "-p", self.plans_name(run), "-device", self.device]
+        kept = self.fold_folder(run)
         if any((kept / f"checkpoint_{name}.pth").is_file() for name in ("final", "latest", "best")):
             return [*words, "--c"]
-        weights = self.weights(cell.arm) if cell.kind != PRETRAINING else None
+        weights = self.weights(run) if run.kind != PRETRAINING else None
         return [*words, "-pretrained_weights", str(weights)] if weights else words
 
-    def shown_command(self, cell: Cell) -> str:
-        """The command of a run from its start, with its results root, for the report."""
-        weights = self.weights(cell.arm) if cell.kind != PRETRAINING else None
-        words = [word for word in self.command(cell) if word != "--c"]
+    def shown_command(self, run: Run) -> str:
+        """Return the command of a run from its start, for the report."""
+        weights = self.weights(run) if run.kind != PRETRAINING else None
+        words = [word for word in self.command(run) if word != "--c"]
         if weights and "-pretrained_weights" not in words:
             words += ["-pretrained_weights", str(weights)]
-        line = f"nnUNet_results={self.folder / 'results' / cell.arm.name} {shlex.join(words)}"
+        line = f"nnUNet_results={self.folder / 'results' / run.arm.name} {shlex.join(words)}"
         return line.replace(str(self.folder), "$STUDY")

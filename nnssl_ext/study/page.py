@@ -1,9 +1,10 @@
-"""The result page: one HTML file with everything in it, and the same in Markdown."""
+"""A result page: one self-contained HTML file, and its Markdown twin."""
 
 from __future__ import annotations
 
 import base64
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from nnssl_ext.files import replaced_on_success
 
 @dataclass
 class Table:
-    """A table; ``total`` sets its last row in bold."""
+    """A table. ``total`` sets its last row in bold."""
 
     head: list[str]
     rows: list[list[str]]
@@ -22,69 +23,101 @@ class Table:
 
 
 @dataclass
-class Section:
-    """A part of the page; everything is escaped when it is written."""
+class Picture:
+    """A PNG with its caption."""
 
-    title: str
-    paragraphs: list[str] = field(default_factory=list)
-    table: Table | None = None
-    images: list[bytes] = field(default_factory=list)
-    code: str = ""
+    image: bytes
+    caption: str = ""
 
     @property
-    def pictures(self) -> list[str]:
-        return [base64.b64encode(image).decode() for image in self.images]
+    def encoded(self) -> str:
+        """Return the image for a data URL."""
+        return base64.b64encode(self.image).decode()
+
+
+@dataclass
+class Section:
+    """A part of a page. Text is escaped when the page is written.
+
+    Attributes:
+        title: Heading.
+        paragraphs: Text above everything else.
+        table: A table.
+        plots: Wide pictures, side by side where there is room.
+        tiles: Rows of small pictures, each row with its title.
+        code: Commands.
+        folded: Show the heading only, until a reader opens it.
+    """
+
+    title: str
+    paragraphs: Sequence[str] = ()
+    table: Table | None = None
+    plots: Sequence[Picture] = ()
+    tiles: Sequence[tuple[str, Sequence[Picture]]] = ()
+    code: str = ""
+    folded: bool = False
 
 
 @dataclass
 class Page:
-    """What a page says: the answers on top, what may not be read into them, then the sections."""
+    """A page: the summary on top, what limits it, then the sections."""
 
     title: str
     subtitle: str
-    answers: list[str]
-    caution: str
-    sections: list[Section]
-    warnings: list[str] = field(default_factory=list)
+    summary: Table
+    sections: Sequence[Section]
+    notes: Sequence[str] = ()
+    plots: Sequence[Picture] = ()
+    warnings: Sequence[str] = field(default_factory=list)
 
 
 def render(path: Path, page: Page) -> Path:
-    """Write a self-contained HTML page; names from files are escaped."""
+    """Write a self-contained HTML page. Text from files is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nnssl_ext.study", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     text = environment.get_template("page.html.j2").render(page=page)
     with replaced_on_success(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 
 def render_markdown(path: Path, page: Page) -> Path:
-    """Write the same as Markdown, with its pictures as files in a folder beside it, named after it."""
+    """Write the page as Markdown, with its pictures in a folder of the same name."""
     folder = path.with_suffix("")
     shutil.rmtree(folder, ignore_errors=True)
-    parts = [f"# {page.title}", page.subtitle, *(f"**{answer}**" for answer in page.answers)]
-    parts += [*(f"> **{warning}**" for warning in page.warnings), page.caution]
     number = 0
+
+    def link(picture: Picture, title: str) -> str:
+        nonlocal number
+        number += 1
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").write_bytes(picture.image)
+        return f"![{picture.caption or title}]({folder.name}/{number}.png)"
+
+    parts = [f"# {page.title}", page.subtitle, _markdown_table(page.summary)]
+    parts += [link(picture, page.title) for picture in page.plots]
+    parts += [f"> {warning}" for warning in page.warnings]
+    parts += page.notes
     for section in page.sections:
         parts += [f"## {section.title}", *section.paragraphs]
         if section.table:
             parts.append(_markdown_table(section.table))
-        for image in section.images:
-            number += 1
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{number}.png").write_bytes(image)
-            parts.append(f"![{section.title}]({folder.name}/{number}.png)")
+        parts += [link(picture, section.title) for picture in section.plots]
+        for title, pictures in section.tiles:
+            captions = [picture.caption for picture in pictures]
+            images = [link(picture, title) for picture in pictures]
+            parts += [title, _markdown_table(Table(captions, [images]))]
         if section.code:
             parts.append(f"```bash\n{section.code}\n```")
     with replaced_on_success(path) as temporary:
-        temporary.write_text("\n\n".join(parts) + "\n")
+        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
 
 
 def _markdown_table(table: Table) -> str:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    def line(entries: Sequence[str]) -> str:
+        return "| " + " | ".join(entry.replace("|", "\\|").replace("\n", " ") for entry in entries) + " |"
 
-    rows = [[f"**{cell}**" for cell in row] if table.total and row is table.rows[-1] else row for row in table.rows]
+    rows = [[f"**{entry}**" for entry in row] if table.total and row is table.rows[-1] else row for row in table.rows]
     return "\n".join([line(table.head), "|" + "---|" * len(table.head), *map(line, rows)])

@@ -1,10 +1,9 @@
-"""Pictures of a report, as PNG bytes."""
+"""Pictures of a report, as PNG bytes. All are narrow, so that a phone shows their text at a readable size."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle
 
 import matplotlib.pyplot as plt
@@ -12,134 +11,156 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from nnssl_ext.study.protocol import TITLES
-from nnssl_ext.study.statistics import sign_flip_interval
+from nnssl_ext.study.statistics import Effect, sign_flip_interval
 
-#: The colours of what every page shows.
-COLOURS = {"scratch": "#4477aa", "pretrained": "#cc3311", "truth": "#228833", "scratch_total": "#77aadd"}
-#: Those of other arms, in the order in which they come.
+#: Colors of what every page shows.
+COLORS = {"scratch": "#4477aa", "pretrained": "#cc3311", "truth": "#228833", "scratch_total": "#77aadd"}
+#: Colors of other arms, in their order.
 OTHERS = ("#cc3311", "#ee7733", "#aa3377", "#009988", "#bbaa33", "#555555", "#ee99aa", "#7755aa", "#996633", "#333399")
+#: Width of a plot in inches, and its resolution.
+WIDTH, DPI = 4.6, 200
+#: Pixels of the longer edge of a tile.
+TILE = 320
 
 
-def colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each arm, the same wherever the same arms are shown."""
+def colors(names: Iterable[str]) -> dict[str, str]:
+    """Assign each arm its color, the same wherever the same arms are shown."""
     others = cycle(OTHERS)
-    return {name: COLOURS[name] if name in COLOURS else next(others) for name in names}
-
-
-@dataclass
-class Overlay:
-    """One row of ``slices``: an image (D, H, W) with the outlines of label maps over it."""
-
-    title: str
-    image: np.ndarray
-    outlines: Mapping[str, np.ndarray]
+    return {name: COLORS[name] if name in COLORS else next(others) for name in names}
 
 
 def png(figure: Figure) -> bytes:
-    """The picture, and the figure closed."""
+    """Encode a figure and close it."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
+    figure.savefig(buffer, dpi=DPI)
     plt.close(figure)
     return buffer.getvalue()
 
 
-def curves(panels: Sequence[tuple[str, str, Mapping[str, Sequence[float]]]]) -> bytes:
-    """Panels side by side: (title, label of the y axis, name -> value per epoch)."""
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.6 * len(panels), 3.4), constrained_layout=True, squeeze=False
-    )
-    for axis, (title, label, lines) in zip(axes.flat, panels, strict=True):
-        for name, values in lines.items():
-            axis.plot(range(1, len(values) + 1), values, marker="o", ms=3, color=COLOURS.get(name), label=name)
-        axis.set(title=title, xlabel="epoch", ylabel=label)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+def forest(rows: Sequence[tuple[str, Effect]], label: str) -> bytes:
+    """Draw a forest plot: one difference with its 95 % interval per row.
+
+    Args:
+        rows: Name and effect of each comparison. Open intervals are drawn as a point alone.
+        label: Label of the axis, in points.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.9 + 0.34 * len(rows)), constrained_layout=True)
+    for place, (_, effect) in enumerate(rows):
+        finite = np.isfinite(effect.low)
+        excludes_zero = finite and (effect.low > 0 or effect.high < 0)
+        color = COLORS["pretrained"] if excludes_zero else "#555555"
+        if finite:
+            axis.plot([100 * effect.low, 100 * effect.high], [place, place], color=color, lw=2)
+        axis.plot(100 * effect.mean, place, "o", color=color, ms=6)
+    axis.axvline(0, color="#999999", lw=1)
+    axis.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axis.set(xlabel=label, ylim=(len(rows) - 0.4, -0.6))
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", alpha=0.3)
     return png(figure)
 
 
-def with_intervals(title: str, label: str, arms: Mapping[str, Mapping[int, Sequence[float]]]) -> bytes:
-    """Dice over budgets or steps: arm -> place -> one score per run; lines are means, bars 95 % intervals of the mean
-    (the range where there are too few runs for one), dots runs."""
-    figure, axis = plt.subplots(figsize=(9.6 if len(arms) > 4 else 7.2, 4.4), constrained_layout=True)
+def curves(label: str, lines: Mapping[str, Sequence[float]]) -> bytes:
+    """Draw one value per epoch and line."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.0), constrained_layout=True)
+    for name, values in lines.items():
+        axis.plot(range(1, len(values) + 1), values, marker="o", ms=3, color=COLORS.get(name), label=name)
+    axis.set(xlabel="epoch", ylabel=label)
+    axis.grid(alpha=0.3)
+    if len(lines) > 1:
+        axis.legend()
+    return png(figure)
+
+
+def with_intervals(label: str, arms: Mapping[str, Mapping[int, Sequence[float]]]) -> bytes:
+    """Draw Dice over budgets or steps with 95 % intervals of the mean.
+
+    The range is drawn where there are too few runs for an interval.
+
+    Args:
+        label: Label of the x axis.
+        arms: Arm -> place on the axis -> one score per run.
+    """
+    tall = 3.2 + 0.17 * max(0, len(arms) - 2)
+    figure, axis = plt.subplots(figsize=(WIDTH, tall), constrained_layout=True)
     places = sorted({place for points in arms.values() for place, scores in points.items() if scores})
-    for number, (name, colour) in enumerate(colours(arms).items()):
+    for number, (name, color) in enumerate(colors(arms).items()):
         points = {place: np.asarray(scores) for place, scores in arms[name].items() if len(scores)}
+        if not points:
+            continue
         # side by side, or intervals would hide each other
         x = np.array([place * 1.02 ** (number - len(arms) / 2) for place in points])
         means = [scores.mean() for scores in points.values()]
         limits = np.array([interval_or_range(scores) for scores in points.values()]).reshape(-1, 2)
-        if len(x):
-            spread = np.abs(limits.T - means)
-            axis.errorbar(
-                x, means, spread, color=colour, marker="o", ms=4, capsize=3, lw=1.5, label=TITLES.get(name, name)
-            )
-        for place, scores in zip(x, points.values(), strict=True):
-            axis.plot(np.full(len(scores), place), scores, ".", color=colour, ms=3, alpha=0.4)
-    if len(places) > 1:
-        axis.set_xscale("log")
+        spread = np.abs(limits.T - means)
+        axis.errorbar(x, means, spread, color=color, marker="o", ms=4, capsize=3, lw=1.5, label=TITLES.get(name, name))
+    axis.set_xscale("log")
     axis.set_xticks(places, [str(place) for place in places])
     axis.minorticks_off()
-    axis.set(title=title, xlabel=label, ylabel="Dice")
+    axis.set(xlabel=label, ylabel="Dice")
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
-        if len(arms) > 4:  # beside the picture
-            axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-        else:
-            axis.legend(fontsize="small")
+        figure.legend(loc="outside lower center", ncols=1 if len(arms) < 4 else 2)
     return png(figure)
 
 
 def interval_or_range(scores: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of the mean of R scores, or their range where R is too small for one."""
+    """Return the 95 % interval of the mean of R scores, or their range where R is too small for one."""
     low, high = sign_flip_interval(scores)
     return (low, high) if np.isfinite(low) else (float(scores.min()), float(scores.max()))
 
 
 def bars(values: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
-    """Dice per class: class -> arm -> one value per case; bars are means, dots are cases."""
-    figure, axis = plt.subplots(figsize=(max(5.0, 1.6 * len(values) + 1.5), 3.6), constrained_layout=True)
-    for place, (_, arms) in enumerate(values.items()):
+    """Draw mean Dice per class as bars and cases as dots: class -> arm -> one value per case."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.0 + 0.55 * len(values)), constrained_layout=True)
+    for place, arms in enumerate(values.values()):
         for offset, (arm, dice) in zip((-0.2, 0.2), arms.items(), strict=True):
             known = np.asarray(dice, dtype=float)
             known = known[~np.isnan(known)]
-            axis.bar(
-                place + offset,
-                known.mean() if known.size else 0,
-                0.36,
-                color=COLOURS[arm],
-                alpha=0.55,
-                label=arm if not place else None,
-            )
-            spread = np.linspace(-0.1, 0.1, known.size) if known.size else known
-            axis.plot(place + offset + spread, known, ".", color=COLOURS[arm], ms=3)
-    axis.set_xticks(range(len(values)), list(values))
-    axis.set(ylabel="Dice", ylim=(0, 1), title="Dice per class: means and test cases")
-    axis.legend(fontsize="small")
+            mean = known.mean() if known.size else 0
+            label = arm if not place else None
+            axis.barh(place + offset, mean, 0.36, color=COLORS[arm], alpha=0.55, label=label)
+            axis.plot(known, place + offset + np.linspace(-0.1, 0.1, known.size), ".", color=COLORS[arm], ms=3)
+    axis.set_yticks(range(len(values)), list(values))
+    axis.set(xlabel="Dice", xlim=(0, 1), ylim=(len(values) - 0.5, -0.5))
+    figure.legend(loc="outside lower center", ncols=2)
     return png(figure)
 
 
-def slices(overlays: Sequence[Overlay]) -> bytes:
-    """Each row an image's three middle planes through its labels, with outlines."""
-    figure, axes = plt.subplots(
-        len(overlays), 3, figsize=(10.5, 3.6 * len(overlays)), constrained_layout=True, squeeze=False
-    )
-    colour = colours(overlays[0].outlines)
-    for row, overlay in zip(axes, overlays, strict=True):
-        truth = next(iter(overlay.outlines.values())) > 0
-        for number, axis in enumerate(row):
-            index = _busiest(truth, number)
-            axis.imshow(np.take(overlay.image, index, number), cmap="gray", interpolation="nearest")
-            for name, labels in overlay.outlines.items():
-                plane = np.take(labels, index, number)
-                for value in np.unique(plane[plane > 0]):
-                    axis.contour(plane == value, [0.5], colors=colour[name], linewidths=1.1)
-            axis.set_axis_off()
-            axis.set_title(f"{overlay.title}, {('axial', 'coronal', 'sagittal')[number]} {index}", fontsize="small")
-    handles = [plt.Line2D([], [], color=colour[name], label=name) for name in overlays[0].outlines]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+def tile(image: np.ndarray, labels: np.ndarray | None, color: str, box: tuple[slice, slice]) -> bytes:
+    """Draw one slice with its labels as outlines.
+
+    Args:
+        image: (H, W) gray values.
+        labels: (H, W) label map, or None.
+        color: Color of the outlines.
+        box: Rows and columns to show.
+    """
+    shown = image[box]
+    height, width = shown.shape
+    size = TILE / max(height, width) / DPI
+    figure = plt.figure(figsize=(width * size, height * size))
+    axis = figure.add_axes((0, 0, 1, 1))
+    low, high = np.percentile(shown, (1, 99))
+    axis.imshow(shown, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), interpolation="nearest")
+    if labels is not None:
+        for value in np.unique(labels[box]):
+            if value > 0:
+                axis.contour(labels[box] == value, [0.5], colors=color, linewidths=1.0)
+    axis.set_axis_off()
     return png(figure)
 
 
-def _busiest(labels: np.ndarray, axis: int) -> int:
-    """The plane with most labelled voxels."""
-    return int(np.argmax(np.sum(labels, axis=tuple(a for a in range(3) if a != axis))))
+def busiest_slice(labels: np.ndarray) -> tuple[int, tuple[slice, slice]]:
+    """Return the axial slice (D, H, W) with most labeled voxels, and the box around them with a margin."""
+    index = int(np.argmax((labels > 0).sum((1, 2))))
+    plane, box = labels[index] > 0, []
+    for axis in (0, 1):
+        where = np.flatnonzero(plane.any(1 - axis))
+        if not where.size:
+            box.append(slice(0, plane.shape[axis]))
+            continue
+        margin = max(8, (where[-1] - where[0]) // 3)
+        box.append(slice(max(0, where[0] - margin), where[-1] + 1 + margin))
+    return index, (box[0], box[1])

@@ -1,11 +1,12 @@
-"""The protocol of a label-efficiency study: what is compared, on which cases, decided before the first run.
+"""The protocol of a label-efficiency study, fixed before the first run.
 
-It is written into the study's folder once and read back ever after, so that nothing that is seen on the way can change
-it. Methods may be added to a finished study; anything else is another study.
+It is written into the study's folder once and read back by every later call, so that no result can change it. Arms may
+be added to a finished study. Anything else makes another study.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
@@ -18,35 +19,39 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
 
 SCRATCH, TOTAL = "scratch", "scratch_total"
-#: What the two baselines are, in words.
+#: Names of the two baselines in reports.
 TITLES = {SCRATCH: "scratch, equal fine-tuning steps", TOTAL: "scratch, equal total steps"}
-#: Fractions of the pool that rates are chosen on, and at most so many cases.
-DEVELOPMENT_SHARE, MOST_DEVELOPMENT = 5, 8
-#: Tries to draw a subset in which every class is present.
-TRIES = 1000
+#: One in this many labeled groups is a development case, up to a maximum.
+DEVELOPMENT_SHARE, MAX_DEVELOPMENT = 5, 8
+#: Attempts to draw a subset that shows every class.
+ATTEMPTS = 1000
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What defines a study. All of it is JSON.
+    """Everything that defines a study, as JSON values.
 
     Attributes:
         dataset: DatasetXXX_NAME.
-        configuration: As for nnUNetv2_train.
-        plans: The data set's plans that are started from.
-        overlays: Recipes and settings laid over them, for pretraining and fine-tuning alike.
-        labels: Budgets of labelled cases in rising order; the last may be all cases.
-        subsets: Paired runs per budget: label subset and seed change together.
+        configuration: Name of a 3-D configuration.
+        plans: Plans of the data set to start from.
+        overlays: Recipes and settings laid over them for pretraining and fine-tuning.
+        labels: Label budgets in rising order, in groups of cases. The last may be all.
+        subsets: Paired runs per budget. Label subset and seed change together.
         steps: Fine-tuning steps of every arm.
-        snapshots: Steps at which the held-out cases are predicted; the last is ``steps``.
-        primary_labels, primary_step: The endpoint that was fixed before the runs.
-        rates: Fine-tuning rates of which each arm takes the best on development cases.
+        snapshots: Steps at which held-out cases are predicted. The last is ``steps``.
+        primary_labels, primary_step: The endpoint.
+        primary_class: Class whose Dice is the endpoint. '' takes the mean over classes.
+        rates: Fine-tuning rates. Each arm takes the best one on development cases.
         development_runs: Runs per arm and rate for that choice.
-        total_baseline: Paired runs of the scratch baseline with pretraining's steps added; 0: none.
-        fold: The data set's fold whose validation cases are held out.
-        transductive: Whether pretraining sees the images of the held-out cases.
-        tolerance: Of the normalised surface Dice in mm.
-        seed: Of everything.
+        total_baseline: Paired runs of scratch with the pretraining's steps added.
+        pretraining_seeds: Pretraining runs per method. Pair i starts from run i modulo this number.
+        pretrain_on: Data set of the pretraining. '' takes the target's own images.
+        group_by: Regular expression that finds a case's group in its name. '' makes each case a group.
+        fold: Fold of the data set whose validation cases are held out.
+        transductive: Whether pretraining sees the images of held-out cases.
+        tolerance: Tolerance of the surface Dice in mm.
+        seed: Seed of all random draws.
     """
 
     dataset: str
@@ -66,87 +71,126 @@ class Protocol:
     transductive: bool
     tolerance: float
     seed: int
+    primary_class: str = ""
+    pretraining_seeds: int = 1
+    pretrain_on: str = ""
+    group_by: str = ""
 
 
 @dataclass(frozen=True)
 class Cases:
-    """Which case is for what; all lists sorted.
+    """The role of each case. All lists are sorted.
 
     Attributes:
         held_out: Predicted by every run, seen by no stage.
-        pool: All others; what pretraining sees.
-        labelled: Those of the pool that have labels.
-        development: The part of the pool on which rates are chosen.
-        subsets: (labels, subset) -> training cases; nested for each subset.
-        development_subsets: Training cases of the development runs; they spare ``development``.
+        pool: All other cases. Pretraining sees them.
+        labeled: Cases of the pool that have labels.
+        groups: Number of groups among them: the largest budget.
+        development: Cases of the pool on which rates are chosen.
+        subsets: (labels, subset) -> training cases, nested for each subset.
+        development_subsets: Training cases of the development runs, without ``development``.
     """
 
     held_out: list[str]
     pool: list[str]
-    labelled: list[str]
+    labeled: list[str]
+    groups: int
     development: list[str]
     subsets: dict[tuple[int, int], list[str]]
     development_subsets: list[list[str]]
 
 
-def draw_cases(protocol: Protocol, held_out: Sequence[str], pool: Sequence[str], classes: Mapping[str, set]) -> Cases:
-    """Draw development cases and nested label subsets, every class present in the smallest.
+def grouped(cases: Sequence[str], pattern: str) -> dict[str, list[str]]:
+    """Sort cases into groups that no split may divide.
 
     Args:
-        protocol: The study's.
-        held_out, pool: Case identifiers.
-        classes: For each labelled case of the pool, the classes it shows.
+        cases: Case identifiers.
+        pattern: Regular expression. Its first parenthesis, or else the whole match, names the group. '' makes each case
+            a group.
 
     Raises:
-        UserError: If there are too few cases, or no subset of the smallest size shows every class.
+        UserError: If the pattern is invalid or a case does not match.
     """
-    pool, labelled = sorted(pool), sorted(classes)
-    number = max(1, min(MOST_DEVELOPMENT, len(labelled) // DEVELOPMENT_SHARE))
+    if not pattern:
+        return {case: [case] for case in sorted(cases)}
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"--group-by: expected a regular expression, got '{pattern}' ({error})") from error
+    groups: dict[str, list[str]] = {}
+    for case in sorted(cases):
+        found = expression.search(case)
+        if not found:
+            raise UserError(f"--group-by '{pattern}' finds nothing in case '{case}'. Every case needs a group.")
+        groups.setdefault(found.group(1) if expression.groups else found.group(0), []).append(case)
+    return groups
+
+
+def draw_cases(protocol: Protocol, held_out: Sequence[str], pool: Sequence[str], classes: Mapping[str, set]) -> Cases:
+    """Draw development cases and nested label subsets that show every class.
+
+    Args:
+        protocol: The study's protocol.
+        held_out, pool: Case identifiers.
+        classes: Classes that each labeled case of the pool shows.
+
+    Raises:
+        UserError: If there are too few cases, or no smallest subset shows every class.
+    """
+    groups = grouped(sorted(classes), protocol.group_by)
+    shown = {group: set().union(*(classes[case] for case in cases)) for group, cases in groups.items()}
+    names = sorted(groups)
+
+    def cases_of(chosen: Sequence[str]) -> list[str]:
+        return sorted(case for group in chosen for case in groups[group])
+
+    number = max(1, min(MAX_DEVELOPMENT, len(names) // DEVELOPMENT_SHARE))
     choose = len(protocol.rates) > 1
-    development = _covering_order(labelled, classes, number, (protocol.seed, 0), needed=False)[:number]
-    rest = sorted(set(labelled) - set(development))
-    if protocol.labels[-1] > len(labelled) or (choose and protocol.primary_labels > len(rest)):
+    development = _covering_order(names, shown, number, (protocol.seed, 0), needed=False)[:number]
+    rest = sorted(set(names) - set(development))
+    if protocol.labels[-1] > len(names) or (choose and protocol.primary_labels > len(rest)):
+        noun = "labeled groups" if protocol.group_by else "labeled cases"
         raise UserError(
-            f"{protocol.dataset} has {len(labelled)} labelled cases to train on ({number if choose else 0} of them "
-            f"choose the rate); budgets {protocol.labels} do not fit, give fewer --labels"
+            f"{protocol.dataset} has {len(names)} {noun} to train on ({number if choose else 0} of them choose the "
+            f"rate). Budgets {protocol.labels} do not fit. Give smaller --labels."
         )
     subsets = {}
     for subset in range(protocol.subsets):
-        order = _covering_order(labelled, classes, protocol.labels[0], (protocol.seed, 1, subset))
+        order = _covering_order(names, shown, protocol.labels[0], (protocol.seed, 1, subset))
         for labels in protocol.labels:
-            subsets[labels, subset] = sorted(order[:labels])
+            subsets[labels, subset] = cases_of(order[:labels])
     drawn = []
     for run in range(protocol.development_runs if choose else 0):
-        order = _covering_order(rest, classes, protocol.primary_labels, (protocol.seed, 2, run))
-        drawn.append(sorted(order[: protocol.primary_labels]))
-    return Cases(sorted(held_out), pool, labelled, sorted(development), subsets, drawn)
+        order = _covering_order(rest, shown, protocol.primary_labels, (protocol.seed, 2, run))
+        drawn.append(cases_of(order[: protocol.primary_labels]))
+    return Cases(sorted(held_out), sorted(pool), sorted(classes), len(names), cases_of(development), subsets, drawn)
 
 
 def _covering_order(
-    cases: Sequence[str], classes: Mapping[str, set], least: int, seed: tuple[int, ...], needed: bool = True
+    groups: Sequence[str], shown: Mapping[str, set], number: int, seed: tuple[int, ...], needed: bool = True
 ) -> list[str]:
-    """A random order of the cases whose first ``least`` show every class that any case shows.
+    """Draw a random order whose first ``number`` groups show every class.
 
     Raises:
-        UserError: If none is found; without ``needed`` any order will do then.
+        UserError: If none is found. Without ``needed`` any order will do then.
     """
-    everything = set().union(*(classes[case] for case in cases))
+    everything = set().union(*(shown[group] for group in groups))
     generator = np.random.default_rng(seed)
-    orders = ([cases[i] for i in generator.permutation(len(cases))] for _ in range(TRIES))
+    orders = ([groups[i] for i in generator.permutation(len(groups))] for _ in range(ATTEMPTS))
     first = next(orders)
     for order in chain([first], orders):
-        if set().union(*(classes[case] for case in order[:least])) == everything:
+        if set().union(*(shown[group] for group in order[:number])) == everything:
             return order
     if not needed:
         return first
     raise UserError(
-        f"no {least} of {len(cases)} cases were found that show all of the classes {sorted(everything, key=str)}; let "
-        f"the smallest of --labels be larger"
+        f"No {number} of {len(groups)} labeled cases show all of the classes {sorted(everything, key=str)}. Let the "
+        f"smallest of --labels be larger."
     )
 
 
 def keep_protocol(protocol: Protocol, path: Path, keep: bool = True) -> None:
-    """Write the protocol (with ``keep``), or check that it is the one that was written.
+    """Write the protocol (with ``keep``), or compare it with the one on disk.
 
     Raises:
         UserError: If the folder holds another study.
@@ -160,19 +204,21 @@ def keep_protocol(protocol: Protocol, path: Path, keep: bool = True) -> None:
         before, now = getattr(stored, entry.name), getattr(protocol, entry.name)
         if before != now:
             raise UserError(
-                f"{path.parent} holds a study with {entry.name} {before!r}, this one has {now!r}; give another -o, or "
-                f"call it with the same words to go on"
+                f"{path.parent} holds a study with {entry.name} {before!r}, got {now!r}. Give another -o, or repeat "
+                f"the first call's options to continue."
             )
 
 
 def load_protocol(path: Path) -> Protocol:
-    """The protocol of a study's folder.
+    """Read the protocol of a study's folder.
 
     Raises:
-        UserError: If it is not one.
+        UserError: If the file is no protocol of this version.
     """
     content: dict[str, Any] = read_json(path)
     known = {entry.name for entry in fields(Protocol)}
-    if set(content) != known:
-        raise UserError(f"{path} is no study of this version; differing: {', '.join(sorted(set(content) ^ known))}")
+    required = known - {"primary_class", "pretraining_seeds", "pretrain_on", "group_by"}
+    if not required <= set(content) <= known:
+        differing = ", ".join(sorted(set(content) ^ known))
+        raise UserError(f"{path} is no protocol of this version. Differing entries: {differing}.")
     return Protocol(**content)

@@ -1,7 +1,8 @@
-"""The report of a study: one self-contained HTML file, a Markdown twin, and the table of all numbers."""
+"""Write the report of a study: one self-contained HTML file, a Markdown twin, and the table of all numbers."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -18,15 +19,15 @@ from nnssl_ext.recipe import read_json
 from nnssl_ext.study import pictures
 from nnssl_ext.study.analysis import Analysis, Comparison, count, interval, load_results, rounded_p
 from nnssl_ext.study.arms import Arm
-from nnssl_ext.study.cautions import caution, warnings
-from nnssl_ext.study.grid import GRID, PRETRAINING, Grid
+from nnssl_ext.study.cautions import notes, warnings
+from nnssl_ext.study.grid import COMPARISON, PRETRAINING, Grid
 from nnssl_ext.study.metrics import read_labels
-from nnssl_ext.study.page import Page, Section, Table, render, render_markdown
+from nnssl_ext.study.page import Page, Picture, Section, Table, render, render_markdown
 from nnssl_ext.study.protocol import SCRATCH, TITLES, TOTAL
 
 
 def write_report(grid: Grid) -> Path:
-    """Write report.html, report.md and results.csv of the runs that are done."""
+    """Write report.html, report.md and results.csv of the finished runs."""
     results = load_results(grid)
     with replaced_on_success(grid.folder / "results.csv") as temporary:
         results.to_csv(temporary, index=False)
@@ -34,13 +35,20 @@ def write_report(grid: Grid) -> Path:
     p = grid.protocol
     page = Page(
         title="Does pretraining pay?",
-        subtitle=f"{p.dataset}, {p.configuration}, plans {p.plans}; {count(len(grid.cases.held_out), 'held-out case')}",
-        answers=[dice.answer(arm) for arm in dice.tested_arms],
-        caution=caution(grid, len(dice.tested_arms)),
-        warnings=warnings(grid),
+        subtitle=f"{p.dataset}, {p.configuration}, {p.plans}. {count(len(grid.cases.held_out), 'held-out case')}. "
+        f"Endpoint: {dice.endpoint}.",
+        summary=_summary(grid, dice),
+        plots=_forest(grid, dice),
+        notes=notes(dice),
+        warnings=warnings(dice),
         sections=[
-            *_sections_of_numbers(grid, dice, nsd),
-            *_slices(grid, dice),
+            *_curves(grid, dice),
+            *_held_out_cases(grid, dice),
+            _comparisons(grid, dice),
+            _savings(grid, dice),
+            Section("Per class", table=_per_class(grid, dice)),
+            _surface(grid, nsd),
+            _every_run(grid, dice),
             _protocol(grid),
             _cost(grid),
             _commands(grid),
@@ -50,78 +58,111 @@ def write_report(grid: Grid) -> Path:
     return render(grid.folder / "report.html", page)
 
 
-def _sections_of_numbers(grid: Grid, dice: Analysis, nsd: Analysis) -> list[Section]:
+def _summary(grid: Grid, dice: Analysis) -> Table:
+    """Show each arm at the endpoint in one row."""
+    head = ["arm", "Dice", "difference to scratch, points [95 %]", "p", "result", "labels saved"]
+    if grid.has_total:
+        head.append("difference to scratch of equal total steps")
+    p, rows = grid.protocol, []
+    baseline = list(dice.score(SCRATCH, p.primary_labels, p.primary_step).values())
+    rows.append([SCRATCH, f"{np.mean(baseline):.3f}" if baseline else "", "", "", "", dice.saving(SCRATCH)])
+    for arm in dice.tested_arms:
+        found, total = dice.primary(arm.name), dice.primary(arm.name, TOTAL) if grid.has_total else None
+        row = [arm.name, "", "", "", dice.verdict(arm.name), dice.saving(arm.name)]
+        if found:
+            e = found.effect
+            row[1:4] = [f"{found.arm_mean:.3f}", f"{100 * e.mean:+.1f} {interval(e)}", rounded_p(e.p)]
+        if grid.has_total:
+            row.append(f"{100 * total.effect.mean:+.1f} {interval(total.effect)}" if total else "not measured")
+        rows.append(row)
+    for row in rows:
+        row += [""] * (len(head) - len(row))
+    return Table(head, rows)
+
+
+def _forest(grid: Grid, dice: Analysis) -> list[Picture]:
+    """Draw the differences to scratch: at every budget, and of equal total steps at the endpoint."""
+    p = grid.protocol
+    rows = []
+    for arm in dice.tested_arms:
+        for c in dice.compare(arm.name, SCRATCH, p.labels, p.primary_step):
+            rows.append((arm.name if len(p.labels) == 1 else f"{arm.name}, {count(c.labels, 'label')}", c.effect))
+    plots = []
+    if rows:
+        label = f"points of Dice above scratch after {p.primary_step:,} steps"
+        plots.append(Picture(pictures.forest(rows, label), "Difference to scratch of equal fine-tuning steps"))
+    totals = [(arm.name, found.effect) for arm in dice.tested_arms if (found := dice.primary(arm.name, TOTAL))]
+    if grid.has_total and totals:
+        label = f"points of Dice above scratch of {grid.total_steps():,} steps"
+        plots.append(Picture(pictures.forest(totals, label), "Difference to scratch of equal total steps"))
+    return plots
+
+
+def _curves(grid: Grid, dice: Analysis) -> list[Section]:
+    """Draw Dice over budgets and over steps, where there are several."""
+    p, names = grid.protocol, [arm.name for arm in grid.arms]
+    plots = []
+    if len(p.snapshots) > 1:
+        lines = {name: dice.curve(name, p.primary_labels) for name in names}
+        title = f"Dice over fine-tuning steps, {count(p.primary_labels, 'label')}"
+        plots.append(Picture(pictures.with_intervals("fine-tuning steps", lines), title))
+    if len(p.labels) > 1:
+        budgets = {
+            name: {n: list(dice.score(name, n, p.primary_step).values()) for n in p.labels}
+            for name in names
+            if name != TOTAL
+        }
+        title = f"Dice over labels, after {p.primary_step:,} steps"
+        plots.append(Picture(pictures.with_intervals("labeled cases", budgets), title))
+    text = "Lines are means over runs. Bars are 95 % intervals of the mean, or the range of fewer than six runs."
+    return [Section("Curves", [text], plots=plots)] if plots else []
+
+
+def _comparisons(grid: Grid, dice: Analysis) -> Section:
     p, arms = grid.protocol, dice.tested_arms
-    budgets = p.labels
-    against = [SCRATCH, *(a.name for a in arms if a.method == "masked_autoencoder")]
+    against = [SCRATCH, *(arm.name for arm in arms if arm.method == "masked_autoencoder")]
     rows = [
         comparison_row(c)
         for base in against
         for arm in arms
         if arm.name != base
-        for c in dice.compare(arm.name, base, budgets, p.primary_step)
+        for c in dice.compare(arm.name, base, p.labels, p.primary_step)
     ]
     rows += [comparison_row(c) for arm in arms if (c := dice.primary(arm.name, TOTAL))]
-    head = ["arm", "against", "labels", "steps", "arm's Dice", "other's", "difference (points) [95 %]", "p", "p, Holm"]
-    head.append("p over cases")
-    saved = []
-    for arm in arms:
-        saved += [
-            [
-                arm.name,
-                dice.saving(arm.name),
-                str(budget),
-                str(p.steps),
-                str(dice.reached(arm.name, budget) or "not reached"),
-            ]
-            for budget in budgets
-            if dice.score(arm.name, budget, p.steps) and dice.score(SCRATCH, budget, p.steps)
-        ]
-    saved.append([TITLES[SCRATCH], dice.saving(SCRATCH), "", "", ""])
-    surface = [comparison_row(c) for arm in arms for c in nsd.compare(arm.name, SCRATCH, budgets, p.primary_step)]
-    names = [arm.name for arm in grid.arms]
-    return [
-        Section(
-            "Dice, with and without pretraining",
-            ["p over cases: Wilcoxon over held-out cases, given these networks: it says nothing about other runs."],
-            Table(head, rows),
-            [
-                pictures.with_intervals(
-                    f"After {p.primary_step} steps",
-                    "labelled cases",
-                    {name: {n: list(dice.score(name, n, p.primary_step).values()) for n in budgets} for name in names},
-                ),
-                pictures.with_intervals(
-                    f"At {count(p.primary_labels, 'label')}",
-                    "fine-tuning steps",
-                    {name: dice.curve(name, p.primary_labels) for name in names},
-                ),
-            ],
-        ),
-        Section(
-            "Labels and steps saved",
-            [
-                "Labels: the smallest budget whose lower limit against scratch with all cases lies above -0.5 points. "
-                "Scratch's own row says how many labels are more than training for so long makes use of, which no "
-                "pretraining has saved. Steps: the first snapshot at which the arm's mean is scratch's at the end of "
-                "the same budget."
-            ],
-            Table(["arm", "labels saved", "labels", "scratch's steps", "arm's steps"], saved),
-        ),
-        Section(
-            f"Normalised surface Dice at {p.tolerance:g} mm", table=Table([*head[:4], "arm's", *head[5:]], surface)
-        ),
-        Section("Per class", table=_per_class(grid, dice)),
-        Section(
-            "Every run",
-            [f"Dice after {p.primary_step} steps; of equal total steps, after {grid.total_steps()}."],
-            _every_run(grid, dice),
-        ),
+    text = "p over cases is Wilcoxon's over held-out cases. It is about these networks, not about other runs."
+    return Section("Every comparison", [text], Table([*HEAD, "p over cases"], rows), folded=True)
+
+
+#: Columns of a comparison.
+HEAD = ["arm", "against", "labels", "steps", "Dice", "other's", "difference, points [95 %]", "p", "p, Holm"]
+
+
+def _savings(grid: Grid, dice: Analysis) -> Section:
+    p, rows = grid.protocol, []
+    for arm in dice.tested_arms:
+        for budget in p.labels:
+            if dice.score(arm.name, budget, p.steps) and dice.score(SCRATCH, budget, p.steps):
+                reached = str(dice.reached(arm.name, budget) or "not reached")
+                rows.append([arm.name, dice.saving(arm.name), str(budget), str(p.steps), reached])
+    rows.append([TITLES[SCRATCH], dice.saving(SCRATCH), "", "", ""])
+    text = [
+        "Labels: the smallest budget whose lower limit against scratch with all cases lies above -0.5 points. Labels "
+        "that scratch saves by this rule are saved by no pretraining.",
+        "Steps: the first snapshot at which the arm's mean reaches that of scratch at the end.",
     ]
+    head = ["arm", "labels saved", "labels", "steps of scratch", "steps of the arm"]
+    return Section("Labels and steps saved", text, Table(head, rows), folded=True)
+
+
+def _surface(grid: Grid, nsd: Analysis) -> Section:
+    p = grid.protocol
+    rows = [comparison_row(c) for a in nsd.tested_arms for c in nsd.compare(a.name, SCRATCH, p.labels, p.primary_step)]
+    head = [*HEAD[:4], "surface Dice", *HEAD[5:], "p over cases"]
+    return Section(f"Normalized surface Dice at {p.tolerance:g} mm", table=Table(head, rows), folded=True)
 
 
 def comparison_row(c: Comparison) -> list[str]:
-    """The cells of one comparison."""
+    """Format one comparison as a table row."""
     return [
         c.arm,
         TITLES.get(c.against, c.against),
@@ -148,8 +189,8 @@ def _per_class(grid: Grid, dice: Analysis) -> Table:
     return Table([f"class, {count(p.primary_labels, 'label')}, {p.primary_step} steps", *names], rows)
 
 
-def _every_run(grid: Grid, dice: Analysis) -> Table:
-    """The numbers under the tests: a paired run a row, an arm a column."""
+def _every_run(grid: Grid, dice: Analysis) -> Section:
+    """Show the numbers under the tests: a paired run a row, an arm a column."""
     p, rows = grid.protocol, []
     for labels in p.labels:
         scores = [
@@ -160,45 +201,69 @@ def _every_run(grid: Grid, dice: Analysis) -> Table:
             [str(labels), str(subset), *(f"{own[subset]:.4f}" if subset in own else "" for own in scores)]
             for subset in sorted(set().union(*scores))
         ]
-    return Table(["labels", "pair", *(arm.title for arm in grid.arms)], rows)
+    table = Table(["labels", "pair", *(arm.title for arm in grid.arms)], rows)
+    text = f"Dice after {p.primary_step:,} steps. Of equal total steps: after {grid.total_steps():,}."
+    return Section("Every run", [text], table, folded=True)
 
 
-def _slices(grid: Grid, dice: Analysis) -> list[Section]:
-    """The best, median and worst held-out case of the first tested arm's first run, with the outlines of all arms."""
+def _held_out_cases(grid: Grid, dice: Analysis) -> list[Section]:
+    """Show the best, median and worst held-out case of the first tested arm: truth, then one arm a tile."""
     p = grid.protocol
     shown = [
         arm for arm in grid.arms if arm.name != TOTAL and 0 in dice.score(arm.name, p.primary_labels, p.primary_step)
     ]
-    shown = [arm for arm in shown if _prediction_folder(grid, arm).is_dir()]  # they may have been cleared away
+    shown = [arm for arm in shown if _prediction_folder(grid, arm).is_dir()]  # they may have been deleted
     if len(shown) < 2:
         return []
     frame = dice.results
     frame = frame[(frame.labels == p.primary_labels) & (frame.step == p.primary_step) & (frame.subset == 0)]
-    order = frame[frame.arm == shown[1].name].groupby("case")["dice"].mean().sort_values(ascending=False)
-    overlays, seen = [], 0
-    for title, place in {"best": 0, "median": len(order) // 2, "worst": len(order) - 1}.items():
+    scores = frame.groupby(["arm", "case"])["dice"].mean()
+    order = scores[shown[1].name].dropna().sort_values(ascending=False)
+    rows, images_found = [], 0
+    for title, place in {"Best": 0, "Median": len(order) // 2, "Worst": len(order) - 1}.items():
         case = str(order.index[place])
-        folders = {"truth": grid.preprocessed / "gt_segmentations"}
-        folders |= {arm.name: _prediction_folder(grid, arm) for arm in shown}
-        outlines = {name: read_labels(folder / case, grid.reader)[0] for name, folder in folders.items()}
+        truth = read_labels(grid.preprocessed / "gt_segmentations" / case, grid.reader)[0]
         image = _image(grid, case)
-        seen += image is not None
-        image = np.zeros(outlines["truth"].shape, np.float32) if image is None else image
-        overlays.append(pictures.Overlay(f"{title}: {case.split('.')[0]} ({order.iloc[place]:.2f})", image, outlines))
-    text = f"By {shown[1].name}'s Dice, first label subset, {count(p.primary_labels, 'label')}, {p.primary_step} steps."
-    text += "" if seen else " The images are not drawn: they were not found in nnUNet_raw."
-    return [Section("Held-out cases", [text], images=[pictures.slices(overlays)])]
+        images_found += image is not None
+        labels = {arm.name: read_labels(_prediction_folder(grid, arm) / case, grid.reader)[0] for arm in shown}
+        dices = {arm.name: float(scores.get((arm.name, case), np.nan)) for arm in shown}
+        rows.append((f"{title} by {shown[1].name}: {case.split('.')[0]}", case_tiles(image, truth, labels, dices)))
+    text = f"First label subset, {count(p.primary_labels, 'label')}, {p.primary_step:,} steps, mean Dice over classes."
+    text += "" if images_found else " The images were not found in nnUNet_raw."
+    return [Section("Held-out cases", [text], tiles=rows)]
+
+
+def case_tiles(
+    image: np.ndarray | None, truth: np.ndarray, labels: dict[str, np.ndarray], dices: dict[str, float]
+) -> list[Picture]:
+    """Draw the ground truth and each arm's labels in one axial slice, one tile each.
+
+    Args:
+        image: (D, H, W), or None for an empty background.
+        truth: (D, H, W) label map.
+        labels: Arm -> (D, H, W) label map.
+        dices: Arm -> Dice of the case.
+    """
+    index, box = pictures.busiest_slice(truth)
+    image = np.zeros(truth.shape, np.float32) if image is None else image
+    palette = pictures.colors(labels)
+    tiles = [Picture(pictures.tile(image[index], truth[index], pictures.COLORS["truth"], box), "ground truth")]
+    tiles += [
+        Picture(pictures.tile(image[index], own[index], palette[name], box), f"{name}, Dice {dices[name]:.2f}")
+        for name, own in labels.items()
+    ]
+    return tiles
 
 
 def _prediction_folder(grid: Grid, arm: Arm) -> Path:
     p = grid.protocol
-    cell = next(c for c in grid.grid(arm, grid.rate(arm)) if c.labels == p.primary_labels and c.subset == 0)
-    step = "validation" if p.primary_step == grid.last_step(cell) else f"validation_step_{p.primary_step:06d}"
-    return grid.fold_folder(cell) / step
+    run = next(c for c in grid.compared(arm, grid.rate(arm)) if c.labels == p.primary_labels and c.subset == 0)
+    step = "validation" if p.primary_step == grid.last_step(run) else f"validation_step_{p.primary_step:06d}"
+    return grid.fold_folder(run) / step
 
 
 def _image(grid: Grid, case: str) -> np.ndarray | None:
-    """The raw image behind a held-out case, where nnUNet_raw is at hand."""
+    """Read the raw image of a held-out case, where nnUNet_raw has it."""
     ending = read_json(grid.preprocessed / "dataset.json")["file_ending"]
     name = case.removesuffix(ending)
     raw = Path(os.environ.get("nnUNet_raw", "")) / grid.protocol.dataset / "imagesTr" / f"{name}_0000{ending}"
@@ -210,56 +275,57 @@ def _protocol(grid: Grid) -> Section:
     rows += [
         ["cases held out", ", ".join(cases.held_out)],
         ["cases on which rates were chosen", ", ".join(cases.development)],
-        ["cases to draw labels from", str(len(cases.labelled))],
-        ["cases whose images pretraining sees", str(len(grid.folds[0]["train"]))],
+        ["cases to draw labels from", str(len(cases.labeled))],
+        ["cases whose images pretraining sees", str(len(grid.pretraining_cases))],
     ]
     rows += [[f"rate of {arm.title}", f"{grid.rate(arm):g}"] for arm in grid.arms if grid.rate_is_known(arm)]
-    return Section("Protocol", table=Table(["what", "value"], rows))
+    return Section("Protocol", table=Table(["entry", "value"], rows), folded=True)
 
 
 def _cost(grid: Grid) -> Section:
     rows, made_by = [], dict[str, None]()
     for arm in grid.arms:
-        cells = [cell for cell in grid.all_cells() if cell.arm == arm and cell.kind != PRETRAINING and grid.done(cell)]
-        notes = [read_json(grid.metrics_file(cell).with_suffix(".json")) for cell in cells]
+        runs = [run for run in grid.all_runs() if run.arm == arm and run.kind != PRETRAINING and grid.done(run)]
+        notes = [read_json(grid.metrics_file(run).with_suffix(".json")) for run in runs]
         seconds = sum(note["seconds"] for note in notes)
         made_by |= dict.fromkeys(_software(note.get("versions", {}), note.get("revision", "")) for note in notes)
         summary = grid.fold_folder(grid.pretraining(arm)) / "pretraining_summary.json" if arm.method else None
         before = read_json(summary) if summary and summary.is_file() else {"steps": 0, "hours": 0.0}
         rows.append(
-            [arm.title, str(before["steps"]), f"{before['hours']:.2f}", str(len(cells)), f"{seconds / 3600:.2f}"]
+            [arm.title, str(before["steps"]), f"{before['hours']:.2f}", str(len(runs)), f"{seconds / 3600:.2f}"]
         )
     text = [f"{platform.system()} {platform.machine()}, {cores()} CPU cores, {grid.device}"]
     text += [f"Fine-tunings by {software}" for software in made_by]
     text += [f"This report by {_software(versions(), revision())}"]
     head = ["arm", "pretraining steps", "pretraining hours", "fine-tunings", "their hours"]
-    return Section("Cost", text, Table(head, rows))
+    return Section("Cost", text, Table(head, rows), folded=True)
 
 
 def _software(numbers: dict[str, str], commit: str) -> str:
     if not numbers:
-        return "versions that were not noted"
+        return "unknown versions"
     return ", ".join([*(f"{name} {number}" for name, number in numbers.items()), *filter(None, [commit])])
 
 
 def _commands(grid: Grid) -> Section:
-    cells = [cell for cell in grid.all_cells() if cell.kind != GRID or grid.rate_is_known(cell.arm)]
+    runs = [run for run in grid.all_runs() if run.kind != COMPARISON or grid.rate_is_known(run.arm)]
     lines = [
         _study_command(grid),
-        "# which is",
+        "# its runs",
         f"STUDY=.../{grid.folder.name}",
         'export nnUNet_preprocessed="$STUDY/nnUNet_preprocessed" nnUNet_extTrainer="$(nnssl_ext trainers)"',
-        *map(grid.shown_command, cells),
+        *map(grid.shown_command, runs),
     ]
-    return Section("Every command", code="\n".join(lines))
+    return Section("Every command", code="\n".join(lines), folded=True)
 
 
 def _study_command(grid: Grid) -> str:
-    """The command that makes this study, without what does not change its numbers."""
+    """Return the command of this study, without options that do not change its numbers."""
     p = grid.protocol
     words = ["nnssl_ext", "study", "-d", p.dataset, "-c", p.configuration, "-p", p.plans, "-device", grid.device]
-    words += ["--methods", SCRATCH, *(arm.name for arm in grid.pretrained_arms())]
-    files = [f"{arm.name}=STUDY/init/{arm.name}.pth" for arm in grid.arms if arm.init]
+    words += ["--methods", SCRATCH, *dict.fromkeys(arm.weights_name for arm in grid.arms if arm.method)]
+    inits = dict.fromkeys(arm.weights_name for arm in grid.arms if arm.init)
+    files = [f"{name}=STUDY/init/{name}.pth" for name in inits]
     words += ["--init", *files] if files else []
     words += ["--labels", *map(str, p.labels), "--subsets", str(p.subsets), "--steps", str(p.steps)]
     words += ["--snapshots", *map(str, p.snapshots), "--rates", *(f"{rate:g}" for rate in p.rates)]
@@ -267,4 +333,19 @@ def _study_command(grid: Grid) -> str:
     words += ["--development-runs", str(p.development_runs), "--total-baseline", str(p.total_baseline)]
     words += ["--fold", str(p.fold), "--tolerance", f"{p.tolerance:g}", "--seed", str(p.seed)]
     words += ["--transductive"] if p.transductive else []
+    words += ["--primary-class", p.primary_class] if p.primary_class else []
+    words += ["--pretraining-seeds", str(p.pretraining_seeds)] if p.pretraining_seeds > 1 else []
+    words += ["--pretrain-on", p.pretrain_on] if p.pretrain_on else []
+    words += ["--group-by", p.group_by] if p.group_by else []
+    words += _finetune_words(grid)
     return shlex.join([*words, "-o", "STUDY", *p.overlays])
+
+
+def _finetune_words(grid: Grid) -> list[str]:
+    """Return the --finetune option that makes the arms' recipes."""
+    recipes = {arm.name.rpartition("+")[2]: arm.finetune for arm in grid.arms if arm.finetune and arm.name != TOTAL}
+    words = [
+        f"{name}=" + ",".join(f"finetune.{setting}={json.dumps(value)}" for setting, value in settings.items())
+        for name, settings in recipes.items()
+    ]
+    return ["--finetune", *words] if words else []

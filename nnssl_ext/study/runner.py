@@ -1,5 +1,4 @@
-"""Running a study's grid: resumable, several runs at a time where there are several devices, a failed run in nobody's
-way."""
+"""Run a study's grid: resumable, in parallel, and past failed runs."""
 
 from __future__ import annotations
 
@@ -24,26 +23,26 @@ from nnssl_ext.external_trainers import trainer_folders
 from nnssl_ext.files import replaced_on_success
 from nnssl_ext.provenance import revision, versions
 from nnssl_ext.recipe import read_json, write_json
-from nnssl_ext.study.grid import PRETRAINING, Cell, Grid
+from nnssl_ext.study.grid import PRETRAINING, Grid, Run
 from nnssl_ext.study.metrics import fold_metrics
 
-#: How long a stopped command may take to end.
+#: Seconds that a stopped command may take to end.
 GRACE_SECONDS = 20
-#: How often the time that a run has taken is noted, so that it is known of runs that were interrupted, too.
+#: Seconds between two notes of a run's time, so that interrupted runs are timed too.
 NOTE_SECONDS = 20
-#: In a study's folder: its fine-tunings' checkpoints are kept.
+#: File in a study's folder that keeps the checkpoints of fine-tunings.
 KEEP = ".keep_checkpoints"
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place where one run at a time can be: the environment variables that put it there."""
+    """A place for one run at a time, as environment variables."""
 
     variables: dict[str, str]
 
 
 def slots(device: str, jobs: int) -> list[Slot]:
-    """The places of this machine: ``jobs`` on each GPU, or ``jobs`` that share the CPU's cores."""
+    """List the places of this machine: ``jobs`` on each GPU, or ``jobs`` that share the CPU."""
     available = cores()
     if device == "cuda":
         import torch
@@ -54,19 +53,22 @@ def slots(device: str, jobs: int) -> list[Slot]:
         workers = str(max(1, min(12, available // max(1, len(places)))))
         return [Slot({"nnUNet_n_proc_DA": workers, **place}) for place in places]
     threads = str(max(1, available // jobs))
-    # augmentation in the run's own process: a second one would only compete for the same cores
+    # augmentation in the run's own process: a worker would only compete for the same cores
     return [Slot({"nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": threads}) for _ in range(jobs)]
 
 
 def run_grid(grid: Grid, places: Sequence[Slot]) -> None:
-    """Do every run that is not done; failed ones are noted in ``grid.failed`` and tried again by the next call."""
+    """Do every unfinished run.
+
+    Failed runs are noted in ``grid.failed``. The next call tries them again.
+    """
     if grid.keep_checkpoints:
         (grid.folder / KEEP).touch()  # a later call without the option deletes none
-    total = grid.all_cells()
-    finished = sum(grid.done(cell) for cell in total)
-    for cell in total:
-        if cell.kind != PRETRAINING and grid.done(cell):
-            drop_checkpoints(grid, cell)  # of a run that was killed just before it would have
+    total = grid.all_runs()
+    finished = sum(grid.done(run) for run in total)
+    for run in total:
+        if run.kind != PRETRAINING and grid.done(run):
+            drop_checkpoints(grid, run)  # a kill may have come before they were deleted
     bar = tqdm(total=len(total), initial=finished, desc="Runs", unit="run", disable=not sys.stderr.isatty())
     pool = _Pool(grid, bar)
     threads = [threading.Thread(target=pool.work, args=(place,), daemon=True) for place in places]
@@ -86,30 +88,30 @@ def run_grid(grid: Grid, places: Sequence[Slot]) -> None:
 
 
 class _Pool:
-    """Threads that take the next run that is ready."""
+    """Threads that each take the next ready run."""
 
     def __init__(self, grid: Grid, bar: tqdm) -> None:
         self.grid, self.bar = grid, bar
         self.changed = threading.Condition()
-        self.running: set[Cell] = set()
+        self.running: set[Run] = set()
         self.processes: set[subprocess.Popen] = set()
         self.begin, self.ended = time.monotonic(), 0
         self.stopped = False
         self.error: BaseException | None = None
 
     def work(self, slot: Slot) -> None:
-        cell = None
+        run = None
         while not self.stopped:
             try:
-                cell = self._take()
-                if cell is None:
+                run = self._take()
+                if run is None:
                     return
-                self._run(cell, slot)
-            except BaseException as error:  # it is raised again in the main thread
+                self._run(run, slot)
+            except BaseException as error:  # raised again in the main thread
                 self.error = error
                 self.stop()
             with self.changed:
-                self.running -= {cell}
+                self.running -= {run}
                 self.changed.notify_all()
 
     def stop(self) -> None:
@@ -124,131 +126,155 @@ class _Pool:
             except subprocess.TimeoutExpired:
                 process.kill()
 
-    def _take(self) -> Cell | None:
+    def _take(self) -> Run | None:
         with self.changed:
             while not self.stopped:
                 ready = (c for c in self.grid.ready() if c not in self.running and c not in self.grid.failed)
-                cell = next(ready, None)
-                if cell is not None:
-                    self.running.add(cell)
-                    return cell
+                run = next(ready, None)
+                if run is not None:
+                    self.running.add(run)
+                    return run
                 if not self.running:
                     return None
                 self.changed.wait()
         return None
 
-    def _run(self, cell: Cell, slot: Slot) -> None:
-        clock = _Clock(self.grid.log_file(cell).with_suffix(".seconds"))
-        self.bar.set_postfix_str(f"{cell.arm.name} {cell.name}")
-        if not validated(self.grid, cell):
-            status = self._command(cell, slot, clock)
-            if self.stopped:
-                return
-            if status or not validated(self.grid, cell):
-                self._failed(cell)
-                return
-        if cell.kind != PRETRAINING:
-            try:
-                keep_metrics(self.grid, cell, clock.note())
-            except Exception:  # a prediction that cannot be read raises anything
-                with self.grid.log_file(cell).open("a") as log:
-                    log.write(f"its predictions could not be measured:\n{traceback.format_exc()}")
-                drop_predictions(self.grid, cell)  # the next call makes them again, from the checkpoints
-                self._failed(cell)
-                return
-        self.grid.failure_mark(cell).unlink(missing_ok=True)
+    def _run(self, run: Run, slot: Slot) -> None:
+        self.bar.set_postfix_str(f"{run.arm.name} {run.name}")
+        seconds = perform(self.grid, run, lambda clock: self._command(run, slot, clock))
+        if self.stopped:
+            return
+        if seconds is None:
+            self.grid.failed[run] = log = self.grid.log_file(run)
+            self.bar.write(f"Failed: {run.arm.name} {run.name}. Log: {log}", sys.stderr)
+            return
         self.bar.update()
         self.ended += 1
-        print(f"{cell.arm.name} {cell.name}: {clock.note():.0f} s; {self._progress()}", flush=True)
-
-    def _failed(self, cell: Cell) -> None:
-        log = self.grid.log_file(cell)
-        self.grid.failed[cell] = log
-        self.grid.failure_mark(cell).touch()
-        self.bar.write(f"failed: {cell.arm.name} {cell.name}, see {log}", sys.stderr)
+        print(f"{run.arm.name} {run.name}: {seconds:.0f} s; {self._progress()}", flush=True)
 
     def _progress(self) -> str:
-        """Runs that are done, and about how long the others take if they are like those of this call."""
-        cells = self.grid.all_cells()
-        left = sum(not self.grid.done(cell) for cell in cells)
+        """Report finished runs and extrapolate the remaining hours."""
+        runs = self.grid.all_runs()
+        left = sum(not self.grid.done(run) for run in runs)
         hours = (time.monotonic() - self.begin) / 3600 * left / max(1, self.ended)
-        return f"{len(cells) - left} of {len(cells)} runs done, about {hours:.1f} h left"
+        return f"{len(runs) - left} of {len(runs)} runs done, about {hours:.1f} h left"
 
-    def _command(self, cell: Cell, slot: Slot, clock: _Clock) -> int:
-        grid, log = self.grid, self.grid.log_file(cell)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        grid.write_plans(cell)
-        words = grid.command(cell)
-        with log.open("ab") as file, self.changed:
+    def _command(self, run: Run, slot: Slot, clock: _Clock) -> int | None:
+        with self.changed:
             if self.stopped:
-                return 0
-            process = subprocess.Popen(
-                words,
-                env=environment(grid, cell, slot),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                preexec_fn=_die_with_parent() if sys.platform == "linux" else None,
-            )
+                return None
+            process = start(self.grid, run, slot)
             self.processes.add(process)
-        while True:
-            try:
-                status = process.wait(NOTE_SECONDS)
-                break
-            except subprocess.TimeoutExpired:
-                clock.note()
+        status = wait(process, clock)
         with self.changed:
             self.processes.discard(process)
-        return status
+        return None if self.stopped else status
+
+
+def perform(grid: Grid, run: Run, execute: Callable[[_Clock], int | None]) -> float | None:
+    """Train and measure one run.
+
+    Args:
+        grid: The study's grid.
+        run: A run that is ready.
+        execute: Run the command and return its status, None if the study was stopped.
+
+    Returns:
+        Seconds that the run has taken, None if it failed or was stopped.
+    """
+    clock = _Clock(grid.log_file(run).with_suffix(".seconds"))
+    if not validated(grid, run):
+        status = execute(clock)
+        if status is None:
+            return None
+        if status or not validated(grid, run):
+            grid.failure_mark(run).touch()
+            return None
+    if run.kind != PRETRAINING:
+        try:
+            keep_metrics(grid, run, clock.note())
+        except Exception:  # an unreadable prediction raises anything
+            with grid.log_file(run).open("a", encoding="utf-8") as log:
+                log.write(f"The predictions could not be measured:\n{traceback.format_exc()}")
+            drop_predictions(grid, run)  # the next call predicts again, from the checkpoints
+            grid.failure_mark(run).touch()
+            return None
+    grid.failure_mark(run).unlink(missing_ok=True)
+    return clock.note()
+
+
+def start(grid: Grid, run: Run, slot: Slot) -> subprocess.Popen:
+    """Start the command of a run. Its output is appended to the run's log."""
+    log = grid.log_file(run)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    grid.write_plans(run)
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            grid.command(run),
+            env=environment(grid, run, slot),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent() if sys.platform == "linux" else None,
+        )
+
+
+def wait(process: subprocess.Popen, clock: _Clock) -> int:
+    """Wait for a command and note its time. Return its status."""
+    while True:
+        try:
+            return process.wait(NOTE_SECONDS)
+        except subprocess.TimeoutExpired:
+            clock.note()
 
 
 class _Clock:
-    """The seconds that a run has taken, those before it was interrupted included.
+    """Measure the seconds of a run across interruptions.
 
     Args:
-        file: Where they are noted.
+        file: Holds the seconds so far.
     """
 
     def __init__(self, file: Path) -> None:
         self.file, self.begin = file, time.monotonic()
-        text = file.read_text() if file.is_file() else ""
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
         self.before = float(text) if text else 0.0
 
     def note(self) -> float:
         seconds = self.before + time.monotonic() - self.begin
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with replaced_on_success(self.file) as temporary:
-            temporary.write_text(f"{seconds:.1f}")
+            temporary.write_text(f"{seconds:.1f}", encoding="utf-8")
         return seconds
 
 
-def environment(grid: Grid, cell: Cell, slot: Slot) -> dict[str, str]:
-    """The environment of a run's command."""
+def environment(grid: Grid, run: Run, slot: Slot) -> dict[str, str]:
+    """Return the environment of a run's command."""
     return {
         **os.environ,
         "PATH": commands_path(),
         "PYTHONUNBUFFERED": "1",
         "nnUNet_raw": os.environ.get("nnUNet_raw", str(grid.folder)),
         "nnUNet_preprocessed": str(grid.preprocessed.parent),
-        "nnUNet_results": str(grid.folder / "results" / cell.arm.name),
+        "nnUNet_results": str(grid.folder / "results" / run.arm.name),
         "nnUNet_extTrainer": trainer_folders(),
         **slot.variables,
     }
 
 
-def validated(grid: Grid, cell: Cell) -> bool:
-    """Whether a run's command has done all of its work."""
-    if cell.kind == PRETRAINING:
-        return grid.done(cell)
-    return (grid.fold_folder(cell) / "validation" / "summary.json").is_file()
+def validated(grid: Grid, run: Run) -> bool:
+    """Return whether a run's command has finished all of its work."""
+    if run.kind == PRETRAINING:
+        return grid.done(run)
+    return (grid.fold_folder(run) / "validation" / "summary.json").is_file()
 
 
-def keep_metrics(grid: Grid, cell: Cell, seconds: float) -> None:
-    """Measure a validated run's predictions, keep the numbers, and drop checkpoints that nobody will ask for."""
-    fold, file = grid.fold_folder(cell), grid.metrics_file(cell)
+def keep_metrics(grid: Grid, run: Run, seconds: float) -> None:
+    """Measure a run's predictions, write the metrics, and delete its checkpoints."""
+    fold, file = grid.fold_folder(run), grid.metrics_file(run)
     dataset_json = read_json(grid.preprocessed / "dataset.json")
     folders = {int(path.name.rpartition("_")[2]): path for path in fold.glob("validation_step_*")}
-    folders[grid.last_step(cell)] = fold / "validation"
+    folders[grid.last_step(run)] = fold / "validation"
     frames = []
     for step in sorted(folders):
         truth, tolerance = grid.preprocessed / "gt_segmentations", grid.protocol.tolerance
@@ -257,27 +283,27 @@ def keep_metrics(grid: Grid, cell: Cell, seconds: float) -> None:
         frames.append(frame)
     file.parent.mkdir(parents=True, exist_ok=True)
     made = {"versions": versions(), "revision": revision()}
-    write_json({"seconds": seconds, "rate": cell.rate, "device": grid.device, **made}, file.with_suffix(".json"))
+    write_json({"seconds": seconds, "rate": run.rate, "device": grid.device, **made}, file.with_suffix(".json"))
     with replaced_on_success(file) as temporary:
         pd.concat(frames).to_csv(temporary, index=False)
-    drop_checkpoints(grid, cell)
+    drop_checkpoints(grid, run)
 
 
-def drop_predictions(grid: Grid, cell: Cell) -> None:
-    """All of a run's, at every snapshot."""
-    for folder in grid.fold_folder(cell).glob("validation*"):
+def drop_predictions(grid: Grid, run: Run) -> None:
+    """Delete a run's predictions at every snapshot."""
+    for folder in grid.fold_folder(run).glob("validation*"):
         shutil.rmtree(folder)
 
 
-def drop_checkpoints(grid: Grid, cell: Cell) -> None:
-    """Those of a measured run, which nobody will ask for, unless they are to be kept."""
+def drop_checkpoints(grid: Grid, run: Run) -> None:
+    """Delete the checkpoints of a measured run unless the study keeps them."""
     if not (grid.folder / KEEP).exists():
-        for checkpoint in grid.fold_folder(cell).glob("checkpoint_*.pth"):
+        for checkpoint in grid.fold_folder(run).glob("checkpoint_*.pth"):
             checkpoint.unlink()
 
 
 def _die_with_parent() -> Callable[[], None]:
-    """For Linux: a run does not survive the study's process, whatever ends it, so that no two ever share a folder."""
+    """Return a function that ends a run with the study's process, so that no two runs share a folder (Linux)."""
     library = ctypes.CDLL(None)
 
     def set_signal() -> None:

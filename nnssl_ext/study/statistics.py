@@ -1,8 +1,8 @@
-"""Inference over paired runs: exact tests, exact intervals, and what they say about labels and steps saved.
+"""Inference over paired runs: exact tests, exact intervals, labels and steps saved.
 
 The unit is the paired run: the same label subset and seed, with and without pretraining. Cases of one trained network
-are not independent evidence about a method, because all share that run's luck; a test over them, with runs averaged or
-not, finds effects where there are none (`simulation.py` shows how often).
+share that run's luck. A test over cases finds effects where there are none (``benchmarks/simulation.py`` shows how
+often).
 
 R paired runs.
 """
@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import wilcoxon
+from scipy.stats import t, wilcoxon
 
-#: Up to this many pairs all sign flips are enumerated; beyond it, this many are drawn.
-MOST_EXACT, DRAWN = 16, 100_000
-#: Labels count as saved while the loss against all of them is at most this much Dice.
+#: Sign flips are enumerated up to this many pairs. Beyond it, this many are drawn.
+MAX_EXACT, DRAWN = 16, 100_000
+#: Dice that saved labels may cost.
 MARGIN = 0.005
 
 
@@ -28,9 +28,10 @@ class Effect:
 
     Attributes:
         mean: Of the R differences.
-        low, high: Its interval; infinite where R is too small for one at this level.
-        p: Two-sided, of the sign-flip test.
+        low, high: Its interval. Infinite where R is too small for one at this level.
+        p: Two-sided p value.
         pairs: R.
+        pretrainings: Pretraining runs that the interval is about. 1: about one run's weights.
     """
 
     mean: float
@@ -38,10 +39,11 @@ class Effect:
     high: float
     p: float
     pairs: int
+    pretrainings: int = 1
 
 
 def effect(differences: Sequence[float], level: float = 0.95) -> Effect:
-    """Mean, exact interval and exact two-sided p of R paired differences.
+    """Compute mean, exact interval and exact two-sided p of R paired differences.
 
     Raises:
         ValueError: Without any difference, or with one that is not finite.
@@ -53,22 +55,53 @@ def effect(differences: Sequence[float], level: float = 0.95) -> Effect:
     return Effect(float(values.mean()), low, high, sign_flip_p(values), len(values))
 
 
+def random_effect(differences: Sequence[Sequence[float]], level: float = 0.95) -> Effect:
+    """Compute mean, interval and p where pretraining runs vary.
+
+    The model is mean + pretraining run + pair. With equally many pairs per run, the means of the runs are independent
+    and normal, and Student's t with (runs - 1) degrees of freedom is exact (Searle et al., Variance Components, 1992).
+    Two runs give one degree of freedom: the interval reaches 12.7 standard errors to each side.
+
+    Args:
+        differences: Paired differences, one sequence per pretraining run.
+        level: Of the interval.
+
+    Raises:
+        ValueError: Without any difference, or with one that is not finite.
+    """
+    groups = [np.asarray(group, dtype=float) for group in differences if len(group)]
+    if not groups or not all(np.isfinite(group).all() for group in groups):
+        raise ValueError(f"expected finite differences of at least one pair, got {differences!r}")
+    means = np.array([group.mean() for group in groups])
+    pairs, mean, runs = sum(map(len, groups)), float(means.mean()), len(groups)
+    if runs < 2:
+        return Effect(mean, -math.inf, math.inf, 1.0, pairs, runs)
+    error = float(means.std(ddof=1)) / math.sqrt(runs)
+    if error == 0:
+        return Effect(mean, mean, mean, float(mean == 0), pairs, runs)
+    reach = float(t.ppf((1 + level) / 2, runs - 1)) * error
+    return Effect(mean, mean - reach, mean + reach, float(2 * t.sf(abs(mean) / error, runs - 1)), pairs, runs)
+
+
 def sign_flip_p(differences: Sequence[float] | np.ndarray) -> float:
-    """Two-sided p of the mean under random signs: exact if each difference is symmetric about zero when nothing is
-    gained. Enumerated up to ``MOST_EXACT`` pairs, otherwise drawn with a fixed seed. Fisher 1935."""
+    """Compute the two-sided p of the mean under random signs (Fisher, The Design of Experiments, 1935).
+
+    It is exact if each difference is symmetric about zero without a gain. Signs are enumerated up to ``MAX_EXACT``
+    pairs, otherwise drawn with a fixed seed.
+    """
     return float(sign_flip_ps(np.asarray(differences, dtype=float)[None])[0])
 
 
 def sign_flip_ps(studies: np.ndarray) -> np.ndarray:
-    """``sign_flip_p`` of many studies at once: (S, R) -> (S,)."""
+    """Compute ``sign_flip_p`` of many studies at once: (S, R) -> (S,)."""
     pairs = studies.shape[1]
-    # the first sign is left alone: a flip of all signs changes no absolute sum
-    signs = np.ones((2 ** (pairs - 1), pairs)) if pairs <= MOST_EXACT else np.ones((DRAWN, pairs))
-    if pairs <= MOST_EXACT:
+    # the first sign stays: flipping all signs changes no absolute sum
+    signs = np.ones((2 ** (pairs - 1), pairs)) if pairs <= MAX_EXACT else np.ones((DRAWN, pairs))
+    if pairs <= MAX_EXACT:
         signs[:, 1:] = 1 - 2.0 * _bits(np.arange(2 ** (pairs - 1)), pairs - 1)
     else:
         signs[:, 1:] = np.random.default_rng(0).choice([-1.0, 1.0], (DRAWN, pairs - 1))
-        signs[0] = 1  # the observed signs are one of the possible ones
+        signs[0] = 1  # the observed signs count among the possible ones
     result = np.empty(len(studies))
     for row, differences in enumerate(studies):
         sums = np.abs(signs @ differences)
@@ -77,16 +110,16 @@ def sign_flip_ps(studies: np.ndarray) -> np.ndarray:
 
 
 def _bits(numbers: np.ndarray, width: int) -> np.ndarray:
-    """(N,) -> (N, width): the binary digits, the last first."""
+    """Return binary digits, the last one first: (N,) -> (N, width)."""
     return (numbers[:, None] >> np.arange(width)) & 1
 
 
 def sign_flip_interval(differences: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The interval that belongs to the sign-flip test: the mean's typical values (Hartigan, JASA 64:1303, 1969).
+    """Compute the interval that belongs to the sign-flip test (Hartigan, JASA 64:1303, 1969).
 
-    The means of all 2^R - 1 non-empty subsets cut the line into 2^R pieces, each of which holds the centre of
-    symmetry with the same chance; the interval leaves out the same number of pieces at both ends. Below six pairs no
-    95 % interval exists and it is infinite.
+    The means of all 2^R - 1 non-empty subsets cut the line into 2^R pieces. Each holds the center of symmetry with the
+    same probability. The interval leaves out equally many pieces at both ends. Below six pairs no 95 % interval exists:
+    it is infinite.
     """
     values = np.asarray(differences, dtype=float)
     means = _subset_means(values)
@@ -99,7 +132,7 @@ def sign_flip_interval(differences: Sequence[float] | np.ndarray, level: float =
 
 
 def _subset_means(values: np.ndarray) -> np.ndarray:
-    if len(values) <= MOST_EXACT:
+    if len(values) <= MAX_EXACT:
         chosen = _bits(np.arange(1, 2 ** len(values)), len(values))
     else:
         chosen = np.random.default_rng(0).integers(0, 2, (DRAWN, len(values)))
@@ -108,7 +141,7 @@ def _subset_means(values: np.ndarray) -> np.ndarray:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values, in the order given (Scandinavian Journal of Statistics 6:65, 1979)."""
+    """Adjust p values by Holm's method, in the order given (Scandinavian Journal of Statistics 6:65, 1979)."""
     order = np.argsort(p)
     adjusted, highest = np.empty(len(p)), 0.0
     for place, index in enumerate(order):
@@ -118,7 +151,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def case_wilcoxon(differences: Sequence[float]) -> float:
-    """Two-sided Wilcoxon signed-rank p over cases: whether *these* networks differ, which says nothing about others."""
+    """Compute the two-sided Wilcoxon signed-rank p over cases, which is about these networks only."""
     values = np.asarray(differences, dtype=float)
     values = values[np.isfinite(values)]
     if len(values) < 2 or not values.any():
@@ -128,11 +161,11 @@ def case_wilcoxon(differences: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class LabelsSaved:
-    """How many labels a method saves.
+    """Labels that a method saves.
 
     Attributes:
-        share: 1 - n / all; None if no budget below all was shown to suffice.
-        labels: n, the smallest budget that was shown to suffice.
+        share: 1 - n / all. None if no budget below all was shown to suffice.
+        labels: n, the smallest budget shown to suffice.
         everything: All labels.
     """
 
@@ -142,11 +175,11 @@ class LabelsSaved:
 
 
 def labels_saved(against_all: Mapping[int, Effect], everything: int, margin: float = MARGIN) -> LabelsSaved:
-    """The smallest n whose arm is shown not to lose ``margin`` Dice against scratch with all labels.
+    """Find the smallest budget that loses less than ``margin`` Dice against scratch with all labels.
 
     Args:
         against_all: Budget n -> the effect of arm(n) - scratch(all).
-        everything: How many labels "all" is.
+        everything: Number of all labels.
         margin: Dice that may be lost.
     """
     enough = [n for n in sorted(against_all) if n < everything and against_all[n].low > -margin]
@@ -156,5 +189,5 @@ def labels_saved(against_all: Mapping[int, Effect], everything: int, margin: flo
 
 
 def steps_to_reach(curve: Mapping[int, float], target: float) -> int | None:
-    """The first snapshot whose Dice is at least ``target``; None if none is."""
+    """Return the first snapshot whose Dice is at least ``target``, None if none is."""
     return next((step for step in sorted(curve) if curve[step] >= target), None)

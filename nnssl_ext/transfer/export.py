@@ -78,7 +78,7 @@ def export_folder(content: Mapping[str, Any], folder: Path, name: str, licence: 
         plan = {**content["nnssl_adaptation_plan"], "citations": content["citations"]}
         write_json(plan, temporary / PLAN)
         write_json(_config(content), temporary / CONFIG)
-        (temporary / "README.md").write_text(model_card(content, name, licence))
+        (temporary / "README.md").write_text(model_card(content, name, licence), encoding="utf-8")
         if safetensors:
             _save_safetensors(content, temporary / SAFETENSORS)
         temporary.chmod(0o755)
@@ -95,7 +95,9 @@ def model_card(content: Mapping[str, Any], name: str, licence: str) -> str:
     own, plan, arguments = content["nnssl_ext"], content["nnssl_adaptation_plan"], content["init_args"]
     configuration = _configuration(plan)
     weights = canonical_weights(content["network_weights"], "the checkpoint")
-    template = Template((Path(__file__).parent / "model_card.md.j2").read_text(), keep_trailing_newline=True)
+    template = Template(
+        (Path(__file__).parent / "model_card.md.j2").read_text(encoding="utf-8"), keep_trailing_newline=True
+    )
     return template.render(
         name=name,
         licence=licence,

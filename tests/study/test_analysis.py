@@ -10,7 +10,7 @@ import pytest
 from nnssl_ext.recipe import write_json
 from nnssl_ext.study.analysis import Analysis, load_results
 from nnssl_ext.study.arms import Arm, arms_of
-from nnssl_ext.study.cautions import caution, warnings
+from nnssl_ext.study.cautions import notes, warnings
 from nnssl_ext.study.grid import Grid
 from nnssl_ext.study.protocol import SCRATCH, TOTAL, draw_cases
 from nnssl_ext.study.report import write_report
@@ -29,10 +29,10 @@ def planted(tmp_path: Path, gain: float, arms: list[Arm] | None = None, missing:
     for arm in grid.arms:
         if arm.method:
             folder = grid.fold_folder(grid.pretraining(arm))
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             write_json({"steps": 1000, "hours": 1.0}, folder / "pretraining_summary.json")
-        for cell in grid.grid(arm, 0.01)[: len(grid.grid(arm, 0.01)) - missing]:
-            ceiling = 0.9 - 0.2 / cell.labels
+        for run in grid.compared(arm, 0.01)[: len(grid.compared(arm, 0.01)) - missing]:
+            ceiling = 0.9 - 0.2 / run.labels
             rows = [
                 (step, case, organ, ceiling - 30 / step + gain * (arm.name == "VolumeFusion") + luck, 0.5)
                 for step in protocol.snapshots
@@ -40,11 +40,16 @@ def planted(tmp_path: Path, gain: float, arms: list[Arm] | None = None, missing:
                 for case in HELD_OUT
                 for organ in ("a", "b")
             ]
-            file = grid.metrics_file(cell)
+            file = grid.metrics_file(run)
             file.parent.mkdir(parents=True, exist_ok=True)
             pd.DataFrame(rows, columns=["step", "case", "organ", "dice", "nsd"]).to_csv(file, index=False)
             write_json({"seconds": 60.0, "rate": 0.01}, file.with_suffix(".json"))
     return grid
+
+
+def about(grid: Grid) -> Analysis:
+    """Analyze the finished runs of a grid."""
+    return Analysis(grid, load_results(grid))
 
 
 def test_a_planted_gain_is_said_and_a_null_too(tmp_path: Path) -> None:
@@ -55,9 +60,9 @@ def test_a_planted_gain_is_said_and_a_null_too(tmp_path: Path) -> None:
     assert found.effect.low < 0.03 < found.effect.high
     assert found.effect.p == pytest.approx(2 / 2**8)
     answers = {arm.name: analysis.answer(arm) for arm in analysis.tested_arms}
-    assert "a significant gain, +" in answers["VolumeFusion"]
-    assert "of labels saved (8 instead of 20; by scratch alone: none shown)" in answers["VolumeFusion"]
-    assert "no significant gain" in answers["MaskedAutoencoder"]
+    assert "significant gain, +" in answers["VolumeFusion"]
+    assert "of labels saved (8 instead of 20, by scratch alone none shown)" in answers["VolumeFusion"]
+    assert "no significant difference" in answers["MaskedAutoencoder"]
     assert analysis.reached("VolumeFusion", 2) == 600
     budgets = analysis.compare("VolumeFusion", SCRATCH, grid.protocol.labels, 300)
     assert [c.adjusted for c in budgets] == pytest.approx([4 * 2 / 2**8] * 4)
@@ -66,12 +71,12 @@ def test_a_planted_gain_is_said_and_a_null_too(tmp_path: Path) -> None:
 def test_saved_labels_are_not_measured_while_budgets_are_missing(tmp_path: Path) -> None:
     grid = planted(tmp_path, 0.0)
     assert Analysis(grid, load_results(grid)).saving("MaskedAutoencoder") == "none shown"
-    for cell in grid.grid(next(arm for arm in grid.arms if arm.name == "MaskedAutoencoder"), 0.01):
-        if cell.labels == grid.protocol.labels[-2]:
-            grid.metrics_file(cell).unlink()
+    for run in grid.compared(next(arm for arm in grid.arms if arm.name == "MaskedAutoencoder"), 0.01):
+        if run.labels == grid.protocol.labels[-2]:
+            grid.metrics_file(run).unlink()
     analysis = Analysis(grid, load_results(grid))
     assert analysis.saving("MaskedAutoencoder") == "not measured"
-    assert "saving of labels not measured" in analysis.answer(
+    assert "Saving of labels not measured" in analysis.answer(
         next(a for a in grid.arms if a.name == "MaskedAutoencoder")
     )
 
@@ -79,9 +84,9 @@ def test_saved_labels_are_not_measured_while_budgets_are_missing(tmp_path: Path)
 def test_nothing_is_decided_before_all_pairs_are_there(tmp_path: Path) -> None:
     grid = planted(tmp_path, 0.03)
     arm = next(arm for arm in grid.arms if arm.name == "VolumeFusion")
-    for cell in grid.grid(arm, 0.01):
-        if cell.subset >= 6 and cell.labels in (2, grid.protocol.labels[-2]):
-            grid.metrics_file(cell).unlink()
+    for run in grid.compared(arm, 0.01):
+        if run.subset >= 6 and run.labels in (2, grid.protocol.labels[-2]):
+            grid.metrics_file(run).unlink()
     analysis = Analysis(grid, load_results(grid))
     found = analysis.primary(arm.name)
     assert found is not None
@@ -90,9 +95,9 @@ def test_nothing_is_decided_before_all_pairs_are_there(tmp_path: Path) -> None:
     assert "6 of 8 paired runs" in analysis.answer(arm)
     assert grid.protocol.labels[-2] not in (analysis.saved(arm.name).labels, None)
     # budgets without a run will be tested, too
-    for cell in grid.grid(arm, 0.01):
-        if cell.labels != 2:
-            grid.metrics_file(cell).unlink(missing_ok=True)
+    for run in grid.compared(arm, 0.01):
+        if run.labels != 2:
+            grid.metrics_file(run).unlink(missing_ok=True)
     analysis = Analysis(grid, load_results(grid))
     only = analysis.compare(arm.name, SCRATCH, grid.protocol.labels, 300)
     assert [(c.labels, c.adjusted) for c in only] == [(2, pytest.approx(len(grid.protocol.labels) * only[0].effect.p))]
@@ -103,40 +108,40 @@ def test_steps_are_saved_on_the_same_pairs(tmp_path: Path) -> None:
     """The runs that scratch lacks are the good ones of the arm: they must not count."""
     grid = planted(tmp_path, 0.0)
     scratch = grid.arms[0]
-    for cell in grid.grid(scratch, 0.01):
-        if cell.subset >= 2:
-            grid.metrics_file(cell).unlink()
+    for run in grid.compared(scratch, 0.01):
+        if run.subset >= 2:
+            grid.metrics_file(run).unlink()
     arm = next(arm for arm in grid.arms if arm.name == "VolumeFusion")
-    for cell in grid.grid(arm, 0.01):
-        frame = grid.metrics(cell)
-        frame["dice"] += 0.5 if cell.subset >= 2 else -0.5
-        frame.to_csv(grid.metrics_file(cell), index=False)
+    for run in grid.compared(arm, 0.01):
+        frame = grid.metrics(run)
+        frame["dice"] += 0.5 if run.subset >= 2 else -0.5
+        frame.to_csv(grid.metrics_file(run), index=False)
     assert Analysis(grid, load_results(grid)).reached(arm.name, 2) is None
 
 
 def test_the_report_of_a_planted_study(tmp_path: Path) -> None:
     grid = planted(tmp_path, -0.03, missing=1)
     analysis = Analysis(grid, load_results(grid))
-    assert "significantly worse than scratch" in analysis.answer(grid.arms[1])
+    assert "significant loss" in analysis.answer(grid.arms[1])
     (grid.preprocessed / "gt_segmentations").mkdir(parents=True)
     grid.protocol = replace(grid.protocol, transductive=True)
     # no predictions are there to be drawn: the first subset of the endpoint is left out
     for arm in grid.arms:
-        grid.metrics_file(next(c for c in grid.grid(arm, 0.01) if (c.labels, c.subset) == (2, 0))).unlink()
+        grid.metrics_file(next(c for c in grid.compared(arm, 0.01) if (c.labels, c.subset) == (2, 0))).unlink()
     page = write_report(grid)
     text = (tmp_path / "report.md").read_text()
-    assert "not decided yet, -" in text
+    assert "not decided yet" in text
     assert "Transductive" in text
     assert "runs are not done" in text
     assert "MaskedAutoencoder | 2 |" in text  # the control is compared with
-    assert page.read_text().count("data:image/png;base64,") == text.count("](report/") == 2
+    assert page.read_text().count("data:image/png;base64,") == text.count("](report/") == 3
 
 
 def test_the_report_shows_every_run(tmp_path: Path) -> None:
     grid = planted(tmp_path, 0.03, missing=1)
     (grid.preprocessed / "gt_segmentations").mkdir(parents=True)
     for arm in grid.arms:
-        grid.metrics_file(next(c for c in grid.grid(arm, 0.01) if (c.labels, c.subset) == (2, 0))).unlink()
+        grid.metrics_file(next(c for c in grid.compared(arm, 0.01) if (c.labels, c.subset) == (2, 0))).unlink()
     write_report(grid)
     shown = (tmp_path / "report.md").read_text().split("## Every run")[1].split("\n## ")[0]
     rows = [
@@ -155,13 +160,13 @@ def test_labels_that_scratch_needs_neither_are_not_saved(tmp_path: Path) -> None
     """So short a training has no use for all labels: the arm's budget is scratch's, too."""
     grid = planted(tmp_path, 0.0)
     for arm in grid.arms:
-        for cell in grid.grid(arm, 0.01):
-            frame = grid.metrics(cell)
-            frame["dice"] = 0.7 + 0.001 * cell.subset + 0.01 * (arm.name == "VolumeFusion")
-            frame.to_csv(grid.metrics_file(cell), index=False)
+        for run in grid.compared(arm, 0.01):
+            frame = grid.metrics(run)
+            frame["dice"] = 0.7 + 0.001 * run.subset + 0.01 * (arm.name == "VolumeFusion")
+            frame.to_csv(grid.metrics_file(run), index=False)
     analysis = Analysis(grid, load_results(grid))
     answer = analysis.answer(grid.arms[1])
-    assert f"no saving of labels shown: {grid.protocol.labels[0]} of 20 are enough for scratch, too" in answer
+    assert f"No saving of labels shown: {grid.protocol.labels[0]} of 20 are enough for scratch too" in answer
     assert analysis.saving(SCRATCH).endswith(f"({grid.protocol.labels[0]} of 20)")
 
 
@@ -169,15 +174,15 @@ def test_the_answer_names_the_baseline_of_equal_total_steps(tmp_path: Path) -> N
     arms = arms_of(["VolumeFusion"], [], 8)
     grid = planted(tmp_path, 0.03, arms)
     grid.protocol = replace(grid.protocol, total_baseline=8)
-    assert "; against scratch of equal total steps not measured; " in Analysis(grid, load_results(grid)).answer(arms[1])
+    assert "Against scratch of equal total steps: not measured." in Analysis(grid, load_results(grid)).answer(arms[1])
     total = next(arm for arm in arms if arm.name == TOTAL)
-    for cell in grid.grid(total, 0.01):
-        grid.metrics_file(cell).parent.mkdir(parents=True, exist_ok=True)
-        write_json({"seconds": 60.0, "rate": 0.01}, grid.metrics_file(cell).with_suffix(".json"))
-        frame = grid.metrics(grid.grid(arms[1], 0.01)[0]).assign(step=grid.total_steps(), dice=0.1)
-        frame.to_csv(grid.metrics_file(cell), index=False)
+    for run in grid.compared(total, 0.01):
+        grid.metrics_file(run).parent.mkdir(parents=True, exist_ok=True)
+        write_json({"seconds": 60.0, "rate": 0.01}, grid.metrics_file(run).with_suffix(".json"))
+        frame = grid.metrics(grid.compared(arms[1], 0.01)[0]).assign(step=grid.total_steps(), dice=0.1)
+        frame.to_csv(grid.metrics_file(run), index=False)
     answer = Analysis(grid, load_results(grid)).answer(arms[1])
-    assert "against scratch of equal total steps +" in answer
+    assert "Against scratch of equal total steps: +" in answer
 
 
 def test_five_pairs_cannot_decide(tmp_path: Path) -> None:
@@ -190,18 +195,17 @@ def test_five_pairs_cannot_decide(tmp_path: Path) -> None:
 
 def test_what_a_reader_must_know(tmp_path: Path) -> None:
     grid = planted(tmp_path, 0.0)
-    assert "2 arms are tested against the same runs" in caution(grid, 2)
-    assert "tested against the same" not in caution(grid, 1)
-    assert "one pretraining" in caution(grid, 1)
-    assert not warnings(grid)
+    assert "2 arms are tested" in " ".join(notes(about(grid)))
+    assert "one pretraining" in " ".join(notes(about(grid)))
+    assert not warnings(about(grid))
     grid.protocol = replace(grid.protocol, rates=[0.01, 0.03])
-    (line,) = [line for line in warnings(grid) if "rates at an end" in line]
+    (line,) = [line for line in warnings(about(grid)) if "Chosen rates" in line]
     assert "(0.01, 0.03): scratch 0.01, VolumeFusion 0.01, MaskedAutoencoder 0.01" in line
     grid.protocol = replace(grid.protocol, rates=[0.003, 0.01, 0.03])
-    assert not [line for line in warnings(grid) if "rates at an end" in line]
-    for cell, device in zip(grid.grid(grid.arms[0], 0.01), ("cpu", "cuda"), strict=False):
-        write_json({"seconds": 1.0, "rate": 0.01, "device": device}, grid.metrics_file(cell).with_suffix(".json"))
-    assert any("different devices (cpu, cuda)" in line for line in warnings(grid))
+    assert not [line for line in warnings(about(grid)) if "Chosen rates" in line]
+    for run, device in zip(grid.compared(grid.arms[0], 0.01), ("cpu", "cuda"), strict=False):
+        write_json({"seconds": 1.0, "rate": 0.01, "device": device}, grid.metrics_file(run).with_suffix(".json"))
+    assert any("different precision: cpu, cuda" in line for line in warnings(about(grid)))
 
 
 def test_predictions_that_were_cleared_away_do_not_stop_the_report(tmp_path: Path) -> None:
@@ -214,3 +218,56 @@ def test_no_run_at_all_is_no_answer(tmp_path: Path) -> None:
     grid = planted(tmp_path, 0.0, missing=10**6)
     analysis = Analysis(grid, load_results(grid))
     assert all("no pair of runs is finished" in analysis.answer(arm) for arm in analysis.tested_arms)
+
+
+def test_the_endpoint_may_be_one_class(tmp_path: Path) -> None:
+    """A gain in class b alone is the endpoint's gain, and half of it the mean's."""
+    grid = planted(tmp_path, 0.0)
+    for run in grid.compared(grid.arms[1], 0.01):
+        frame = grid.metrics(run)
+        frame.loc[frame.organ == "b", "dice"] += 0.04
+        frame.to_csv(grid.metrics_file(run), index=False)
+    mean = about(grid).primary("VolumeFusion")
+    grid.protocol = replace(grid.protocol, primary_class="b")
+    analysis = about(grid)
+    rare = analysis.primary("VolumeFusion")
+    assert mean is not None
+    assert rare is not None
+    assert rare.effect.mean - mean.effect.mean == pytest.approx(0.02)
+    assert analysis.endpoint == "Dice of b with 2 labels after 300 steps"
+
+
+def test_a_study_that_ends_early_is_called_short(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.0)
+    assert about(grid).late_rise(2) is None  # no snapshot near two thirds
+    grid.protocol = replace(grid.protocol, steps=450, snapshots=[300, 450])
+    for run in grid.compared(grid.arms[0], 0.01):
+        frame = grid.metrics(run)
+        late = frame[frame.step == 300].assign(step=450)
+        late["dice"] += 0.012
+        pd.concat([frame, late]).to_csv(grid.metrics_file(run), index=False)
+    analysis = about(grid)
+    assert analysis.late_rise(2) == pytest.approx(0.012)
+    assert any("Short study: scratch still rises by 1.2 points" in line for line in warnings(analysis))
+
+
+def test_several_pretraining_runs_widen_the_interval(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.03)
+    one = about(grid).primary("VolumeFusion")
+    grid.protocol = replace(grid.protocol, pretraining_seeds=2)
+    analysis = about(grid)
+    two = analysis.primary("VolumeFusion")
+    assert one is not None
+    assert two is not None
+    assert (two.effect.mean, two.effect.pretrainings) == (pytest.approx(one.effect.mean), 2)
+    assert two.effect.high - two.effect.low > one.effect.high - one.effect.low
+    assert "8 paired runs over 2 pretraining runs" in analysis.answer(grid.arms[1])
+    assert "about the method" in " ".join(notes(analysis))
+
+
+def test_the_summary_stands_on_top(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.03)
+    text = write_report(grid).read_text()
+    assert text.index("difference to scratch, points") < text.index("Curves")
+    assert text.count("font-size") == 0
+    assert text.count("<details>") >= 5

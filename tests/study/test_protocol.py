@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.study.protocol import Protocol, draw_cases, keep_protocol, load_protocol
+from nnssl_ext.study.protocol import Protocol, draw_cases, grouped, keep_protocol, load_protocol
 
 PROTOCOL = Protocol(
     dataset="Dataset900_Phantom",
@@ -66,20 +66,20 @@ def test_every_class_is_in_the_smallest_subset() -> None:
     cases = draw_cases(PROTOCOL, HELD_OUT, POOL, rare)
     assert all(cases.subsets[1, subset][0] in POOL[:3] for subset in range(4))
     apart = {case: {1 + n % 2} for n, case in enumerate(POOL)}
-    with pytest.raises(UserError, match=r"no 1 of 20 cases .* all of the classes \[1, 2\]"):
+    with pytest.raises(UserError, match=r"No 1 of 20 labeled cases .* all of the classes \[1, 2\]"):
         draw_cases(PROTOCOL, HELD_OUT, POOL, apart)
     pairs = draw_cases(replace(PROTOCOL, labels=[2, 20]), HELD_OUT, POOL, apart)
     assert all(len({int(c[-1]) % 2 for c in pairs.subsets[2, s]}) == 2 for s in range(4))
 
 
 def test_too_many_labels_are_refused() -> None:
-    with pytest.raises(UserError, match="20 labelled cases to train on"):
+    with pytest.raises(UserError, match="20 labeled cases to train on"):
         draw_cases(replace(PROTOCOL, labels=[2, 21]), HELD_OUT, POOL, ALL)
 
 
 def test_without_a_rate_to_choose_all_labels_may_be_asked_for() -> None:
     everything = replace(PROTOCOL, labels=[20], primary_labels=20)
-    with pytest.raises(UserError, match="budgets .20. do not fit"):
+    with pytest.raises(UserError, match="Budgets .20. do not fit"):
         draw_cases(everything, HELD_OUT, POOL, ALL)
     assert draw_cases(replace(everything, rates=[0.01]), HELD_OUT, POOL, ALL).subsets[20, 0] == POOL
 
@@ -88,10 +88,10 @@ def test_cases_without_labels_are_seen_by_pretraining_and_are_no_labels() -> Non
     labelled = {case: {1, (1, 2)} for case in POOL[::2]}
     protocol = replace(PROTOCOL, labels=[1, 2, 10], subsets=8)
     cases = draw_cases(protocol, HELD_OUT, POOL, labelled)
-    assert (cases.pool, cases.labelled) == (POOL, POOL[::2])
+    assert (cases.pool, cases.labeled) == (POOL, POOL[::2])
     for part in (cases.development, *cases.subsets.values(), *cases.development_subsets):
         assert set(part) <= set(POOL[::2])
-    with pytest.raises(UserError, match="10 labelled cases to train on"):
+    with pytest.raises(UserError, match="10 labeled cases to train on"):
         draw_cases(replace(protocol, labels=[2, 11]), HELD_OUT, POOL, labelled)
     # nnU-Net's names of regions are no numbers
     apart = {case: {1} if n else {(1, 2), "x"} for n, case in enumerate(POOL)}
@@ -111,9 +111,30 @@ def test_a_protocol_is_kept(tmp_path: Path) -> None:
     keep_protocol(PROTOCOL, path)
     keep_protocol(PROTOCOL, path)
     assert load_protocol(path) == PROTOCOL
-    with pytest.raises(UserError, match="holds a study with primary_step 300, this one has 600"):
+    with pytest.raises(UserError, match="holds a study with primary_step 300, got 600"):
         keep_protocol(replace(PROTOCOL, primary_step=600), path)
     assert load_protocol(path) == PROTOCOL
     path.write_text("{}")
-    with pytest.raises(UserError, match="is no study of this version"):
+    with pytest.raises(UserError, match="is no protocol of this version"):
         load_protocol(path)
+
+
+def test_a_group_is_never_divided() -> None:
+    pool = [f"patient{n:03d}_frame{frame:02d}" for n in range(20) for frame in (1, 12)]
+    protocol = replace(PROTOCOL, group_by=r"patient(\d+)")
+    cases = draw_cases(protocol, ["patient100_frame01"], pool, {case: {1} for case in pool})
+    assert cases.groups == 20
+    for (labels, _), train in cases.subsets.items():
+        assert len(train) == 2 * labels
+        assert len({case[:10] for case in train}) == labels
+    for train in cases.development_subsets:
+        assert not {case[:10] for case in train} & {case[:10] for case in cases.development}
+
+
+def test_groups_come_from_names() -> None:
+    assert grouped(["b_2", "a_1", "b_1"], r"^([a-z])_") == {"a": ["a_1"], "b": ["b_1", "b_2"]}
+    assert grouped(["b", "a"], "") == {"a": ["a"], "b": ["b"]}
+    with pytest.raises(UserError, match="finds nothing in case 'x'"):
+        grouped(["a_1", "x"], r"^([a-z])_")
+    with pytest.raises(UserError, match="expected a regular expression"):
+        grouped(["a"], "(")

@@ -34,8 +34,8 @@ def test_cpu_slots_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_checkpoints_that_a_kill_left_behind_are_dropped(tmp_path: Path) -> None:
     grid = planted(tmp_path, 0.0)
-    cell = grid.grid(grid.arms[0], 0.01)[0]
-    left = grid.fold_folder(cell) / "checkpoint_latest.pth"
+    run = grid.compared(grid.arms[0], 0.01)[0]
+    left = grid.fold_folder(run) / "checkpoint_latest.pth"
     left.parent.mkdir(parents=True)
     for keep, kept in ((False, False), (True, True), (False, True)):  # once asked for, a later call keeps them too
         left.write_bytes(b"weights")
@@ -48,10 +48,10 @@ def test_a_run_whose_predictions_cannot_be_read_is_a_failed_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = planted(tmp_path, 0.0)
-    cells = grid.grid(grid.arms[0], 0.01)[:2]
-    for cell in cells:
-        grid.metrics_file(cell).unlink()
-        summary = grid.fold_folder(cell) / "validation" / "summary.json"
+    runs = grid.compared(grid.arms[0], 0.01)[:2]
+    for run in runs:
+        grid.metrics_file(run).unlink()
+        summary = grid.fold_folder(run) / "validation" / "summary.json"
         summary.parent.mkdir(parents=True)
         summary.write_text("{}")
 
@@ -61,10 +61,10 @@ def test_a_run_whose_predictions_cannot_be_read_is_a_failed_run(
     with monkeypatch.context() as patch:
         patch.setattr("nnssl_ext.study.runner.keep_metrics", unreadable)
         run_grid(grid, slots("cpu", 2))
-    assert set(grid.failures()) == set(cells)
-    assert "RuntimeError: cannot be read" in grid.log_file(cells[0]).read_text()
+    assert set(grid.failures()) == set(runs)
+    assert "RuntimeError: cannot be read" in grid.log_file(runs[0]).read_text()
     # one of the predictions may be torn: the next call makes them again
-    assert not any(list(grid.fold_folder(cell).glob("validation*")) for cell in cells)
+    assert not any(list(grid.fold_folder(run).glob("validation*")) for run in runs)
 
 
 def test_an_error_in_finding_the_next_run_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

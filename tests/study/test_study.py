@@ -104,17 +104,22 @@ def test_a_failed_run_is_reported_and_stops_nobody(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--methods", "VolumeFussion"], "unknown method 'VolumeFussion'; known: scratch, VolumeFusion"),
-        (["--labels", "0"], "--labels takes numbers of at least 1, or all; got '0'"),
-        (["--labels", "2", "100"], "budgets .* do not fit"),
-        (["--primary-labels", "3"], "the endpoint, 3 labels"),
-        (["--snapshots", "9"], r"must lie between 1 and --steps 4"),
+        (["--methods", "VolumeFussion"], "unknown method 'VolumeFussion'. Known: scratch, VolumeFusion"),
+        (["--labels", "0"], "--labels: expected a number of at least 1, got '0'"),
+        (["--labels", "2", "100"], "Budgets .* do not fit"),
+        (["--primary-labels", "3"], "The endpoint, 3 labels"),
+        (["--snapshots", "9"], r"expected steps between 1 and --steps 4"),
         (["--init", "x=missing.pth"], "expected NAME=FILE"),
-        (["--fold", "7"], "has the folds 0 to 4"),
-        (["--fold", "-1"], "has the folds 0 to 4"),
+        (["--fold", "7"], "expected 0 to 4"),
+        (["--fold", "-1"], "expected 0 to 4"),
         (["-p", "nothing"], "has no plans 'nothing'"),
         (["-c", "3d_half"], "no configuration '3d_half'"),
-        (["--jobs", "0"], "--jobs must be at least 1"),
+        (["--pretraining-seeds", "2"], "expected a divisor of --subsets 1"),
+        (["--primary-class", "liver"], "--primary-class: expected one of"),
+        (["--group-by", "z+"], "finds nothing in case"),
+        (["--pretrain-on", "777"], "777"),
+        (["--finetune", "x=nothing"], "unknown recipe"),
+        (["--jobs", "0"], "--jobs: expected at least 1"),
     ],
 )
 def test_bad_words_are_one_line_and_write_nothing(
@@ -133,9 +138,9 @@ def test_settings_are_checked_against_the_studys_own_steps(with_data: Data, monk
     monkeypatch.chdir(environment.root)
     with pytest.raises(UserError, match="finetune.warmup=4 leaves none of 4 steps"):
         main([*WORDS, "finetune.warmup=4", "-o", "st"])
-    with pytest.raises(UserError, match="seed is the study's own; use --seed"):
+    with pytest.raises(UserError, match="seed belongs to the study. Use --seed"):
         main([*WORDS, "seed=1", "-o", "st"])
-    with pytest.raises(UserError, match="start_from: a study's pretraining starts from nothing"):
+    with pytest.raises(UserError, match="start_from: a study's pretraining starts from random weights"):
         main([*WORDS, "start_from=weights.pth", "-o", "st"])
 
 
@@ -156,7 +161,7 @@ def test_an_estimate_decides_nothing(
                 "st",
             ]
         )
-    assert "together: about" in capsys.readouterr().out
+    assert "all together: about" in capsys.readouterr().out
     assert not (environment.root / "st" / "study.json").exists()
 
 
@@ -174,7 +179,7 @@ def test_what_all_runs_share_may_not_change_between_calls(with_data: Data, monke
     try:
         # as many held out, but others
         write_json([{"train": [case for case in cases if case not in other], "val": other}], splits)
-        with pytest.raises(UserError, match="was begun with other cases that are held out; its runs would not be"):
+        with pytest.raises(UserError, match="was begun with other held-out cases: new runs could not be compared"):
             main(only)
     finally:
         splits.write_bytes(before) if before else splits.unlink()

@@ -1,4 +1,4 @@
-"""A chain of commands that can be interrupted and called again: what is done is not done twice."""
+"""Run a chain of commands that can be interrupted and continued."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nnssl_ext.environment import commands_path
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
 
-#: Lines of a failed command's log that are shown.
+#: Lines of a failed command's log to show.
 TAIL = 15
 
 
@@ -27,25 +27,25 @@ class Step:
     """One command, or a piece of Python.
 
     Attributes:
-        title: What a person reads.
-        done: Whether its result is there.
-        command: The words of the command, decided when the step starts.
+        title: Title for people.
+        done: Returns whether its result exists.
+        command: Returns the words of the command when the step starts.
         variables: Environment variables beside those of the chain.
-        epochs: How many "Epoch N" lines its log will show; 0 if it shows none.
-        action: Done in this process, instead of a command.
+        epochs: Returns how many "Epoch N" lines its log will show.
+        action: Runs in this process, instead of a command.
     """
 
     title: str
     done: Callable[[], bool]
     command: Callable[[], Sequence[str]] | None = None
     variables: dict[str, str] = field(default_factory=dict)
-    epochs: int = 0
+    epochs: Callable[[], int] = lambda: 0
     action: Callable[[], None] | None = None
 
 
 @dataclass
 class Chain:
-    """Steps in their order, with one environment, logs and durations in one folder."""
+    """Steps in order, with one environment, logs and durations in one folder."""
 
     folder: Path
     variables: dict[str, str]
@@ -55,7 +55,7 @@ class Chain:
         """Do the steps that are not done.
 
         Raises:
-            UserError: If a command fails; it names the command's log.
+            UserError: If a command fails. The message names its log.
         """
         for number, step in enumerate(self.steps, 1):
             head = f"[{number}/{len(self.steps)}] {step.title}"
@@ -65,7 +65,7 @@ class Chain:
             begin = time.monotonic()
             if step.action:
                 step.action()
-            # decided once: a command may depend on what is there, and running it changes that
+            # asked once: a command may depend on files that running it changes
             words = list(step.command()) if step.command else []
             if words:
                 self._command(number, step, words, head)
@@ -74,7 +74,7 @@ class Chain:
             print(f"{head}: {seconds:.0f} s", flush=True)
 
     def records(self) -> list[dict]:
-        """Title, command and seconds of each step that was done."""
+        """Return title, command and seconds of each finished step."""
         known = self._known()
         return [known[step.title] for step in self.steps if step.title in known]
 
@@ -102,9 +102,9 @@ class Chain:
             errors="replace",
         )
         assert process.stdout is not None
-        bar = tqdm(total=step.epochs or None, desc=head, unit="epoch", leave=False, disable=not sys.stderr.isatty())
+        bar = tqdm(total=step.epochs() or None, desc=head, unit="epoch", leave=False, disable=not sys.stderr.isatty())
         try:
-            with log.open("w", buffering=1) as file, bar:
+            with log.open("w", buffering=1, encoding="utf-8") as file, bar:
                 for line in process.stdout:
                     file.write(line)
                     found = re.search(r"\bEpoch (\d+)\s*$", line)
@@ -119,4 +119,4 @@ class Chain:
         if status:
             tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-TAIL:])
             print(f"{tail}\n", file=sys.stderr)
-            raise UserError(f"step '{step.title}' failed with status {status}; its log is {log}")
+            raise UserError(f"Step '{step.title}' failed with status {status}. Its log: {log}.")

@@ -1,4 +1,4 @@
-"""The demonstration: fine-tuning with and without pretraining on a data set of its own, by stock commands alone.
+"""The demonstration: fine-tuning with and without pretraining, by stock commands alone.
 
 Everything lies in one folder: an nnUNet_raw and nnUNet_preprocessed of its own, one results folder per arm (arms that
 share trainer, plans and fold would overwrite each other), logs, and the page.
@@ -6,16 +6,18 @@ share trainer, plans and fold would overwrite each other), logs, and the page.
 
 from __future__ import annotations
 
+import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nnssl_ext.environment import cores
 from nnssl_ext.errors import UserError
 from nnssl_ext.host_memory import keep_memory
 from nnssl_ext.methods import METHODS, TRAINERS
-from nnssl_ext.recipe import load_recipe, merged, read_json, write_json
+from nnssl_ext.recipe import assignments_recipe, derive_plans, load_recipe, read_json, write_json
 from nnssl_ext.resources import resource_folder
 from nnssl_ext.settings import CommonSettings
 from nnssl_ext.study.demo.chain import Chain, Step
@@ -24,18 +26,79 @@ from nnssl_ext.study.demo.sources import Source
 PLANS, CONFIGURATION = "nnUNetPlans_demo", "3d_fullres"
 #: Folds of the sources' splits.
 FINETUNING_FOLD, PRETRAINING_FOLD = "0", "1"
+#: Stock trainers of both arms, for fast and slow machines.
+LONG, SHORT = "nnUNetTrainer_5epochs", "nnUNetTrainer_1epoch"
+#: Training and validation steps of a stock epoch, the latter without a backward pass.
+STOCK_STEPS, STOCK_VALIDATION = 250, 50
+#: Seconds for planning, starts and predictions, and a step of a training against its bare network.
+FIXED_SECONDS, STEP_OVERHEAD = 100.0, 1.5
+#: Shortest pretraining that is worth showing, in steps.
+MIN_STEPS = 200
+#: Patch limit for slow machines, and the share of a step that it costs.
+SMALL_PATCH, SMALL_SHARE = 16, 0.4
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of the trainings.
+
+    Attributes:
+        pretraining_epochs: Epochs of the pretraining.
+        finetuner: Stock trainer of both arms.
+        patch_limit: Longest patch edge, 0 for the recipe's.
+        seconds_per_step: Measured time of a step of the network, 0 if it was not measured.
+    """
+
+    pretraining_epochs: int
+    finetuner: str
+    patch_limit: int = 0
+    seconds_per_step: float = 0.0
+
+    @property
+    def finetuning_epochs(self) -> int:
+        """Return the epochs of the fine-tuner, from its name."""
+        return int("".join(character for character in self.finetuner if character.isdigit()) or 1000)
+
+
+def choose_lengths(seconds: float, minutes: float, epochs: int, steps: int) -> Lengths:
+    """Choose lengths that fit the time, the longest first.
+
+    Args:
+        seconds: Measured time of a step.
+        minutes: Time for everything.
+        epochs: Longest pretraining, in epochs.
+        steps: Steps of such an epoch.
+    """
+    left = 60 * minutes - FIXED_SECONDS
+    for finetuner, patch_limit, share in ((LONG, 0, 1.0), (SHORT, 0, 1.0), (SHORT, SMALL_PATCH, SMALL_SHARE)):
+        own = Lengths(epochs, finetuner, patch_limit, seconds)
+        step = seconds * share * STEP_OVERHEAD
+        finetuning = 2 * own.finetuning_epochs * (STOCK_STEPS + STOCK_VALIDATION / 3) * step
+        affordable = int((left - finetuning) / (step * steps))
+        # a long fine-tuning after next to no pretraining shows nothing
+        if affordable * steps >= (epochs * steps if finetuner == LONG else MIN_STEPS):
+            return replace(own, pretraining_epochs=min(epochs, affordable))
+    return replace(own, pretraining_epochs=max(1, affordable, MIN_STEPS // steps))
+
+
+def quiet_threads() -> dict[str, str]:
+    """Return variables that stop idle threads from spinning where others use the machine."""
+    if not hasattr(os, "getloadavg") or os.getloadavg()[0] < 0.5 * cores():
+        return {}
+    return {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
 
 
 @dataclass
 class Demo:
-    """One demonstration.
+    """A demonstration.
 
     Args:
-        output: Its folder; nothing outside is written.
+        output: Its folder. Nothing outside is written.
         source: The data.
         device: ``cpu`` or ``cuda``.
         method: The pretraining method.
-        finetuner: The stock trainer of both arms.
+        minutes: Time for everything. Lengths are chosen for it. None takes the recipe's lengths.
+        finetuner: Stock trainer of both arms without ``minutes``.
         settings: Words for ``nnssl_ext plan`` after the recipe.
     """
 
@@ -43,7 +106,8 @@ class Demo:
     source: Source
     device: str = "cpu"
     method: str = "volume_fusion"
-    finetuner: str = "nnUNetTrainer_5epochs"
+    minutes: float | None = None
+    finetuner: str = LONG
     settings: list[str] = field(default_factory=list)
 
     @property
@@ -63,8 +127,8 @@ class Demo:
         return self.output / "nnUNet_preprocessed" / self.source.dataset
 
     def results(self, arm: str) -> Path:
-        """The fold's folder of ``pretraining``, ``scratch`` or ``pretrained``."""
-        trainer, fold = (self.finetuner, FINETUNING_FOLD)
+        """Return the fold's folder of ``pretraining``, ``scratch`` or ``pretrained``."""
+        trainer, fold = (self.lengths.finetuner, FINETUNING_FOLD)
         if arm == "pretraining":
             trainer, fold = (self.trainer, PRETRAINING_FOLD)
         root = self.output / f"results_{arm}" / self.source.dataset
@@ -76,31 +140,29 @@ class Demo:
 
     @cached_property
     def chain(self) -> Chain:
-        """The steps, each done by the presence of its result."""
+        """Return the steps. A step is done if its result exists."""
         number, plan = self.source.number, self.preprocessed / f"{PLANS}.json"
         preprocess = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", CONFIGURATION, "-np", "2"]
-        derive = ["nnssl_ext", "plan", "-d", number, "-c", CONFIGURATION, "-o", PLANS, self.recipe, *self.settings]
         steps = [
             Step(f"Make {self.source.title}", (self.raw / "splits_final.json").exists, action=self._write_raw),
             # stock planning takes nnUNet_n_proc_DA for its number of threads and fails at 0
             Step("Plan and preprocess", self._is_preprocessed, lambda: preprocess, {"nnUNet_n_proc_DA": "2"}),
-            Step("Derive plans", plan.exists, lambda: derive),
+            Step("Measure a step", self._lengths_file.exists, action=self._measure),
+            Step("Derive plans", plan.exists, self._derive_command),
             Step(
                 f"Pretrain with {METHODS[self.method].title}",
-                (self.results("pretraining") / "pretraining_summary.json").exists,
+                lambda: (self.results("pretraining") / "pretraining_summary.json").exists(),
                 self._pretraining_command,
                 {"nnUNet_results": str(self.output / "results_pretraining")},
-                self._epochs(),
+                self._pretraining_epochs,
             ),
-            self._finetuning("Fine-tune from scratch", "scratch", []),
-            self._finetuning(
-                "Fine-tune from the pretrained weights", "pretrained", ["-pretrained_weights", str(self.weights)]
-            ),
+            self._finetuning("Fine-tune from scratch", "scratch"),
+            self._finetuning("Fine-tune from the pretrained weights", "pretrained"),
         ]
         return Chain(self.output, self._variables(), steps)
 
     def run(self) -> None:
-        """Do what is not done yet.
+        """Do every step that is not done.
 
         Raises:
             UserError: If the folder holds a demonstration with other options.
@@ -111,8 +173,8 @@ class Demo:
         for name, value in options.items():
             if before.get(name) != value:
                 raise UserError(
-                    f"{self.output} holds a demonstration with {name} {before.get(name)!r}, this one has {value!r}; "
-                    f"give another --output, or remove that folder"
+                    f"{self.output} holds a demonstration with {name} {before.get(name)!r}, got {value!r}. Give "
+                    f"another --output, or remove that folder."
                 )
         write_json(options, file)
         keep_memory(self.device)  # the stock trainer, too
@@ -121,10 +183,11 @@ class Demo:
         self.chain.run()
 
     def _options(self) -> dict[str, Any]:
-        """What its results depend on."""
+        """Return the options that results depend on."""
         return {
             "data": self.source.title,
-            "--labelled": self.source.labelled,
+            "--labeled": self.source.labeled,
+            "--minutes": self.minutes,
             "-device": self.device,
             "method": self.method,
             "fine-tuner": self.finetuner,
@@ -139,7 +202,47 @@ class Demo:
             "nnUNet_extTrainer": str(resource_folder("trainers")),
             "nnUNet_n_proc_DA": "0" if self.device == "cpu" else "4",
             "nnUNet_def_n_proc": "2",
+            **quiet_threads(),
         }
+
+    @property
+    def _lengths_file(self) -> Path:
+        return self.output / "lengths.json"
+
+    @property
+    def lengths(self) -> Lengths:
+        """Return the lengths that were chosen, or the recipe's."""
+        if self._lengths_file.is_file():
+            return Lengths(**read_json(self._lengths_file))
+        return Lengths(self._recipe_epochs, self.finetuner)
+
+    @property
+    def _recipe_epochs(self) -> int:
+        return int(load_recipe(self.recipe).settings["epochs"])
+
+    def _measure(self) -> None:
+        """Time a few steps of the network and choose the lengths."""
+        lengths = Lengths(self._recipe_epochs, self.finetuner)
+        if self.minutes is not None:
+            import torch
+
+            from nnssl_ext.study.estimate import seconds_per_step
+
+            recipe = load_recipe(self.recipe)
+            recipes = [recipe, *map(assignments_recipe, [[word] for word in self.settings if "=" in word])]
+            plans = derive_plans(read_json(self.preprocessed / "nnUNetPlans.json"), PLANS, recipes, [CONFIGURATION])
+            dataset_json = read_json(self.preprocessed / "dataset.json")
+            device = torch.device(self.device)
+            seconds = seconds_per_step(plans, CONFIGURATION, dataset_json, CommonSettings(), device)
+            steps = int(recipe.settings["iterations_per_epoch"])
+            lengths = choose_lengths(seconds, self.minutes, self._recipe_epochs, steps)
+        write_json(asdict(lengths), self._lengths_file)
+
+    def _derive_command(self) -> list[str]:
+        own = [f"epochs={self.lengths.pretraining_epochs}"]
+        own += [f"configuration.patch_limit={limit}"] if (limit := self.lengths.patch_limit) else []
+        words = ["nnssl_ext", "plan", "-d", self.source.number, "-c", CONFIGURATION, "-o", PLANS, self.recipe]
+        return [*words, *own, *self.settings]
 
     def _write_raw(self) -> None:
         scratch = self.output / "unfinished"
@@ -152,10 +255,9 @@ class Demo:
         wanted = read_json(self.raw / "dataset.json")["numTraining"] if (self.raw / "dataset.json").exists() else -1
         return len(list((self.preprocessed / f"nnUNetPlans_{CONFIGURATION}").glob("*.pkl"))) == wanted
 
-    def _epochs(self) -> int:
+    def _pretraining_epochs(self) -> int:
         words = dict(word.split("=", 1) for word in self.settings if "=" in word)
-        recipe = load_recipe(self.recipe).settings
-        return int(merged({"epochs": CommonSettings().epochs}, {**recipe, **words})["epochs"])
+        return int(words.get("epochs", self.lengths.pretraining_epochs))
 
     def _train(self, fold: str, trainer: str, *words: str) -> list[str]:
         command = ["nnUNetv2_train", self.source.number, CONFIGURATION, fold, "-tr", trainer, "-p", PLANS]
@@ -165,14 +267,20 @@ class Demo:
         begun = list(self.results("pretraining").glob("checkpoint_*.pth"))
         return self._train(PRETRAINING_FOLD, self.trainer, *(["--c"] if begun else []))
 
-    def _finetuning(self, title: str, arm: str, words: list[str]) -> Step:
-        done = (self.results(arm) / "validation" / "summary.json").exists
+    def _finetuning(self, title: str, arm: str) -> Step:
         variables = {
             "nnUNet_results": str(self.output / f"results_{arm}"),
             "nnUNet_n_proc_DA": self._finetuning_workers(),
         }
-        epochs = int("".join(character for character in self.finetuner if character.isdigit()) or 1000)
-        return Step(title, done, lambda: self._train(FINETUNING_FOLD, self.finetuner, *words), variables, epochs)
+
+        def done() -> bool:
+            return (self.results(arm) / "validation" / "summary.json").exists()
+
+        def command() -> list[str]:
+            words = ["-pretrained_weights", str(self.weights)] if arm == "pretrained" else []
+            return self._train(FINETUNING_FOLD, self.lengths.finetuner, *words)
+
+        return Step(title, done, command, variables, lambda: self.lengths.finetuning_epochs)
 
     def _finetuning_workers(self) -> str:
         return "1" if self.device == "cpu" else "8"  # nnU-Net augments on the CPU

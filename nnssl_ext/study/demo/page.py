@@ -1,4 +1,4 @@
-"""The page of a demonstration: scratch against pretrained, once each."""
+"""Write the page of a demonstration: scratch against pretrained, one run each."""
 
 from __future__ import annotations
 
@@ -12,52 +12,50 @@ import torch
 
 from nnssl_ext.environment import cores
 from nnssl_ext.methods import METHODS, TRAINERS
+from nnssl_ext.provenance import versions
 from nnssl_ext.recipe import read_json
 from nnssl_ext.study import pictures
-from nnssl_ext.study.demo.demo import Demo
-from nnssl_ext.study.page import Page, Section, Table, render
+from nnssl_ext.study.demo.demo import PLANS, STOCK_STEPS, Demo
+from nnssl_ext.study.page import Page, Picture, Section, Table, render
+from nnssl_ext.study.report import case_tiles
 from nnssl_ext.study.results import case_dice, training_log
-from nnssl_ext.training.pretraining.state import versions
 
 ARMS = ("scratch", "pretrained")
 
 
 def write_page(demo: Demo) -> Path:
-    """The page of a finished demonstration."""
+    """Write the page of a finished demonstration."""
     dataset_json = read_json(demo.preprocessed / "dataset.json")
     dice = {arm: case_dice(demo.results(arm) / "validation", dataset_json) for arm in ARMS}
-    table = dice_table(dice)
     splits = read_json(demo.preprocessed / "splits_final.json", list)
-    means = {arm: frame.groupby("organ")["dice"].mean().mean() for arm, frame in dice.items()}
-    difference = 100 * (means["pretrained"] - means["scratch"])
+    test, labeled, seen = len(splits[0]["val"]), len(splits[0]["train"]), len(splits[1]["train"])
     method = METHODS[demo.method].title
-    test, labelled, seen = len(splits[0]["val"]), len(splits[0]["train"]), len(splits[1]["train"])
-    answer = (
-        f"Mean Dice on {test} test cases after fine-tuning on {labelled} labelled cases: {means['scratch']:.3f} from "
-        f"scratch, {means['pretrained']:.3f} after {method} on {seen} images without labels ({difference:+.1f} points)."
-    )
-    caution = (
-        "One run of each arm on a deliberately small network: this shows that the pipeline works and what it writes. "
-        "It is no evidence for or against pretraining; differences of several points between two runs are ordinary."
-    )
+    settings = read_json(demo.preprocessed / f"{PLANS}.json")["nnssl_ext"]
+    steps = settings["epochs"] * settings["iterations_per_epoch"]
+    finetuning = demo.lengths.finetuning_epochs * STOCK_STEPS
+    notes = [
+        f"{method} pretrained on {seen} images without labels for {steps:,} steps. Both arms were fine-tuned on "
+        f"{labeled} labeled cases for {finetuning:,} steps and tested on {test} cases.",
+        "One run of each arm on a small network: the page shows that the pipeline works. It is no evidence for or "
+        "against pretraining. Two runs often differ by several points.",
+    ]
     sections = [
-        Section("Dice per class", table=table, images=[pictures.bars(_by_class(dice))]),
-        Section("Training", images=[_curves(demo)]),
+        Section("Test cases", tiles=_tiles(demo, dice)),
         Section(
-            "Test cases",
-            ["The best, the median and the worst case of the pretrained arm, in the planes with most labelled voxels."],
-            images=[pictures.slices(_overlays(demo, dice))],
+            "Dice per class", ["Bars are means, dots are test cases."], plots=[Picture(pictures.bars(_by_class(dice)))]
         ),
-        _what_was_run(demo),
-        _on_ones_own_data(demo),
+        Section("Training", plots=_curves(demo)),
+        *_pretext(demo),
+        _commands_run(demo),
+        _own_data(demo),
     ]
     subtitle = f"nnssl_ext on {demo.source.title}, {method}, {demo.device}"
-    page = Page("Pretraining for nnU-Net, end to end", subtitle, [answer], caution, sections)
+    page = Page("Pretraining for nnU-Net, end to end", subtitle, dice_table(dice), sections, notes)
     return render(demo.output / "demo.html", page)
 
 
 def dice_table(dice: dict[str, pd.DataFrame]) -> Table:
-    """Mean Dice per class and arm, the difference in points, and how many cases have the class."""
+    """Compare mean Dice per class: both arms, the difference in points, and the number of cases."""
     means = pd.DataFrame({arm: frame.groupby("organ", sort=False)["dice"].mean() for arm, frame in dice.items()})
     counts = dice["scratch"].dropna().groupby("organ")["dice"].size()
     rows = [
@@ -91,60 +89,69 @@ def _by_class(dice: dict[str, pd.DataFrame]) -> dict[str, dict[str, list[float]]
     }
 
 
-def _curves(demo: Demo) -> bytes:
-    pretraining = training_log(demo.weights)
-    readable = METHODS[demo.method].readable
-    logs = {arm: training_log(demo.results(arm) / "checkpoint_final.pth") for arm in ARMS}
-    return pictures.curves(
-        [
-            (
-                "Pretraining: objective",
-                "loss",
-                {"training": pretraining["train_losses"], "validation": pretraining["val_losses"]},
-            ),
-            (f"Pretraining: {readable.title}", "", {"validation": pretraining[f"val_{readable.key}"]}),
-            (
-                "Fine-tuning: Dice on validation patches",
-                "Dice",
-                {arm: log["mean_fg_dice"] for arm, log in logs.items()},
-            ),
-        ]
-    )
+def _curves(demo: Demo) -> list[Picture]:
+    log, readable = training_log(demo.weights), METHODS[demo.method].readable
+    losses = {"training": log["train_losses"], "validation": log["val_losses"]}
+    dice = {arm: training_log(demo.results(arm) / "checkpoint_final.pth")["mean_fg_dice"] for arm in ARMS}
+    validation = {"validation": log[f"val_{readable.key}"]}
+    return [
+        Picture(pictures.curves("loss", losses), "Pretraining: objective"),
+        Picture(pictures.curves(readable.title, validation), f"Pretraining: {readable.title}"),
+        Picture(pictures.curves("Dice", dice), "Fine-tuning: Dice on validation patches"),
+    ]
 
 
-def _overlays(demo: Demo, dice: dict[str, pd.DataFrame]) -> list[pictures.Overlay]:
-    means = dice["pretrained"].groupby("case")["dice"].mean().sort_values(ascending=False)
-    chosen = {"best": means.index[0], "median": means.index[len(means) // 2], "worst": means.index[-1]}
-    overlays = []
-    for title, name in chosen.items():
-        case = str(name).split(".")[0]
-        image = _read(demo.raw / "imagesTr" / str(name).replace(case, f"{case}_0000", 1))
-        outlines = {"truth": _read(demo.raw / "labelsTr" / str(name))}
-        for arm in ARMS:
-            outlines[arm] = _read(demo.results(arm) / "validation" / str(name))
-        overlays.append(pictures.Overlay(f"{title}: {case} ({means[name]:.2f})", image, outlines))
-    return overlays
+def _pretext(demo: Demo) -> list[Section]:
+    """Show the pretraining's own picture of its task, where it drew one."""
+    picture = demo.results("pretraining") / "pretext.png"
+    if not picture.is_file():
+        return []
+    return [
+        Section(
+            "The pretraining task",
+            ["One validation sample: input, target and prediction."],
+            plots=[Picture(picture.read_bytes())],
+        )
+    ]
+
+
+def _tiles(demo: Demo, dice: dict[str, pd.DataFrame]) -> list[tuple[str, list[Picture]]]:
+    """Show the best, median and worst case of the pretrained arm, one arm a tile."""
+    scores = {arm: frame.groupby("case")["dice"].mean() for arm, frame in dice.items()}
+    order = scores["pretrained"].sort_values(ascending=False).index
+    rows = []
+    for title, place in {"Best": 0, "Median": len(order) // 2, "Worst": len(order) - 1}.items():
+        name = str(order[place])
+        case = name.split(".")[0]
+        image = _read(demo.raw / "imagesTr" / name.replace(case, f"{case}_0000", 1))
+        truth = _read(demo.raw / "labelsTr" / name)
+        labels = {arm: _read(demo.results(arm) / "validation" / name) for arm in ARMS}
+        own = {arm: float(scores[arm][name]) for arm in ARMS}
+        rows.append((f"{title} of the pretrained arm: {case}", case_tiles(image, truth, labels, own)))
+    return rows
 
 
 def _read(path: Path) -> np.ndarray:
     return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
 
 
-def _what_was_run(demo: Demo) -> Section:
+def _commands_run(demo: Demo) -> Section:
     records = demo.chain.records()
     rows = [[record["title"], f"{record['seconds']:.0f}"] for record in records]
     rows.append(["together", f"{sum(record['seconds'] for record in records):.0f}"])
     device = torch.cuda.get_device_name() if demo.device == "cuda" else f"{cores()} CPU cores"
     made = ", ".join(f"{name} {number}" for name, number in versions().items())
-    return Section(
-        "What was run",
-        [f"{platform.system()} {platform.machine()}, {device}; {made}. Everything is in {demo.output}."],
-        Table(["step", "seconds"], rows, total=True),
-        code="\n".join(record["command"] for record in records if record["command"]),
-    )
+    text = [f"{platform.system()} {platform.machine()}, {device}. {made}.", f"All files are in {demo.output}."]
+    if demo.lengths.seconds_per_step:
+        text.append(
+            f"A step of the network took {demo.lengths.seconds_per_step:.3f} s. The lengths were chosen for "
+            f"{demo.minutes:g} minutes."
+        )
+    commands = "\n".join(record["command"] for record in records if record["command"])
+    return Section("Commands", text, Table(["step", "seconds"], rows, total=True), code=commands)
 
 
-def _on_ones_own_data(demo: Demo) -> Section:
+def _own_data(demo: Demo) -> Section:
     trainer = TRAINERS[demo.method]
     weights = f"$nnUNet_results/DATASET/{trainer}__nnUNetPlans__3d_fullres/fold_0/checkpoint_final.pth"
     lines = [
@@ -154,7 +161,7 @@ def _on_ones_own_data(demo: Demo) -> Section:
         f"nnUNetv2_train NUMBER 3d_fullres 0 -pretrained_weights {weights}",
     ]
     text = (
-        "With the data set's own network and full length. Fold 0 pretrains on fold 0's training cases alone, so the "
-        "Dice on its validation cases can be believed."
+        "This takes the data set's own network and full length. Fold 0 pretrains on the training cases of fold 0 only, "
+        "so that the Dice on its validation cases is sound."
     )
-    return Section("On your own data", [text], code="\n".join(lines))
+    return Section("Your own data", [text], code="\n".join(lines))

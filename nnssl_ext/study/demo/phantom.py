@@ -1,8 +1,8 @@
 """The phantom: a small segmentation problem of any size, for demonstrations and tests without data.
 
-Each case is an ellipsoid body with five organs of varied shape, place, texture and contrast, unlabelled structures
+Each case is an ellipsoid body with five organs of varied shape, place, texture and contrast, unlabeled structures
 that look like them, a bias field and noise. Two organs, the left and the right twin, look alike and are told apart by
-their place alone. A few labelled cases do not saturate it. D H W voxels, in SimpleITK's array order.
+their place alone. A few labeled cases do not saturate it. D H W voxels, in SimpleITK's array order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nnssl_ext.errors import UserError
 
 #: Labels of the organs, in the order of dataset.json.
 ORGANS = ("liver", "twin_left", "twin_right", "vessel", "lesion")
-#: Value of voxels whose label is not known: every voxel of an unlabelled case.
+#: Value of voxels whose label is not known: every voxel of an unlabeled case.
 IGNORE_LABEL = len(ORGANS) + 1
 
 
@@ -30,9 +30,9 @@ class PhantomOptions:
     """What a phantom data set is like.
 
     Attributes:
-        cases: All cases: labelled, unlabelled and test.
-        labelled: Labelled training cases.
-        test: Labelled cases held out for evaluation.
+        cases: All cases: labeled, unlabeled and test.
+        labeled: Labeled training cases.
+        test: Labeled cases held out for evaluation.
         seed: The same seed gives the same bytes.
         channels: Channels of a case, each with contrasts of its own.
         spacing: Voxel edges in mm (depth, height, width).
@@ -40,7 +40,7 @@ class PhantomOptions:
     """
 
     cases: int = 60
-    labelled: int = 6
+    labeled: int = 6
     test: int = 14
     seed: int = 0
     channels: int = 1
@@ -49,9 +49,9 @@ class PhantomOptions:
 
     def check(self) -> None:
         """Raises UserError for numbers that make no data set."""
-        if self.labelled < 1 or self.test < 1 or self.cases < self.labelled + self.test:
+        if self.labeled < 1 or self.test < 1 or self.cases < self.labeled + self.test:
             raise UserError(
-                f"a phantom of {self.cases} cases with {self.labelled} labelled and {self.test} test cases cannot be "
+                f"a phantom of {self.cases} cases with {self.labeled} labeled and {self.test} test cases cannot be "
                 f"made: give at least one of each, and no more than --cases together"
             )
         if self.channels < 1 or min(self.spacing) <= 0 or max(self.spacing) > self.field_of_view / 8:
@@ -64,8 +64,8 @@ class PhantomOptions:
 def write_phantom(folder: Path, options: PhantomOptions, progress: Callable[[int, int], None] | None = None) -> None:
     """Write an ordinary nnU-Net raw data set.
 
-    Unlabelled cases stand beside the labelled ones, every voxel of theirs with nnU-Net's ignore label. A
-    ``splits_final.json`` comes along: fold 0 trains on the labelled cases alone, fold 1 on all that are not test cases
+    Unlabeled cases stand beside the labeled ones, every voxel of theirs with nnU-Net's ignore label. A
+    ``splits_final.json`` comes along: fold 0 trains on the labeled cases alone, fold 1 on all that are not test cases
     (for pretraining, which reads no labels); both validate on the test cases. nnU-Net's planning takes it over.
 
     Args:
@@ -81,14 +81,14 @@ def write_phantom(folder: Path, options: PhantomOptions, progress: Callable[[int
         raise UserError(f"{folder} exists; remove it or give another number with -d")
     for part in ("imagesTr", "labelsTr"):
         (folder / part).mkdir(parents=True)
-    names = {"labelled": [], "unlabelled": [], "test": []}  # type: dict[str, list[str]]
+    names = {"labeled": [], "unlabeled": [], "test": []}  # type: dict[str, list[str]]
     for number in range(options.cases):
-        kind = "labelled" if number < options.labelled else "unlabelled"
+        kind = "labeled" if number < options.labeled else "unlabeled"
         kind = "test" if number >= options.cases - options.test else kind
         name = f"phantom_{number:03d}"
         names[kind].append(name)
         image, label = make_case(options, number)
-        if kind == "unlabelled":
+        if kind == "unlabeled":
             label = np.full_like(label, IGNORE_LABEL)
         for channel, volume in enumerate(image):
             _write(volume, folder / "imagesTr" / f"{name}_{channel:04d}.nii.gz", options.spacing)
@@ -110,8 +110,8 @@ def write_phantom(folder: Path, options: PhantomOptions, progress: Callable[[int
     _write_json(
         folder / "splits_final.json",
         [
-            {"train": names["labelled"], "val": names["test"]},
-            {"train": names["labelled"] + names["unlabelled"], "val": names["test"]},
+            {"train": names["labeled"], "val": names["test"]},
+            {"train": names["labeled"] + names["unlabeled"], "val": names["test"]},
         ],
     )
 
@@ -142,7 +142,7 @@ def _warped_grid(generator: np.random.Generator, shape: tuple[int, ...]) -> list
 
 
 def _draw_organs(generator: np.random.Generator, grid: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of the organs, and a map of unlabelled structures (0 = none)."""
+    """Labels of the organs, and a map of unlabeled structures (0 = none)."""
 
     def ellipsoid(centre: tuple, radii: tuple, jitter: float = 0.08, size: float = 0.2) -> np.ndarray:
         middle = np.asarray(centre) + generator.uniform(-jitter, jitter, 3)
@@ -215,4 +215,4 @@ def _write(volume: np.ndarray, path: Path, spacing: tuple[float, float, float]) 
 
 
 def _write_json(path: Path, content: dict | list) -> None:
-    path.write_text(json.dumps(content, indent=4))
+    path.write_text(json.dumps(content, indent=4), encoding="utf-8")

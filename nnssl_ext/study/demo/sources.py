@@ -17,7 +17,7 @@ from nnssl_ext.recipe import write_json
 from nnssl_ext.study.decathlon.tasks import convert_task, task_of_path, unpack
 from nnssl_ext.study.demo.phantom import PhantomOptions, write_phantom
 
-#: Test cases taken from a Decathlon task: a fifth of its labelled cases, and no more than this.
+#: Test cases taken from a Decathlon task: a fifth of its labeled cases, and no more than this.
 MOST_TEST_CASES = 6
 
 
@@ -29,7 +29,7 @@ class Source(ABC):
 
     title: str
     dataset: str
-    labelled: int
+    labeled: int
 
     @abstractmethod
     def write_raw(self, root: Path, scratch: Path) -> None:
@@ -50,8 +50,8 @@ class PhantomSource(Source):
     dataset = "Dataset900_Phantom"
 
     @property
-    def labelled(self) -> int:  # type: ignore[override]
-        return self.options.labelled
+    def labeled(self) -> int:  # type: ignore[override]
+        return self.options.labeled
 
     def write_raw(self, root: Path, scratch: Path) -> None:
         total = self.options.cases
@@ -64,16 +64,16 @@ class PhantomSource(Source):
 
 @dataclass
 class DecathlonSource(Source):
-    """A Decathlon task from its folder or tar file, of which only a few cases count as labelled.
+    """A Decathlon task from its folder or tar file, of which only a few cases count as labeled.
 
     Args:
         path: ``TaskXX_NAME`` or ``TaskXX_NAME.tar``.
-        labelled: Cases that fine-tuning sees.
+        labeled: Cases that fine-tuning sees.
         seed: Of the split.
     """
 
     path: Path
-    labelled: int = 6
+    labeled: int = 6
     seed: int = 0
 
     @cached_property
@@ -96,11 +96,11 @@ class DecathlonSource(Source):
     def _splits(self, raw: Path) -> list[dict[str, list[str]]]:
         cases = sorted(path.name.removesuffix(".nii.gz") for path in (raw / "labelsTr").glob("*.nii.gz"))
         test = min(MOST_TEST_CASES, len(cases) // 5)
-        if test < 1 or self.labelled < 1 or self.labelled + test >= len(cases):
-            raise UserError(f"{self.path} has {len(cases)} labelled cases: too few for {self.labelled} and a test set")
+        if test < 1 or self.labeled < 1 or self.labeled + test >= len(cases):
+            raise UserError(f"{self.path} has {len(cases)} labeled cases: too few for {self.labeled} and a test set")
         order = [cases[i] for i in np.random.default_rng(self.seed).permutation(len(cases))]
         held_out, rest = sorted(order[:test]), order[test:]
         return [
-            {"train": sorted(rest[: self.labelled]), "val": held_out},
+            {"train": sorted(rest[: self.labeled]), "val": held_out},
             {"train": sorted(rest), "val": held_out},
         ]

@@ -146,7 +146,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         with suppress(OSError):  # the lock holds without its label
             label = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-            holder.write_text(json.dumps(label))
+            holder.write_text(json.dumps(label), encoding="utf-8")
         remove_unfinished(folder)
         yield
     finally:
@@ -159,7 +159,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _described(holder: Path) -> str:
     try:
-        label = json.loads(holder.read_text()[:1000])
+        label = json.loads(holder.read_text(encoding="utf-8")[:1000])
         return f"process {int(label['pid'])} on {label['host']!r} since {label['since']!r}"
     except (OSError, ValueError, KeyError, TypeError):
         return "a process that left no name"

@@ -15,7 +15,13 @@ def chain(folder: Path, code: str) -> Chain:
         {"GREETING": "hello"},
         [
             Step("First", (folder / "first").exists, action=(folder / "first").touch),
-            Step("Second, by a command", made.exists, lambda: [sys.executable, "-c", code], {"PLACE": str(made)}, 2),
+            Step(
+                "Second, by a command",
+                made.exists,
+                lambda: [sys.executable, "-c", code],
+                {"PLACE": str(made)},
+                lambda: 2,
+            ),
         ],
     )
 
@@ -45,7 +51,7 @@ def test_a_command_that_depends_on_its_result_is_noted_as_it_ran(tmp_path: Path)
 
 
 def test_a_failed_command_names_its_log_and_can_be_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=r"step 'Second, by a command' failed with status 3; its log is .*02_second"):
+    with pytest.raises(UserError, match=r"Step 'Second, by a command' failed with status 3. Its log: .*02_second"):
         chain(tmp_path, "print('what went wrong'); raise SystemExit(3)").run()
     assert "what went wrong" in capsys.readouterr().err
     chain(tmp_path, GOOD).run()

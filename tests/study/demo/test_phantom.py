@@ -9,7 +9,7 @@ import SimpleITK
 from nnssl_ext.errors import UserError
 from nnssl_ext.study.demo.phantom import IGNORE_LABEL, ORGANS, PhantomOptions, make_case, write_phantom
 
-SMALL = PhantomOptions(cases=6, labelled=2, test=2, field_of_view=24.0)
+SMALL = PhantomOptions(cases=6, labeled=2, test=2, field_of_view=24.0)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -41,14 +41,14 @@ def test_is_a_raw_data_set(tmp_path: Path) -> None:
 
 def test_same_seed_same_bytes(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        write_phantom(tmp_path / name, PhantomOptions(cases=3, labelled=1, test=1, seed=seed, field_of_view=16.0))
+        write_phantom(tmp_path / name, PhantomOptions(cases=3, labeled=1, test=1, seed=seed, field_of_view=16.0))
     first, second, third = (hashes(tmp_path / name) for name in "abc")
     assert first == second
     assert first["imagesTr/phantom_000_0000.nii.gz"] != third["imagesTr/phantom_000_0000.nii.gz"]
 
 
 def test_a_case_does_not_depend_on_the_others() -> None:
-    few, many = PhantomOptions(cases=20), PhantomOptions(cases=500, labelled=100)
+    few, many = PhantomOptions(cases=20), PhantomOptions(cases=500, labeled=100)
     for a, b in zip(make_case(few, 7), make_case(many, 7), strict=True):
         assert np.array_equal(a, b)
 
@@ -87,7 +87,7 @@ def test_anisotropy_and_channels() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (PhantomOptions(cases=5, labelled=4, test=2), "a phantom of 5 cases with 4 labelled and 2 test cases cannot"),
+        (PhantomOptions(cases=5, labeled=4, test=2), "a phantom of 5 cases with 4 labelled and 2 test cases cannot"),
         (PhantomOptions(channels=0), "channels must be at least 1"),
         (PhantomOptions(spacing=(0.0, 1.0, 1.0)), "spacings between 0 and 6 mm"),
     ],

@@ -53,7 +53,7 @@ def test_a_task_becomes_a_raw_data_set(task: Path, tmp_path: Path, packed: bool)
         with tarfile.open(path, "w") as archive:
             archive.add(task, TASK)
     before = sorted(str(p) for p in task.rglob("*"))
-    source = DecathlonSource(path, labelled=3)
+    source = DecathlonSource(path, labeled=3)
     raw = written(source, tmp_path)
     assert (source.dataset, source.number) == ("Dataset077_Tiny", "77")
     assert len(list((raw / "imagesTr").glob("*_0000.nii.gz"))) == 10
@@ -70,7 +70,7 @@ def test_names_and_contents_are_checked(task: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not named TaskXX_NAME"):
         _ = DecathlonSource(task.parent).dataset
     with pytest.raises(UserError, match="has 10 labelled cases: too few for 8 and a test set"):
-        written(DecathlonSource(task, labelled=8), tmp_path)
+        written(DecathlonSource(task, labeled=8), tmp_path)
     (task / "dataset.json").unlink()
     with pytest.raises(UserError, match=r"has no dataset\.json; a Decathlon task has"):
         DecathlonSource(task).write_raw(tmp_path / "raw", tmp_path / "scratch")
@@ -91,7 +91,7 @@ def test_a_tar_that_would_leave_its_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_phantom_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = PhantomSource(PhantomOptions(cases=4, labelled=1, test=1, field_of_view=16.0))
+    source = PhantomSource(PhantomOptions(cases=4, labeled=1, test=1, field_of_view=16.0))
     for name in ("raw", "scratch"):
         (tmp_path / name).mkdir()
     with monkeypatch.context() as patch:

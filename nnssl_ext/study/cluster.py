@@ -1,0 +1,151 @@
+"""Run a study's grid as array jobs of a cluster, through submitit.
+
+Each job trains and measures one run, exactly as a local study does. Results are the same files in the same folder, so a
+study may go on locally what it began on a cluster.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nnssl_ext.environment import cores
+from nnssl_ext.errors import UserError
+from nnssl_ext.recipe import read_json, write_json
+from nnssl_ext.study.grid import Grid, Run
+from nnssl_ext.study.runner import Slot, perform, start, wait
+
+#: Jobs in flight unless --jobs says otherwise.
+JOBS = 16
+#: Seconds between two looks at the jobs.
+POLL_SECONDS = 10.0
+#: Hours of a job unless --slurm time=... says otherwise. An interrupted run continues in the next job.
+HOURS = 24
+#: States in which a job of an earlier call still works.
+ALIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "SUSPENDED")
+
+
+def executor_of(folder: Path, launcher: str, device: str, jobs: int, options: Sequence[str]) -> Any:
+    """Build submitit's executor.
+
+    Args:
+        folder: Holds the jobs' own files.
+        launcher: ``slurm``, or ``local`` for submitit's local executor.
+        device: ``cuda`` asks for one GPU a job.
+        jobs: Jobs that may run at a time.
+        options: ``KEY=VALUE`` words for sbatch, such as ``partition=gpu``.
+
+    Raises:
+        UserError: Without submitit, without Slurm, or for an option that is not KEY=VALUE.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError("--launcher needs submitit. Install it with: pip install 'nnssl-ext[slurm]'") from error
+    given = {}
+    for word in options:
+        key, _, value = word.partition("=")
+        if not key or not value:
+            raise UserError(f"--slurm: expected KEY=VALUE, got '{word}'.")
+        given[f"slurm_{key.replace('-', '_')}"] = int(value) if value.isdigit() else value
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=launcher)
+    except RuntimeError as error:
+        raise UserError(f"--launcher {launcher}: {error}. Run this on a machine that can submit Slurm jobs.") from error
+    executor.update_parameters(name="nnssl_ext_study", timeout_min=60 * HOURS)
+    if launcher == "slurm":
+        own: dict[str, Any] = {"slurm_array_parallelism": jobs}
+        if device == "cuda":
+            own |= {"gpus_per_node": 1}
+        try:
+            executor.update_parameters(**{**own, **given})
+        except (NameError, TypeError, ValueError) as error:
+            raise UserError(f"--slurm: {error}") from error
+    return executor
+
+
+def run_job(grid: Grid, run: Run) -> bool:
+    """Train and measure one run on the node of its job. Return whether it succeeded."""
+
+    def execute(clock: Any) -> int:
+        process = start(grid, run, Slot({"nnUNet_n_proc_DA": str(max(1, min(12, cores())))}))
+        # Slurm warns a job before it ends it: the training writes a checkpoint then
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        return wait(process, clock)
+
+    return perform(grid, run, execute) is not None
+
+
+def run_on_cluster(grid: Grid, executor: Any, jobs: int, poll: float = POLL_SECONDS) -> None:
+    """Do every unfinished run in jobs. Jobs that an earlier call left running are waited for.
+
+    Args:
+        grid: The study's grid. Failed runs are noted in ``grid.failed``.
+        executor: As ``executor_of`` builds it.
+        jobs: Jobs in flight at a time.
+        poll: Seconds between two looks at the jobs.
+    """
+    note = grid.folder / "cluster" / "jobs.json"
+    working = _left_running(grid, note)
+    try:
+        while True:
+            for run, job in list(working.items()):
+                if job.done():
+                    del working[run]
+                    _conclude(grid, run, job)
+            waiting = [run for run in grid.ready() if run not in working and run not in grid.failed]
+            ready = waiting[: max(0, jobs - len(working))]
+            if ready:
+                plain = replace(grid, failed={})
+                with executor.batch():
+                    submitted = [executor.submit(run_job, plain, run) for run in ready]
+                working |= dict(zip(ready, submitted, strict=True))
+                write_json({_key(run): job.job_id for run, job in working.items()}, note)
+            if not working:
+                write_json({}, note)
+                return
+            time.sleep(poll)
+    except (KeyboardInterrupt, SystemExit):
+        for job in working.values():
+            job.cancel()
+        raise
+
+
+def _conclude(grid: Grid, run: Run, job: Any) -> None:
+    done = grid.done(run)
+    if not done:
+        grid.failed[run] = log = grid.log_file(run)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if job.exception() is not None:  # the job itself failed: out of time or memory, or a lost node
+            with log.open("a", encoding="utf-8") as file:
+                file.write(f"Job {job.job_id} failed: {job.exception()}\n")
+        grid.failure_mark(run).touch()
+    runs = grid.all_runs()
+    finished = sum(grid.done(other) for other in runs)
+    print(f"{run.arm.name} {run.name}: {'done' if done else 'failed'}; {finished} of {len(runs)} runs done", flush=True)
+    if not done:
+        print(f"Failed: {run.arm.name} {run.name}. Log: {grid.log_file(run)}", file=sys.stderr)
+
+
+def _left_running(grid: Grid, note: Path) -> dict[Run, Any]:
+    """Find jobs of an earlier call that still work, so that no run is submitted twice."""
+    if not note.is_file():
+        return {}
+    import submitit
+
+    ids, found = read_json(note), {}
+    for run in grid.all_runs():
+        if _key(run) in ids and not grid.done(run):
+            job = submitit.SlurmJob(folder=note.parent, job_id=str(ids[_key(run)]))
+            if str(job.state).split(" ")[0] in ALIVE:
+                found[run] = job
+    return found
+
+
+def _key(run: Run) -> str:
+    return f"{run.arm.name}/{run.name}"

@@ -1,0 +1,140 @@
+"""Pretraining on another data set than the target's, without its held-out cases.
+
+A corpus may hold a held-out case under another name. Cases are therefore compared by content: preprocessed alike, the
+same image gives the same voxels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnssl_ext.data.cases import list_cases, open_case
+from nnssl_ext.environment import dataset_folder
+from nnssl_ext.errors import UserError
+from nnssl_ext.recipe import read_json, write_json
+from nnssl_ext.study.inputs import data_folder
+
+#: What decides how a case looks after preprocessing.
+PREPROCESSING = ("spacing", "normalization_schemes", "use_mask_for_norm")
+#: Blocks per axis whose mean intensities are a case's signature.
+BLOCKS = 8
+#: Correlation of two signatures from which two cases are one.
+ALIKE = 0.999
+#: Relative difference of an edge up to which two shapes may belong to one image.
+SAME_EDGE = 0.02
+
+
+@dataclass(frozen=True)
+class PretrainingData:
+    """A corpus without the cases that a study holds out.
+
+    Attributes:
+        name: DatasetXXX_NAME.
+        source: Its folder in nnUNet_preprocessed.
+        data: Its preprocessed cases.
+        kept: Cases to pretrain on.
+        left_out: Corpus case -> held-out case with the same content.
+    """
+
+    name: str
+    source: Path
+    data: Path
+    kept: list[str]
+    left_out: dict[str, str]
+
+
+def signature(folder: Path, case: str) -> tuple[tuple[int, ...], np.ndarray]:
+    """Return shape (D, H, W) and block means of a preprocessed case.
+
+    The means do not depend on scale and offset of the intensities.
+    """
+    volume = np.asarray(open_case(folder, case)[:1], dtype=np.float32)[0]
+    means = volume
+    for axis, edge in enumerate(volume.shape):
+        blocks = min(BLOCKS, edge)
+        bounds = np.linspace(0, edge, blocks + 1).astype(int)
+        sums = np.add.reduceat(means, bounds[:-1], axis=axis)
+        means = sums / np.diff(bounds).reshape([-1 if a == axis else 1 for a in range(3)])
+    return volume.shape, means
+
+
+def same_content(first: tuple[tuple[int, ...], np.ndarray], second: tuple[tuple[int, ...], np.ndarray]) -> bool:
+    """Return whether two signatures belong to the same image."""
+    (one, means), (other, others) = first, second
+    if means.shape != others.shape:
+        return False
+    if any(abs(a - b) > max(1, SAME_EDGE * max(a, b)) for a, b in zip(one, other, strict=True)):
+        return False
+    flat, others = means.ravel() - means.mean(), others.ravel() - others.mean()
+    norm = float(np.linalg.norm(flat) * np.linalg.norm(others))
+    return norm > 0 and float(flat @ others) / norm >= ALIKE
+
+
+def find_twins(corpus: Path, target: Path, held_out: Sequence[str]) -> dict[str, str]:
+    """Find corpus cases with the content of a held-out case: corpus case -> held-out case."""
+    signatures = {case: signature(target, case) for case in held_out}
+    found = {}
+    for case in sorted(list_cases(corpus)):
+        own = signature(corpus, case)
+        twin = next((name for name, other in signatures.items() if same_content(own, other)), None)
+        if twin is not None:
+            found[case] = twin
+    return found
+
+
+def pretraining_data(
+    dataset: str, target: Path, plans: str, configuration: str, held_out: Sequence[str]
+) -> PretrainingData:
+    """Check a corpus and find the cases to pretrain on.
+
+    Args:
+        dataset: Name or number of the corpus.
+        target: The target's folder in nnUNet_preprocessed.
+        plans, configuration: The target's. The corpus must be preprocessed alike.
+        held_out: The study's held-out cases.
+
+    Raises:
+        UserError: If the corpus is not preprocessed like the target, or nothing is left of it.
+    """
+    source = dataset_folder(dataset)
+    data = data_folder(source, plans, configuration)
+    own, theirs = (
+        PlansManager(read_json(folder / f"{plans}.json")).get_configuration(configuration).configuration
+        for folder in (target, source)
+    )
+    differing = [name for name in PREPROCESSING if own[name] != theirs[name]]
+    if differing:
+        raise UserError(
+            f"--pretrain-on {dataset}: {source.name} and {target.name} differ in {', '.join(differing)}. Make the "
+            f"corpus with nnssl_ext corpus --like {target.name} -p {plans}."
+        )
+    twins = find_twins(data, data_folder(target, plans, configuration), held_out)
+    kept = [case for case in sorted(list_cases(data)) if case not in twins]
+    if not kept:
+        raise UserError(f"--pretrain-on {dataset}: every case of {source.name} is held out. Add other images to it.")
+    return PretrainingData(source.name, source, data, kept, twins)
+
+
+def write_pretraining_data(corpus: PretrainingData, folder: Path, plans: dict) -> None:
+    """Write links, plans and the split of a corpus into a study's nnUNet_preprocessed.
+
+    Args:
+        corpus: As ``pretraining_data`` returns it.
+        folder: Of the corpus in the study.
+        plans: The study's plans.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / corpus.data.name
+    if not link.is_symlink():
+        link.symlink_to(corpus.data.resolve(), target_is_directory=True)
+    for name in ("dataset.json", "dataset_fingerprint.json"):
+        if (corpus.source / name).is_file():
+            write_json(read_json(corpus.source / name), folder / name)
+    write_json({**plans, "dataset_name": corpus.name}, folder / f"{plans['plans_name']}.json")
+    write_json([{"train": corpus.kept, "val": []}], folder / "splits_final.json")
+    write_json(corpus.left_out, folder / "left_out.json")
