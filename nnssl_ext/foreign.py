@@ -15,15 +15,15 @@ from torch import Tensor
 
 from nnssl_ext.errors import RefusedError
 
-#: nnU-Net's checkpoints keep their log in numpy scalars; these names, and no others, may be loaded beside tensors.
+_SCALAR = np.float64(0).__reduce__()[0]  # numpy's own constructor, wherever it lives
+#: nnU-Net's checkpoints keep their log in numpy scalars. These names, and no others, may be loaded beside tensors.
 NUMPY_SCALARS: list[Any] = [
     np.dtype,
     np.float32,
     np.float64,
-    np.float64(0).__reduce__()[0],  # numpy's own constructor, wherever it lives
-    type(np.dtype(np.float32)),
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.int64)),
+    _SCALAR,
+    (_SCALAR, "numpy.core.multiarray.scalar"),  # its name before numpy 2
+    *(type(np.dtype(kind)) for kind in ("bool", "float16", "float32", "float64", "int32", "int64")),
 ]
 #: How deeply a checkpoint may be nested.
 MAX_DEPTH = 64

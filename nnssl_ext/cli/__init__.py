@@ -18,6 +18,7 @@ from nnssl_ext.cli import (
     phantom,
     plan,
     probe,
+    sources,
     study,
     train,
     trainers,
@@ -25,7 +26,7 @@ from nnssl_ext.cli import (
 )
 from nnssl_ext.environment import check_processes, use_utf8
 
-COMMANDS = (trainers, plan, corpus, train, transfer, export, study, probe, demo, doctor, msd, phantom, methods)
+COMMANDS = (trainers, plan, corpus, train, transfer, sources, export, study, probe, demo, doctor, msd, phantom, methods)
 
 
 #: Commands that import no nnU-Net, so that its variables do not matter to them.

@@ -2,12 +2,12 @@
 
     nnssl_ext corpus -d 801 -n OpenBrain --like 4 SOURCE...
 
-A source is an nnU-Net raw data set (a folder, or its name or number in nnUNet_raw), a Decathlon task's folder, a folder
-of NIfTI, NRRD or MHA files, or a folder of DICOM series. Called again, it adds what is new. Then
+A source is an nnU-Net raw data set (a folder, or its name or number in nnUNet_raw), a Decathlon task's folder, or a
+folder of NIfTI, Analyze, MGH, NRRD, MetaImage or DICOM files. Called again, it adds new files. Then
 
     nnUNetv2_train 801 3d_fullres all -tr nnsslTrainer_VolumeFusion
 
-pretrains, and the checkpoint fits data set 4. What became of every volume is in corpus.json.
+pretrains, and the checkpoint fits data set 4. corpus.json lists every volume, kept or not, and why.
 """
 
 from __future__ import annotations
@@ -15,8 +15,13 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from nnssl_ext.commands import train_command
@@ -25,15 +30,20 @@ from nnssl_ext.errors import UserError
 if TYPE_CHECKING:
     from nnssl_ext.data.corpus.corpus import Corpus
     from nnssl_ext.data.corpus.manifest import Manifest
+    from nnssl_ext.data.corpus.sources import NotRead
 
-#: Unusable volumes that are named at the end; corpus.json names all.
+#: Damaged volumes that are named at the end; corpus.json names all.
 SHOWN = 20
+
+
+class Stopped(BaseException):
+    """A signal asked the command to end."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("sources", nargs="+", metavar="SOURCE", help="where the images are")
-    add("-d", required=True, type=int, metavar="NUMBER", help="number of the corpus, 1 to 999")
+    add("-d", required=True, type=int, metavar="NUMBER", help="number of the corpus")
     add("-n", required=True, metavar="NAME", help="name of the corpus")
     add("--like", required=True, metavar="DATASET", help="the target (name or ID), planned and preprocessed")
     add("-c", default="3d_fullres", metavar="CONFIGURATION", help="of the target's plans (3d_fullres)")
@@ -46,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="A,B or SOURCE=A,B: take these; may be repeated",
     )
     add("--normalization", action="append", default=[], metavar="SOURCE=SCHEME", help="not the plan's; may be repeated")
-    add("--max-failures", type=float, default=5.0, metavar="PERCENT", help="volumes that may be of no use (5)")
+    add("--max-failures", type=float, default=5.0, metavar="PERCENT", help="damaged volumes that are accepted (5)")
     add("--retry", action="store_true", help="read again what an earlier call could not use")
     add("-np", type=int, default=None, metavar="N", help="processes (nnU-Net's default, at most one per core)")
 
@@ -70,17 +80,60 @@ def run(arguments: argparse.Namespace) -> None:
         _check_scheme(source, scheme)
     wishes = Wishes(corpus.channels, channels, schemes)
     unused_words(wishes, arguments.sources)
-    items = {item.files: item for source in arguments.sources for item in items_of(source, wishes)}
-    manifest = corpus.add(list(items.values()), arguments.max_failures, arguments.retry)
-    _report(corpus, manifest)
+    not_read: dict[str, NotRead] = {source: {} for source in arguments.sources}
+    try:
+        with _stoppable():
+            found = [item for source in arguments.sources for item in items_of(source, wishes, not_read[source])]
+            items = {item.files: item for item in found}
+            manifest = corpus.add(list(items.values()), arguments.max_failures, arguments.retry, not_read)
+    except Stopped as stop:
+        number = stop.args[0]
+        kept = corpus.manifest().counts()["kept"] if corpus.folder.is_dir() else 0
+        print(
+            f"Stopped by {signal.Signals(number).name}: {kept} volumes are in {corpus.folder.name}, none is lost. "
+            "Call the same command again to go on.",
+            file=sys.stderr,
+        )
+        raise SystemExit(128 + number) from None
+    except UserError:
+        if corpus.folder.is_dir():
+            _list_passed_by(corpus.manifest(), not_read)
+            _note_foreign(corpus, corpus.manifest())
+        raise
+    _report(corpus, manifest, not_read)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Raise ``Stopped`` once on Ctrl-C, SIGTERM and a closed terminal, so that what was made is kept."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+    def stop(number: int, _: FrameType | None) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _folder(number: int, name: str, like: Path) -> Path:
-    """The corpus's folder; its number must be free, or its own."""
+    """Name the corpus's folder.
+
+    Raises:
+        UserError: If another data set has its number.
+    """
     from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
-    if not 1 <= number <= 999 or not re.fullmatch(r"[A-Za-z0-9]\w*", name) or "__" in name:
-        raise UserError(f"-d takes 1 to 999 and -n letters and digits, got {number} and '{name}'")
+    if not 1 <= number <= 9999 or not re.fullmatch(r"[A-Za-z0-9][\w-]*", name) or "__" in name:
+        raise UserError(f"-d takes 1 to 9999 and -n letters, digits and hyphens, got {number} and '{name}'")
     folder = like.parent / f"Dataset{number:03d}_{name}"
     others = [str(found) for found in find_candidate_datasets(number) if found != folder.name]
     if others or folder == like:
@@ -89,7 +142,7 @@ def _folder(number: int, name: str, like: Path) -> Path:
 
 
 def _choices(option: str, words: list[str]) -> list[tuple[str, str]]:
-    """``SOURCE=VALUE`` split at the last sign; without a source it is for all."""
+    """Split ``SOURCE=VALUE`` at the last sign; without a source the value is for all."""
     found = []
     for word in words:
         source, _, value = word.rpartition("=")
@@ -109,7 +162,7 @@ def _check_scheme(source: str, scheme: str) -> None:
         raise UserError(f"--normalization {source}={scheme}: unknown scheme; known: {', '.join(known)}")
 
 
-def _report(corpus: Corpus, manifest: Manifest) -> None:
+def _report(corpus: Corpus, manifest: Manifest, not_read: dict[str, NotRead]) -> None:
     from nnssl_ext.data.corpus.manifest import UNUSABLE
 
     unusable = [entry for entry in manifest.all() if entry.status == UNUSABLE]
@@ -117,6 +170,10 @@ def _report(corpus: Corpus, manifest: Manifest) -> None:
         print(f"left out: {entry}", file=sys.stderr)
     if len(unusable) > SHOWN:
         print(f"left out: {len(unusable) - SHOWN} more, see {manifest.path}", file=sys.stderr)
+    _list_passed_by(manifest, not_read)
+    for entry in manifest.all():
+        if entry.case and entry.remarks:
+            print(f"note: {entry.files[0]}: {', '.join(entry.remarks)}", file=sys.stderr)
     _note_foreign(corpus, manifest)
     _note_own(corpus, manifest)
     counts = ", ".join(f"{number} {status}" for status, number in manifest.counts().items() if number)
@@ -128,24 +185,45 @@ def _report(corpus: Corpus, manifest: Manifest) -> None:
     print(f"pretrain with: {command}")
 
 
+def _list_passed_by(manifest: Manifest, not_read: dict[str, NotRead]) -> None:
+    """Count by kind what is intact and no 3-D image, and files of unread kinds."""
+    from nnssl_ext.data.corpus.manifest import NO_IMAGE
+
+    kinds: dict[str, list[str]] = {}
+    for entry in manifest.all():
+        if entry.status == NO_IMAGE:
+            kinds.setdefault(entry.kind, []).append(str(entry))
+    for kind, names in sorted(kinds.items()):
+        print(f"passed by: {len(names)} x {kind}, as {names[0]}", file=sys.stderr)
+    others: dict[str, list[str]] = {}
+    for found in not_read.values():
+        for kind, names in found.items():
+            others.setdefault(kind, []).extend(names)
+    for kind, names in sorted(others.items()):
+        print(f"not read: {len(names)} x {kind}, as {names[0]}", file=sys.stderr)
+
+
 def _note_foreign(corpus: Corpus, manifest: Manifest) -> None:
-    """Images that do not say they are CT may need another normalisation than a CT plan's."""
+    """Suggest another normalization for images that are not CT or become constant under a CT plan."""
+    from nnssl_ext.data.corpus.preparation import CONSTANT
+
     foreign = {
         entry.source
         for entry in manifest.all()
         if "CTNormalization" in corpus.normalization
         and not entry.normalization
-        and {entry.modality, *entry.channels} - {"", "CT"}
+        and ({entry.modality, *entry.channels} - {"", "CT"} or entry.reason == CONSTANT)
     }
     for source in sorted(foreign):
         print(
-            f"note: {source} is not CT, the plan normalises as CT; --normalization '{source}=ZScoreNormalization'?",
+            f"note: {source} does not look like CT, the plan normalizes as CT; "
+            f"--normalization '{source}=ZScoreNormalization'?",
             file=sys.stderr,
         )
 
 
 def _note_own(corpus: Corpus, manifest: Manifest) -> None:
-    """A Dice on images that the pretraining has seen is not to be believed."""
+    """Warn that a Dice on images of the pretraining is too good."""
     own = Path(os.environ.get("nnUNet_raw", "")).resolve() / corpus.like.name / "imagesTr"
     if any(Path(file).parent == own for entry in manifest.all() for file in entry.files):
         print(

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-#: Primus is built by its trainers, not by plans; its published sizes go by the width of their tokens.
-PRIMUS_SIZES = {396: "PrimusS", 792: "PrimusB", 864: "PrimusM", 1056: "PrimusL"}
+#: Primus is built by its trainers, not by plans. Published sizes: width of the tokens and number of blocks -> name.
+PRIMUS_SIZES = {(396, 12): "S", (792, 12): "B", (864, 16): "M", (1056, 24): "L", (1056, 40): "X"}
 
 
 def adaptation_plan(
@@ -21,14 +21,14 @@ def adaptation_plan(
     spacing: Sequence[float],
     channels: int,
 ) -> dict[str, Any]:
-    """What stands under ``nnssl_adaptation_plan``.
+    """Build the content of ``nnssl_adaptation_plan``.
 
     Args:
         network: The network whose weights are written.
         plans_name, configuration_name, configuration: The plans it was built from.
-        patch_size: Edges in voxels of what it was trained on.
-        spacing: Millimetres per voxel of the same.
-        channels: Of the image.
+        patch_size: Edges in voxels of the crops that it was trained on.
+        spacing: Millimeters per voxel of the same.
+        channels: Number of the image's channels.
     """
     architecture = _architecture(network, configuration["architecture"])
     return {
@@ -55,5 +55,11 @@ def _architecture(network: nn.Module, planned: Mapping[str, Any]) -> dict[str, A
     kwargs, requiring_import = planned["arch_kwargs"], planned["_kw_requires_import"]
     own = type(network).__name__
     if own != name and hasattr(network, "key_to_encoder"):  # a trainer that builds something else than the plans say
-        name, kwargs, requiring_import = PRIMUS_SIZES.get(getattr(network, "embed_dim", 0), own), {}, []
+        name, kwargs, requiring_import = f"{own}{_primus_size(network)}", {}, []
     return {"arch_class_name": name, "arch_kwargs": kwargs, "arch_kwargs_requiring_import": requiring_import}
+
+
+def _primus_size(network: nn.Module) -> str:
+    """Name a published size of Primus by width and depth; '' for another network."""
+    blocks: Any = getattr(getattr(network, "eva", None), "blocks", ())
+    return PRIMUS_SIZES.get((getattr(network, "embed_dim", 0), len(blocks)), "")

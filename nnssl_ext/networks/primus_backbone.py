@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from dynamic_network_architectures.architectures.primus import Primus
 from timm.layers import build_rotary_pos_embed
 from torch import Tensor, nn
 
 from nnssl_ext.networks.base import Backbone, LearnedPositions, edges_problem
+from nnssl_ext.networks.positions import resize_positions
 
 #: Edges of an image from which a token's edges are measured; every published token divides it.
 PROBE = 32
@@ -108,13 +108,8 @@ class PrimusBackbone(Backbone):
     def _positions(self, grid: Sequence[int], registers: int) -> Tensor:
         """(1, registers + N, E) learned positions of a token grid; as they are on the network's own."""
         eva = self.network.eva
-        own = tuple(eva.rope.ref_feat_shape) if eva.rope is not None else tuple(grid)
-        if tuple(grid) == own:
-            return eva.pos_embed
-        prefix, places = eva.pos_embed[:, :registers], eva.pos_embed[:, registers:]
-        volume = places.transpose(1, 2).unflatten(2, own)
-        resized = F.interpolate(volume.float(), size=tuple(grid), mode="trilinear", align_corners=False)
-        return torch.cat([prefix, resized.flatten(2).transpose(1, 2).to(prefix.dtype)], 1)
+        own = tuple(grid) if eva.rope is None else tuple(eva.rope.ref_feat_shape)
+        return resize_positions(eva.pos_embed, own, grid, registers)
 
     def _rotary(self, grid: Sequence[int]) -> Tensor | None:
         """Rotary positions of a grid, stretched to the extent of the network's own."""

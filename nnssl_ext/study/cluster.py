@@ -141,7 +141,7 @@ def _left_running(grid: Grid, note: Path) -> dict[Run, Any]:
     ids, found = read_json(note), {}
     for run in grid.all_runs():
         if _key(run) in ids and not grid.done(run):
-            job = submitit.SlurmJob(folder=note.parent, job_id=str(ids[_key(run)]))
+            job: Any = submitit.SlurmJob(folder=note.parent, job_id=str(ids[_key(run)]))
             if str(job.state).split(" ")[0] in ALIVE:
                 found[run] = job
     return found

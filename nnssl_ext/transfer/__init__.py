@@ -1,1 +1,1 @@
-"""Pretrained weights from anywhere into the network of any nnU-Net plans, with a report."""
+"""Transfer of pretrained weights from anywhere into the network of any nnU-Net plans."""

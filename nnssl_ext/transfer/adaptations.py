@@ -1,4 +1,4 @@
-"""How one tensor is made to fit: pure functions of tensors, each with the response that it keeps.
+"""Fit one tensor to another shape: pure functions, each with the response that it keeps.
 
 O output and I input channels, k kernel edges, N tokens, E width of a token.
 """
@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nnssl_ext.networks.positions import resize_positions
+
 
 class MisfitError(ValueError):
-    """A tensor for whose change of shape there is no rule; the message says which."""
+    """A change of a tensor's shape for which there is no rule."""
 
 
 def input_channels(weight: Tensor, channels: int) -> Tensor:
-    """A first layer for another number of image channels: (O, I, *k) -> (O, channels, *k).
+    """Fit a first layer to another number of image channels: (O, I, *k) -> (O, channels, *k).
 
-    More channels repeat the source's in turn, each divided by how often it stands; fewer take the mean of all,
-    multiplied by I / channels. An image whose channels are all alike then gives the same response.
+    More channels repeat the source's in turn, each divided by the number of its repetitions. Fewer take the mean of
+    all, multiplied by I / channels. An image whose channels are all alike then gives the same response.
     """
     present = weight.shape[1]
     if channels < present:
@@ -31,9 +33,9 @@ def input_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def kernel(weight: Tensor, size: Sequence[int]) -> Tensor:
-    """A convolution with another kernel: (O, I, *k) -> (O, I, *size), axis by axis.
+    """Fit a convolution to another kernel: (O, I, *k) -> (O, I, *size), axis by axis.
 
-    To one voxel the kernel is summed, from one voxel it is placed at the centre of zeros. A volume that is constant
+    To one voxel the kernel is summed. From one voxel it is placed at the center of zeros. A volume that is constant
     along that axis then gives the same response (where no padding is seen).
 
     Raises:
@@ -55,9 +57,9 @@ def kernel(weight: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def upsampling_kernel(weight: Tensor, size: Sequence[int]) -> Tensor:
-    """A transposed convolution whose kernel is its stride: (I, O, *k) -> (I, O, *size), axis by axis.
+    """Fit a transposed convolution whose kernel is its stride: (I, O, *k) -> (I, O, *size), axis by axis.
 
-    The kernel's mean along the axis, repeated. A constant map is then brought to the same mean.
+    The kernel's mean along the axis is repeated. A constant map is then brought to the same mean.
     """
     for axis, (old, new) in enumerate(zip(weight.shape[2:], size, strict=True), start=2):
         if old != new:
@@ -67,13 +69,13 @@ def upsampling_kernel(weight: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def overlapping_channels(weight: Tensor, initial: Tensor, parts: int = 1) -> Tensor:
-    """``initial`` with the channels that ``weight`` has too laid over it; the other axes must be alike.
+    """Copy the channels of ``weight`` over those of ``initial``. The other axes must be alike.
 
     Args:
         weight: (A, B, ...) or (A,).
         initial: The same number of axes.
-        parts: Input channels (axis 1) are so many parts in a row, each of which overlaps by itself: a decoder's
-            convolution sees the up-sampled map and the skip.
+        parts: Number of equal parts of the input channels (axis 1), which overlap separately: a decoder's convolution
+            sees the up-sampled map and the skip.
     """
     result = initial.clone()
     first = min(weight.shape[0], initial.shape[0])
@@ -87,10 +89,10 @@ def overlapping_channels(weight: Tensor, initial: Tensor, parts: int = 1) -> Ten
 
 
 def patch_kernel(weight: Tensor, size: Sequence[int]) -> Tensor:
-    """A patch embedding for another patch size: (E, I, *k) -> (E, I, *size).
+    """Fit a patch embedding to another patch size: (E, I, *k) -> (E, I, *size).
 
-    Pseudo-inverse resize (Beyer et al., FlexiViT, arXiv 2212.08013), one axis after the other: what a patch becomes is
-    kept when the patch is resized with the volume; exactly when it grows, in least squares when it shrinks.
+    Pseudo-inverse resize (Beyer et al., FlexiViT, arXiv 2212.08013), one axis after the other. The token of a patch is
+    kept when the patch is resized with the volume: exactly when it grows, in least squares when it shrinks.
     """
     result = weight.double()
     for axis, (old, new) in enumerate(zip(weight.shape[2:], size, strict=True), start=2):
@@ -101,9 +103,9 @@ def patch_kernel(weight: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def resizing_matrix(old: int, new: int) -> Tensor:
-    """How a line of ``old`` voxels is resized to ``new``: (new, old), rows of sum 1.
+    """Compute the matrix that resizes a line of voxels: (new, old), rows of sum 1.
 
-    Linear interpolation when it grows; the mean of what a new voxel covers when it shrinks.
+    Linear interpolation when it grows. The mean over the voxels that a new one covers when it shrinks.
     """
     if new >= old:
         lines = torch.eye(old, dtype=torch.float64)[None]  # (1, old lines, old voxels)
@@ -115,16 +117,12 @@ def resizing_matrix(old: int, new: int) -> Tensor:
 
 
 def positions(table: Tensor, grid: Sequence[int], target: Sequence[int], prefix: int = 0) -> Tensor:
-    """Learned positions for another grid of tokens: (1, prefix + N, E) -> (1, prefix + N', E).
-
-    Trilinear over the grid, stretched to the whole of the new one; the prefix (register tokens) is kept.
+    """Fit learned positions to another token grid: (1, prefix + N, E) -> (1, prefix + N', E).
 
     Raises:
         MisfitError: If the table does not have the grid's tokens.
     """
-    if len(grid) != 3 or table.shape[1] - prefix != torch.Size(grid).numel():
-        raise MisfitError(f"{table.shape[1] - prefix} positions do not fill a grid of {tuple(grid)}")
-    extra, width = table[:, :prefix], table.shape[-1]
-    maps = table[:, prefix:].reshape(1, *grid, width).movedim(-1, 1)
-    maps = F.interpolate(maps, size=tuple(target), mode="trilinear", align_corners=False)
-    return torch.cat([extra, maps.movedim(1, -1).reshape(1, -1, width)], 1)
+    try:
+        return resize_positions(table, grid, target, prefix)
+    except ValueError as error:
+        raise MisfitError(str(error)) from error

@@ -1,4 +1,4 @@
-"""Which stage of the source stands for which stage of the target."""
+"""Match stages of the source with stages of the target."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import mean, median
 
-#: Leaving a target's stage without a source costs as much as a match an octave (a factor of two) off.
+#: Cost of a target's stage without a source: that of a match one octave (a factor of two) off.
 UNMATCHED = 1.0
 
 
 def resolutions(spacing: Sequence[float], strides: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-    """Millimetres per voxel of each stage's feature map: voxel spacing times cumulative stride, per axis."""
+    """Compute each stage's millimeters per voxel: voxel spacing times cumulative stride, per axis."""
     result: list[tuple[float, ...]] = []
     current = tuple(float(edge) for edge in spacing)
     for stride in strides:
@@ -21,14 +21,14 @@ def resolutions(spacing: Sequence[float], strides: Sequence[Sequence[int]]) -> l
 
 
 def align(source: Mapping[int, Sequence[float]], target: Mapping[int, Sequence[float]]) -> dict[int, int | None]:
-    """For each stage of the target the source's stage of the nearest resolution, or None.
+    """Match each stage of the target with the source's stage of the nearest resolution, or None.
 
-    Of all matchings that keep the order and use no stage twice, the one with the least sum of distances, in octaves;
-    a stage without a partner counts one. The distance is the median over the axes, so that one thick axis does not
-    decide; equal medians are told apart by the mean.
+    Of all matchings that keep the order and use no stage twice, the one with the least sum of distances is taken. A
+    distance is the median over the axes, in octaves, so that one thick axis does not decide. Equal medians are told
+    apart by the mean. A stage without a partner costs one octave.
 
     Args:
-        source, target: Stage number -> millimetres per voxel, per axis.
+        source, target: Stage number -> millimeters per voxel, per axis.
     """
     rows, columns = sorted(target), sorted(source)
     # best[i][j]: least cost of the target's first i stages with the source's first j, and the matches made
@@ -48,7 +48,7 @@ def align(source: Mapping[int, Sequence[float]], target: Mapping[int, Sequence[f
 
 
 def align_by_index(source: Sequence[int], target: Sequence[int]) -> dict[int, int | None]:
-    """Each stage of the target with the source's stage of the same number."""
+    """Match each stage of the target with the source's stage of the same number."""
     return {stage: stage if stage in source else None for stage in target}
 
 

@@ -1,4 +1,4 @@
-"""A finished pretraining, made ready to be given away: a Hugging Face folder, safetensors, nnU-Net's zip."""
+"""Export a finished pretraining: a Hugging Face folder, safetensors, nnU-Net's zip."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.transfer.locate import CONFIG, NOTE, PLAN, SAFETENSORS, WEIGHTS
 from nnssl_ext.transfer.names import canonical_weights
 
-#: What is given away of our section; heads, teachers and the data position are for the run that continues.
-GIVEN = (
+#: Entries of our section that are exported. Heads, teachers and the data position are for the run that continues.
+EXPORTED = (
     "format",
     "method",
     "title",
@@ -35,31 +35,31 @@ GIVEN = (
     "revision",
     "hardware",
 )
-#: Of the files that nnUNetv2_export_model_to_zip packs, those that every training writes.
+#: Files that nnUNetv2_export_model_to_zip packs and every training writes.
 PACKED = ("progress.png", "../plans.json", "../dataset.json", "../dataset_fingerprint.json")
 
 
 def finished_run(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint of a pretraining run, by itself or in its fold folder, and its content.
+    """Load the checkpoint of a pretraining run, given as a file or its fold folder.
 
     Raises:
-        UserError: If there is none, or it is no pretraining run's.
+        UserError: If there is none, or it is not that of a pretraining.
     """
     file = path / WEIGHTS if path.is_dir() else path
     content = checkpoint.load(file)
     if "method" not in content["nnssl_ext"] or "init_args" not in content:
-        raise UserError(f"{file} was not written by a pretraining run (by nnssl_ext transfer or export?)")
+        raise UserError(f"{file} was not written by a pretraining run (but by nnssl_ext transfer or export?)")
     return file, content
 
 
-def export_folder(content: Mapping[str, Any], folder: Path, name: str, licence: str, safetensors: bool) -> None:
-    """Write the folder that is uploaded to Hugging Face; it is there completely or not at all.
+def export_folder(content: Mapping[str, Any], folder: Path, name: str, license_name: str, safetensors: bool) -> None:
+    """Write the folder that is uploaded to Hugging Face, completely or not at all.
 
     Args:
-        content: Of a pretraining checkpoint.
+        content: The content of a pretraining checkpoint.
         folder: Must not exist.
-        name: Of the model, for the card.
-        licence: Hugging Face's word for it, such as cc-by-4.0; '' leaves a line to be filled in.
+        name: The model's name on its card.
+        license_name: Hugging Face's identifier, such as cc-by-4.0; '' leaves a line to be filled in.
         safetensors: Whether to write the weights in that format too.
 
     Raises:
@@ -72,13 +72,13 @@ def export_folder(content: Mapping[str, Any], folder: Path, name: str, licence: 
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from error
     try:
-        given = {key: value for key, value in content["nnssl_ext"].items() if key in GIVEN}
+        own = {key: value for key, value in content["nnssl_ext"].items() if key in EXPORTED}
         kept = ("network_weights", "nnssl_adaptation_plan", "citations", "trainer_name")
-        checkpoint.save({**{key: content[key] for key in kept}, "nnssl_ext": given}, temporary / WEIGHTS)
+        checkpoint.save({**{key: content[key] for key in kept}, "nnssl_ext": own}, temporary / WEIGHTS)
         plan = {**content["nnssl_adaptation_plan"], "citations": content["citations"]}
         write_json(plan, temporary / PLAN)
         write_json(_config(content), temporary / CONFIG)
-        (temporary / "README.md").write_text(model_card(content, name, licence), encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(content, name, license_name), encoding="utf-8")
         if safetensors:
             _save_safetensors(content, temporary / SAFETENSORS)
         temporary.chmod(0o755)
@@ -90,17 +90,16 @@ def export_folder(content: Mapping[str, Any], folder: Path, name: str, licence: 
         raise
 
 
-def model_card(content: Mapping[str, Any], name: str, licence: str) -> str:
-    """The README of a model on Hugging Face, from what the run recorded."""
+def model_card(content: Mapping[str, Any], name: str, license_name: str) -> str:
+    """Write the README of a model on Hugging Face, from what the run recorded."""
     own, plan, arguments = content["nnssl_ext"], content["nnssl_adaptation_plan"], content["init_args"]
     configuration = _configuration(plan)
-    weights = canonical_weights(content["network_weights"], "the checkpoint")
-    template = Template(
-        (Path(__file__).parent / "model_card.md.j2").read_text(encoding="utf-8"), keep_trailing_newline=True
-    )
+    weights = canonical_weights(content["network_weights"])
+    card = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
+    template = Template(card, keep_trailing_newline=True)
     return template.render(
         name=name,
-        licence=licence,
+        license=license_name,
         title=own["title"],
         architecture=plan["architecture_plans"]["arch_class_name"],
         citations=[text for entry in content["citations"] for text in entry.get("apa_citations", ())],
@@ -111,7 +110,7 @@ def model_card(content: Mapping[str, Any], name: str, licence: str) -> str:
         channels=plan["pretrain_num_input_channels"],
         spacing=" x ".join(f"{edge:g}" for edge in configuration["spacing"]),
         patch_size=" x ".join(map(str, configuration["patch_size"])),
-        normalisation=", ".join(configuration["normalization_schemes"]),
+        normalization=", ".join(configuration["normalization_schemes"]),
         steps=f"{own['counters']['step']:,}",
         batch_size=own["counters"]["samples"] // max(own["counters"]["step"], 1),
         seed=own["settings"]["common"]["seed"],
@@ -124,18 +123,18 @@ def model_card(content: Mapping[str, Any], name: str, licence: str) -> str:
 
 
 def training_command(content: Mapping[str, Any]) -> str:
-    """The command that made a checkpoint."""
+    """Rebuild the command that made a checkpoint."""
     return shlex.join(["nnUNetv2_train", *_identity(content), "-tr", content["trainer_name"], *_plans_option(content)])
 
 
 def prepare_zip(file: Path, content: Mapping[str, Any]) -> str:
-    """Add what nnUNetv2_export_model_to_zip wants beside a pretraining run; returns the command that packs it.
+    """Add what nnUNetv2_export_model_to_zip needs beside a pretraining run, and return the command that packs it.
 
-    Stock packs validation/summary.json of every fold; a pretraining has no segmentation to validate, so its own
+    Stock packs validation/summary.json of every fold. A pretraining has no segmentation to validate, so its own
     summary is put there.
 
     Raises:
-        UserError: If something else that stock packs is missing.
+        UserError: If another file that stock packs is missing.
     """
     fold = file.parent
     missing = [str(fold / name) for name in PACKED if not (fold / name).is_file()]
@@ -154,7 +153,7 @@ def prepare_zip(file: Path, content: Mapping[str, Any]) -> str:
 
 
 def _identity(content: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Data set, configuration and fold, as the command line names them."""
+    """List data set, configuration and fold, as the command line names them."""
     arguments = content["init_args"]
     return dataset_word(arguments["plans"]["dataset_name"]), arguments["configuration"], str(arguments["fold"])
 
@@ -194,6 +193,7 @@ def _save_safetensors(content: Mapping[str, Any], path: Path) -> None:
     network.load_state_dict(content["network_weights"])
     own = content["nnssl_ext"]
     noted = {"title": own.get("title"), "trained": own.get("trained")}
-    noted["weights_sha256"] = checkpoint.digest(canonical_weights(content["network_weights"], "the checkpoint"))
-    # a U-Net names one tensor up to four times; the format holds each once and save_model notes the other names
+    noted["weights_sha256"] = checkpoint.digest(canonical_weights(content["network_weights"]))
+    # a U-Net names one tensor up to four times. The format holds each once, and save_model notes the other names
     save_model(network, str(path), {NOTE: json.dumps(noted)})
+    path.chmod(0o644)  # the library writes with mode 600

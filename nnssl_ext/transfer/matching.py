@@ -1,14 +1,15 @@
-"""Which tensor of the source stands for which tensor of the target; no values are looked at here."""
+"""Match tensors of the target with tensors of the source, by names alone."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from nnssl_ext.networks.backbone import HEADS
 from nnssl_ext.transfer.names import UNet
 
-#: Tensors of a layer beside its convolution's weight; they mean nothing without it.
+#: Tensors of a layer beside its convolution's weight. They mean nothing without it.
 COMPANIONS = (
     "conv.bias",
     "norm.weight",
@@ -24,11 +25,11 @@ CONCATENATED = ("convs.0", "blocks.0.conv1", "blocks.0.skip")
 
 @dataclass(frozen=True)
 class Match:
-    """What a tensor of the target is to be filled from.
+    """The source's tensor for a tensor of the target.
 
     Attributes:
         source: The source's tensor; '' if there is none.
-        rule: How it is fitted: a key of ``fitting.RULES``.
+        rule: How it is fitted: a key of ``rules.RULES``.
         reason: Why there is none.
         leader: The target's tensor without which this one stays as it is.
     """
@@ -40,7 +41,7 @@ class Match:
 
 
 def by_name(targets: Iterable[str], sources: Iterable[str]) -> dict[str, Match]:
-    """Each of the target's tensors with the source's of the same name."""
+    """Match tensors of equal names."""
     present = set(sources)
     return {
         name: Match(name) if name in present else Match(reason="the source has no tensor of this name")
@@ -48,64 +49,75 @@ def by_name(targets: Iterable[str], sources: Iterable[str]) -> dict[str, Match]:
     }
 
 
-def heads(targets: Iterable[str]) -> dict[str, Match]:
-    """Segmentation heads: they stay as they are, always."""
-    return {name: Match(reason="a segmentation head is never transferred") for name in targets if HEADS in f".{name}"}
+def heads(targets: Iterable[str], sources: Iterable[str], labels: bool) -> dict[str, Match]:
+    """Match segmentation heads: by the labels of their outputs where both sides know them, else not at all."""
+    present, result = set(sources), {}
+    for name in targets:
+        if HEADS in f".{name}":
+            source = name if labels and name in present else ""
+            result[name] = Match(source, "outputs", "" if source else "a segmentation head is not transferred")
+    return result
 
 
 def image_readers(targets: Iterable[str], first_layers: Iterable[str]) -> list[str]:
-    """Names of the weights that see the image's channels, among the target's."""
+    """List the weights that see the image's channels.
+
+    In a residual block that is the first layer, the convolution of its skip sees the image too.
+    """
     wanted = {f"{layer}.weight" for layer in first_layers}
-    return [name for name in targets if name in wanted]
+    blocks = [layer.removesuffix("conv1.conv") for layer in first_layers if layer.endswith(".conv1.conv")]
+    skips = [re.compile(rf"{re.escape(block)}skip\.\d+\.conv\.weight$") for block in blocks]
+    return [name for name in targets if name in wanted or any(skip.match(name) for skip in skips)]
 
 
-def unet(target: UNet, source: UNet, alignment: Mapping[int, int | None]) -> dict[str, Match]:
-    """A U-Net's layers from another's.
+def unet(target: UNet, source: UNet, alignment: Mapping[int, int | None], absent: str) -> dict[str, Match]:
+    """Match the layers of two U-Nets.
 
     Args:
         target, source: Their layers.
         alignment: The source's stage for each stage of the target.
+        absent: Why a stage of the target has no partner.
     """
     result: dict[str, Match] = {}
     if target.stem:
-        absent = "" if source.stem else "the source has no layer that reads an image"
-        result.update(_layer(target.stem, source.stem, "image convolution", absent))
+        reason = "" if source.stem else "the source has no layer that reads an image"
+        result.update(_layer(target.stem, source.stem, "image convolution", reason))
     for stage, parts in target.stages.items():
-        theirs = alignment[stage]
+        partner_stage = alignment[stage]
         for part, layer in parts.items():
-            if theirs is None:
-                result.update(_layer(layer, None, "convolution", "no stage of the source has this resolution"))
+            if partner_stage is None:
+                result.update(_layer(layer, None, "convolution", absent))
             else:
-                partner, reason = _partner(target, source, stage, theirs, part)
+                partner, reason = _partner(target, source, stage, partner_stage, part)
                 result.update(_layer(layer, partner, "convolution", reason))
     result.update(_decoder(target, source, alignment))
     return result
 
 
-def _partner(target: UNet, source: UNet, stage: int, theirs: int, part: str) -> tuple[str | None, str]:
+def _partner(target: UNet, source: UNet, stage: int, partner_stage: int, part: str) -> tuple[str | None, str]:
+    if target.bottleneck_blocks != source.bottleneck_blocks:
+        return None, "bottleneck blocks and other blocks have no layers in common"
     if target.residual == source.residual:
-        layer = source.stages[theirs].get(part)
-        return layer, "" if layer else f"stage {theirs} of the source has no such layer"
-    if target.bottleneck_blocks or source.bottleneck_blocks:
-        return None, "bottleneck blocks have no counterpart in a plain encoder"
+        layer = source.stages[partner_stage].get(part)
+        return layer, "" if layer else f"stage {partner_stage} of the source has no such layer"
     if part.endswith("skip"):
         return None, "a plain encoder has no residual connections"
     place = target.path(stage).index(target.stages[stage][part])
-    path = source.path(theirs)
-    return (path[place], "") if place < len(path) else (None, f"stage {theirs} of the source has fewer layers")
+    path = source.path(partner_stage)
+    return (path[place], "") if place < len(path) else (None, f"stage {partner_stage} of the source has fewer layers")
 
 
 def _decoder(target: UNet, source: UNet, alignment: Mapping[int, int | None]) -> dict[str, Match]:
     result: dict[str, Match] = {}
     for stage, parts in target.decoder.items():
-        theirs = alignment[stage]
+        partner_stage = alignment[stage]
         for part, layer in parts.items():
-            partner = source.decoder.get(-1 if theirs is None else theirs, {}).get(part)
+            partner = source.decoder.get(-1 if partner_stage is None else partner_stage, {}).get(part)
             rule = "concatenation" if part.startswith(CONCATENATED) else "convolution"
             result.update(_layer(layer, partner, rule, "" if partner else "no such layer in the source's decoder"))
     for stage, layer in target.upsampling.items():
-        theirs, below = alignment[stage], alignment[stage + 1]
-        partner = None if theirs is None or below != theirs + 1 else source.upsampling.get(theirs)
+        partner_stage, below = alignment[stage], alignment[stage + 1]
+        partner = None if partner_stage is None or below != partner_stage + 1 else source.upsampling.get(partner_stage)
         reason = "" if partner else "the source's decoder does not lead from the one resolution to the other"
         weight = f"{layer}.weight"
         result[weight] = Match(f"{partner}.weight" if partner else "", "upsampling", reason)
@@ -114,7 +126,7 @@ def _decoder(target: UNet, source: UNet, alignment: Mapping[int, int | None]) ->
 
 
 def _layer(layer: str, partner: str | None, rule: str, reason: str) -> dict[str, Match]:
-    """The matches of a convolution, its bias and its norm."""
+    """Match a convolution, its bias and its norm."""
     weight = f"{layer}.conv.weight"
     result = {weight: Match(f"{partner}.conv.weight" if partner else "", rule, reason)}
     for companion in COMPANIONS:
@@ -124,9 +136,9 @@ def _layer(layer: str, partner: str | None, rule: str, reason: str) -> dict[str,
 
 
 def transformer(targets: Iterable[str], sources: Iterable[str], first_layers: Iterable[str]) -> dict[str, Match]:
-    """By name, with the rules that positions, the stem and Primus's decoder need."""
+    """Match by name, with the rules that positions, the stem and Primus's decoder need."""
     result = by_name(targets, sources)
-    for name in image_readers(result, first_layers):
+    for name in image_readers(result, list(first_layers)):
         result[name] = Match(result[name].source, "image patches", result[name].reason)
     for name, match in result.items():
         if name.endswith("pos_embed"):

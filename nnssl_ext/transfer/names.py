@@ -1,4 +1,4 @@
-"""One name for each tensor of a state dict, and what the names of a U-Net say about it."""
+"""Canonical names of tensors, and the networks that they describe."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
-
-from nnssl_ext.errors import UserError
 
 _STAGE = r"\d+(?:\.\d+)?"  # a pooling encoder puts its stage behind the pooling layer
 _PATTERNS = {
@@ -21,10 +19,22 @@ _PATTERNS = {
     ),
 }
 _UPSAMPLING = re.compile(r"(decoder\.transpconvs\.(\d+))\.weight$")
+#: Words that wrappers put before every name: DDP, torch.compile, Lightning, MONAI.
+_WRAPPERS = ("module.", "_orig_mod.", "net.", "network.", "model.")
+
+U_NET, PRIMUS, PCT_NET, VIT, RESNET = "U-Net", "Primus", "PCT-Net", "vision transformer", "ResNet"
+#: What the names of a family look like, wrappers removed.
+_FAMILIES = {
+    U_NET: re.compile(r"encoder\.(stages|stem)\."),
+    PRIMUS: re.compile(r"(eva\.blocks|down_projection)\."),
+    PCT_NET: re.compile(r"pyramid_ct\."),
+    VIT: re.compile(r"(backbone\.)?blocks\.(\d+\.)+attn\.qkv\.weight$"),
+    RESNET: re.compile(r"(backbone\.)*layer4\.0\.conv1\.weight$"),
+}
 
 
 def canonical_name(name: str) -> str:
-    """A tensor's first name: nnU-Net's networks have up to four for one, wrappers put words before it."""
+    """Reduce a tensor's name to its first alias: nnU-Net's networks have up to four names for one tensor."""
     name = name.replace("_orig_mod.", "")
     while name.startswith("module."):
         name = name.removeprefix("module.")
@@ -34,24 +44,49 @@ def canonical_name(name: str) -> str:
     return re.sub(r"\.all_modules\.\d+\.", ".norm.", name)
 
 
-def canonical_weights(weights: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """A state dict with one name for each tensor, in its order.
-
-    Raises:
-        UserError: If a tensor's names disagree about its values: whoever made the file changed one name of several.
-    """
+def canonical_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Reduce a state dict to one name for each tensor. Of aliases that differ the last wins, as in torch."""
     result: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         first = result.setdefault(canonical_name(name), tensor)
         # a norm and a trained activation behind it may look like one: the norm comes first and has another shape
-        if first.data_ptr() == tensor.data_ptr() or first.shape != tensor.shape:
-            continue
-        if not bool(((first == tensor) | (first != first)).all()):  # no number equals itself if it is not one
-            raise UserError(
-                f"{where}: '{name}' and '{canonical_name(name)}' name one tensor and hold different values; save "
-                f"network.state_dict() of the network itself"
-            )
+        if first.shape == tensor.shape:
+            result[canonical_name(name)] = tensor
     return result
+
+
+def differing_aliases(weights: Mapping[str, Tensor]) -> list[str]:
+    """List the canonical names whose aliases hold different values."""
+    chosen = canonical_weights(weights)
+    found: dict[str, None] = {}
+    for name, tensor in weights.items():
+        other = chosen[canonical_name(name)]
+        if tensor.data_ptr() == other.data_ptr() or tensor.shape != other.shape:
+            continue
+        if not bool(((tensor == other) | ((tensor != tensor) & (other != other))).all()):  # a NaN is no number
+            found[canonical_name(name)] = None
+    return list(found)
+
+
+def family_of(names: Iterable[str]) -> str:
+    """Recognize the family of networks that names without wrappers belong to; '' for an unknown one."""
+    names = list(names)
+    return next((family for family, known in _FAMILIES.items() if any(map(known.match, names))), "")
+
+
+def without_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the words of wrappers, where what remains are names of a known family."""
+    shorter = dict(weights)
+    for _ in range(4):
+        if family_of(shorter):
+            return shorter
+        shorter = {_unwrapped(name): tensor for name, tensor in shorter.items()}
+    return dict(weights)
+
+
+def _unwrapped(name: str) -> str:
+    wrapper = next((word for word in _WRAPPERS if name.startswith(word)), "")
+    return name.removeprefix(wrapper)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Reads other people's files: tensors and plain values only; a pickle is never executed."""
+"""Read other people's files: tensors and plain values only. A pickle is never executed."""
 
 from __future__ import annotations
 
@@ -16,18 +16,28 @@ from nnssl_ext import checkpoint
 from nnssl_ext.errors import RefusedError, UserError
 from nnssl_ext.foreign import load_tensors
 from nnssl_ext.networks.architectures import pct_net, vit
-from nnssl_ext.transfer import resnet
-from nnssl_ext.transfer.geometry import geometry, planned_geometry
+from nnssl_ext.transfer import names, resnet
+from nnssl_ext.transfer.heads import output_names
 from nnssl_ext.transfer.locate import NOTE, Located, locate
-from nnssl_ext.transfer.names import canonical_name, canonical_weights
-from nnssl_ext.transfer.source import Geometry, Source
+from nnssl_ext.transfer.source import PretrainedWeights, geometry, planned_geometry
 
-#: What recognises a kind of file and reads it: content, file and plan -> Source, or None for another kind.
-Reader = Callable[[dict[str, Any], Path, dict[str, Any]], "Source | None"]
+#: Recognizes a kind of file and reads it: content, file and plan -> weights, or None for another kind.
+Reader = Callable[[dict[str, Any], Path, dict[str, Any]], "PretrainedWeights | None"]
+#: Where frameworks keep a state dict.
+PLACES = ("network_weights", "state_dict", "model_state_dict", "teacher", "model", "network", "net", "module")
+#: What files begin with that are not what was asked for, and what to do.
+FOREIGN_STARTS = {
+    b"version https://git-lfs": "a Git LFS pointer. Fetch the file itself with git lfs pull",
+    b"<!doctype": "a web page. Download the file itself",
+    b"<html": "a web page. Download the file itself",
+    b"\x1f\x8b": "a gzip archive. Unpack it and give the file inside",
+    b"\x89hdf": "an HDF5 file. Export the weights to PyTorch first",
+}
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "mask_token")
 
 
-def read_source(text: str) -> Source:
-    """Pretrained weights from a file, a folder or a Hugging Face repository.
+def read_source(text: str) -> PretrainedWeights:
+    """Read pretrained weights from a file, a folder, a Hugging Face repository or a known source.
 
     Raises:
         UserError: If there is nothing, it needs more than tensors and plain values, or its kind is not known.
@@ -39,9 +49,8 @@ def read_source(text: str) -> Source:
         if source is not None:
             return source
     raise UserError(
-        f"{located.weights} is of no known kind: it holds {_listed(content)}; known are checkpoints of nnssl_ext, "
-        f"nnU-Net and nnssl, a ResNet3D-18 under 'state_dict', a PCT-Net under 'model_state_dict' and a 3DINO vision "
-        f"transformer under 'teacher'"
+        f"{located.weights} is of no known kind. Expected a checkpoint of nnssl_ext, nnU-Net or nnssl, or a state dict "
+        f"(bare, or under {', '.join(PLACES[:5])}), got {_listed(content)}. Save network.state_dict() with torch.save"
     )
 
 
@@ -59,152 +68,201 @@ def _content(located: Located) -> dict[str, Any]:
     except PermissionError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # damaged and hostile files raise anything
-        raise UserError(f"{path} is refused: {_why(error)}; nothing of it was executed") from error
+        raise UserError(f"{path} is refused: {_why(error, path)}; nothing of it was executed") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected named tensors")
     return content
 
 
-def _why(error: Exception) -> str:
-    needed = re.search(r"GLOBAL (\S+)", str(error))
-    if needed:
-        return f"it needs '{needed[1]}', more than tensors and plain values (save the bare state dict anew)"
+def _why(error: Exception, path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    for known, meaning in FOREIGN_STARTS.items():
+        if start.startswith(known):
+            return f"it is {meaning}"
     if isinstance(error, RefusedError):
         return str(error)
+    advice = "more than tensors and plain values. Save network.state_dict() with torch.save where it was made"
+    needed = re.search(r"GLOBAL (\S+)", str(error))
+    if needed:
+        return f"it needs {needed[1]!r}, {advice}"
     if isinstance(error, pickle.UnpicklingError):
-        return "it needs more than tensors and plain values (save the bare state dict anew), or is damaged"
+        return f"it needs {advice}, or is damaged"
+    if start.startswith(b"pk\x03\x04") and "central directory" not in str(error):
+        return "it is a zip archive without a state dict. Unpack it and give the file inside"
     return f"it is damaged or no file of tensors ({type(error).__name__})"
 
 
-def _own(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Source | None:
+def _own(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> PretrainedWeights | None:
     own = content.get("nnssl_ext")
-    if not isinstance(own, dict) or not _tensors(content.get("network_weights")):
+    if not isinstance(own, dict) or not _is_state_dict(content.get("network_weights")):
         return None
-    raw = content["network_weights"]
     checkpoint.verify(content, path)
-    weights = canonical_weights(raw, str(path))
-    untrained = _untrained(weights, own.get("trained"))
+    read = _renamed(content["network_weights"])
+    read["untrained"] = _untrained(read["weights"], own.get("trained"))
+    read["citations"] = content.get("citations") or []
     plan = content.get("nnssl_adaptation_plan") or plan
-    # a fine-tuned network has nnU-Net's own record of its plans instead
-    found, note = (planned_geometry(plan, weights), "") if plan else _recorded_geometry(content, path, weights)
+    if plan:
+        read["geometry"] = planned_geometry(plan, read["weights"])
+    else:  # a fine-tuned network has nnU-Net's own record of its plans instead
+        read |= _recorded(content, path, read)
     kind = f"nnssl_ext, {own.get('title') or content.get('trainer_name', 'unknown origin')}"
-    return Source(path, kind, weights, found, untrained, content.get("citations") or [], note)
+    return PretrainedWeights(path, kind, **read)
 
 
 def _untrained(weights: Mapping[str, Tensor], trained: Any) -> frozenset[str]:
-    """The tensors that a pretraining left at their initial values, as it noted which it trained."""
+    """List the tensors that a pretraining left at their initial values, from the names that it trained."""
     if not isinstance(trained, list):
         return frozenset()
-    seen = {canonical_name(name) for name in trained if isinstance(name, str)}
+    seen = {names.canonical_name(name) for name in trained if isinstance(name, str)}
     return frozenset(name for name in weights if name not in seen and not name.endswith(_BUFFERS))
 
 
-def _own_safetensors(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Source | None:
-    """What ``nnssl_ext export --safetensors`` wrote; the rest of what is known stands in the plan beside it."""
+def _own_safetensors(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> PretrainedWeights | None:
+    """Read a file of ``nnssl_ext export --safetensors``. The rest of what is known stands in the plan beside it."""
     own, raw = content.get(NOTE), content.get("network_weights")
-    if not isinstance(own, dict) or not _tensors(raw):
+    if not isinstance(own, dict) or not _is_state_dict(raw):
         return None
-    weights = canonical_weights(raw, str(path))
-    if checkpoint.digest(weights) != own.get("weights_sha256"):
-        raise UserError(f"{path} is damaged: what it holds does not match its sha256")
-    untrained = _untrained(weights, own.get("trained"))
-    kind = f"nnssl_ext, {own.get('title') or 'unknown origin'}"
-    return Source(path, kind, weights, planned_geometry(plan, weights), untrained, plan.get("citations") or [])
+    read = _renamed(raw)
+    if checkpoint.digest(read["weights"]) != own.get("weights_sha256"):
+        raise UserError(f"{path} is damaged: its weights do not match its sha256")
+    read["untrained"] = _untrained(read["weights"], own.get("trained"))
+    read["geometry"], read["citations"] = planned_geometry(plan, read["weights"]), plan.get("citations") or []
+    return PretrainedWeights(path, f"nnssl_ext, {own.get('title') or 'unknown origin'}", **read)
 
 
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "mask_token")
-
-
-def _nnssl(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Source | None:
+def _nnssl(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> PretrainedWeights | None:
     plan = content.get("nnssl_adaptation_plan") or plan
     raw = content.get("network_weights")
-    if not isinstance(plan, dict) or "architecture_plans" not in plan or not _tensors(raw):
+    if not isinstance(plan, dict) or "architecture_plans" not in plan or not _is_state_dict(raw):
         return None
-    weights = canonical_weights(_at_usual_place(raw, plan), str(path))
-    name = (plan.get("architecture_plans") or {}).get("arch_class_name", "unknown architecture")
-    return Source(
-        path,
-        f"nnssl adaptation plan, {name}",
-        weights,
-        planned_geometry(plan, weights),
-        citations=content.get("citations") or plan.get("citations") or [],
-    )
-
-
-def _at_usual_place(raw: Mapping[str, Tensor], plan: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Encoder and stem under the names that nnU-Net's own networks have; the plan says where they are."""
-    transformer = any(canonical_name(name).endswith("pos_embed") for name in raw)
+    transformer = any(names.canonical_name(name).endswith("pos_embed") for name in raw)
     usual = ("eva", "down_projection") if transformer else ("encoder.stages", "encoder.stem")
-    places = [(plan.get(key), place) for key, place in zip(("key_to_encoder", "key_to_stem"), usual, strict=True)]
-    result = {}
-    for name, tensor in raw.items():
-        for place, usual_place in places:
+    places = {
+        _bare_name(place): usual_place
+        for key, usual_place in zip(("key_to_encoder", "key_to_stem"), usual, strict=True)
+        if isinstance(place := plan.get(key), str) and place
+    }
+
+    def at_usual_place(name: str) -> str:
+        bare = _bare_name(name)
+        for place, usual_place in places.items():
             # a plain U-Net's stem lies inside its encoder and moves with it
-            if isinstance(place, str) and place and name.startswith(f"{place}."):
-                name = usual_place + name.removeprefix(place)
-                break
-        result[name] = tensor
+            if bare.startswith(f"{place}."):
+                return usual_place + bare.removeprefix(place)
+        return name
+
+    read = _renamed(raw, at_usual_place)
+    name = (plan.get("architecture_plans") or {}).get("arch_class_name", "unknown architecture")
+    read["geometry"] = planned_geometry(plan, read["weights"])
+    read["citations"] = content.get("citations") or plan.get("citations") or []
+    return PretrainedWeights(path, f"nnssl adaptation plan, {name}", **read)
+
+
+def _bare_name(name: str) -> str:
+    return re.sub(r"^(?:module\.|_orig_mod\.)+", "", name)
+
+
+def _stock(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> PretrainedWeights | None:
+    raw = content.get("network_weights")
+    if not _is_state_dict(raw) or not isinstance(content.get("init_args"), dict):
+        return None
+    read = _renamed(raw)
+    read |= _recorded(content, path, read)
+    return PretrainedWeights(path, f"nnU-Net, {content.get('trainer_name', 'unknown trainer')}", **read)
+
+
+def _recorded(content: dict[str, Any], path: Path, read: Mapping[str, Any]) -> dict[str, Any]:
+    """Read geometry and outputs from the plans that nnU-Net keeps in its checkpoints."""
+    arguments = content.get("init_args") or {}
+    result: dict[str, Any] = {}
+    try:
+        dataset = arguments.get("dataset_json") or {}
+        configuration = PlansManager(arguments["plans"]).get_configuration(arguments["configuration"])
+        strides = configuration.network_arch_init_kwargs.get("strides")
+        channels = dataset.get("channel_names") or dataset.get("modality")
+        result["geometry"] = geometry(configuration.configuration, strides, read["weights"], channel_names=channels)
+        if "labels" in dataset:
+            result["outputs"], result["regions"] = output_names(dataset)
+    except Exception as error:  # plans of any age and origin
+        result.setdefault("geometry", geometry({}, None, read["weights"]))
+        result["notes"] = (*read["notes"], f"The plans in {path.name} could not be read ({error!r}).")
     return result
 
 
-def _stock(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Source | None:
-    raw, arguments = content.get("network_weights"), content.get("init_args")
-    if not _tensors(raw) or not isinstance(arguments, dict):
+def _state_dict(content: dict[str, Any]) -> dict[str, Tensor] | None:
+    """Find the state dict in a file of any framework: bare, or up to three levels deep."""
+    for _ in range(3):
+        if _is_state_dict(content):
+            return content
+        below = [content[place] for place in PLACES if isinstance(content.get(place), dict)]
+        content = next((value for value in below if _is_state_dict(value)), below[0] if below else {})
+    return content if _is_state_dict(content) else None
+
+
+def _bare(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> PretrainedWeights | None:
+    raw = _state_dict(content)
+    if raw is None:
         return None
-    weights = canonical_weights(raw, str(path))
-    found, note = _recorded_geometry(content, path, weights)
-    return Source(path, f"nnU-Net, {content.get('trainer_name', 'unknown trainer')}", weights, found, note=note)
+    family = names.family_of(names.without_wrappers(raw))
+    if family == names.RESNET:
+        return PretrainedWeights(path, "ResNet3D", **_renamed(raw, resnet.renamed, (resnet.NOTE,)))
+    if family == names.PCT_NET:
+        return _pct_net(raw, path)
+    if family == names.VIT and not any(".decoder." in f".{name}" for name in raw):
+        return _vision_transformer(raw, path)
+    read = _renamed(raw)
+    return PretrainedWeights(path, "bare state dict", geometry=planned_geometry(plan, read["weights"]), **read)
 
 
-def _recorded_geometry(content: dict[str, Any], path: Path, weights: dict[str, Tensor]) -> tuple[Geometry, str]:
-    """The geometry in the plans that nnU-Net keeps in its checkpoints, and a remark if they cannot be read."""
-    try:
-        arguments = content["init_args"]
-        configuration = PlansManager(arguments["plans"]).get_configuration(arguments["configuration"])
-        strides = configuration.network_arch_init_kwargs.get("strides")
-        return geometry(configuration.spacing, strides, configuration.patch_size, weights), ""
-    except Exception as error:  # plans of any age and origin
-        return geometry(None, None, None, weights), f"The plans in {path.name} could not be read ({error!r})."
+def _pct_net(raw: Mapping[str, Tensor], path: Path) -> PretrainedWeights:
+    """Read MIS-FM's file. Its norms count batches, which tells the resolution modes that were trained."""
+    read = _renamed(raw, pct_net.published_name)
+    trained = pct_net.trained_modes(read["weights"])
+    if trained:
+        modes = [mode for mode in range(len(pct_net.FLAT)) if mode not in trained]
+        places = tuple(f"{place}.{mode}." for place in ("embeddings", "pred_heads") for mode in modes)
+        read["untrained"] = frozenset(name for name in read["weights"] if name.startswith(places))
+        read["notes"] += (
+            f"Of the file's {len(pct_net.FLAT)} resolution modes, {', '.join(map(str, trained))} was trained.",
+        )
+    return PretrainedWeights(path, "MIS-FM's PCT-Net", **read)
 
 
-def _bare(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Source | None:
-    raw = content.get("network_weights")
-    if not _tensors(raw):
-        return None
-    weights = canonical_weights(raw, str(path))
-    return Source(path, "bare state dict", weights, planned_geometry(plan, weights))
-
-
-def _resnet(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Source | None:
-    raw = content.get("state_dict", content)
-    if not _tensors(raw) or not resnet.is_resnet(raw):
-        return None
-    note = "A ResNet's layers were taken as the stages of the same number; its weights do not depend on the stride."
-    return Source(path, "ResNet3D", resnet.as_residual_encoder(raw), note=note)
-
-
-def _pct_net(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Source | None:
-    raw = content.get("model_state_dict")
-    if not _tensors(raw) or not any(canonical_name(name).startswith("pyramid_ct.") for name in raw):
-        return None
-    weights = pct_net.from_published(canonical_weights(raw, str(path)))
-    return Source(path, "MIS-FM's PCT-Net", weights)
-
-
-def _vision_transformer(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Source | None:
-    raw = content.get("teacher")
-    if not _tensors(raw) or not any(canonical_name(name).startswith("backbone.blocks.") for name in raw):
-        return None
-    encoder = vit.from_published(canonical_weights(raw, str(path)))
-    weights = {f"backbone.{name}": tensor for name, tensor in encoder.items()}
+def _vision_transformer(raw: Mapping[str, Tensor], path: Path) -> PretrainedWeights:
+    """Read the encoder of 3DINO's vision transformer. Other tensors, the objective's heads, are left out."""
+    inside = any(_bare_name(name).startswith("backbone.") for name in raw)
+    encoder = {name: tensor for name, tensor in raw.items() if not inside or "backbone." in name}
     note = "The source is an encoder: the decoder stays at its initial values."
-    return Source(path, "3DINO's vision transformer", weights, note=note)
+    return PretrainedWeights(path, "3DINO's vision transformer", **_renamed(encoder, vit.published_name, (note,)))
 
 
-READERS: tuple[Reader, ...] = (_own, _own_safetensors, _nnssl, _stock, _bare, _resnet, _pct_net, _vision_transformer)
+def _renamed(
+    raw: Mapping[str, Tensor], rename: Callable[[str], str] = str, notes: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Reduce a state dict to canonical names, and keep the file's own names of what was renamed.
+
+    Args:
+        raw: The state dict of a file.
+        rename: From the file's names without wrappers to our networks' names.
+        notes: Remarks that belong to the kind of file.
+    """
+    plain = names.without_wrappers(raw)
+    renamed = {rename(name): tensor for name, tensor in plain.items()}
+    differing = names.differing_aliases(renamed)
+    if differing:
+        notes += (
+            f"{len(differing)} tensors have several names with different values, as {differing[0]}. The last name was "
+            f"taken, as torch does.",
+        )
+    original = {names.canonical_name(rename(name)): name for name in plain if rename(name) != name}
+    return {"weights": names.canonical_weights(renamed), "names": original, "notes": notes}
 
 
-def _tensors(content: Any) -> TypeGuard[dict[str, Tensor]]:
+READERS: tuple[Reader, ...] = (_own, _own_safetensors, _nnssl, _stock, _bare)
+
+
+def _is_state_dict(content: Any) -> TypeGuard[dict[str, Tensor]]:
     return (
         isinstance(content, dict)
         and bool(content)
@@ -213,5 +271,5 @@ def _tensors(content: Any) -> TypeGuard[dict[str, Tensor]]:
 
 
 def _listed(content: dict[str, Any]) -> str:
-    names = [repr(key) for key in content]
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
+    keys = [repr(key) for key in content]
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "") if keys else "nothing"

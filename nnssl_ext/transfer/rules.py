@@ -1,4 +1,4 @@
-"""From a tensor of the source to one of the target's shape: the rules, and the words that report them."""
+"""Fit a tensor of the source to the target's shape, and report how."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ from torch import Tensor
 
 from nnssl_ext.transfer import adaptations
 from nnssl_ext.transfer.adaptations import MisfitError
+from nnssl_ext.transfer.heads import Rows
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the rules need to know beside the tensors.
+    """Options and facts that the rules need beside the tensors.
 
     Attributes:
         overlap: Copy the channels that both sides have where widths differ.
         source_grid, target_grid: Tokens per axis of a transformer; None if not known.
         prefix: Register and CLS tokens before the positions.
+        rows: Outputs of equal labels: the target's row and the source's.
+        labels: The names of these outputs.
     """
 
     overlap: bool = False
     source_grid: tuple[int, ...] | None = None
     target_grid: tuple[int, ...] | None = None
     prefix: int = 0
+    rows: Rows = ()
+    labels: tuple[str, ...] = ()
 
 
 @dataclass
@@ -34,8 +39,8 @@ class Fitted:
 
     Attributes:
         tensor: Its values.
-        filled: How many of them come from the source.
-        changes: What was done to it, in words; empty if it is as it was.
+        filled: Number of them that come from the source.
+        changes: How it was changed, in words; empty if it is as it was.
     """
 
     tensor: Tensor
@@ -145,6 +150,18 @@ def _widths(tensor: Tensor, initial: Tensor, context: Context, changes: list[str
     return Fitted(overlaid, int(marked.sum()), [*changes, f"overlapping channels, {old} over {new}"])
 
 
+def _outputs(tensor: Tensor, initial: Tensor, context: Context) -> Fitted:
+    if tensor.shape[1:] != initial.shape[1:]:
+        raise MisfitError(f"a head's inputs: {_edges(tensor.shape[1:])} there, {_edges(initial.shape[1:])} here")
+    if not context.rows:
+        raise MisfitError("no output has the same label")
+    result = initial.clone()
+    for row, partner in context.rows:
+        result[row] = tensor[partner]
+    filled = len(context.rows) * initial[0].numel()
+    return Fitted(result, filled, [f"outputs of equal labels: {', '.join(context.labels)}"])
+
+
 def _channels(tensor: Tensor, initial: Tensor) -> str:
     old, new = tensor.shape[1], initial.shape[1]
     return f"image channels {old} -> {new}, {'repeated and rescaled' if new > old else 'averaged'}"
@@ -162,5 +179,6 @@ RULES: dict[str, Callable[[Tensor, Tensor, Context], Fitted]] = {
     "vector": _vector,
     "image patches": _image_patches,
     "positions": _positions,
+    "outputs": _outputs,
     "same": _same,
 }

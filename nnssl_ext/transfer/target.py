@@ -1,4 +1,4 @@
-"""The target network of a data set's plans, and the file that stock ``-pretrained_weights`` loads into it."""
+"""Build the target network of a data set's plans, and write the file that ``-pretrained_weights`` loads into it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
@@ -18,14 +19,15 @@ from nnssl_ext.networks.adaptation_plan import adaptation_plan
 from nnssl_ext.networks.target import target_network
 from nnssl_ext.provenance import revision, versions
 from nnssl_ext.recipe import read_json
+from nnssl_ext.transfer.heads import output_names
 from nnssl_ext.transfer.report import LEFT, Report
-from nnssl_ext.transfer.source import Source
-from nnssl_ext.transfer.transfer import Target
+from nnssl_ext.transfer.source import PretrainedWeights
+from nnssl_ext.transfer.transfer import TargetNetwork
 
 
 @dataclass(frozen=True)
-class Destination:
-    """What is to be trained: plans, one of their configurations, and the trainer that builds its network."""
+class TargetPlans:
+    """Plans, one of their configurations, and the trainer that builds its network."""
 
     plans: PlansManager
     configuration_name: str
@@ -38,12 +40,12 @@ class Destination:
 
     @property
     def channels(self) -> int:
-        """Of the image."""
+        """Count the channels of the image."""
         return determine_num_input_channels(self.plans, self.configuration, self.dataset_json)
 
 
-def destination(folder: Path, plans_name: str, configuration: str, trainer: str) -> Destination:
-    """Read what is to be trained from a data set's preprocessed folder.
+def target_plans(folder: Path, plans_name: str, configuration: str, trainer: str) -> TargetPlans:
+    """Read the plans in a data set's preprocessed folder.
 
     Raises:
         UserError: If plans or configuration are missing, or the configuration is a cascade stage.
@@ -52,25 +54,36 @@ def destination(folder: Path, plans_name: str, configuration: str, trainer: str)
     if reason := unusable(configuration, configuration_of(plans, configuration), "transfer to", flat=True):
         raise UserError(reason)
     manager = PlansManager(plans)
-    return Destination(manager, configuration, read_json(folder / "dataset.json"), trainer)
+    return TargetPlans(manager, configuration, read_json(folder / "dataset.json"), trainer)
 
 
-def build_target(to: Destination, seed: int) -> Target:
-    """The destination's network at initial values that follow from the seed; the caller's generator is not touched.
+def build_target(to: TargetPlans, seed: int) -> TargetNetwork:
+    """Build the network at initial values that follow from the seed. The caller's generator is not touched.
 
     Raises:
         UserError: If the trainer is not found or cannot build its network from these plans.
     """
-    outputs = to.plans.get_label_manager(to.dataset_json).num_segmentation_heads
+    heads = to.plans.get_label_manager(to.dataset_json).num_segmentation_heads
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = target_network(to.plans, to.configuration, to.channels, outputs, trainer=to.trainer)
+            network = target_network(to.plans, to.configuration, to.channels, heads, trainer=to.trainer)
     except Exception as error:  # a user's own trainer may fail in any way
         raise UserError(
             f"{to.trainer} cannot build a network from plans {to.plans.plans_name}, {to.configuration_name}: {error!r}"
         ) from error
-    return Target(network, tuple(to.configuration.spacing), tuple(to.configuration.patch_size))
+    # stock nnU-Net never loads heads
+    takes_heads = getattr(recursive_find_trainer_class_by_name(to.trainer), "takes_heads", False)
+    outputs, regions = output_names(to.dataset_json) if takes_heads else ((), False)
+    return TargetNetwork(
+        network,
+        tuple(to.configuration.spacing),
+        tuple(to.configuration.patch_size),
+        tuple(to.configuration.normalization_schemes),
+        tuple(map(str, to.dataset_json.get("channel_names", {}).values())),
+        outputs,
+        regions,
+    )
 
 
 def check_free(path: Path) -> None:
@@ -85,8 +98,10 @@ def check_free(path: Path) -> None:
         raise UserError(f"{path.parent} is no folder; make it first")
 
 
-def write(path: Path, target: Target, to: Destination, source: Source, report: Report, seed: int) -> None:
-    """Write the filled network; the file is a source for further transfers too.
+def write(
+    path: Path, target: TargetNetwork, to: TargetPlans, source: PretrainedWeights, report: Report, seed: int
+) -> None:
+    """Write the filled network. The file is a source for further transfers too.
 
     Raises:
         UserError: If the file exists or cannot be written.

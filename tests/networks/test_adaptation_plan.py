@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from dynamic_network_architectures.architectures.primus import Primus
 from torch import nn
 
 from nnssl_ext.networks.adaptation_plan import adaptation_plan
@@ -57,7 +58,12 @@ def test_keys_lead_to_modules_and_tensors(kind: str) -> None:
 def test_a_network_that_the_plans_do_not_name() -> None:
     architecture = planned("plain")
     with torch.device("meta"):
-        medium = primus(width=864)
-    assert plan_of(medium, architecture)["architecture_plans"]["arch_class_name"] == "PrimusM"
+        sizes = {"M": (864, 16, 12), "L": (1056, 24, 16), "X": (1056, 40, 16)}
+        published = {
+            size: Primus(1, width, (8, 8, 8), 3, depth, heads, (16, 16, 16), scale_attn_inner=True)
+            for size, (width, depth, heads) in sizes.items()
+        }
+    for size, network in published.items():  # L and X have the same width
+        assert plan_of(network, architecture)["architecture_plans"]["arch_class_name"] == f"Primus{size}"
     assert plan_of(primus(), architecture)["architecture_plans"]["arch_class_name"] == "Primus"
     assert plan_of(built(architecture), architecture)["architecture_plans"]["arch_class_name"] == "PlainConvUNet"

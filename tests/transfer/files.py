@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,22 @@ def resnet18(width: int = 64, stem: int = 7) -> dict[str, Tensor]:
         inputs = outputs
     weights["fc.weight"], weights["fc.bias"] = torch.randn(1000, inputs), torch.randn(1000)
     return weights
+
+
+def spark_file(path: Path) -> dict[str, Tensor]:
+    """A checkpoint of nnssl's SparkMAE: one training step changed ``all_modules`` and not its alias ``conv``."""
+    network = noise(built(planned("residual")))
+    trained = {name: t + 0.5 * name.count(".all_modules.") for name, t in network.state_dict().items()}
+    content = {"network_weights": trained, "nnssl_adaptation_plan": plan("ResEncL"), "trainer_name": "SparkMAETrainer"}
+    torch.save(content, path)
+    return trained
+
+
+def as_numpy_1(file: Path, written: Path) -> None:
+    """Rewrite a checkpoint as numpy 1 would have pickled its scalars: the constructor has another module's name."""
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(written, "w") as old:
+        for name in archive.namelist():
+            content = archive.read(name)
+            if name.endswith("data.pkl"):
+                content = content.replace(b"numpy._core.multiarray\n", b"numpy.core.multiarray\n")
+            old.writestr(name, content)

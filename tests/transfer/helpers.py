@@ -12,8 +12,8 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
 from nnssl_ext.transfer.names import canonical_weights
-from nnssl_ext.transfer.source import Geometry, Source
-from nnssl_ext.transfer.transfer import Target
+from nnssl_ext.transfer.source import PretrainedWeights, SourceGeometry
+from nnssl_ext.transfer.transfer import TargetNetwork
 from tests.datasets import architecture
 
 MILLIMETRE = (1.0, 1.0, 1.0)
@@ -49,16 +49,20 @@ def noise(network: nn.Module, seed: int = 1) -> nn.Module:
     return network
 
 
-def source(plan: dict, channels: int = 1, outputs: int = 3, spacing: tuple = MILLIMETRE, **more: Any) -> Source:
+def source(
+    plan: dict, channels: int = 1, outputs: int = 3, spacing: tuple = MILLIMETRE, **more: Any
+) -> PretrainedWeights:
     network: Any = noise(built(plan, channels, outputs))
-    weights = canonical_weights(network.state_dict(), "source")
+    weights = canonical_weights(network.state_dict())
     strides = tuple(tuple(stride) for stride in network.encoder.strides)
-    return Source(Path("source.pth"), "test", weights, Geometry(spacing, strides, (16, 16, 16)), **more)
+    return PretrainedWeights(
+        Path("source.pth"), "test", weights, SourceGeometry(spacing, strides, (16, 16, 16)), **more
+    )
 
 
-def target(plan: dict, channels: int = 1, outputs: int = 3, spacing: tuple = MILLIMETRE) -> Target:
+def target(plan: dict, channels: int = 1, outputs: int = 3, spacing: tuple = MILLIMETRE) -> TargetNetwork:
     torch.manual_seed(0)
-    return Target(built(plan, channels, outputs), spacing, (16, 16, 16))
+    return TargetNetwork(built(plan, channels, outputs), spacing, (16, 16, 16))
 
 
 def primus(channels: int = 1, outputs: int = 3, patch: int = 4, shape: tuple = (8, 8, 8), width: int = 72) -> nn.Module:

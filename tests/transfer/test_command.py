@@ -16,11 +16,11 @@ from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
 from nnssl_ext.transfer.names import canonical_weights
 from nnssl_ext.transfer.read import read_source
-from nnssl_ext.transfer.target import build_target, destination
+from nnssl_ext.transfer.target import build_target, target_plans
 from tests.conftest import REPOSITORY, Environment
 from tests.datasets import _NUMBERS, KINDS, make_plans
 from tests.training.pretraining.test_trainer import pretrain
-from tests.transfer.files import nnssl_file, resnet18, stock_file
+from tests.transfer.files import as_numpy_1, nnssl_file, resnet18, spark_file, stock_file
 from tests.transfer.helpers import planned
 
 Data = Callable[[str], Environment]
@@ -59,7 +59,7 @@ def trainers(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def stock_network(kind: str, plans: str = "nnUNetPlans", trainer: str = "nnUNetTrainer", seed: int = 99) -> nn.Module:
     folder = dataset_folder(str(_NUMBERS[kind]))
-    return build_target(destination(folder, plans, "3d_fullres", trainer), seed).network
+    return build_target(target_plans(folder, plans, "3d_fullres", trainer), seed).network
 
 
 def transferred(source: Path | str, kind: str, *options: str) -> Path:
@@ -78,6 +78,10 @@ def write_sources(folder: Path) -> list[str]:
     nnssl_file(folder / "nnssl_residual.pth", "residual")
     nnssl_file(folder / "nnssl_plain.pth", "plain")
     torch.save({"state_dict": resnet18(width=8, stem=3)}, folder / "resnet.pth")
+    spark_file(folder / "spark.pth")
+    as_numpy_1(folder / "stock_residual.pth", folder / "numpy_1.pth")
+    bare = read_source(str(folder / "stock_plain.pth")).weights
+    torch.save({"state_dict": {f"module.net.{name}": tensor for name, tensor in bare.items()}}, folder / "wrapped.pth")
     return [path.stem for path in folder.glob("*.pth")]
 
 
@@ -94,7 +98,7 @@ def test_every_source_into_every_target(with_data: Data, tmp_path: Path, capsys:
         with_data(kind)
         for name in [*names, "ours"]:
             capsys.readouterr()
-            options = ["--overlap"] if name == "resnet" else []
+            options = ["--overlap", "--allow-partial"] if name == "resnet" else []
             file = transferred(folder / f"{name}.pth", kind, *options)
             printed = capsys.readouterr().out
             assert f"-pretrained_weights {file}" in printed
@@ -102,7 +106,7 @@ def test_every_source_into_every_target(with_data: Data, tmp_path: Path, capsys:
             load_pretrained_weights(network, str(file))
             weights = read_source(str(file)).weights
             total = 0
-            for tensor_name, tensor in canonical_weights(network.state_dict(), "stock").items():
+            for tensor_name, tensor in canonical_weights(network.state_dict()).items():
                 total += tensor.numel()
                 if ".seg_layers." not in tensor_name:
                     assert torch.equal(tensor, weights[tensor_name]), (name, kind, tensor_name)
@@ -152,7 +156,7 @@ def test_one_channel_isotropic_to_two_channels_thick_slices_and_another_depth(wi
     assert trained.is_file()
     # three steps away from what was handed over, not from somewhere else
     start, end = read_source(str(file)).weights, read_source(str(trained)).weights
-    scratch = canonical_weights(stock_network("two_channel", "deeper").state_dict(), "scratch")
+    scratch = canonical_weights(stock_network("two_channel").state_dict())
     name = "encoder.stages.2.0.convs.0.conv.weight"
     assert 0 < (end[name] - start[name]).norm() < 0.5 * (scratch[name] - start[name]).norm()
 
@@ -185,7 +189,7 @@ def test_low_and_full_resolution(with_data: Data, tmp_path: Path, theirs: str, o
     environment.write_plans("plain", "both", {}, coarser)
     fold = pretrain(environment, "plain", "both", configuration=theirs)
     file = tmp_path / "init.pth"
-    main(["transfer", str(fold), "-d", "811", "-c", ours, "-p", "both", "-o", str(file)])
+    main(["transfer", str(fold), "-d", "811", "-c", ours, "-p", "both", "-o", str(file), "--align", "resolution"])
     given, written = read_source(str(fold)).weights, read_source(str(file)).weights
     layer = "encoder.stages.{}.0.convs.0.conv.weight"
     stage = (2, 1) if ours == "3d_lowres" else (1, 2)

@@ -32,7 +32,7 @@ def run_of(with_data: Data, kind: str = "residual") -> Path:
 def test_hugging_face_folder(with_data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, folder = run_of(with_data), tmp_path / "model"
     assert main(["export", str(run), "-o", str(folder), "--name", "My model", "--safetensors"]) == 0
-    assert "fill in the licence" in capsys.readouterr().out
+    assert "fill in the license" in capsys.readouterr().out
     files = {"README.md", "adaptation_plan.json", "checkpoint_final.pth", "config.json", "model.safetensors"}
     assert {path.name for path in folder.iterdir()} == files
 
@@ -78,7 +78,7 @@ def test_safetensors_know_what_was_trained_and_their_sum(with_data: Data, tmp_pa
 
 def test_the_model_card_is_filled_from_the_run(with_data: Data, tmp_path: Path) -> None:
     run = run_of(with_data, "two_channel")
-    main(["export", str(run), "-o", str(tmp_path / "model"), "--licence", "cc-by-4.0"])
+    main(["export", str(run), "-o", str(tmp_path / "model"), "--license", "cc-by-4.0"])
     card = (tmp_path / "model" / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
     assert header["license"] == "cc-by-4.0"
@@ -88,7 +88,7 @@ def test_the_model_card_is_filled_from_the_run(with_data: Data, tmp_path: Path) 
     assert rows["Input channels"] == "2"
     assert rows["Spacing"] == "1 x 1 x 1 mm"
     assert rows["Crop"] == "16 x 16 x 16 voxels"
-    assert rows["Normalisation"] == "ZScoreNormalization, ZScoreNormalization"
+    assert rows["Normalization"] == "ZScoreNormalization, ZScoreNormalization"
     assert rows["Steps"] == "6 of 2 samples"
     assert rows["Seed"] == "7"
     assert rows["Hardware"] == hardware()

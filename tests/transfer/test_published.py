@@ -12,7 +12,7 @@ from nnssl_ext.networks.architectures.vit import ViTUNETR
 from nnssl_ext.transfer.adaptations import input_channels, positions
 from nnssl_ext.transfer.read import read_source
 from nnssl_ext.transfer.report import ADAPTED, COPIED, LEFT
-from nnssl_ext.transfer.transfer import Target, transfer
+from nnssl_ext.transfer.transfer import TargetNetwork, transfer
 from tests.networks.architectures.test_pct_net import SMALL, published_layout
 from tests.networks.architectures.test_vit import encoder_layout
 
@@ -32,10 +32,10 @@ def vit_file(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
     return tmp_path / "vit.pth", published
 
 
-def vit_target(channels: int = 1, **options: Any) -> Target:
+def vit_target(channels: int = 1, **options: Any) -> TargetNetwork:
     torch.manual_seed(1)
     chosen = {"embed_dim": 16, "depth": 4, "num_heads": 2, "decoder_features": 4, **options}
-    return Target(ViTUNETR(input_channels=channels, num_classes=3, **chosen), MILLIMETRE, (96, 96, 96))
+    return TargetNetwork(ViTUNETR(input_channels=channels, num_classes=3, **chosen), MILLIMETRE, (96, 96, 96))
 
 
 def test_3dinos_transformer(vit_file: tuple[Path, dict[str, Tensor]]) -> None:
@@ -85,7 +85,7 @@ def test_mis_fms_pct_net(tmp_path: Path, mode: int) -> None:
         heads=[2, 2, 4],
         window=2,
     )
-    report = transfer(read_source(str(tmp_path / "pct.pt")), Target(network, MILLIMETRE, (32, 32, 32)))
+    report = transfer(read_source(str(tmp_path / "pct.pt")), TargetNetwork(network, MILLIMETRE, (32, 32, 32)))
     after, stem = network.state_dict(), f"embeddings.{mode}.proj.weight"
     for row in report.rows:
         if ".seg_layers." in row.name or (row.name.endswith("proj.weight") and row.name[:12] in OTHERS[mode]):

@@ -13,7 +13,7 @@ from torch import Tensor
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.transfer.read import read_source
-from nnssl_ext.transfer.source import Source
+from nnssl_ext.transfer.source import PretrainedWeights
 from tests.conftest import Environment
 from tests.datasets import make_plans
 from tests.training.pretraining.test_trainer import pretrain, trainer_for
@@ -23,7 +23,7 @@ from tests.transfer.helpers import built, noise, planned
 HALVING = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
 
 
-def holds(source: Source, weights: dict[str, Tensor]) -> None:
+def holds(source: PretrainedWeights, weights: dict[str, Tensor]) -> None:
     """Every tensor of the file is there once, with its values."""
     distinct = {tensor.data_ptr() for tensor in weights.values()}
     assert len(source.weights) == len(distinct)
@@ -63,7 +63,7 @@ def test_plans_that_cannot_be_read_leave_the_geometry_open(tmp_path: Path) -> No
     stock_file(tmp_path / "old.pth", {"plans_per_stage": {}}, "plain")
     source = read_source(str(tmp_path / "old.pth"))
     assert source.geometry.spacing is None
-    assert "could not be read" in source.note
+    assert "could not be read" in source.notes[0]
 
 
 @pytest.mark.parametrize("kind", ["residual", "plain", "primus"])
@@ -181,7 +181,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     hub_folder(Path("large/hub"))
     Path("large/hub/adaptation_plan.json").write_text('{"a": "' + "x" * 5_000_000 + '"}')
     messages = {
-        "other.pth": "no known kind: it holds 'optimizer', 'epoch'",
+        "other.pth": "got 'optimizer', 'epoch'. Save network.state_dict()",
         "list.pth": "holds a list, expected named tensors",
         "edited.pth": "name one tensor and hold different values",
         "cut.pth": "damaged or no file of tensors",

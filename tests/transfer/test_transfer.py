@@ -13,18 +13,18 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.transfer.adaptations import input_channels, kernel
 from nnssl_ext.transfer.names import canonical_weights
 from nnssl_ext.transfer.report import ADAPTED, COPIED, LEFT, Report
-from nnssl_ext.transfer.source import Geometry, Source
-from nnssl_ext.transfer.transfer import INDEX, Target, transfer
+from nnssl_ext.transfer.source import PretrainedWeights, SourceGeometry
+from nnssl_ext.transfer.transfer import AUTO, INDEX, PHYSICAL, TargetNetwork, transfer
 from tests.transfer.helpers import MILLIMETRE, changed, noise, planned, primus, source, target
 
 ALIKE = [6, 6, 6]  # the same width at every stage: resolution alone decides
 
 
-def filled(from_: Source, to: Target, **options: object) -> tuple[Report, dict[str, Tensor]]:
+def filled(from_: PretrainedWeights, to: TargetNetwork, **options: object) -> tuple[Report, dict[str, Tensor]]:
     """Transfer, check the report against what really changed, and return the network's tensors."""
     before = {name: tensor.detach().clone() for name, tensor in to.tensors.items()}
     report = transfer(from_, to, **options)  # type: ignore[arg-type]
-    after = canonical_weights(to.network.state_dict(), "target")  # fails if the names of a tensor disagree
+    after = canonical_weights(to.network.state_dict())  # fails if the names of a tensor disagree
     differences = changed(before, after)
     assert {row.name: row.filled for row in report.rows if row.parameters} == {
         row.name: differences[row.name] for row in report.rows if row.parameters
@@ -48,7 +48,7 @@ def test_the_same_network_is_copied_but_for_its_heads(kind: str) -> None:
     report, after = filled(given, target(plan, outputs=5))
     for row in report.rows:
         if ".seg_layers." in row.name:
-            assert (row.action, row.note) == (LEFT, "a segmentation head is never transferred")
+            assert (row.action, row.note) == (LEFT, "a segmentation head is not transferred")
         else:
             assert row.action == COPIED
             assert torch.equal(after[row.name], given.weights[row.name])
@@ -109,7 +109,7 @@ def test_stages_go_where_their_resolution_is() -> None:
         source(planned(features_per_stage=ALIKE)),
         target(planned(features_per_stage=ALIKE), spacing=(2.0, 2.0, 2.0)),
     )
-    report, after = filled(given, to)
+    report, after = filled(given, to, alignment=PHYSICAL)
     layer = "encoder.stages.{}.0.convs.0.conv.weight"
     assert torch.equal(after[layer.format(1)], given.weights[layer.format(2)])
     assert notes(report, "encoder.stages.2.0.convs.0.conv.weight") == {"no stage of the source has this resolution"}
@@ -118,16 +118,19 @@ def test_stages_go_where_their_resolution_is() -> None:
     assert torch.equal(after["decoder.transpconvs.1.weight"], given.weights["decoder.transpconvs.0.weight"])
     assert "0 (2x2x2) from 1 (2x2x2), 1 (4x4x4) from 2 (4x4x4), 2 (8x8x8) from none" in str(report)
     assert "--align index" in str(report)
-    report, after = filled(given, target(planned(features_per_stage=ALIKE), spacing=(2.0, 2.0, 2.0)), alignment=INDEX)
-    assert torch.equal(after[layer.format(2)], given.weights[layer.format(2)])
-    assert "--align index" not in str(report)
+    for way in (AUTO, INDEX):  # one family: by number
+        coarser = target(planned(features_per_stage=ALIKE), spacing=(2.0, 2.0, 2.0))
+        report, after = filled(given, coarser, alignment=way)
+        assert torch.equal(after[layer.format(2)], given.weights[layer.format(2)])
+        assert "--align index" not in str(report)
+        assert "--align resolution" in str(report)
 
 
 def test_strides_of_four_skip_stages() -> None:
     """The target's second stage is the source's third; no layer of the source goes up by four."""
     to = target(planned(features_per_stage=[6, 6], stages=2, strides=[[1, 1, 1], [4, 4, 4]]))
     given = source(planned(features_per_stage=ALIKE))
-    report, after = filled(given, to)
+    report, after = filled(given, to, alignment=PHYSICAL)
     layer = "encoder.stages.{}.0.convs.0.conv.weight"
     assert torch.equal(after[layer.format(1)], given.weights[layer.format(2)])
     reason = "the source's decoder does not lead from the one resolution to the other"
@@ -136,7 +139,7 @@ def test_strides_of_four_skip_stages() -> None:
 
 def test_unknown_spacing_matches_by_number_and_says_so() -> None:
     given = source(planned())
-    unknown = Source(given.path, given.kind, given.weights, Geometry(None, given.geometry.strides))
+    unknown = PretrainedWeights(given.path, given.kind, given.weights, SourceGeometry(None, given.geometry.strides))
     report, _ = filled(unknown, target(planned(), spacing=(3.0, 3.0, 3.0)))
     assert "matched by their number, since the source's spacing or strides are not known" in str(report)
     assert report.filled_by(COPIED) > 0.9 * report.parameters
@@ -174,7 +177,7 @@ def test_plain_into_residual_and_back() -> None:
 def test_widths_only_when_asked() -> None:
     narrow, wide = planned(), planned(features_per_stage=[4, 10, 16])
     given = source(narrow)
-    report, _ = filled(given, target(wide))
+    report, _ = filled(given, target(wide), allow_partial=True)
     assert "width 8x4 there, 10x4 here" in notes(report, "encoder.stages.1.0.convs.0.conv.weight")
     # what belongs to a layer that was left is left with it
     assert notes(report, "encoder.stages.1.0.convs.0.norm.weight") == {"its convolution was left"}
@@ -202,7 +205,7 @@ def test_a_decoder_without_skips_is_left() -> None:
 def test_what_the_pretraining_did_not_train_is_left() -> None:
     given = source(planned())
     decoder = frozenset(name for name in given.weights if name.startswith("decoder."))
-    encoder_only = Source(given.path, given.kind, given.weights, given.geometry, decoder)
+    encoder_only = PretrainedWeights(given.path, given.kind, given.weights, given.geometry, decoder)
     report, _ = filled(encoder_only, target(planned()))
     assert {row.action for row in report.rows if row.name.startswith("decoder.")} == {LEFT}
     assert notes(report, "transpconvs.0.weight") == {"the pretraining did not train it"}
@@ -220,8 +223,8 @@ def test_nothing_that_fits_by_resolution_names_the_other_way() -> None:
     """A plain stem of another width, and stages so far apart in millimetres that none corresponds."""
     plan, wider = planned(features_per_stage=[6, 8, 8]), planned(features_per_stage=[4, 8, 8])
     by_number = (8 * 8 * 27 + 3 * 8) + (8 * 16 * 27 + 3 * 8) + (8 * 8 * 8 + 8)  # bottleneck, decoder's first stage
-    with pytest.raises(UserError, match=f"{by_number:,} parameters would come from the source: --align index"):
-        transfer(source(plan), target(wider, spacing=(64.0, 64.0, 64.0)))
+    with pytest.raises(UserError, match=f"{by_number:,} parameters would come from the source instead of 0: --align"):
+        transfer(source(plan), target(wider, spacing=(64.0, 64.0, 64.0)), alignment=PHYSICAL)
 
 
 def test_values_that_are_not_finite_are_left() -> None:
@@ -242,16 +245,16 @@ def test_running_statistics_travel_with_their_convolution() -> None:
     assert name in report.unused
 
 
-def transformer(shape: tuple[int, int, int] = (8, 8, 8), **changes: int) -> Source:
+def transformer(shape: tuple[int, int, int] = (8, 8, 8), **changes: int) -> PretrainedWeights:
     network = noise(primus(shape=shape, **changes))
-    return Source(
-        Path("primus.pth"), "test", canonical_weights(network.state_dict(), "source"), Geometry(None, None, shape)
+    return PretrainedWeights(
+        Path("primus.pth"), "test", canonical_weights(network.state_dict()), SourceGeometry(None, None, shape)
     )
 
 
 def test_primus_of_other_classes_channels_and_crop() -> None:
     given = transformer(outputs=3)
-    to = Target(primus(channels=4, outputs=5, shape=(12, 8, 16)), MILLIMETRE, (12, 8, 16))
+    to = TargetNetwork(primus(channels=4, outputs=5, shape=(12, 8, 16)), MILLIMETRE, (12, 8, 16))
     report, after = filled(given, to)
     stem = "down_projection.proj.weight"
     assert torch.equal(after[stem], input_channels(given.weights[stem], 4))
@@ -268,7 +271,7 @@ def test_primus_of_other_classes_channels_and_crop() -> None:
 def test_primus_of_another_patch_size() -> None:
     """Twice the patch on twice the crop: a volume that is twice as large becomes the same tokens."""
     given = transformer(patch=4)
-    to = Target(primus(patch=8, shape=(16, 16, 16)), MILLIMETRE, (16, 16, 16))
+    to = TargetNetwork(primus(patch=8, shape=(16, 16, 16)), MILLIMETRE, (16, 16, 16))
     report, after = filled(given, to)
     assert notes(report, "down_projection.proj.weight") == {"patch 4x4x4 -> 8x8x8, resampled"}
     assert torch.equal(after["eva.pos_embed"], given.weights["eva.pos_embed"])
@@ -286,10 +289,12 @@ def test_primus_and_a_u_net_have_nothing_in_common() -> None:
 def test_other_networks_go_by_name() -> None:
     """A network of a user's own, of neither family: tensors of the same name and shape."""
     torch.manual_seed(0)
-    to = Target(nn.Sequential(nn.Conv3d(1, 4, 3), nn.Conv3d(4, 4, 3), nn.Conv3d(4, 2, 1)), MILLIMETRE, (16, 16, 16))
+    to = TargetNetwork(
+        nn.Sequential(nn.Conv3d(1, 4, 3), nn.Conv3d(4, 4, 3), nn.Conv3d(4, 2, 1)), MILLIMETRE, (16, 16, 16)
+    )
     weights = {name: torch.randn(tensor.shape) for name, tensor in to.tensors.items() if not name.startswith("2.")}
     weights["1.weight"] = torch.randn(5, 4, 3, 3, 3)
-    report, after = filled(Source(Path("own.pth"), "test", weights), to)
+    report, after = filled(PretrainedWeights(Path("own.pth"), "test", weights), to)
     assert torch.equal(after["0.weight"], weights["0.weight"])
     assert notes(report, "1.weight") == {"shape (5, 4, 3, 3, 3) there, (4, 4, 3, 3, 3) here"}
     assert notes(report, "2.weight") == {"the source has no tensor of this name"}

@@ -1,7 +1,7 @@
-"""A pretraining data set without labels, preprocessed like another data set's plans say.
+"""A pretraining data set without labels, preprocessed by another data set's plans.
 
-What is written is an ordinary preprocessed nnU-Net data set, so that stock ``nnUNetv2_train`` pretrains on it and the
-checkpoint fits the other data set as it is. Cases appear whole or not at all; a second call adds what is new.
+The result is an ordinary preprocessed nnU-Net data set: stock ``nnUNetv2_train`` pretrains on it, and the checkpoint
+fits the other data set. Cases appear whole or not at all. A second call adds new files.
 """
 
 from __future__ import annotations
@@ -10,35 +10,35 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
 from nnssl_ext.data.cases import list_cases
-from nnssl_ext.data.corpus.manifest import DUPLICATE, KEPT, UNUSABLE, VERSION, Entry, Manifest
-from nnssl_ext.data.corpus.preparation import NotWrittenError, Prepared, Target, prepare, start_worker
-from nnssl_ext.data.corpus.sources import Item
+from nnssl_ext.data.corpus import TARGET_KEY
+from nnssl_ext.data.corpus.manifest import DUPLICATE, KEPT, NO_IMAGE, UNUSABLE, Entry, Manifest
+from nnssl_ext.data.corpus.pool import Lost, WorkerPool
+from nnssl_ext.data.corpus.preparation import CorpusTarget, NotWrittenError, Prepared, left_out, prepare
+from nnssl_ext.data.corpus.sources import Item, NotRead, channel_names
+from nnssl_ext.data.corpus.volumes import Unusable
 from nnssl_ext.data.index import CaseIndex, CaseRecord
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import lock_file
 from nnssl_ext.recipe import read_json, write_json
 
-#: Least seconds between two writings of manifest and index while cases are made: what a killed call does again.
+#: Least seconds between two writes of manifest and index: the work that a killed call loses.
 KEEP_SECONDS = 60
-#: Part of the time that these writings may take, which grow with the corpus.
+#: Share of the time that these writes may take. They grow with the corpus.
 KEEP_SHARE = 0.05
-#: Files that are named when too many are of no use.
+#: Files that are named when too many are damaged.
 SHOWN = 20
-#: Of a corpus's dataset.json: the data set whose network is pretrained.
-TARGET_KEY = "nnssl_ext_target"
-#: What of a configuration decides how a case looks after preprocessing.
+#: Seconds that an item may take, and seconds per MiB of its files.
+ITEM_SECONDS, SECONDS_PER_MIB = 600, 2
+#: Keys of a configuration that decide how a case looks after preprocessing.
 PREPROCESSING = (
     "preprocessor_name",
     "spacing",
@@ -53,14 +53,14 @@ PLAN_WIDE = ("transpose_forward", "image_reader_writer", "foreground_intensity_p
 
 @dataclass
 class Corpus:
-    """A corpus and the data set it is made like.
+    """A corpus and the target data set whose plans it follows.
 
     Args:
         folder: ``nnUNet_preprocessed/DatasetXXX_NAME``.
         like: The target's folder there.
         plans: Name of the target's plans.
         configuration: Of the plans; 3-D.
-        processes: Worker processes; 1 works in this one.
+        processes: Worker processes.
     """
 
     folder: Path
@@ -88,28 +88,40 @@ class Corpus:
     @property
     def channels(self) -> tuple[str, ...]:
         """Names of the target's channels."""
-        names = self.target_json.get("channel_names") or self.target_json["modality"]
-        return tuple(names[key] for key in sorted(names, key=int))
+        return channel_names(self.target_json, self.like / "dataset.json")
 
     @property
     def normalization(self) -> list[str]:
-        """The plan's schemes, one per channel."""
+        """The plan's normalization schemes, one per channel."""
         return self._configuration["normalization_schemes"]
 
-    def add(self, items: Sequence[Item], max_failures: float, retry: bool = False) -> Manifest:
+    def manifest(self) -> Manifest:
+        """The corpus's manifest as it was last written."""
+        return Manifest.load(self.folder / "corpus.json", self._head())
+
+    def add(
+        self,
+        items: Sequence[Item],
+        max_failures: float,
+        retry: bool = False,
+        not_read: Mapping[str, NotRead] | None = None,
+    ) -> Manifest:
         """Preprocess the items that are not in the corpus yet.
 
         Args:
             items: Of all sources.
-            max_failures: Percentage of volumes that may be of no use.
-            retry: Read again what was of no use.
+            max_failures: Percentage of damaged volumes that is accepted.
+            retry: Read unusable items again.
+            not_read: By source, files that are not read, for the manifest.
 
         Raises:
-            UserError: If more are; the cases made by then stay, and a later call goes on from them.
+            UserError: If more are damaged. The cases made by then stay, and a later call continues.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with lock_file(self.folder / ".nnssl_ext_corpus.lock", f"the corpus {self.folder.name}"):
-            manifest = Manifest.load(self.folder / "corpus.json", self._head())
+            manifest = self.manifest()
+            for source, files in (not_read or {}).items():
+                manifest.note_not_read(source, files)
             manifest.write()
             scratch = self.folder / "nnssl_ext_unfinished"
             shutil.rmtree(scratch, ignore_errors=True)  # what a killed call left
@@ -156,34 +168,22 @@ class Corpus:
         for case in set(list_cases(self.data)) - manifest.cases():  # of a killed call whose files have changed since
             self._remove(case)
 
-    def _target(self, manifest: Manifest, scratch: Path) -> Target:
-        """What the workers read, written once."""
+    def _target(self, manifest: Manifest, scratch: Path) -> CorpusTarget:
+        """Write what the workers read."""
         self._describe(scratch, manifest)
         contents = scratch / "contents.json"
         write_json(manifest.contents(), contents)
         plans, dataset_json = scratch / f"{self.plans}.json", scratch / "dataset.json"
-        return Target(plans, self.configuration, dataset_json, scratch, contents)
+        return CorpusTarget(plans, self.configuration, dataset_json, scratch, contents)
 
-    def _results(self, items: Sequence[Item], target: Target) -> Iterator[list[Prepared]]:
-        """What became of each item, in the items' order, so that of duplicates the first is kept."""
-        work = partial(prepare, target=target)
-        pool = None
+    def _results(self, items: Sequence[Item], target: CorpusTarget) -> Iterator[list[Prepared]]:
+        """Yield the results of each item in the items' order, so that the first of duplicates is kept."""
+        pool = WorkerPool(partial(prepare, target=target), min(self.processes, len(items)), _time_limit)
         try:
-            if self.processes == 1 or len(items) < 2:
-                yield from map(work, items)
-            else:
-                pool = ProcessPoolExecutor(self.processes, get_context("spawn"), start_worker)
-                yield from pool.map(work, items)
+            for item, result in zip(items, pool.run(items), strict=True):
+                yield [Prepared(left_out(item, Unusable(result.reason)))] if isinstance(result, Lost) else result
         except NotWrittenError as error:
             raise UserError(f"{error}; make room and call again, it goes on where it stopped") from error
-        except (BrokenProcessPool, MemoryError) as error:
-            raise UserError(
-                "a worker process was ended, most likely for want of memory; call again with a smaller -np, it goes "
-                "on where it stopped"
-            ) from error
-        finally:
-            if pool is not None:
-                pool.shutdown(cancel_futures=True)
 
     def _take(self, manifest: Manifest, result: Prepared, records: dict[str, CaseRecord]) -> None:
         """Move a prepared case to its place, unless its content is there already."""
@@ -214,7 +214,6 @@ class Corpus:
         preprocessing = {key: self._configuration[key] for key in PREPROCESSING}
         preprocessing |= {key: self._plans[key] for key in PLAN_WIDE}
         head = {
-            "version": VERSION,
             "target": self.like.name,
             "plans": self.plans,
             "configuration": self.configuration,
@@ -242,13 +241,17 @@ class Corpus:
         write_json(fingerprint, folder / "dataset_fingerprint.json")
 
 
+def _time_limit(item: Item) -> float:
+    return ITEM_SECONDS + SECONDS_PER_MIB * item.stamp()[1] / 2**20
+
+
 class Limit:
-    """How many volumes may be of no use.
+    """Limit of damaged volumes. What is intact and no image does not count.
 
     Args:
         percent: Of all volumes.
-        items: How many items there are in all, read or not. One may hold several volumes, as a DICOM folder does: the
-            number of volumes is projected from the items that were read.
+        items: Number of items, read or not. A DICOM folder may hold several volumes, so the number of volumes is
+            projected from the items that were read.
     """
 
     def __init__(self, percent: float, items: int) -> None:
@@ -257,14 +260,18 @@ class Limit:
         self.unusable: list[Entry] = []
 
     def count(self, entries: Sequence[Entry]) -> None:
-        """Take note of what became of one item."""
+        """Count the volumes of one item."""
         self.read += 1
-        self.volumes += len(entries)
+        self.volumes += sum(entry.status != NO_IMAGE for entry in entries)
         self.unusable += [entry for entry in entries if entry.status == UNUSABLE]
 
     def check(self) -> None:
-        """Raises UserError, and lists them, when there are too many."""
-        total = round(self.volumes * self.items / max(1, self.read))
+        """List the damaged volumes if there are too many.
+
+        Raises:
+            UserError: Then.
+        """
+        total = round(self.volumes + (self.items - self.read) * max(1.0, self.volumes / max(1, self.read)))
         if len(self.unusable) <= self.percent / 100 * total:
             return
         for entry in self.unusable[:SHOWN]:

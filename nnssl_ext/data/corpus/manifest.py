@@ -1,4 +1,4 @@
-"""corpus.json: every volume that a corpus was offered, and what became of it."""
+"""The manifest corpus.json: every volume of the sources, kept or not, and why."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from nnssl_ext.data.corpus.sources import Item
+from nnssl_ext.data.corpus.sources import Item, NotRead
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
 
 KEPT, DUPLICATE, UNUSABLE, NO_IMAGE = "kept", "duplicate", "unusable", "no image"
-#: Raised when what the manifest says changes its meaning.
-VERSION = 1
+#: Raised when entries change their meaning. Version 1 kept DICOM and headers that are refused today.
+VERSION = 2
+#: What is not said of all entries.
+_BODY = ("version", "volumes", "counts", "not_read")
 
 
 @dataclass
@@ -22,9 +24,10 @@ class Entry:
     Attributes:
         source: As named on the command line.
         files: Absolute paths: one file, one per channel, or a DICOM folder.
-        stamp: Number, bytes and latest change of the files when they were read.
+        stamp: Number, bytes and latest change of the files when they were read; empty: to be read again.
         status: kept, duplicate, unusable, or no image.
         reason: Why it was left out.
+        kind: Of what is no image, as "localizer"; counted at the end of a call.
         case: Identifier of the preprocessed case.
         channels: Names of the channels taken; empty if unknown.
         series: UID of a DICOM series.
@@ -35,6 +38,7 @@ class Entry:
         orientation: As "LPS".
         modality: DICOM's; empty if unknown.
         normalization: nnU-Net's scheme where it is not the plan's.
+        remarks: What is unusual, as "gantry tilt of 15.0 degrees corrected by dcm2niix".
     """
 
     source: str
@@ -42,6 +46,7 @@ class Entry:
     stamp: list[int]
     status: str = UNUSABLE
     reason: str = ""
+    kind: str = ""
     case: str = ""
     channels: list[str] = field(default_factory=list)
     series: str = ""
@@ -52,9 +57,11 @@ class Entry:
     orientation: str = ""
     modality: str = ""
     normalization: str = ""
+    remarks: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return f"{self.files[0]}: {self.reason}"
+        series = f" (series {self.series})" if self.series else ""
+        return f"{self.files[0]}{series}: {self.reason}"
 
 
 class Manifest:
@@ -63,41 +70,54 @@ class Manifest:
     Args:
         path: Of corpus.json.
         head: What all entries share: the target and its preprocessing.
+
+    Attributes:
+        not_read: By source and kind, the number of files that are not read, as {"scans": {".pdf": 2}}.
     """
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
         self.path, self.head = path, head
+        self.not_read: dict[str, dict[str, int]] = {}
         self.entries: dict[tuple[str, ...], list[Entry]] = {}
         self._kept: dict[str, str] = {}
         self._twins: dict[str, list[Entry]] = {}
 
     @classmethod
     def load(cls, path: Path, head: dict[str, Any]) -> Manifest:
-        """The manifest of a corpus, empty if there is none yet.
+        """Read a corpus's manifest; an empty one if there is none yet.
 
         Raises:
-            UserError: If it is of another target or another version.
+            UserError: If it is of another target or an unknown version.
         """
         manifest = cls(path, head)
         if not path.is_file():
             return manifest
         content = read_json(path)
-        stored = {key: value for key, value in content.items() if key not in ("volumes", "counts")}
+        version = content.get("version")
+        if version not in (1, VERSION):
+            raise UserError(f"{path}: expected version {VERSION}, got {version!r}. Give another -d and -n.")
+        stored = {key: value for key, value in content.items() if key not in _BODY}
         for key in sorted({*head, *stored}):
             if stored.get(key) != head.get(key):
                 raise UserError(
                     f"{path} was made with another {key}; a corpus has one target and one preprocessing: give "
                     f"another -d and -n, or remove {path.parent}"
                 )
+        manifest.not_read = content.get("not_read", {})
         names = {entry.name for entry in fields(Entry)}
+        added = {"kind", "remarks"} if version == 1 else set()
         for row in content.get("volumes", []):
-            if set(row) != names:
+            if set(row) != names - added:
                 raise UserError(f"{path} is no manifest of this version; remove {path.parent} and make it again")
-            manifest.add(Entry(**row))
+            manifest.add(Entry(**{**row, "stamp": [] if version == 1 else row["stamp"]}))
         return manifest
 
+    def note_not_read(self, source: str, not_read: NotRead) -> None:
+        """Keep the numbers of files that are not read."""
+        self.not_read[source] = {kind: len(names) for kind, names in sorted(not_read.items())}
+
     def add(self, entry: Entry) -> None:
-        """Take an entry over."""
+        """Append an entry."""
         self.entries.setdefault(tuple(entry.files), []).append(entry)
         if entry.status == KEPT:
             self._kept[entry.content] = entry.case
@@ -105,11 +125,11 @@ class Manifest:
             self._twins.setdefault(entry.content, []).append(entry)
 
     def case_of(self, content: str) -> str:
-        """The case that has this content; empty if there is none."""
+        """The case with this content; empty without one."""
         return self._kept.get(content, "")
 
     def contents(self) -> list[str]:
-        """Of all cases."""
+        """Content hashes of all cases."""
         return list(self._kept)
 
     def cases(self) -> set[str]:
@@ -117,12 +137,12 @@ class Manifest:
         return set(self._kept.values())
 
     def knows(self, item: Item, cases: set[str], retry: bool = False) -> bool:
-        """Whether an item was read as it is now, and what was made of it is there.
+        """Whether an item was read in its present state and its cases exist.
 
         Args:
             item: Any.
-            cases: That are there.
-            retry: What was of no use counts as not read.
+            cases: Identifiers of the existing cases.
+            retry: Unusable items count as unread.
         """
         found = self.entries.get(item.files, [])
         read = {name for entry in found for name in entry.channels}
@@ -138,7 +158,7 @@ class Manifest:
         )
 
     def forget(self, item: Item) -> list[str]:
-        """Drop an item's entries; returns the cases that nothing stands behind any more."""
+        """Drop an item's entries; returns the cases that no other entry holds."""
         dropped = self.entries.pop(item.files, [])
         for entry in dropped:
             if entry.status == DUPLICATE:
@@ -158,12 +178,16 @@ class Manifest:
         return orphans
 
     def all(self) -> list[Entry]:
+        """All entries in the order of their items."""
         return [entry for entries in self.entries.values() for entry in entries]
 
     def counts(self) -> dict[str, int]:
+        """Number of entries by status."""
         statuses = [entry.status for entry in self.all()]
         return {status: statuses.count(status) for status in (KEPT, DUPLICATE, UNUSABLE, NO_IMAGE)}
 
     def write(self) -> None:
+        """Write corpus.json."""
         rows = [asdict(entry) for entry in self.all()]
-        write_json({**self.head, "counts": self.counts(), "volumes": rows}, self.path)
+        head = {"version": VERSION, **self.head, "counts": self.counts(), "not_read": self.not_read}
+        write_json({**head, "volumes": rows}, self.path)

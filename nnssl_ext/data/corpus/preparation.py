@@ -1,14 +1,10 @@
-"""One item of a corpus, read, checked and preprocessed by nnU-Net's own preprocessor: what a worker process does."""
+"""One item of a corpus: read, checked, and preprocessed by nnU-Net's own preprocessor. Runs in a worker process."""
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
 import re
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -21,20 +17,19 @@ import SimpleITK
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnssl_ext.data.corpus.dicom import read_folder
 from nnssl_ext.data.corpus.manifest import KEPT, NO_IMAGE, UNUSABLE, Entry
+from nnssl_ext.data.corpus.readers import check_regular, image_suffix, last_line, read_image
 from nnssl_ext.data.corpus.sources import Item
-from nnssl_ext.data.corpus.volumes import (
-    MOST_VOXELS,
-    NotAnImage,
-    Unusable,
-    Volume,
-    files_digest,
-    read_file,
-    read_series,
-    reason,
-)
+from nnssl_ext.data.corpus.volumes import MAX_VOXELS, NotAnImage, Unusable, Volume
 from nnssl_ext.data.index import CaseRecord, record_of
+from nnssl_ext.files import file_digest
 from nnssl_ext.recipe import read_json
+
+#: Resampling to the target's spacing may multiply the voxels by this, a factor of ten per axis.
+MAX_GROWTH = 1000
+#: A reason that another normalization removes.
+CONSTANT = "is constant once it is normalized and resampled"
 
 
 class NotWrittenError(Exception):
@@ -42,15 +37,15 @@ class NotWrittenError(Exception):
 
 
 @dataclass(frozen=True)
-class Target:
-    """Where a worker finds how to preprocess, and where it puts what it makes.
+class CorpusTarget:
+    """How a worker preprocesses, and where it writes.
 
     Attributes:
         plans: File of the corpus's plans.
         configuration: Of the plans.
         dataset_json: File of the corpus's dataset.json.
         scratch: Folder for unfinished cases.
-        contents: File that lists what earlier calls have made: it is not preprocessed again.
+        contents: File that lists the cases of earlier calls, which are not preprocessed again.
     """
 
     plans: Path
@@ -62,41 +57,30 @@ class Target:
 
 @dataclass
 class Prepared:
-    """What became of one volume: its entry and, if it is kept, its record and the folder of its files."""
+    """One volume: its entry and, if it is kept, its record and the folder of its files."""
 
     entry: Entry
     record: CaseRecord | None = None
     folder: Path | None = None
 
 
-def start_worker() -> None:
-    """No threads inside, no warnings about every odd header, and no life of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is for the first process, which ends the others
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def prepare(item: Item, target: Target) -> list[Prepared]:
-    """Read an item and preprocess the cases it makes; files that are no use come back as entries, never as errors.
+def prepare(item: Item, target: CorpusTarget) -> list[Prepared]:
+    """Read an item and preprocess its cases; unusable files come back as entries.
 
     Raises:
         NotWrittenError: If a case cannot be written.
         MemoryError: If there is too little.
     """
+    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    tempfile.tempdir = str(target.scratch)  # what a killed worker leaves is removed with it
     results: list[Prepared] = []
     try:
         stamp = item.stamp()
-        sha256 = files_digest(list(item.files)) if not item.dicom else _folder_digest(item.files[0])
+        sha256 = _item_digest(item)
     except OSError as error:
-        return [Prepared(_entry(item, [0, 0, 0], "", Unusable(f"cannot be read: {error.strerror}")))]
+        return [Prepared(left_out(item, Unusable(f"cannot be read: {error.strerror}")))]
+    except Unusable as verdict:
+        return [Prepared(left_out(item, verdict))]
     for group, volumes in _read(item, _managers(target, item.normalization)[0]):
         entry = _entry(item, stamp, sha256)
         entry.channels = item.channels(group) if group else item.channels()
@@ -108,30 +92,39 @@ def prepare(item: Item, target: Target) -> list[Prepared]:
             entry.status = KEPT
             if entry.content in _contents(target):
                 continue
-            folder = Path(tempfile.mkdtemp(dir=target.scratch))
+            folder = Path(tempfile.mkdtemp())
             results[-1].record = _preprocess(volumes, folder / entry.case, target, item.normalization)
             results[-1].folder = folder
         except Unusable as verdict:
             _leave_out(entry, verdict)
         except (NotWrittenError, MemoryError):  # not the file's fault
             raise
-        except Exception as error:  # whatever a strange file does to ITK or nnU-Net
-            _leave_out(entry, Unusable(f"cannot be preprocessed: {type(error).__name__}: {reason(error)}"))
+        except Exception as error:  # whatever a strange file does to nnU-Net
+            _leave_out(entry, Unusable(f"cannot be preprocessed: {type(error).__name__}: {last_line(error)}"))
     return results
+
+
+def left_out(item: Item, verdict: Unusable) -> Entry:
+    """The entry of an item that nothing was made of."""
+    return _leave_out(_entry(item, item.stamp(), ""), verdict)
 
 
 def _read(item: Item, plans: PlansManager) -> Iterator[tuple[tuple[int, ...], list[Volume] | Unusable]]:
     """(channels, volumes or why there are none) of each case of an item."""
     canonical = plans.image_reader_writer_class.__name__.endswith("WithReorient")
     if item.dicom:
-        for found in read_series(item.files[0], canonical):
+        for found in read_folder(item.files[0], canonical):
             yield item.groups[0], found if isinstance(found, Unusable) else [found]
         return
     try:
-        volumes = [volume for name in item.files for volume in read_file(name, canonical)]
+        volumes = [volume for name in item.files for volume in read_image(name, canonical)]
         if len(volumes) != len(item.names):
-            kind = "is 4-D" if len(item.names) == 1 else "does not fit its dataset.json"
-            raise Unusable(f"{kind}: {len(volumes)} volumes in {len(item.files)} file, expected {len(item.names)}")
+            if len(item.names) == 1:
+                raise NotAnImage("4-D image", f"{len(volumes)} volumes")
+            files = f"{len(item.files)} file{'s' if len(item.files) > 1 else ''}"
+            raise Unusable(
+                f"does not fit its dataset.json: {len(volumes)} volumes in {files}, expected {len(item.names)}"
+            )
     except Unusable as verdict:
         yield (), verdict
         return
@@ -140,12 +133,18 @@ def _read(item: Item, plans: PlansManager) -> Iterator[tuple[tuple[int, ...], li
 
 
 def _describe(entry: Entry, volumes: list[Volume]) -> None:
-    """Note what the case is, then raise Unusable if it is of no use."""
+    """Note what the case is.
+
+    Raises:
+        Unusable: If it is of no use.
+    """
     first = volumes[0]
-    entry.shape, entry.spacing = list(first.array.shape), [float(edge) for edge in first.spacing]
+    entry.shape, entry.spacing = list(first.array.shape), [round(edge, 6) for edge in first.spacing]
     entry.orientation, entry.modality, entry.series = first.orientation, first.modality, first.series
+    entry.remarks = [remark for volume in volumes for remark in volume.remarks]
+    name = Path(entry.files[0]).name
     for volume in volumes:
-        volume.check()
+        volume.check(name)
         if volume.array.shape != first.array.shape or not np.allclose(volume.spacing, first.spacing, rtol=1e-3):
             raise Unusable(
                 f"has channels of different size: {volume.array.shape} at {volume.spacing} mm, the first has "
@@ -153,38 +152,42 @@ def _describe(entry: Entry, volumes: list[Volume]) -> None:
             )
     digests = [volume.digest() for volume in volumes]
     entry.content = hashlib.sha256(b"".join(digests)).hexdigest()
-    stem = re.sub(r"\.(nii\.gz|nii|nrrd|mha)$", "", Path(entry.files[0]).name)
-    name = re.sub(r"[^A-Za-z0-9]+", "-", stem)[:40].strip("-") or "case"
-    entry.case = f"{name}_{entry.content[:12]}"
+    stem = name[: len(name) - len(image_suffix(name))]
+    entry.case = f"{re.sub(r'[^A-Za-z0-9]+', '-', stem)[:40].strip('-') or 'case'}_{entry.content[:12]}"
 
 
-def _preprocess(volumes: list[Volume], output: Path, target: Target, scheme: str) -> CaseRecord:
-    """nnU-Net's own preprocessing without labels, saved as it saves; the record spares the index from reading it."""
+def _preprocess(volumes: list[Volume], output: Path, target: CorpusTarget, scheme: str) -> CaseRecord:
+    """Preprocess without labels and save as nnU-Net does; the record spares the index from reading it."""
     plans, configuration = _managers(target, scheme)
     properties: dict[str, Any] = {"spacing": list(volumes[0].spacing), "sitk_stuff": volumes[0].geometry}
     data = np.stack([volume.array for volume in volumes])
     spacing = [properties["spacing"][axis] for axis in plans.transpose_forward]
     shape = [data.shape[1:][axis] for axis in plans.transpose_forward]
     resampled = [int(edge) for edge in compute_new_shape(shape, spacing, configuration.spacing)]
-    if min(resampled) < 2 or int(np.prod(resampled, dtype=object)) > MOST_VOXELS:
+    voxels = int(np.prod(resampled, dtype=object))
+    if min(resampled) < 2 or voxels > MAX_VOXELS:
         raise Unusable(f"would have size {resampled} at the target's spacing")
+    if voxels > MAX_GROWTH * int(np.prod(shape)):
+        raise Unusable(
+            f"would have size {resampled} at the target's spacing, {voxels // int(np.prod(shape))} times more"
+        )
     preprocessor = configuration.preprocessor_class(verbose=False)
     dataset_json = _dataset_json(target)
     case = preprocessor.run_case_npy(data, None, properties, plans, configuration, dataset_json)
     record = record_of(case[0])
     if record.problem:
-        raise Unusable(f"{record.problem} once it is normalised and resampled")
-    case[2]["class_locations"] = {}  # nobody has labelled anything
+        raise Unusable(CONSTANT if "constant" in record.problem else f"{record.problem} once it is normalized")
+    case[2]["class_locations"] = {}  # nobody has labeled anything
     preprocessor.run_case = lambda *_: case  # stock saves what stock read; this was read by us
     try:
         preprocessor.run_case_save(str(output), [], None, plans, configuration, dataset_json)
     except Exception as error:  # blosc2 and pickle each have their own
-        raise NotWrittenError(f"cannot write to {target.scratch.parent}: {reason(error)}") from error
+        raise NotWrittenError(f"cannot write to {target.scratch.parent}: {last_line(error)}") from error
     return record
 
 
 @lru_cache
-def _managers(target: Target, scheme: str) -> tuple[PlansManager, ConfigurationManager]:
+def _managers(target: CorpusTarget, scheme: str) -> tuple[PlansManager, ConfigurationManager]:
     plans = read_json(target.plans)
     if scheme:
         plans = with_normalization(plans, target.configuration, scheme)
@@ -193,25 +196,25 @@ def _managers(target: Target, scheme: str) -> tuple[PlansManager, ConfigurationM
 
 
 @lru_cache
-def _contents(target: Target) -> frozenset[str]:
+def _contents(target: CorpusTarget) -> frozenset[str]:
     return frozenset(read_json(target.contents, list))
 
 
 @lru_cache
-def _dataset_json(target: Target) -> dict:
+def _dataset_json(target: CorpusTarget) -> dict:
     return read_json(target.dataset_json)
 
 
 def with_normalization(plans: dict, configuration: str, scheme: str) -> dict:
-    """Plans whose configuration normalises every channel by ``scheme``; nothing else differs."""
+    """Replace the normalization of every channel of a configuration by ``scheme``."""
     result = deepcopy(plans)
     channels = len(PlansManager(plans).get_configuration(configuration).normalization_schemes)
     result["configurations"][configuration]["normalization_schemes"] = [scheme] * channels
     return result
 
 
-def _entry(item: Item, stamp: list[int], sha256: str, verdict: Unusable | None = None) -> Entry:
-    entry = Entry(
+def _entry(item: Item, stamp: list[int], sha256: str) -> Entry:
+    return Entry(
         item.source,
         list(item.files),
         stamp,
@@ -219,15 +222,19 @@ def _entry(item: Item, stamp: list[int], sha256: str, verdict: Unusable | None =
         sha256=sha256,
         normalization=item.normalization,
     )
-    if verdict:
-        _leave_out(entry, verdict)
+
+
+def _leave_out(entry: Entry, verdict: Unusable) -> Entry:
+    entry.status = NO_IMAGE if isinstance(verdict, NotAnImage) else UNUSABLE
+    entry.reason, entry.kind, entry.case = " ".join(str(verdict).split()), verdict.kind, ""
+    entry.series, entry.modality = entry.series or verdict.series, entry.modality or verdict.modality
     return entry
 
 
-def _leave_out(entry: Entry, verdict: Unusable) -> None:
-    entry.status = NO_IMAGE if isinstance(verdict, NotAnImage) else UNUSABLE
-    entry.reason, entry.case = " ".join(str(verdict).split()), ""
-
-
-def _folder_digest(folder: str) -> str:
-    return files_digest(sorted(str(path) for path in Path(folder).iterdir() if path.is_file()))
+def _item_digest(item: Item) -> str:
+    """The sha256 of a file, or of the digests of several in their order."""
+    if not item.dicom:
+        for name in item.files:
+            check_regular(name)
+    digests = [file_digest(path) for path in item.paths()]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()

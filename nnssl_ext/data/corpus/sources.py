@@ -1,7 +1,7 @@
-"""What a corpus is made from: other nnU-Net data sets, Decathlon tasks, folders of image files, DICOM folders.
+"""List the images of a corpus: nnU-Net data sets, Decathlon tasks, folders of image files, DICOM folders.
 
-A source becomes items; an item is what one worker reads at once. Nothing is opened here but dataset.json and the first
-bytes of files that may be DICOM.
+A source becomes items, and a worker reads one item at a time. Only dataset.json and the first bytes of files that may
+be DICOM are opened here.
 """
 
 from __future__ import annotations
@@ -13,30 +13,39 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
 from nnssl_ext.data.cases import shorten
-from nnssl_ext.data.corpus.volumes import SUFFIXES, is_dicom
+from nnssl_ext.data.corpus.dicom import is_dicom
+from nnssl_ext.data.corpus.readers import DATA_SUFFIXES, SUFFIXES, data_files, image_suffix
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json
 
 #: Largest dataset.json that is read from a source.
-MOST_BYTES = 16 * 2**20
+MAX_BYTES = 16 * 2**20
 #: Folders that hold labels, never images.
 LABEL_FOLDERS = ("labelsTr", "labelsTs", "gt_segmentations")
 #: Where nnU-Net and the Decathlon keep images.
 IMAGE_FOLDERS = ("imagesTr", "imagesTs")
+#: Kind of the images of a data set whose names lack the channel's number.
+NO_NUMBER = "images without a channel number as _0000"
+
+
+#: Files of unread kinds: names by kind. A kind is a suffix or a phrase.
+NotRead = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Item:
-    """What is read at once.
+    """Files that are read together.
 
     Attributes:
         source: The source as it was named.
-        files: One image file, one per channel of a case, or one DICOM folder.
-        names: The channels that the files hold in their order; one empty name where nobody says.
+        files: One image file, one per channel of a case, or one DICOM folder or file.
+        names: The channels of the files in their order; one empty name if unknown.
         groups: The cases to make, each by the numbers of its channels in ``names``.
         normalization: nnU-Net scheme instead of the plan's; empty: the plan's.
-        dicom: ``files`` is a DICOM folder.
+        dicom: ``files`` is a DICOM folder or file.
     """
 
     source: str
@@ -47,24 +56,31 @@ class Item:
     dicom: bool = False
 
     def channels(self, *groups: tuple[int, ...]) -> list[str]:
-        """Names of the channels that are taken, of all groups or of some; none where nobody says."""
+        """Names of the channels of some groups, or of all; empty if unknown."""
         return [self.names[n] for group in groups or self.groups for n in group if self.names[n]]
 
+    def paths(self) -> list[Path]:
+        """All files that are read, those beside a header too.
+
+        Raises:
+            OSError: If a folder cannot be listed.
+        """
+        if self.dicom and os.path.isdir(self.files[0]):
+            return [path for path in sorted(Path(self.files[0]).iterdir()) if path.is_file()]
+        return [path for name in self.files for path in (Path(name), *data_files(Path(name)))]
+
     def stamp(self) -> list[int]:
-        """Number of files, their bytes and the latest change: what differs when the files do."""
-        files = [Path(name) for name in self.files]
+        """Number of files, their bytes and the latest change: these differ when the files do."""
         try:
-            if self.dicom:
-                files = [path for path in files[0].iterdir() if path.is_file()]
-            stats = [path.stat() for path in files]
-        except OSError:  # a dangling link; reading it will say so
+            stats = [path.stat() for path in self.paths()]
+        except (OSError, ValueError):  # a dangling link; its reader will name it
             return [0, 0, 0]
-        return [len(stats), sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
+        return [len(stats), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the command line asks of the sources.
+    """Channels and normalizations that the command line asks for.
 
     Args:
         target_names: Channels of the target.
@@ -77,7 +93,7 @@ class Wishes:
     normalization: dict[str, str]
 
     def groups(self, source: str, names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """The cases that a source's channels make.
+        """Group a source's channels into cases.
 
         Raises:
             UserError: If they do not fit the target's.
@@ -100,76 +116,107 @@ class Wishes:
 
 
 def of_source(choices: dict[str, Any], source: str) -> Any:
-    """What was said of a source, by its word or by its folder's name; None if nothing."""
+    """The choice for a source, by its word or its folder's name; None without one."""
     for name in (source, os.path.basename(source.rstrip("/"))):
         if name in choices:
             return choices[name]
     return None
 
 
-def items_of(source: str, wishes: Wishes) -> list[Item]:
-    """The items of a source in a fixed order.
+def items_of(source: str, wishes: Wishes, not_read: NotRead | None = None) -> list[Item]:
+    """List the items of a source in a fixed order.
 
     Args:
         source: A path, or an nnU-Net raw data set by name or number.
-        wishes: What is asked of it.
+        wishes: Channels and normalizations.
+        not_read: Takes the files that no item holds.
 
     Raises:
-        UserError: If there is nothing that could be read, or its channels do not fit.
+        UserError: If there is nothing to read, or its channels do not fit.
     """
     path = _path(source)
+    not_read = {} if not_read is None else not_read
     try:
-        items = list(_found(source, path, wishes))
+        items = list(_found(source, path, wishes, not_read))
     except OSError as error:
         raise UserError(f"{source} cannot be read: {error}") from error
     if not items:
-        raise UserError(f"{source}: no image found in {path}; expected {', '.join(SUFFIXES)} or DICOM files")
+        missing = not_read.get(NO_NUMBER)
+        if missing:
+            raise UserError(
+                f"{source}: expected image names with a channel number, as CASE_0000.nii.gz, got "
+                f"{shorten(missing)}. Rename them."
+            )
+        found = f"; got {describe_not_read(not_read)}" if not_read else ""
+        raise UserError(f"{source}: no image found in {path}; expected {', '.join(SUFFIXES)} or DICOM files{found}")
     scheme = of_source(wishes.normalization, source)
     return [replace(item, normalization=scheme) for item in items] if scheme else items
 
 
-def _found(source: str, path: Path, wishes: Wishes) -> Iterator[Item]:
+def describe_not_read(not_read: NotRead) -> str:
+    """Counts by kind with an example each: "3 .pdf (a.pdf), 1 .zip (b.zip)"."""
+    return ", ".join(f"{len(names)} {kind} ({names[0]})" for kind, names in sorted(not_read.items()))
+
+
+def channel_names(content: dict, path: Path) -> tuple[str, ...]:
+    """Channels of a dataset.json in their order, whatever their keys, as nnU-Net takes them.
+
+    Raises:
+        UserError: If there are none.
+    """
+    names = content.get("channel_names") or content.get("modality")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{path}: expected channel_names as an object from numbers to names, got {names!r}")
+    return tuple(str(name) for name in names.values())
+
+
+def _found(source: str, path: Path, wishes: Wishes, not_read: NotRead) -> Iterator[Item]:
     if path.is_dir() and any((path / part).is_dir() for part in IMAGE_FOLDERS) and (path / "dataset.json").is_file():
         content = _dataset_json(path)
-        if "modality" in content and "channel_names" not in content:
-            return _decathlon(source, path, content["modality"], wishes)
-        return _nnunet(source, path, content, wishes)
-    return _walk(source, path, wishes)
+        names = channel_names(content, path / "dataset.json")
+        if "channel_names" in content:
+            return _nnunet(source, path, names, content.get("file_ending"), wishes, not_read)
+        images = [file.name for part in IMAGE_FOLDERS for file in _files(path / part) if image_suffix(file.name)]
+        if images and all(re.search(r"_\d{4}\.nii\.gz$", name) for name in images):  # nnU-Net version 1
+            return _nnunet(source, path, names, ".nii.gz", wishes, not_read)
+        return _decathlon(source, path, names, wishes)
+    return _walk(source, path, wishes, not_read)
 
 
 def _path(source: str) -> Path:
-    path = Path(source)
+    path, root = Path(source), os.environ.get("nnUNet_raw")
     if path.exists():
         return path.resolve()
-    pattern = source if source.startswith("Dataset") else f"Dataset{source:0>3}_*"
-    root = os.environ.get("nnUNet_raw")
-    found = sorted(Path(root).glob(pattern)) if root and re.fullmatch(r"\d{1,3}|Dataset\d{3}_\w+", source) else []
-    if len(found) != 1:
-        raise UserError(f"source {source} is neither a file or folder nor a data set in nnUNet_raw ({root})")
-    return found[0].resolve()
+    try:
+        if root and re.fullmatch(r"\d+|Dataset\d{3,}_.+", source):
+            found = Path(root) / maybe_convert_to_dataset_name(source)
+            if found.is_dir():
+                return found.resolve()
+    except RuntimeError:  # none or several
+        pass
+    raise UserError(f"source {source} is neither a file or folder nor a data set in nnUNet_raw ({root})")
 
 
 def _dataset_json(path: Path) -> dict:
     file = path / "dataset.json"
-    if file.stat().st_size > MOST_BYTES:
-        raise UserError(f"{file} has {file.stat().st_size} bytes; a dataset.json of at most {MOST_BYTES} is read")
+    if file.stat().st_size > MAX_BYTES:
+        raise UserError(f"{file} has {file.stat().st_size} bytes; a dataset.json of at most {MAX_BYTES} is read")
     return read_json(file)
 
 
-def _channel_names(names: Any, path: Path) -> tuple[str, ...]:
-    """``{"0": "T1"}`` in the order of its numbers."""
-    try:
-        ordered = sorted((int(number), str(name)) for number, name in names.items())
-        if [number for number, _ in ordered] == list(range(len(ordered))) and ordered:
-            return tuple(name for _, name in ordered)
-    except (AttributeError, TypeError, ValueError):
-        pass
-    raise UserError(f"{path / 'dataset.json'}: channels must be an object from '0', '1', ... to names, got {names!r}")
+def _nnunet(
+    source: str, path: Path, names: tuple[str, ...], ending: Any, wishes: Wishes, not_read: NotRead
+) -> Iterator[Item]:
+    """Cases of an nnU-Net raw data set.
 
-
-def _nnunet(source: str, path: Path, content: dict, wishes: Wishes) -> Iterator[Item]:
-    names = _channel_names(content.get("channel_names"), path)
-    ending = content.get("file_ending")
+    Args:
+        source: As named on the command line.
+        path: Folder of the data set.
+        names: Its channels.
+        ending: Suffix of its images.
+        wishes: Channels and normalizations.
+        not_read: Takes images without a channel number.
+    """
     if ending not in SUFFIXES:
         raise UserError(f"{path}: file_ending {ending!r} cannot be read; known: {', '.join(SUFFIXES)}")
     groups = wishes.groups(source, names)
@@ -180,6 +227,10 @@ def _nnunet(source: str, path: Path, content: dict, wishes: Wishes) -> Iterator[
             found = pattern.fullmatch(file.name)
             if found:
                 cases.setdefault(found[1], {})[int(found[2])] = str(file)
+            else:
+                not_read.setdefault(NO_NUMBER if file.name.endswith(ending) else _suffix(file.name), []).append(
+                    str(file)
+                )
         for case in sorted(cases):
             for group in groups:
                 # a channel that is absent is a file that cannot be read
@@ -188,30 +239,52 @@ def _nnunet(source: str, path: Path, content: dict, wishes: Wishes) -> Iterator[
                 yield Item(source, files, tuple(names[n] for n in group), (tuple(range(len(group))),))
 
 
-def _decathlon(source: str, path: Path, modality: Any, wishes: Wishes) -> Iterator[Item]:
-    names = _channel_names(modality, path)
+def _decathlon(source: str, path: Path, names: tuple[str, ...], wishes: Wishes) -> Iterator[Item]:
     groups = wishes.groups(source, names)
     for part in IMAGE_FOLDERS:
         for file in _files(path / part):
-            if file.name.endswith(SUFFIXES) and not file.name.startswith("_"):
+            if image_suffix(file.name) and not file.name.startswith("_"):
                 yield Item(source, (str(file),), names, groups)
 
 
-def _walk(source: str, path: Path, wishes: Wishes) -> Iterator[Item]:
-    """Every image file below a folder is a case of one channel; so is every DICOM series."""
+def _walk(source: str, path: Path, wishes: Wishes, not_read: NotRead) -> Iterator[Item]:
+    """Make a case of every image file below a folder and of every DICOM series."""
     named = len(wishes.target_names) > 1 or of_source(wishes.channels, source)
     groups = wishes.groups(source, ("",)) if named else ((0,),)
-    if path.is_file():
-        yield Item(source, (str(path),), groups=groups)
+    if not path.is_dir():
+        dicom = path.is_file() and not image_suffix(path.name) and is_dicom(path)
+        if not path.is_file():
+            not_read.setdefault("pipes or devices", []).append(str(path))
+        elif dicom or image_suffix(path.name):
+            yield Item(source, (str(path),), groups=groups, dicom=dicom)
+        else:
+            not_read.setdefault(_suffix(path.name), []).append(str(path))
         return
-    for folder, inner, _ in os.walk(path):
+
+    def unreadable(error: OSError) -> None:
+        not_read.setdefault("folders that cannot be opened", []).append(str(error.filename))
+
+    for folder, inner, names in os.walk(path, onerror=unreadable):
         inner[:] = sorted(name for name in inner if not name.startswith(".") and name not in LABEL_FOLDERS)
-        files = _files(Path(folder))
-        images = [file for file in files if file.name.endswith(SUFFIXES)]
-        for file in images:
-            yield Item(source, (str(file),), groups=groups)
-        if not images and any(map(is_dicom, files)):
+        for link in filter(os.path.islink, (os.path.join(folder, name) for name in inner)):
+            not_read.setdefault("links to folders", []).append(link)
+        dicom = False
+        for name in sorted(name for name in names if not name.startswith(".")):
+            file = os.path.join(folder, name)
+            if os.path.exists(file) and not os.path.isfile(file):
+                not_read.setdefault("pipes or devices", []).append(file)
+            elif image_suffix(name):
+                yield Item(source, (file,), groups=groups)
+            elif is_dicom(Path(file)):
+                dicom = True
+            elif not name.lower().endswith(DATA_SUFFIXES):  # those belong to a header
+                not_read.setdefault(_suffix(name), []).append(file)
+        if dicom:
             yield Item(source, (folder,), groups=groups, dicom=True)
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "without a suffix"
 
 
 def _files(folder: Path) -> list[Path]:
@@ -221,7 +294,11 @@ def _files(folder: Path) -> list[Path]:
 
 
 def unused_words(wishes: Wishes, sources: Sequence[str]) -> None:
-    """Raises UserError if --channels or --normalization name a source that was not given."""
+    """Refuse --channels and --normalization of sources that were not given.
+
+    Raises:
+        UserError: Then.
+    """
     for option, choices in (("--channels", wishes.channels), ("--normalization", wishes.normalization)):
         for name in choices:
             if name and not any(of_source({name: True}, source) for source in sources):

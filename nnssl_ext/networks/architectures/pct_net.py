@@ -1,7 +1,7 @@
 """PCT-Net: a U-Net whose three deepest stages add window attention to convolutions; plans can name it.
 
 Wang et al., "MIS-FM: 3D Medical Image Segmentation using Foundation Models Pretrained on a Large-Scale Unannotated
-Dataset", arXiv 2306.16925. Tensor names are the published ones but for the final convolutions: ``from_published``.
+Dataset", arXiv 2306.16925. Tensor names are the published ones but for the final convolutions: ``published_name``.
 
 B batch, C channel, D H W voxels.
 """
@@ -227,9 +227,21 @@ class PCTNet(nn.Module):
         return [layer(decoded) for layer, decoded in zip(self.output_layers, maps, strict=True)]
 
 
-def from_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published ``model_state_dict`` under this network's names.
+def published_name(name: str) -> str:
+    """Rename a tensor of a published file as in this network.
 
     Only the four final convolutions differ: stock nnU-Net transfers everything but names with ``.seg_layers.``.
     """
-    return {PUBLISHED_HEAD.sub(HEAD, name): tensor for name, tensor in weights.items()}
+    return PUBLISHED_HEAD.sub(HEAD, name)
+
+
+def trained_modes(weights: Mapping[str, Tensor]) -> list[int]:
+    """List the resolution modes whose norms have counted batches; none where no mode has."""
+    counted = "embeddings.{}.conv0.conv_conv.0.num_batches_tracked"
+    counts = [weights.get(counted.format(mode)) for mode in range(len(FLAT))]
+    return [mode for mode, count in enumerate(counts) if count is not None and count > 0]
+
+
+def from_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take a published ``model_state_dict`` under this network's names."""
+    return {published_name(name): tensor for name, tensor in weights.items()}

@@ -21,9 +21,12 @@ from nnssl_ext.networks.activation_checkpointing import checkpoint_activations
 from nnssl_ext.networks.architectures.blocks import DropPath, Mlp
 from nnssl_ext.networks.architectures.unetr import UNETRDecoder
 from nnssl_ext.networks.base import triple
+from nnssl_ext.networks.positions import resize_positions
 from nnssl_ext.networks.strides import halving_strides
 
 EPSILON = 1e-6
+#: DINOv2 and 3DINO interpolate positions with the scale (tokens + 0.1) / tokens of the table.
+OFFSET = 0.1
 #: Blocks in groups, as large models are published: group and number.
 CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.")
 #: Four halvings: cubes of 16 voxels.
@@ -145,13 +148,8 @@ class VisionTransformer(nn.Module):
         return tuple(edge // stride for edge, stride in zip(size, self.patch, strict=True))
 
     def positions(self, grid: Sequence[int]) -> Tensor:
-        """(1, 1 + N, E) learned positions of a token grid; as they are on the grid they were made for."""
-        if tuple(grid) == self.position_grid:
-            return self.pos_embed
-        cls, places = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        volume = places.transpose(1, 2).unflatten(2, self.position_grid)
-        resized = F.interpolate(volume.float(), size=tuple(grid), mode="trilinear", align_corners=False)
-        return torch.cat([cls, resized.flatten(2).transpose(1, 2).to(cls.dtype)], 1)
+        """Resize the learned positions to a token grid: (1, 1 + N, E)."""
+        return resize_positions(self.pos_embed, self.position_grid, grid, 1, OFFSET)
 
     def embed(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the first block sees: (B, C, D, H, W), mask (B, N) bool, true where hidden -> (B, 1 + N, E)."""
@@ -279,12 +277,15 @@ def checked_strides(strides: Sequence[Sequence[int]], depth: int) -> tuple[tuple
     return checked
 
 
-def from_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder of a published self-distillation's network, under the names of ``VisionTransformer``.
+def published_name(name: str) -> str:
+    """Rename a tensor of a published encoder: with ``backbone.`` before it, its blocks numbered through.
 
-    Args:
-        weights: Names start with ``backbone.``, other names (the objective's heads) are left out; blocks are numbered
-            through, or in groups whose blocks are numbered through (``blocks.1.6.``).
+    Large models are published in groups whose blocks are numbered through (``blocks.1.6.``).
     """
-    encoder = {name[len("backbone.") :]: tensor for name, tensor in weights.items() if name.startswith("backbone.")}
-    return {CHUNKED.sub(r"blocks.\1.", name): tensor for name, tensor in encoder.items()}
+    return "backbone." + CHUNKED.sub(r"blocks.\1.", name.removeprefix("backbone."))
+
+
+def from_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take the encoder of a published file under the names of ``VisionTransformer``, without the objective's heads."""
+    encoder = {name: tensor for name, tensor in weights.items() if name.startswith("backbone.")}
+    return {published_name(name).removeprefix("backbone."): tensor for name, tensor in encoder.items()}

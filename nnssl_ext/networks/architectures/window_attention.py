@@ -70,7 +70,7 @@ class SwinBlock(nn.Module):
     """Window attention and a perceptron, each beside its input: (B, D, H, W, C) -> the same.
 
     Along an axis that is no longer than the window, the window is the axis and is not shifted. Along others the map is
-    padded to whole windows.
+    padded to whole windows. Where an axis is exactly one window long, no axis is shifted, as in the published network.
 
     Args:
         channels, window, heads, dropout: Of the attention.
@@ -105,7 +105,9 @@ class SwinBlock(nn.Module):
     def _attend(self, volume: Tensor) -> Tensor:
         size = volume.shape[1:4]
         edges = [min(self.window, edge) for edge in size]
-        shift = [window // 2 if self.shifted and edge > window else 0 for edge, window in zip(size, edges, strict=True)]
+        # published PCT-Nets do not shift at all where one axis is exactly one window long
+        shifted = self.shifted and self.window not in size
+        shift = [window // 2 if shifted and edge > window else 0 for edge, window in zip(size, edges, strict=True)]
         padded = [-(-edge // window) * window for edge, window in zip(size, edges, strict=True)]
         margin = [full - edge for full, edge in zip(padded, size, strict=True)]
         volume = F.pad(volume, (0, 0, 0, margin[2], 0, margin[1], 0, margin[0]))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnssl_ext.commands import train_words
-from nnssl_ext.data.corpus.corpus import TARGET_KEY
+from nnssl_ext.data.corpus import TARGET_KEY
 from nnssl_ext.environment import launched
 from nnssl_ext.recipe import write_json
 from nnssl_ext.training.distributed.ranks import world

@@ -1,10 +1,11 @@
 import json
-import locale
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK
@@ -14,9 +15,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnssl_ext.cli import main
 from nnssl_ext.data import index
 from nnssl_ext.data.cases import list_cases, open_case
-from nnssl_ext.data.corpus import corpus
-from nnssl_ext.data.corpus.preparation import Prepared, Target
-from nnssl_ext.data.corpus.sources import Item
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.errors import UserError
 from tests.conftest import Environment
@@ -33,8 +31,6 @@ def make(*words: str | Path, like: str = "811") -> dict[str, Any]:
 
 
 def folder() -> Path:
-    import os
-
     return Path(os.environ["nnUNet_preprocessed"]) / NAME
 
 
@@ -143,24 +139,35 @@ def test_equal_content_is_kept_once_whatever_its_format(target: Environment, ima
     assert {row["case"] for row in made["volumes"] if row["case"]} == set(list_cases(data()))
 
 
-def test_a_second_call_adds_what_is_new_and_reads_nothing_else(
-    target: Environment, images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def spoil(file: Path) -> None:
+    """Change a file's content behind its size and date: whoever reads it again finds out."""
+    stat = file.stat()
+    file.write_bytes(bytes(stat.st_size))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_a_second_call_adds_new_files_and_reads_no_other(target: Environment, images: Path) -> None:
     make(images)
     stamps = list_cases(data())
+    for file in images.rglob("*.*"):
+        spoil(file)
     write_image(images / "new.nii.gz", volume(11))
-    seen = []
-    prepare = corpus.prepare
-
-    def watched(item: Item, target: Target) -> list[Prepared]:
-        seen.append(item.files)
-        return prepare(item, target)
-
-    monkeypatch.setattr(corpus, "prepare", watched)
-    assert make(images)["counts"]["kept"] == 5
-    assert seen == [(str(images / "new.nii.gz"),)]
+    made = make(images)
+    assert made["counts"] == {"kept": 5, "duplicate": 0, "unusable": 0, "no image": 0}
     after = list_cases(data())
     assert after.items() >= stamps.items()
+
+
+def test_a_corpus_of_version_1_is_read_again(target: Environment, images: Path) -> None:
+    made = make(images)
+    old = {key: value for key, value in made.items() if key != "not_read"} | {"version": 1}
+    for row in old["volumes"]:
+        del row["kind"], row["remarks"]
+    (folder() / "corpus.json").write_text(json.dumps(old))
+    spoil(images / "a" / "one.nii.gz")
+    again = make(images, "--max-failures", "50")
+    assert (again["version"], again["counts"]["kept"]) == (2, 3)
+    assert files_of(again, "unusable").keys() == {"one.nii.gz"}
 
 
 def test_a_changed_file_replaces_its_case(target: Environment, images: Path) -> None:
@@ -179,8 +186,8 @@ def test_worker_processes_make_the_same(target: Environment, images: Path) -> No
 
 
 def test_dicom_series(target: Environment, tmp_path: Path) -> None:
-    source, encoding = tmp_path / "dicom", locale.nl_langinfo(locale.CODESET)
-    write_series(source / "patient1", volume(1), uid="1.2.3")
+    source = tmp_path / "dicom"
+    write_series(source / "patient1", volume(1), uid="1.2.3", more=lambda k: {"ImagePositionPatient": [0, 0, k]})
     write_series(source / "patient1", volume(2), uid="1.2.4", modality="CT")
     write_series(source / "patient2", volume(3), uid="1.2.5", skip=5)
     write_series(source / "patient3", volume(4), uid="1.2.6", modality="SEG")
@@ -188,16 +195,28 @@ def test_dicom_series(target: Environment, tmp_path: Path) -> None:
     for number in range(4):
         (source / "patient1" / f"0{number}.txt").write_text("notes")
     made = make(source, "--max-failures", "50")
-    assert locale.nl_langinfo(locale.CODESET) == encoding
     kept = {row["series"]: row for row in made["volumes"] if row["status"] == "kept"}
-    assert {uid: (row["modality"], row["spacing"]) for uid, row in kept.items()} == {
-        "1.2.3": ("MR", [2.0, 1.0, 1.0]),
-        "1.2.4": ("CT", [2.0, 1.0, 1.0]),
+    assert {uid: (row["modality"], row["spacing"], row["orientation"]) for uid, row in kept.items()} == {
+        "1.2.3": ("MR", [1.0, 1.0, 1.0], "LPS"),
+        "1.2.4": ("CT", [2.0, 1.0, 1.0], "LPS"),
     }
+    stored = open_case(data(), kept["1.2.3"]["case"])[:][0]
+    whole = volume(1).astype(np.int16)
+    np.testing.assert_allclose(stored, (whole - whole.mean()) / whole.std(), atol=1e-4)
     assert "one may be missing" in files_of(made, "unusable")["patient2"]
     assert "turned against each other" in files_of(made, "unusable")["patient4"]
     assert made["counts"]["no image"] == 1
+    assert made["not_read"] == {str(source): {".txt": 4}}
     assert make(source, "--max-failures", "50") == made
+
+
+def test_a_conversion_beside_its_series_is_a_duplicate(target: Environment, tmp_path: Path) -> None:
+    write_series(tmp_path / "scans", volume(1))
+    flipped = np.diag([-1.0, 1.0, 2.0, 1.0])  # as dcm2niix writes it: rows from posterior to anterior
+    flipped[1, 3] = -13
+    rows = volume(1).astype(np.int16)[:, ::-1]
+    nibabel.save(nibabel.Nifti1Image(rows.T, flipped), tmp_path / "scans" / "converted.nii.gz")
+    assert make(tmp_path / "scans")["counts"] == {"kept": 1, "duplicate": 1, "unusable": 0, "no image": 0}
 
 
 @pytest.mark.parametrize(
@@ -205,7 +224,7 @@ def test_dicom_series(target: Environment, tmp_path: Path) -> None:
     [
         ("-d 811", "number 811 is taken by Dataset811_Plain"),
         ("--max-failures 200", "must be between 0 and 100"),
-        ("-n a__b", "-n letters and digits, got 851 and 'a__b'"),
+        ("-n a__b", "-n letters, digits and hyphens, got 851 and 'a__b'"),
         ("-c 2d", "is 2-D or a cascade stage"),
         ("-c 4d", "have no '4d'; they have 2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres$"),
         ("--channels images=T9", "name which to take"),

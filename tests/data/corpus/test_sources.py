@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from nnssl_ext.cli import main
 from nnssl_ext.data.cases import list_cases, open_case
 from nnssl_ext.data.corpus import sources as corpus_sources
-from nnssl_ext.data.corpus.sources import Wishes, items_of
+from nnssl_ext.data.corpus.sources import NotRead, Wishes, items_of
 from nnssl_ext.errors import UserError
 from tests.conftest import Environment
 from tests.data.corpus.test_corpus import data, make
@@ -145,16 +147,86 @@ def test_descriptions_from_elsewhere_are_data(raw: Path, monkeypatch: pytest.Mon
     wishes = Wishes(("MR",), {}, {})
     file = raw / "dataset.json"
     whole = json.loads(file.read_text())
-    for names in ([], ["T1"], {"a": "T1"}, {"1": "T1"}, "T1", None):
+    names: object
+    for names in ([], ["T1"], "T1", None, {}):
         file.write_text(json.dumps({**whole, "channel_names": names}))
-        with pytest.raises(UserError, match="channels must be an object"):
+        with pytest.raises(UserError, match="expected channel_names as an object"):
             items_of(str(raw), wishes)
     file.write_text(json.dumps({**whole, "file_ending": "../../x"}))
     with pytest.raises(UserError, match="file_ending '../../x' cannot be read"):
         items_of(str(raw), wishes)
-    monkeypatch.setattr(corpus_sources, "MOST_BYTES", 10)
+    monkeypatch.setattr(corpus_sources, "MAX_BYTES", 10)
     with pytest.raises(UserError, match="at most 10 is read"):
         items_of(str(raw), wishes)
+
+
+def test_channels_stand_in_their_order_whatever_their_keys(raw: Path) -> None:
+    file = raw / "dataset.json"
+    whole = json.loads(file.read_text())
+    for names in ({"a": "T1", "b": "T2"}, {"1": "T1", "0": "T2"}, {"1": "T1", "2": "T2"}):
+        file.write_text(json.dumps({**whole, "channel_names": names}))
+        (item,) = [
+            item for item in items_of(str(raw), Wishes(("T2",), {"": ("T2",)}, {})) if "imagesTr" in item.files[0]
+        ]
+        assert (item.names, Path(item.files[0]).name) == (("T2",), "x_0001.nii.gz")
+
+
+def test_a_target_whose_channels_have_other_keys(with_data: WithData, tmp_path: Path) -> None:
+    environment = with_data("plain")
+    file = environment.dataset("plain") / "dataset.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "channel_names": {"MR": "MR0"}}))
+    write_image(tmp_path / "scans" / "a.nii.gz", volume(3))
+    assert make(tmp_path / "scans")["counts"]["kept"] == 1
+
+
+def test_data_sets_are_found_as_nnunet_finds_them(environment: Environment, raw: Path) -> None:
+    for name, word in (("Dataset020_My-Data", "Dataset020_My-Data"), ("Dataset1020_Big", "1020")):
+        raw = raw.rename(raw.with_name(name))
+        items = items_of(word, Wishes(("MR",), {}, {}))
+        assert len(items) == 4
+        assert all(name in file for item in items for file in item.files)
+
+
+def test_a_raw_data_set_of_nnunet_version_1(raw: Path) -> None:
+    (raw / "dataset.json").write_text(json.dumps({"modality": {"0": "T1", "1": "T2"}, "training": []}))
+    wishes = Wishes(("T1", "T2"), {}, {})
+    items = items_of(str(raw.rename(raw.with_name("Task020_Old"))), wishes)
+    assert [[Path(file).name for file in item.files] for item in items] == [
+        ["x_0000.nii.gz", "x_0001.nii.gz"],
+        ["y_0000.nii.gz", "y_0001.nii.gz"],
+    ]
+
+
+def test_a_missing_channel_number_is_named(raw: Path) -> None:
+    wishes, not_read = Wishes(("MR",), {}, {}), NotRead()
+    (raw / "imagesTr" / "x_0001.nii.gz").rename(raw / "imagesTr" / "z.nii.gz")
+    assert len(items_of(str(raw), wishes, not_read)) == 4
+    assert not_read == {corpus_sources.NO_NUMBER: [str(raw / "imagesTr" / "z.nii.gz")]}
+    shutil.rmtree(raw / "imagesTs")
+    (raw / "imagesTr" / "x_0000.nii.gz").rename(raw / "imagesTr" / "y.nii.gz")
+    with pytest.raises(
+        UserError, match=r"expected image names with a channel number, as CASE_0000.nii.gz, got .*z.nii.gz"
+    ):
+        items_of(str(raw), wishes)
+
+
+def test_files_of_other_kinds_are_counted(tmp_path: Path) -> None:
+    for name in ("a.nii.gz", "B.NRRD", "c.MHA", "report.pdf", "x/more.PDF", "x/data.raw", "x/list", ".hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    os.mkfifo(tmp_path / "pipe.nii.gz")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    not_read = NotRead()
+    items = items_of(str(tmp_path), Wishes(("MR",), {}, {}), not_read)
+    assert [Path(item.files[0]).name for item in items] == ["B.NRRD", "a.nii.gz", "c.MHA"]
+    assert {kind: len(names) for kind, names in not_read.items()} == {
+        ".pdf": 2,
+        "links to folders": 1,
+        "pipes or devices": 1,
+        "without a suffix": 1,
+    }
+    with pytest.raises(UserError, match=r"no image found.*; got 1 .pdf \(.*more.PDF\), 1 without a suffix"):
+        items_of(str(tmp_path / "x"), Wishes(("MR",), {}, {}))
 
 
 def test_sources_that_are_none(with_data: WithData, tmp_path: Path) -> None:

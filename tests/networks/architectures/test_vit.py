@@ -125,7 +125,9 @@ def test_positions_are_the_learned_ones_on_their_own_grid_and_resized_elsewhere(
     with torch.no_grad():
         encoder.pos_embed[:, 1:] = ramp
         found = encoder.positions((6, 8, 10))[:, 1:].view(6, 8, 10, 16)
-    assert torch.allclose(found[:, 0, 0, 0], torch.tensor([0.0, 0.25, 0.75, 1.25, 1.75, 2.0]))
+    # as DINOv2 and 3DINO do: the scale is (6 + 0.1) / 3
+    expected = ((torch.arange(6) + 0.5) * 3 / 6.1 - 0.5).clamp(0, 2)
+    assert torch.allclose(found[:, 0, 0, 0], expected, atol=1e-6)
     assert torch.allclose(found, found[:, :1, :1, :1].expand_as(found))
 
 

@@ -42,7 +42,9 @@ def by_hand(made: SwinBlock, volume: Tensor) -> Tensor:
     """The block cell by cell: each attends to the real cells of its own window, and to nothing else."""
     _, *size, channels = volume.shape
     normed, attention = made.norm1(volume), made.attn
-    shift = [made.window // 2 if made.shifted and edge > made.window else 0 for edge in size]
+    # published PCT-Nets do not shift at all where an axis is one window long
+    shifted = made.shifted and made.window not in size
+    shift = [made.window // 2 if shifted and edge > made.window else 0 for edge in size]
     edges = [min(made.window, edge) for edge in size]
     cells = list(itertools.product(*map(range, size)))
     # after the shift windows start at -w + shift, shift, ... : a first, smaller one is cut off by the border

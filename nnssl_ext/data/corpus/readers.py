@@ -1,0 +1,264 @@
+"""Readers of image files: NIfTI, Analyze, MGH, NRRD and MetaImage.
+
+Files come from elsewhere: headers are checked before voxels are read. A reader may still crash or fill the memory, so
+it runs in a process of its own (``pool.py``).
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import SimpleITK
+from nibabel.fileholders import FileHolder
+
+from nnssl_ext.data.corpus.volumes import (
+    MAX_COSINE,
+    MAX_VOXELS,
+    NotAnImage,
+    Unusable,
+    Volume,
+    checked_affine,
+    largest_cosine,
+)
+
+#: Suffixes of image files, in lower case.
+SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".hdr")
+#: Suffixes of the data beside a header: .mhd, .nhdr and .hdr.
+DATA_SUFFIXES = (".img", ".img.gz", ".raw", ".raw.gz", ".zraw")
+_ITK = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO"}
+#: Bytes that are searched for the text header of NRRD and MetaImage.
+HEADER_BYTES = 2**16
+#: Millimeters per unit: NIfTI's codes of meters and micrometers.
+_UNITS = {1: 1000.0, 3: 0.001}
+#: Two voxel sizes that differ by more are two.
+SAME_SIZE = 1e-2
+
+
+def image_suffix(name: str) -> str:
+    """Suffix of an image file in lower case; empty for other files."""
+    lowered = name.lower()
+    return next((suffix for suffix in SUFFIXES if lowered.endswith(suffix)), "")
+
+
+def data_files(path: Path) -> list[Path]:
+    """The files beside a header that hold its voxels, by their names."""
+    if not path.name.lower().endswith((".mhd", ".nhdr", ".hdr")):
+        return []
+    stem = path.name.rpartition(".")[0]
+    names = [f"{stem}{spelled}" for suffix in DATA_SUFFIXES for spelled in (suffix, suffix.upper())]
+    return [path.with_name(name) for name in names if path.with_name(name).is_file()]
+
+
+def read_image(path: str, canonical: bool = False) -> list[Volume]:
+    """Read the channels of a file: one of a 3-D image, several of a 4-D one.
+
+    Args:
+        path: Of an image file.
+        canonical: Turn the axes to right, anterior, superior, as nnU-Net's reorienting readers do.
+
+    Raises:
+        Unusable: If it cannot be read or its header makes no sense.
+    """
+    check_regular(path)
+    try:
+        volumes = (_read_by_itk if _ITK.get(image_suffix(path)) else _read_by_nibabel)(path)
+    except (Unusable, MemoryError):
+        raise
+    except Exception as error:  # a strange file may raise anything
+        raise Unusable(f"cannot be read: {last_line(error)}") from error
+    return [volume.canonical() for volume in volumes] if canonical else volumes
+
+
+def check_regular(path: str) -> None:
+    """Refuse pipes, devices and empty files, which would block or say nothing.
+
+    Raises:
+        Unusable: Then, and where there is no such file.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise Unusable(f"cannot be read: {getattr(error, 'strerror', error)}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise Unusable("cannot be read: it is no regular file")
+    if not found.st_size:
+        raise Unusable("cannot be read: it is empty")
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of a message; ITK's have many."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][-200:] if lines else type(error).__name__
+
+
+def _check_shape(shape: tuple[int, ...]) -> None:
+    if len(shape) not in (3, 4):
+        raise NotAnImage(f"{len(shape)}-D image" if len(shape) != 2 else "single slice", f"size {shape}")
+    if int(np.prod(shape, dtype=object)) > MAX_VOXELS or min(shape) < 1:
+        raise Unusable(f"has size {shape}; at most {MAX_VOXELS} voxels are read")
+
+
+def _volumes(voxels: np.ndarray, affine: np.ndarray, remarks: list[str]) -> list[Volume]:
+    """Volumes of (x, y, z) or (x, y, z, t) voxels."""
+    channels = np.moveaxis(voxels, 3, 0) if voxels.ndim == 4 else voxels[None]
+    return [Volume(np.ascontiguousarray(one.T, dtype=np.float32), affine, list(remarks)) for one in channels]
+
+
+def _read_by_nibabel(path: str) -> list[Volume]:
+    with ExitStack() as stack:
+        header_stream = stack.enter_context(_stream(path))
+        start = header_stream.read(540)
+        header_stream.seek(0)
+        kind = _nibabel_class(start, path)
+        streams = {"header": header_stream, "image": header_stream}
+        if path.lower().endswith(".hdr"):
+            found = [file for file in data_files(Path(path)) if file.name.lower().endswith((".img", ".img.gz"))]
+            if not found:
+                raise Unusable("cannot be read: its .img file is missing")
+            check_regular(str(found[0]))
+            streams["image"] = stack.enter_context(_stream(str(found[0])))
+        # unchecked: nibabel sets unknown voxel sizes to 1
+        header = kind.header_class(start[: kind.header_class.template_dtype.itemsize], check=False)
+        affine, remarks = _nibabel_affine(header)
+        image: Any = kind.from_file_map({name: FileHolder(fileobj=stream) for name, stream in streams.items()})
+        _check_dtype(image.get_data_dtype())
+        shape = image.shape
+        while len(shape) > 3 and shape[-1] == 1:
+            shape = shape[:-1]
+        _check_shape(shape)
+        voxels = image.get_fdata(dtype=np.float32, caching="unchanged").reshape(shape, order="F")
+        while streams["image"].read(2**20):  # gzip's checksum stands at the end
+            pass
+    return _volumes(voxels, affine, remarks)
+
+
+@contextmanager
+def _stream(path: str) -> Iterator[io.IOBase]:
+    """Open a file, compressed or not, whatever its suffix."""
+    with open(path, "rb") as file:
+        yield gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+
+
+def _nibabel_class(start: bytes, path: str) -> Any:
+    kinds: tuple[Any, ...] = (nibabel.Nifti1Image, nibabel.Nifti2Image)
+    if path.lower().endswith(".hdr"):
+        kinds = (nibabel.Nifti1Pair, nibabel.Nifti2Pair, nibabel.AnalyzeImage)
+    elif start[:4] == b"\0\0\0\1":  # MGH's version; nibabel has no test for it
+        return nibabel.MGHImage
+    for kind in kinds:
+        if kind.header_class.may_contain_header(start):
+            return kind
+    raise Unusable(f"cannot be read: it begins with {start[:8]!r}, as no NIfTI, Analyze or MGH file does")
+
+
+def _check_dtype(dtype: np.dtype) -> None:
+    if dtype.fields is not None:
+        raise NotAnImage("color image", f"{len(dtype.fields)} values per voxel")
+    if dtype.kind not in "iuf":
+        raise NotAnImage("image of complex values")
+
+
+def _nibabel_affine(header: Any) -> tuple[np.ndarray, list[str]]:
+    """Affine in mm: voxel sizes as both of nnU-Net's readers take them, directions from sform or else qform."""
+    if isinstance(header, nibabel.freesurfer.mghformat.MGHHeader):
+        if int(header["goodRASFlag"]) != 1:
+            raise Unusable("has unknown voxel size: its header holds none")
+        return checked_affine(header.get_affine()), []
+    sizes = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
+    if not np.isfinite(sizes).all() or sizes.min() <= 0:
+        raise Unusable(f"has unknown voxel size: spacing {tuple(sizes.tolist())}")
+    stated = [header.get_base_affine()]
+    if hasattr(header, "get_sform"):
+        codes = (int(header["sform_code"]), int(header["qform_code"]))
+        pairs = zip(codes, (header.get_sform, header.get_qform), strict=True)
+        stated = [form() for code, form in pairs if code > 0] or stated
+    # a registration may shear the sform; the qform cannot be sheared
+    affine = next((one for one in stated if largest_cosine(one) <= MAX_COSINE), None)
+    if affine is None:
+        affine = checked_affine(stated[0])
+    found = np.linalg.norm(affine[:3, :3], axis=0)
+    remarks = (
+        [] if np.allclose(found, sizes, rtol=SAME_SIZE) else [f"its affine has voxels of {found.round(4).tolist()}"]
+    )
+    unit = _UNITS.get(int(header["xyzt_units"]) & 7, 1.0) if "xyzt_units" in header else 1.0
+    affine = affine.copy()
+    affine[:3, :3] *= sizes / found
+    affine[:3] *= unit
+    return checked_affine(affine), remarks
+
+
+def _read_by_itk(path: str) -> list[Volume]:
+    suffix = image_suffix(path)
+    header = _text_header(path)
+    _check_text_header(path, header)
+    reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO(_ITK[suffix])
+    with tempfile.TemporaryDirectory() as folder:
+        reader.SetFileName(_utf8_name(path, Path(folder) / f"image{suffix}"))
+        reader.ReadImageInformation()
+        if reader.GetNumberOfComponents() != 1:
+            raise NotAnImage("color image", f"{reader.GetNumberOfComponents()} values per voxel")
+        _check_shape(tuple(reader.GetSize()))
+        image = reader.Execute()
+    affine = np.eye(4)
+    dimension = image.GetDimension()
+    direction = np.reshape(image.GetDirection(), (dimension, dimension))[:3, :3]
+    affine[:3, :3] = direction * np.asarray(image.GetSpacing()[:3])
+    affine[:3, 3] = image.GetOrigin()[:3]
+    affine = checked_affine(np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)
+    return _volumes(SimpleITK.GetArrayFromImage(image).T, affine, [])
+
+
+def _text_header(path: str) -> dict[str, str]:
+    """Keys in lower case of the text before the voxels."""
+    with open(path, "rb") as file:
+        lines = file.read(HEADER_BYTES).split(b"\n")
+    found: dict[str, str] = {}
+    separator = b":" if lines[0].startswith(b"NRRD") else b"="
+    for line in lines:
+        key, sign, value = line.rstrip(b"\r").partition(separator)
+        if separator == b":" and not line.strip():
+            break
+        if sign:
+            found[key.decode("latin-1").strip().lower()] = os.fsdecode(value.lstrip(b"=").strip())
+        if found.get("elementdatafile"):
+            break
+    return found
+
+
+def _check_text_header(path: str, header: dict[str, str]) -> None:
+    """Look at what ITK crashes on, fills in or follows."""
+    edges = header.get("ndims") or header.get("dimension", "")
+    if not edges.isdigit() or not 2 <= int(edges) <= 5:
+        raise Unusable(f"cannot be read: it has {edges or 'no number of'} dimensions")
+    stated = next(
+        (header[key] for key in ("elementspacing", "elementsize", "space directions", "spacings") if key in header), ""
+    )
+    sizes = [word for word in stated.split() if word.lower() not in ("none", "nan")]
+    if len(sizes) < min(3, int(edges)):
+        raise Unusable(f"has unknown voxel size: its header says '{stated}'")
+    name = header.get("elementdatafile") or header.get("data file") or header.get("datafile") or "LOCAL"
+    if name.split()[0] in ("LOCAL", "LIST") or "%" in name:
+        return
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise Unusable(f"cannot be read: its data lie outside its folder, in {name}")
+    check_regular(str(Path(path).parent / name))
+
+
+def _utf8_name(path: str, link: Path) -> str:
+    """A name that ITK can open in any locale: the path's UTF-8, or a link where it is none."""
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        os.symlink(path, link)
+        return str(link)
