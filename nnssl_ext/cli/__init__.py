@@ -1,4 +1,4 @@
-"""The ``nnssl_ext`` command: one module per subcommand, found by its name."""
+"""Run the ``nnssl_ext`` command, with one module per subcommand."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; 0 on success, 1 for unusable input, 2 for a wrong command line."""
+    """Run a subcommand and return its status.
+
+    0 is success, 1 unusable input, 2 a wrong command line.
+    """
     if arguments is None:
         use_utf8()
         # for processes that are started, too

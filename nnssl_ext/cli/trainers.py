@@ -1,8 +1,8 @@
-"""Print the folder that nnU-Net's nnUNet_extTrainer must name.
+"""Print the folder for nnU-Net's variable nnUNet_extTrainer.
 
     export nnUNet_extTrainer="$(nnssl_ext trainers)"
 
-A value that is already set is kept in front of it with --append.
+With --append, folders that the variable names already stay in front.
 """
 
 from __future__ import annotations
