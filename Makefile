@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed$(if $(LOCKED),-locked)
 MINIMUM_PYTHON ?= python3.10
 MINIMUM := .venv-minimum
 
-.PHONY: install lock test test-minimum dist check format tables demo soak fuzz fuzz-atheris audit clean
+.PHONY: install lock test test-minimum dist check format tables demo docs figures soak fuzz fuzz-atheris audit clean
 
 install: $(INSTALLED)
 
@@ -58,9 +58,17 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# the tables of all settings in docs/plans.md
+# the tables of all settings in docs/reference/settings.md
 tables: install
 	$(BIN)/python docs/settings_table.py
+
+# the documentation as a site, with every link checked
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
+
+# the README's pictures, from committed numbers
+figures: install
+	$(BIN)/python docs/figures.py
 
 # at least twenty kills of each method and the fine-tuner, for an hour, and ten of a study; not part of the tests
 soak: install
@@ -83,4 +91,4 @@ demo: install
 	$(BIN)/nnssl_ext demo --output demo --open
 
 clean:
-	rm -rf $(VENV) $(MINIMUM) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(MINIMUM) build site dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,1 +1,4 @@
-"""What the plug-in costs: ``python -m benchmarks NAME [options] [--json]``; docs/performance.md keeps the figures."""
+"""Measure the plug-in: ``python -m benchmarks NAME [options] [--json]``.
+
+The figures stand in docs/internals/performance.md.
+"""

@@ -1,4 +1,4 @@
-"""How much memory a network of ours keeps for its backward pass, counted without a GPU: the table of docs/networks.md.
+"""Count the memory that a network keeps for its backward pass, for the table of docs/reference/networks.md.
 
     python -m benchmarks activation_memory vit_small 96 96 96
 

@@ -1,4 +1,4 @@
-"""Which batch fits GPUs of 8, 24 and 80 GB: the table of docs/networks.md, estimated without a GPU.
+"""Which batch fits GPUs of 8, 24 and 80 GB: the table of docs/reference/networks.md, estimated without a GPU.
 
     python -m benchmarks cards [--networks vit_small pct_net ...]
 

@@ -1,4 +1,4 @@
-"""Files from elsewhere are data: nothing of them is executed, and none makes us read more than it could mean."""
+"""Read files from elsewhere safely: nothing in them is executed, and none is unpacked beyond its plausible size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NUMPY_SCALARS: list[Any] = [
 ]
 #: How deeply a checkpoint may be nested.
 MAX_DEPTH = 64
-#: An .npz may be so many times larger than its file.
+#: Largest ratio of the content of an .npz or tar file to the file.
 LARGEST_RATIO = 1000
 #: A frame of Blosc2 begins with this, at this offset; its header's length stands behind.
 _FRAME, _FRAME_AT, _LENGTH_AT = b"b2frame\0", 2, 11
@@ -36,10 +36,10 @@ _ACTIVE = (b"LazyArray", b"proxy-source", b"\xa3b2o")
 
 
 def load_tensors(path: Path, safe: list[Any] = NUMPY_SCALARS) -> Any:
-    """The tensors and plain values in a file of ``torch.save``, on the CPU; a pickle is never executed.
+    """Load the tensors and plain values of a ``torch.save`` file onto the CPU. A pickle is never executed.
 
     Raises:
-        RefusedError: If it claims to be more than it holds.
+        RefusedError: If it claims to hold more than it stores.
         Exception: Of many kinds, for damaged files.
     """
     if zipfile.is_zipfile(path):
@@ -54,10 +54,10 @@ def load_tensors(path: Path, safe: list[Any] = NUMPY_SCALARS) -> Any:
 
 
 def check_tensors(content: Any) -> None:
-    """Look at every value of a loaded file.
+    """Check every value of a loaded file.
 
     Raises:
-        RefusedError: For a tensor that is not dense or shows more than it stores, and for nesting without end.
+        RefusedError: For a tensor that is not dense or is larger than its storage, and for too deep nesting.
     """
     level: list[Any] = [content]
     for _ in range(MAX_DEPTH):
@@ -79,10 +79,10 @@ def check_tensors(content: Any) -> None:
 
 
 def open_blosc2(path: Path, **options: Any) -> blosc2.NDArray:
-    """An array in a .b2nd file; the kinds of Blosc2 objects that run code when they are opened are refused.
+    """Open the array in a .b2nd file. Blosc2 objects that run code when they are opened are refused.
 
     Raises:
-        RefusedError: For such a file, and for one that holds no array.
+        RefusedError: For such a file, and for one without an array.
         Exception: Of many kinds, for damaged files.
     """
     with path.open("rb") as file:
@@ -101,10 +101,10 @@ def open_blosc2(path: Path, **options: Any) -> blosc2.NDArray:
 
 
 def load_npz(path: Path, name: str) -> np.ndarray:
-    """One array of an .npz file.
+    """Load one array of an .npz file.
 
     Raises:
-        RefusedError: If it would unpack to much more than its file could mean.
+        RefusedError: If it would unpack to far more than its file.
         Exception: Of many kinds, for damaged files.
     """
     with zipfile.ZipFile(path) as archive:
@@ -118,15 +118,15 @@ def load_npz(path: Path, name: str) -> np.ndarray:
 def unpack_tar(
     path: Path, target: Path, wanted: Callable[[tarfile.TarFile], Iterable[tarfile.TarInfo]] | None = None
 ) -> None:
-    """Unpack a tar file below ``target``: no member leaves it, and none if they do not fit on the disk.
+    """Unpack a tar file below ``target``. No member leaves that folder.
 
     Args:
         path: The file.
         target: A folder.
-        wanted: Which members; None for all.
+        wanted: Chooses members; None takes all.
 
     Raises:
-        RefusedError: If it would unpack to much more than its file, which no medical images do.
+        RefusedError: If it would unpack to far more than its file, which no medical images do.
         tarfile.TarError, OSError: If it cannot be unpacked.
     """
     limit, total = LARGEST_RATIO * path.stat().st_size, 0

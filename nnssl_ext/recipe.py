@@ -174,10 +174,10 @@ def _apply(target: dict, configuration: ConfigurationOverlay, architecture: Arch
     if configuration.patch_size is not None:
         target["patch_size"] = list(configuration.patch_size)
     elif replaced or configuration.patch_limit is not None:
-        target["patch_size"] = _legal_patch(target, configuration.patch_limit)
+        target["patch_size"] = legal_patch(target, configuration.patch_limit)
 
 
-def _legal_patch(configuration: Mapping[str, Any], limit: int | None) -> list[int]:
+def legal_patch(configuration: Mapping[str, Any], limit: int | None) -> list[int]:
     """Round a patch to whole strides within a limit, with two voxels at the bottleneck, which suit every network."""
     edges = []
     for edge, stride in zip(configuration["patch_size"], total_stride(configuration), strict=True):

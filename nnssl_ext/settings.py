@@ -101,6 +101,12 @@ class CommonSettings:
     keep_host_memory: bool = setting(
         True, "On the CPU: keep freed memory, in huge pages, instead of returning it to the system after each step."
     )
+    restore_weight_lengths: bool = setting(
+        True,
+        "Scale convolutions before a norm to their initial length in the weights for fine-tuning. Runs continue with "
+        "the trained lengths.",
+        source="longer weights, equal in function, learn more slowly",
+    )
     target_trainer: str = setting("nnUNetTrainer", "Trainer that builds the network to pretrain.")
 
 

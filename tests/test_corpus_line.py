@@ -14,7 +14,7 @@ from nnssl_ext.training.checks import target_network
 from tests.conftest import Environment
 from tests.datasets import QUICK
 from tests.documents import shown_lines
-from tests.training.pretraining.test_trainer import trainer_for
+from tests.support.runs import trainer_for
 from tests.volumes import volume, write_image, write_series
 
 TRAINER = "nnsslTrainer_VolumeFusion"
@@ -32,7 +32,7 @@ def target(with_data: Callable[[str], Environment]) -> Environment:
 
 
 def test_the_documents_corpus_pretrains_its_target(target: Environment) -> None:
-    corpus, pretraining, weights, finetuning = shown_lines("docs/corpora.md", "corpus")
+    corpus, pretraining, weights, finetuning = shown_lines("docs/how-to/corpus.md", "corpus")
     for number in range(3):
         write_image(target.root / "scans" / f"{number}.nii.gz", volume(number, (18, 20, 22)))
     write_series(target.root / "dicom", volume(5, (10, 20, 22)))

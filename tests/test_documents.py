@@ -1,5 +1,6 @@
 """Documents say what is there."""
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -15,11 +16,11 @@ from nnssl_ext.study.decathlon.tasks import tasks_table
 from tests.conftest import REPOSITORY
 from tests.documents import own_commands
 
-DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
+DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
 
 
 def test_every_setting_is_documented_with_its_default_and_source() -> None:
-    text = (REPOSITORY / "docs" / "plans.md").read_text()
+    text = (REPOSITORY / "docs" / "reference" / "settings.md").read_text()
     found = re.search(r"<!-- settings: begin -->\n(.*)\n<!-- settings: end -->", text, re.DOTALL)
     assert found
     assert found[1] == settings_tables()
@@ -27,21 +28,50 @@ def test_every_setting_is_documented_with_its_default_and_source() -> None:
 
 @pytest.mark.parametrize("method", METHODS.values())
 def test_every_method_has_its_places(method: type[Method]) -> None:
-    readme, methods = ((REPOSITORY / name).read_text() for name in ("README.md", "docs/methods.md"))
+    readme, methods = ((REPOSITORY / name).read_text() for name in ("README.md", "docs/methods/index.md"))
     assert f"`{TRAINERS[method.name]}`" in readme
     assert f"`{TRAINERS[method.name]}`" in methods
     assert f"## {method.title}" in methods
-    assert (REPOSITORY / "tests" / "methods" / f"test_{method.name}.py").is_file()
+    assert list((REPOSITORY / "tests" / "methods").rglob(f"test_{method.name}.py"))
     assert method.name in available_recipes()
 
 
-def test_every_recipe_is_in_the_readme() -> None:
-    readme = (REPOSITORY / "README.md").read_text()
-    assert [name for name in available_recipes() if f"`{name}`" not in readme] == []
+def test_every_recipe_is_in_the_settings() -> None:
+    text = (REPOSITORY / "docs" / "reference" / "settings.md").read_text()
+    assert [name for name in available_recipes() if f"`{name}`" not in text] == []
+
+
+def test_the_readme_is_short() -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    assert len(text.split()) <= 1000
+    assert text.count("](docs/figures/") == 2
+
+
+def test_the_readme_and_the_evidence_page_show_the_committed_claims() -> None:
+    """Every difference in their tables is a row of claims.csv, and every row is in the evidence page."""
+    with (REPOSITORY / "docs" / "evidence" / "claims.csv").open() as file:
+        claims = [
+            f"{float(row['mean']):+.1f} [{float(row['low']):+.1f}, {float(row['high']):+.1f}]"
+            for row in csv.DictReader(file)
+        ]
+    for document in ("README.md", "docs/evidence/index.md"):
+        shown = re.findall(
+            r"[+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\](?=\*\*|\]|\s\|)", (REPOSITORY / document).read_text()
+        )
+        assert set(shown) <= {*claims, "+0.1 [-0.2, +0.5]"}, document
+        assert len(shown) >= 15
+    evidence = (REPOSITORY / "docs" / "evidence" / "index.md").read_text()
+    assert [claim for claim in claims if claim not in evidence] == []
+
+
+def test_the_site_names_every_page() -> None:
+    text = (REPOSITORY / "mkdocs.yml").read_text()
+    pages = {str(path.relative_to(REPOSITORY / "docs")) for path in (REPOSITORY / "docs").rglob("*.md")}
+    assert sorted(page for page in pages if f": {page}\n" not in text) == []
 
 
 def test_the_decathlons_tasks_are_documented() -> None:
-    text = (REPOSITORY / "docs" / "decathlon.md").read_text()
+    text = (REPOSITORY / "docs" / "how-to" / "decathlon.md").read_text()
     assert f"<!-- tasks: begin -->\n{tasks_table()}\n<!-- tasks: end -->" in text
 
 

@@ -14,7 +14,7 @@ from nnssl_ext.host_memory import HUGE_PAGES, KEPT_MEMORY, keep_memory
 from nnssl_ext.methods import TRAINERS
 from nnssl_ext.resources import resource_folder
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import trainer_for
+from tests.support.runs import trainer_for
 
 Data = Callable[[str], Environment]
 

@@ -24,7 +24,7 @@ from nnssl_ext.study.page import Page, Section, Table, render
 from nnssl_ext.study.results import training_log
 from nnssl_ext.transfer.read import read_source
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import TRAINER, pretrain
+from tests.support.runs import TRAINER, pretrain
 
 Data = Callable[[str], Environment]
 

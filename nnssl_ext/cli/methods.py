@@ -1,6 +1,6 @@
 """List the pretraining methods, their trainers and the recipes.
 
-With --settings: every setting with its default and source, as the tables of docs/plans.md.
+With --settings: every setting with its default and source, as the tables of docs/reference/settings.md.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="only give settings of version 0.1 their new names in these plans or recipes",
     )
+    parser.add_argument(
+        "--like-source",
+        metavar="SOURCE",
+        help="take spacing, normalization and patch from pretrained weights; the data must be preprocessed again",
+    )
     parser.add_argument("overlays", nargs="*", metavar="RECIPE|SETTING=VALUE", help="merged in their order")
 
 
@@ -73,6 +79,13 @@ def run(arguments: argparse.Namespace) -> None:
     _check_name(arguments.o, arguments.p, target)
     configurations = _configurations(plans, arguments.c, arguments.p)
 
+    alike: list[str] = []
+    if arguments.like_source:
+        from nnssl_ext.transfer.differences import plans_like
+        from nnssl_ext.transfer.read import read_source
+
+        geometry = read_source(arguments.like_source).geometry
+        plans, alike = plans_like(plans, geometry, arguments.o, configurations)
     recipes: list[Recipe] = [
         assignments_recipe([word]) if "=" in word else load_recipe(word) for word in arguments.overlays
     ]
@@ -86,6 +99,9 @@ def run(arguments: argparse.Namespace) -> None:
     lines = _plan_memory(arguments, derived, configurations, dataset_json)
     write_json(derived, target)
     print(f"wrote {target}\n" + "\n".join(lines))
+    if alike:
+        words = ["nnUNetv2_preprocess", "-d", arguments.d, "-plans_name", arguments.o, "-c", *configurations]
+        print("\n".join(alike) + f"\npreprocess the data again: {shlex.join(words)}")
     command = train_command(folder.name, configurations[0], "FOLD", plans=arguments.o)
     print(f"use it with: {command} -tr ...")
 
@@ -121,7 +137,7 @@ def _plan_memory(arguments: argparse.Namespace, plans: dict, configurations: lis
             raise
         # nobody asked for an estimate
         return [f"memory on a GPU is not estimated: {getattr(error, 'line', f'{type(error).__name__}: {error}')}"]
-    lines = ["memory on a GPU, estimated (docs/memory.md):"]
+    lines = ["memory on a GPU, estimated (docs/how-to/gpu-memory.md):"]
     settings = plans.setdefault(PLANS_KEY, {})
     if target is not None:
         named = settings.get("batch_size")

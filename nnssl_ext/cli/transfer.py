@@ -4,8 +4,8 @@
     nnUNetv2_train 9 3d_fullres 0 -pretrained_weights init.pth
 
 SOURCE is a checkpoint of nnssl_ext, nnU-Net or nnssl, a state dict, a folder that holds one, a Hugging Face repository
-(owner/name) or a name that nnssl_ext sources lists. The table shows what became of every tensor. docs/transfer.md has
-the rules.
+(owner/name) or a name that nnssl_ext sources lists. The table shows what became of every tensor. The rules
+stand in docs/how-to/transfer.md.
 """
 
 from __future__ import annotations

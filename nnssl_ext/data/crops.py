@@ -160,6 +160,16 @@ class CropDataset(Dataset):
         drawn = self.draw_cases(sample)
         return list(drawn[: self.request.min_cases])
 
+    def sample_bytes(self) -> int:
+        """Estimate the memory of a sample from a few draws of its crops."""
+        generator, channels = np.random.default_rng(0), int(self.index.channels().max())
+        voxels = 0
+        for crop in self.request.crops:
+            draws = [crop.spatial.draw(generator, crop.size) * crop.scale for _ in range(16)]
+            reach = np.max([half_extent(matrix, crop.size) for matrix in draws], axis=0)
+            voxels += int(np.prod(np.minimum(np.ceil(2 * reach) + 1, self.index.largest_size())))
+        return 4 * channels * voxels
+
     def draw_cases(self, sample: int) -> tuple[str, str]:
         """A sample's own case, each case once before any comes again, and a partner that is another case."""
         number = len(self.cases)

@@ -86,7 +86,7 @@ class MaskedAutoencoder(Method):
         size = self.geometry.crop_size
         image, inside = crop_batch(batch.boxes[0], size, random.device)
         draw = IntensityDraw.draw(self.settings.intensity, random, image.shape[1], self.geometry.spacing)
-        draw.apply(image, random)
+        draw.apply(image)
         masked = draw_block_mask(random, size, self.block_size, self.settings.mask_ratio)[:, None]
 
         if inside is not None:

@@ -111,19 +111,17 @@ class Rotation(EncoderMethod):
         zoom = torch.where(random.chance(s.thick_slice_probability, (copies,)), zoom, torch.ones(()))
         # thick slices rotate in their plane alone, as in nnU-Net
         free = SpatialRange(spacing).turning_axes()
-        images = []
-        for copy in range(copies):
-            # the small rotation is one of the rotated crop, so it reveals nothing; one resampling does both
-            boxes = [
-                subview(
-                    box, self.size, self.rotations[label[b, copy]] @ rotation_matrix(angles[b, copy] * free, spacing)
-                )
-                for b, box in enumerate(batch.boxes[0])
-            ]
-            image, _ = crop_batch(boxes, self.size, random.device)
-            IntensityDraw.draw(s.intensity, random, image.shape[1], spacing).apply(image, random)
-            images.append(simulate_thick_slices(image, axis[:, copy], zoom[:, copy]))
-        return {"image": torch.stack(images, 1), "rotation": to_device(label, random.device)}
+        # the small rotation is one of the rotated crop, so it reveals nothing; one resampling does both
+        boxes = [
+            subview(box, self.size, self.rotations[label[b, copy]] @ rotation_matrix(angles[b, copy] * free, spacing))
+            for b, box in enumerate(batch.boxes[0])
+            for copy in range(copies)
+        ]
+        crops, _ = crop_batch(boxes, self.size, random.device)
+        images = crops.unflatten(0, (-1, copies))
+        IntensityDraw.draw(s.intensity, random, images.shape[2], spacing, views=copies).apply(images)
+        simulate_thick_slices(crops, axis.flatten(), zoom.flatten())
+        return {"image": images, "rotation": to_device(label, random.device)}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``loss``. In evaluation also ``accuracy``, ``chance``, ``spacing_accuracy`` and health; (B,) each."""

@@ -115,14 +115,14 @@ class VolumeFusion(Method):
         level = self._draw_levels(random)
         image = torch.empty((len(random), channels, *size), device=device)
         for samples in sample_chunks(image):
-            own, levels = random.of(samples), level[samples]
+            levels = level[samples]
             background, foreground = image[samples], scratch(image[samples].shape, device)
             valid = []
             for crop, boxes, draw in zip((background, foreground), batch.boxes, draws, strict=True):
                 _, inside = crop_batch(boxes[samples], size, device, out=crop)
                 if s.remap == "percentile":
                     remap_percentiles(crop)
-                draw.of(samples).apply(crop, own)
+                draw.of(samples).apply(crop)
                 if inside is not None:
                     crop.mul_(inside)
                     valid.append(inside)

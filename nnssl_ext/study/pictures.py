@@ -37,14 +37,15 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def forest(rows: Sequence[tuple[str, Effect]], label: str) -> bytes:
+def forest(rows: Sequence[tuple[str, Effect]], label: str, row_height: float = 0.34) -> bytes:
     """Draw a forest plot: one difference with its 95 % interval per row.
 
     Args:
         rows: Name and effect of each comparison. Open intervals are drawn as a point alone.
         label: Label of the axis, in points.
+        row_height: Height of a row in inches.
     """
-    figure, axis = plt.subplots(figsize=(WIDTH, 0.9 + 0.34 * len(rows)), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.9 + row_height * len(rows)), constrained_layout=True)
     for place, (_, effect) in enumerate(rows):
         finite = np.isfinite(effect.low)
         excludes_zero = finite and (effect.low > 0 or effect.high < 0)

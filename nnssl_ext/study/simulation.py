@@ -2,7 +2,7 @@
 
     python -m nnssl_ext.study.simulation
 
-prints the table of docs/study.md.
+prints the table of docs/how-to/study.md.
 """
 
 from __future__ import annotations

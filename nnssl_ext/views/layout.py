@@ -17,12 +17,11 @@ from itertools import product
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.views.random import BatchRandom, to_device
-from nnssl_ext.views.spatial import SourceBox, crop_box
+from nnssl_ext.views.random import BatchRandom
+from nnssl_ext.views.spatial import SourceBox, crop_batch
 
 #: A patch whose longest edge is shorter shows nothing.
 MIN_EDGE = 8
@@ -107,38 +106,17 @@ def cut_patches(
         shifts: (B, N, 3) in [0, 1), share of a voxel of the case by which each patch is shifted.
         device: Device of the patches.
     """
-    return torch.stack(
-        [
-            _cut_window(box, window, places, patch, shift, device)
-            for box, places, shift in zip(boxes, starts, shifts, strict=True)
-        ]
-    )
-
-
-def _cut_window(
-    box: SourceBox, window: Sequence[int], starts: Tensor, patch: Sequence[int], shifts: Tensor, device: torch.device
-) -> Tensor:
-    """Cut the patches of one window: (N, C, *patch)."""
-    scale = np.diag(box.matrix)
-    if (scale == 1).all():
-        image, _ = crop_box(box, window, device)
-        depth, height, width = patch
-        return torch.stack([image[:, z : z + depth, y : y + height, x : x + width] for z, y, x in starts.tolist()])
-    data = box.data.to(device, torch.float32, non_blocking=True)
-    half = scale * (np.asarray(window) - 1) / 2
-    room = (2 * half >= 2).astype(float)  # a single plane leaves no room
-    scale = scale * (1 - room / np.maximum(2 * half, 1))
-    first = box.center - half + starts.numpy() * scale + shifts.numpy() * room  # (N, 3)
-    # grid_sample's coordinates (align_corners=False): voxel x of n lies at (2 x + 1) / n - 1, axes in reverse order
-    lines = [
-        (2 * (first[:, axis, None] + np.arange(patch[axis]) * scale[axis]) + 1) / data.shape[1 + axis] - 1
-        for axis in range(3)
-    ]
-    z, y, x = (to_device(torch.from_numpy(line), device, torch.float32) for line in lines)
-    grid = torch.stack(
-        torch.broadcast_tensors(x[:, None, None, :], y[:, None, :, None], z[:, :, None, None]), -1
-    )  # (N, D, H, W, 3)
-    return F.grid_sample(data.expand(len(grid), -1, -1, -1, -1), grid, padding_mode="border", align_corners=False)
+    placed = []
+    for box, places, shift in zip(boxes, starts.numpy(), shifts.numpy(), strict=True):
+        scale = np.diag(box.matrix)
+        half = scale * (np.asarray(window) - 1) / 2
+        # an unmagnified window is copied; a single plane leaves no room
+        room = (2 * half >= 2) * (scale != 1).any()
+        scale = scale * (1 - room / np.maximum(2 * half, 1))
+        centers = box.center - half + (places + (np.asarray(patch) - 1) / 2) * scale + shift * room
+        placed += [SourceBox(box.data, np.diag(scale), center, box.case) for center in centers]
+    crops, _ = crop_batch(placed, patch, device)
+    return crops.unflatten(0, (len(boxes), -1))
 
 
 def standardize(patches: Tensor) -> Tensor:

@@ -9,30 +9,12 @@ import torch
 
 from nnssl_ext.data.crops import Crop, CropDataset, CropRequest, body_center, collate, draw_center
 from nnssl_ext.data.index import CaseIndex
-from nnssl_ext.data.shard import Shard, crop_loader
+from nnssl_ext.data.loader import Shard, SteadyLoader
 from nnssl_ext.views.random import VALIDATION
 from nnssl_ext.views.spatial import SpatialRange, crop_box
-from tests.datasets import blob
+from tests.support.cases import TURNING, dataset
 
 STILL = SpatialRange((1.0, 1.0, 1.0))
-TURNING = SpatialRange((1.0, 1.0, 1.0), flip=0.5, rot90=0.5, affine=0.5, rotation=20, zoom=(0.8, 1.2))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    result = tmp_path / "cases"
-    result.mkdir()
-    for case, shape in enumerate([(20, 22, 24), (30, 16, 18), (9, 21, 40), (16, 16, 16)]):
-        image = blob(np.random.default_rng(case), shape)[None]
-        blosc2.asarray(image, urlpath=str(result / f"c{case}.b2nd"), mode="w", blocks=(1, 8, 8, 8))
-    return result
-
-
-def dataset(folder: Path, spatial: SpatialRange = TURNING, **options: int) -> CropDataset:
-    index = CaseIndex.build(folder)
-    size = (16, 16, 16)
-    request = CropRequest((Crop(size, spatial), Crop(size, spatial, other_case=True)))
-    return CropDataset(index, index.cases, request, options.get("seed", 0), options.get("stream", 0))
 
 
 def test_every_case_comes_once_before_any_comes_again_and_partners_differ(folder: Path) -> None:
@@ -123,7 +105,7 @@ def test_batches_do_not_depend_on_workers_or_ranks(folder: Path) -> None:
     data = dataset(folder)
 
     def read(shard: Shard, workers: int) -> list[tuple[list[int], list[float]]]:
-        loader = crop_loader(data, shard, workers=workers, pin_memory=False)
+        loader = SteadyLoader(data, shard, workers=workers, pin_memory=False, log=print, waiting=lambda: None)
         return [(batch.indices, [float(box.data.sum()) for box in batch.boxes[1]]) for batch in loader]
 
     here = read(Shard(2, 6, 3), 0)

@@ -12,19 +12,17 @@ import pytest
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from nnssl_ext.data import loader as steady
-from nnssl_ext.data.crops import CropBatch, CropDataset, Sample
-from nnssl_ext.data.loader import SteadyLoader
-from nnssl_ext.data.shard import Shard
+from nnssl_ext.data.crops import CropBatch, CropDataset
+from nnssl_ext.data.loader import Shard, SteadyLoader
 from nnssl_ext.errors import UserError
-from tests.data.test_crops import dataset, folder
-
-__all__ = ["folder"]
+from tests.support.cases import dataset
+from tests.support.runs import fault
 
 
 def loader(
     data: CropDataset, told: list[str], workers: int = 2, waiting: Callable[[], None] = lambda: None
 ) -> SteadyLoader:
-    return SteadyLoader(data, Shard(2, 10, 2), workers=workers, pin_memory=False, tell=told.append, waiting=waiting)
+    return SteadyLoader(data, Shard(2, 10, 2), workers=workers, pin_memory=False, log=told.append, waiting=waiting)
 
 
 def same(first: list[CropBatch], second: list[CropBatch]) -> bool:
@@ -34,22 +32,6 @@ def same(first: list[CropBatch], second: list[CropBatch]) -> bool:
         for row, other in zip(a.boxes, b.boxes, strict=True)
         for x, y in zip(row, other, strict=True)
     )
-
-
-def fault(
-    monkeypatch: pytest.MonkeyPatch, flag: Path, sample: int, number: int, once: bool = True, after: float = 0
-) -> None:
-    """The worker that reads this sample gets a signal, ``after`` so many seconds."""
-    original = CropDataset.__getitem__
-
-    def getitem(self: CropDataset, index: int) -> Sample:
-        if index == sample and not (once and flag.exists()):
-            time.sleep(after)
-            flag.touch()
-            os.kill(os.getpid(), number)
-        return original(self, index)
-
-    monkeypatch.setattr(CropDataset, "__getitem__", getitem)
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError, EOFError, FileNotFoundError])

@@ -16,9 +16,10 @@ from nnssl_ext.methods.contrastive_predictive_coding import (
 )
 from nnssl_ext.methods.patches import PatchIntensitySettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
+from tests.looks import without_views
 from tests.methods.helpers import CPU, batch_of, build, noise_boxes, views_of, write_cases
 
-NO_VIEWS = PatchIntensitySettings(gamma_probability=0, contrast_probability=0, noise_probability=0)
+NO_VIEWS = without_views(PatchIntensitySettings)
 OURS = ContrastivePredictiveCodingSettings()
 BARE = replace(OURS, intensity=NO_VIEWS, standardize=False)
 

@@ -10,9 +10,10 @@ from nnssl_ext.methods.jigsaw import Jigsaw, JigsawSettings, distant_permutation
 from nnssl_ext.methods.patches import PatchIntensitySettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from nnssl_ext.views.spatial import SourceBox
+from tests.looks import without_views
 from tests.methods.helpers import CPU, batch_of, build, noise_boxes, views_of, with_asked_gap, write_cases
 
-NO_VIEWS = PatchIntensitySettings(gamma_probability=0, contrast_probability=0, noise_probability=0)
+NO_VIEWS = without_views(PatchIntensitySettings)
 #: Patches as published: next to each other, in their own intensities.
 PUBLISHED = replace(JigsawSettings(), gap=0.0, jitter=0.0, standardize=False, intensity=NO_VIEWS, max_voxels=99.0)
 OURS = replace(JigsawSettings(), max_voxels=99.0)

@@ -125,7 +125,7 @@ def test_a_null_is_not_found_and_a_gain_is() -> None:
     assert shares[1.5] == sorted(shares[1.5])
     assert shares[1.5][-1] > 0.8
     assert shares[2.0][1] > 0.6
-    documented = (REPOSITORY / "docs" / "study.md").read_text(encoding="utf-8")
+    documented = (REPOSITORY / "docs" / "how-to" / "study.md").read_text(encoding="utf-8")
     for gain, found in shares.items():
         assert f"| {gain:g} | " + " | ".join(f"{100 * share:.1f} %" for share in found) + " | " in documented
 

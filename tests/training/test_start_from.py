@@ -13,12 +13,11 @@ from nnssl_ext.cli import main
 from nnssl_ext.errors import UserError
 from nnssl_ext.training.pretraining.state import start_from
 from tests.conftest import Environment
-from tests.test_primus import STOCK
-from tests.training.pretraining.test_trainer import pretrain, trainer_for
+from tests.support.runs import STOCK, pretrain, trainer_for
 
 Data = Callable[[str], Environment]
 TRAINER = "nnsslTrainer_3DINO"
-SMALL = {"local_crops": 1, "hidden": 16, "bottleneck": 8, "prototypes": 64, "cell_stride": 4}
+SMALL = {"local_crops": 1, "hidden_dim": 16, "bottleneck_dim": 8, "prototypes": 64, "token_stride": 4}
 
 
 def finished(environment: Environment) -> Path:

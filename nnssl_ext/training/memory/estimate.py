@@ -1,6 +1,6 @@
 """How much memory of a GPU a training step takes: estimated without one, in seconds, before a run and when it failed.
 
-What is counted is in docs/memory.md. B batch.
+What is counted is in docs/how-to/gpu-memory.md. B batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nnssl_ext.views.random import VIEWS, BatchRandom
 #: Builds the view of a network with so many outputs; None is as many as the data set has.
 Build = Callable[[int | None], Backbone]
 GIB = 2**30
-#: CUDA's context, the libraries' code and cuDNN's workspaces; not measured, see docs/memory.md.
+#: CUDA's context, the libraries' code and cuDNN's workspaces; not measured, see docs/how-to/gpu-memory.md.
 RESERVE = 2 * GIB
 #: Of what the step takes: blocks that the allocator holds and cannot use again; not measured.
 FRAGMENTS = 0.1

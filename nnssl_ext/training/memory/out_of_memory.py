@@ -29,12 +29,12 @@ SAID = (
 
 
 @contextmanager
-def told_when_out_of_memory(trainer: Any, described: Callable[[Any], str] | None = None) -> Iterator[None]:
+def told_when_out_of_memory(trainer: Any, described: Callable[[Any], str]) -> Iterator[None]:
     """Around a training: memory that does not suffice ends it with one line; checkpoints stay as they are.
 
     Args:
         trainer: The training.
-        described: What was too much and what to change; for a pretraining, if not given.
+        described: What was too much and what to change.
 
     Raises:
         UserError: With the batch, the crop, what was estimated, what the device has, and what to change.
@@ -49,14 +49,14 @@ def told_when_out_of_memory(trainer: Any, described: Callable[[Any], str] | None
         traceback.clear_frames(error.__traceback__)
         if trainer.optimizer is not None:
             trainer.optimizer.zero_grad(set_to_none=True)
-        raise UserError(f"out of memory ({where}): {(described or _described)(trainer)}") from error
+        raise UserError(f"out of memory ({where}): {described(trainer)}") from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in SAID)
 
 
-def _described(trainer: PretrainingTrainer) -> str:
+def pretraining_described(trainer: PretrainingTrainer) -> str:
     checked = trainer.checked
     batch = -(-checked.batch_size // world())
     total = device_memory(trainer.device)

@@ -84,7 +84,7 @@ def test_a_task_is_fetched_and_converted(
     md5 = hashlib.md5(server.content).hexdigest()
     monkeypatch.chdir(environment.root)
     monkeypatch.setattr("nnssl_ext.study.decathlon.download.time.sleep", lambda _: None)
-    fetch, convert = (line.split()[1:] for line in shown_lines("docs/decathlon.md", "decathlon")[:2])
+    fetch, convert = (line.split()[1:] for line in shown_lines("docs/how-to/decathlon.md", "decathlon")[:2])
     fetch += ["--url", server.url, "--md5", md5]
     main(fetch)
     got = environment.root / "msd" / TASK
@@ -159,7 +159,7 @@ def test_the_archive(
     predictions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    main(shown_lines("docs/decathlon.md", "decathlon")[-1].split()[1:])
+    main(shown_lines("docs/how-to/decathlon.md", "decathlon")[-1].split()[1:])
     with zipfile.ZipFile("submission.zip") as archive:
         assert archive.namelist() == [f"{TASK}/hippocampus_007.nii.gz", f"{TASK}/hippocampus_008.nii.gz"]
         archive.extractall(tmp_path / "sent")

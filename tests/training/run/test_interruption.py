@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from nnssl_ext import checkpoint
 from nnssl_ext.cli import main
 from nnssl_ext.environment import MAX_TIME, commands_path, time_limit
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import METHODS, TRAINERS
-from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import TRAINER, pretrain
+from tests.support.runs import TRAINER, pretrain, same_run, signal_at
 
 Data = Callable[[str], Environment]
 
@@ -29,32 +27,6 @@ def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 RUN = {"epochs": 3, "iterations_per_epoch": 3, "save_every": 2}
-
-
-def same_run(first: Path, second: Path) -> None:
-    """Weights, optimiser and objective values are equal bit for bit."""
-    one, other = (checkpoint.load(fold / "checkpoint_final.pth") for fold in (first, second))
-    assert one["nnssl_ext"]["weights_sha256"] == other["nnssl_ext"]["weights_sha256"]
-    assert one["nnssl_ext"]["counters"] == other["nnssl_ext"]["counters"]
-    for key, values in one["logging"].items():
-        assert key.endswith("timestamps") or values == other["logging"][key], key
-    digests = []
-    for content in (one, other):
-        content["nnssl_ext"] = {"state": content["nnssl_ext"]["state"]}
-        digests.append(checkpoint.content_digest({k: content[k] for k in ("nnssl_ext", "optimizer_state")}))
-    assert digests[0] == digests[1]
-
-
-def signal_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """The signal comes while this step is computed."""
-    original = PretrainingTrainer.train_step
-
-    def train_step(self: PretrainingTrainer, batch: object) -> dict:
-        if self.step == step:
-            os.kill(os.getpid(), number)
-        return original(self, batch)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(PretrainingTrainer, "train_step", train_step)
 
 
 @pytest.mark.parametrize("method", METHODS)
