@@ -21,7 +21,7 @@ from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
 from nnssl_ext.views.cpu.chunks import sample_chunks, scratch
-from nnssl_ext.views.fusion import MOST_BOXES, BoxLayout, GridLayout, fuse
+from nnssl_ext.views.fusion import MAX_BOXES, BoxLayout, GridLayout, fuse
 from nnssl_ext.views.intensity import remap_percentiles
 from nnssl_ext.views.random import BatchRandom
 from nnssl_ext.views.spatial import crop_batch
@@ -41,7 +41,7 @@ class VolumeFusionSettings(SharedSettings):
         choices=("other", "same"),
     )
     layout: str = setting("boxes", "Overlapping boxes, or a grid of blocks.", source=ARXIV, choices=("boxes", "grid"))
-    boxes: list[int] = setting([10, 40], "Number of boxes.", source=ARXIV, low=1, high=MOST_BOXES, length=2)
+    boxes: list[int] = setting([10, 40], "Number of boxes.", source=ARXIV, low=1, high=MAX_BOXES, length=2)
     box_edge: list[float] = setting(
         [0.0625, 0.625],
         "Range of a box's edge, as a share of the crop's edge.",

@@ -16,8 +16,8 @@ from nnssl_ext.methods.contrastive_predictive_coding import (
 )
 from nnssl_ext.methods.patches import PatchIntensitySettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
-from tests.looks import without_views
 from tests.methods.helpers import CPU, batch_of, build, noise_boxes, views_of, write_cases
+from tests.support.looks import without_views
 
 NO_VIEWS = without_views(PatchIntensitySettings)
 OURS = ContrastivePredictiveCodingSettings()

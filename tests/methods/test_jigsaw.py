@@ -10,8 +10,8 @@ from nnssl_ext.methods.jigsaw import Jigsaw, JigsawSettings, distant_permutation
 from nnssl_ext.methods.patches import PatchIntensitySettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from nnssl_ext.views.spatial import SourceBox
-from tests.looks import without_views
 from tests.methods.helpers import CPU, batch_of, build, noise_boxes, views_of, with_asked_gap, write_cases
+from tests.support.looks import without_views
 
 NO_VIEWS = without_views(PatchIntensitySettings)
 #: Patches as published: next to each other, in their own intensities.
