@@ -80,7 +80,8 @@ class CommonSettings:
         False, "Recompute the network's blocks in the backward pass: less memory, about a third more computation."
     )
     start_from: str | None = setting(
-        None, "checkpoint_final.pth of a run of the same method and network to start from. The crop may differ."
+        None,
+        "Weights to start from, as nnssl_ext transfer takes them. A run of the same method hands over its heads too.",
     )
     images: str | None = setting(
         None, "Folder of labeled 2-D images, CLASS/IMAGE.png or .jpg, for methods that learn from them."
