@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed$(if $(LOCKED),-locked)
 MINIMUM_PYTHON ?= python3.10
 MINIMUM := .venv-minimum
 
-.PHONY: install lock test test-minimum check format tables demo docs figures soak fuzz fuzz-atheris audit clean
+.PHONY: install lock test test-fast test-minimum check format tables demo docs figures soak fuzz fuzz-atheris audit clean
 
 install: $(INSTALLED)
 
@@ -29,6 +29,10 @@ lock: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# without those that go through an nnU-Net environment
+test-fast: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not integration"
 
 # the lower bounds of pyproject.toml, in an environment of their own
 test-minimum: $(MINIMUM)/.installed
