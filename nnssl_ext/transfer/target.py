@@ -1,4 +1,4 @@
-"""Build the target network of a data set's plans, and write the file that ``-pretrained_weights`` loads into it."""
+"""Build the network of a data set's plans, and write the filled network."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def target_plans(folder: Path, plans_name: str, configuration: str, trainer: str
 
 
 def build_target(to: TargetPlans, seed: int) -> TargetNetwork:
-    """Build the network at initial values that follow from the seed. The caller's generator is not touched.
+    """Build the network at initial values.
+
+    They follow from the seed. The caller's generator is not touched.
 
     Raises:
         UserError: If the trainer is not found or cannot build its network from these plans.
