@@ -114,7 +114,7 @@ def save(content: Mapping[str, Any], path: Path, before: Callable[[Path], None] 
                 before(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(
-            f"checkpoint {path} could not be written ({error}). The old file is intact. "
+            f"checkpoint {path} could not be written ({error}). The old file is untouched. "
             f"Free some space or give write permission, then try again (a training goes on with --c)"
         ) from error
 

@@ -85,7 +85,7 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(UserError, match="could not be written .*No space left.*intact"):
+    with pytest.raises(UserError, match="could not be written .*No space left.*untouched"):
         checkpoint.save(content(), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["c.pth"]

@@ -23,13 +23,14 @@ from torch import nn
 from tqdm import tqdm
 
 from nnssl_ext import checkpoint as checkpoint_file
-from nnssl_ext.environment import keep_memory, set_threads
+from nnssl_ext.environment import set_threads
 from nnssl_ext.errors import UserError
+from nnssl_ext.host_memory import keep_memory
 from nnssl_ext.networks.target import target_network
 from nnssl_ext.settings import CommonSettings
 from nnssl_ext.training.distributed.heartbeat import Heartbeat
 from nnssl_ext.training.distributed.ranks import rank, rank_device, same_everywhere, world
-from nnssl_ext.training.memory.out_of_memory import told_when_out_of_memory
+from nnssl_ext.training.memory.out_of_memory import out_of_memory_line
 from nnssl_ext.training.run.commands import RunName
 from nnssl_ext.training.run.folder import BEST, LATEST, RunFolder
 from nnssl_ext.training.run.interruption import Interruption
@@ -68,7 +69,8 @@ class ManagedTrainer(nnUNetTrainer):
         self.continuing = bool(plans.get("continue_training"))
         super().__init__(plans, configuration, fold, dataset_json, device)
         set_threads(device.type)
-        keep_memory(device.type)
+        if self.common.keep_host_memory:
+            keep_memory(device.type)
         self.device = rank_device(device)
         # bfloat16 has the range of float32: only float16 needs its gradients scaled
         self.grad_scaler = torch.amp.GradScaler("cuda") if self.amp_dtype is torch.float16 else None
@@ -82,8 +84,6 @@ class ManagedTrainer(nnUNetTrainer):
             self.common.write_in_background, self.common.on_write_failure == "go_on", self.print_to_log_file
         )
         self.picture = ProgressPicture(lambda: self.logger.plot_progress_png(self.output_folder), log)
-
-    # ------------------------------------------------------------------ hooks
 
     @abstractmethod
     def check(
@@ -142,10 +142,8 @@ class ManagedTrainer(nnUNetTrainer):
     def out_of_memory_advice(self) -> str:
         """Describe what did not fit the memory, and what to change."""
 
-    # ------------------------------------------------------------ the run
-
     def run_training(self) -> None:
-        with Heartbeat(), self._entered(), self.interruption, told_when_out_of_memory(self, _advice):
+        with Heartbeat(), self._entered(), self.interruption, self._out_of_memory_line():
             self.on_train_start()
             self.before_training()
             for _ in range(self.current_epoch, self.num_epochs):
@@ -161,6 +159,13 @@ class ManagedTrainer(nnUNetTrainer):
                 self.on_epoch_end()
             self.on_train_end()
             self.after_training()
+
+    def _out_of_memory_line(self) -> AbstractContextManager[None]:
+        def release() -> None:
+            if self.optimizer is not None:
+                self.optimizer.zero_grad(set_to_none=True)
+
+        return out_of_memory_line(self.out_of_memory_advice, lambda: self.step, release)
 
     @contextmanager
     def _entered(self) -> Iterator[None]:
@@ -271,8 +276,6 @@ class ManagedTrainer(nnUNetTrainer):
     def end_workers(self) -> None:
         self.dataloader_train = self.dataloader_val = None
 
-    # ------------------------------------------------- interruptions, checkpoints
-
     def leave_if_asked(self) -> None:
         """Between two steps: write a checkpoint and end the process if a signal or the time limit asks for it."""
         reason = self.interruption.agreed(self.step)
@@ -378,8 +381,6 @@ class ManagedTrainer(nnUNetTrainer):
         self._best_ema = content["_best_ema"]
         self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
 
-    # ------------------------------------------------------------ the network
-
     @staticmethod
     def build_network_architecture(
         plans_manager: Any,
@@ -396,7 +397,3 @@ class ManagedTrainer(nnUNetTrainer):
     def autocast(self) -> AbstractContextManager:
         """Mixed precision on this run's device."""
         return torch.autocast(self.device.type, self.amp_dtype) if self.amp_dtype is not None else nullcontext()
-
-
-def _advice(run: ManagedTrainer) -> str:
-    return run.out_of_memory_advice()

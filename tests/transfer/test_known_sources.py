@@ -125,7 +125,7 @@ def test_the_command_lists_and_describes_all(capsys: pytest.CaptureFixture[str])
 
 
 def test_the_page_holds_the_same_facts() -> None:
-    page = (REPOSITORY / "docs" / "sources.md").read_text()
+    page = (REPOSITORY / "docs" / "reference" / "sources.md").read_text()
     for name, source in KNOWN_SOURCES.items():
         (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` "))
         cells = [cell.strip() for cell in row.strip("|").split("|")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from nnssl_ext.settings import PLANS_KEY, CommonSettings, FinetuneSettings, spli
 
 #: Peak learning rates where the settings name none.
 PEAK = {"sgd": 1e-2, "adamw": 1e-3}
+#: Names of the phases by the number of frozen components.
+PHASES = ("everything", "decoder and heads", "heads")
 
 
 def finetune_settings(plans: dict) -> tuple[CommonSettings, FinetuneSettings]:
@@ -42,6 +45,23 @@ def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
     for name, parameter in network.named_parameters():
         groups[component_of(name)].append(parameter)
     return groups
+
+
+def build_optimizer(network: nn.Module, settings: FinetuneSettings, learning_rate: float) -> torch.optim.Optimizer:
+    """Build the optimizer, with a group per component of the network.
+
+    Raises:
+        UserError: If the settings name a component that the network lacks.
+    """
+    s, groups = settings, parameter_groups(network)
+    if (s.encoder_lr_scale != 1 or s.freeze_encoder_steps) and not groups["encoder"]:
+        raise UserError("finetune.encoder_lr_scale and freeze_encoder_steps need a network with an 'encoder'")
+    if s.head_only_steps and not groups["heads"]:
+        raise UserError("finetune.head_only_steps needs a network with 'seg_layers'")
+    described = [{"params": parameters, "part": part} for part, parameters in groups.items() if parameters]
+    if s.optimizer == "adamw":
+        return torch.optim.AdamW(described, learning_rate, weight_decay=s.weight_decay)
+    return torch.optim.SGD(described, learning_rate, weight_decay=s.weight_decay, momentum=0.99, nesterov=True)
 
 
 def component_of(name: str) -> str:
@@ -107,6 +127,13 @@ def predict_alone(network: nn.Module) -> None:
     """Keep forward passes from waiting for other processes, which predict other cases or none."""
     if isinstance(network, DistributedDataParallel):
         network.require_forward_param_sync = False
+
+
+def to_device(tensors: Any, device: torch.device) -> Any:
+    """Send a tensor or a list of tensors to a device. The host does not wait."""
+    if isinstance(tensors, list):
+        return [tensor.to(device, non_blocking=True) for tensor in tensors]
+    return tensors.to(device, non_blocking=True)
 
 
 class OtherWeights:

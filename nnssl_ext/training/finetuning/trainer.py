@@ -7,6 +7,7 @@ epochs of 250 steps, SGD, poly. Its checkpoints name stock's trainer, so that pr
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nnssl_ext import checkpoint
+from nnssl_ext.environment import check_device
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import OptimizerRecipe
 from nnssl_ext.provenance import revision, versions
@@ -28,13 +30,15 @@ from nnssl_ext.settings import CommonSettings
 from nnssl_ext.training.distributed.ranks import rank, world
 from nnssl_ext.training.finetuning.components import (
     PEAK,
+    PHASES,
     MovingAverage,
     OtherWeights,
+    build_optimizer,
     finetune_settings,
     frozen_components,
     hold_statistics,
-    parameter_groups,
     predict_alone,
+    to_device,
 )
 from nnssl_ext.training.finetuning.evaluation import Evaluation
 from nnssl_ext.training.finetuning.loaders import (
@@ -47,11 +51,12 @@ from nnssl_ext.training.finetuning.loaders import (
 )
 from nnssl_ext.training.finetuning.state import Outputs, finite, is_spoilt, of_all_processes
 from nnssl_ext.training.managed import ManagedTrainer
-from nnssl_ext.training.memory.out_of_memory import finetuning_described
+from nnssl_ext.training.memory.out_of_memory import finetuning_advice
 from nnssl_ext.training.onednn import avoid_two_slice_bug
 from nnssl_ext.training.optimization import learning_rate_at
 from nnssl_ext.training.pretraining.log import PlainLog
 from nnssl_ext.training.run.folder import LATEST
+from nnssl_ext.transfer.start import load_heads, pretrained_weights_argument
 from nnssl_ext.views.random import step_seed
 
 
@@ -92,18 +97,12 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device
     ) -> tuple[CommonSettings, str]:
         common, self.settings = finetune_settings(plans)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError("no CUDA device was found; use -device cpu")
+        check_device(device.type)
         stock = "float16" if device.type == "cuda" else "float32"
         return common, stock if self.settings.precision == "stock" else self.settings.precision
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.settings.steps_per_epoch
-
-    @property
-    def total_steps(self) -> int:
-        return self.settings.steps
+    steps_per_epoch = property(lambda self: self.settings.steps_per_epoch)
+    total_steps = property(lambda self: self.settings.steps)
 
     def initialize(self) -> None:
         torch.manual_seed(self.seed)
@@ -112,18 +111,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         self.trained = list(self.network.parameters())
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, None]:
-        s = self.settings
-        groups = parameter_groups(self.network)
-        if (s.encoder_lr_scale != 1 or s.freeze_encoder_steps) and not groups["encoder"]:
-            raise UserError("finetune.encoder_lr_scale and freeze_encoder_steps need a network with an 'encoder'")
-        if s.head_only_steps and not groups["heads"]:
-            raise UserError("finetune.head_only_steps needs a network with 'seg_layers'")
-        described = [{"params": parameters, "part": part} for part, parameters in groups.items() if parameters]
-        if s.optimizer == "adamw":
-            return torch.optim.AdamW(described, self.initial_lr, weight_decay=s.weight_decay), None
-        return torch.optim.SGD(
-            described, self.initial_lr, weight_decay=s.weight_decay, momentum=0.99, nesterov=True
-        ), None
+        return build_optimizer(self.network, self.settings, self.initial_lr), None
 
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterable[dict]]:
         """Return nnU-Net's own batches by number: those of the training that are left, and the validation's."""
@@ -179,6 +167,9 @@ class nnsslTrainer_Finetune(ManagedTrainer):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        file = pretrained_weights_argument(sys.argv)
+        if file is not None and self.step == 0 and (loaded := load_heads(self.plain_network, file)):
+            self.print_to_log_file(f"Heads of equal labels from {file}: {len(loaded)} tensors")
         # made here: pretrained weights are loaded after the network is built
         if self.settings.weight_average_decay and self.averaged is None:
             self.averaged = MovingAverage(self.plain_network, self.settings.weight_average_decay)
@@ -195,8 +186,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         first = self.current_epoch * self.steps_per_epoch
         self.num_iterations_per_epoch = min(self.steps_per_epoch, self.total_steps - first)
         rate = learning_rate_at(self.schedule, self.initial_lr, first, self.total_steps)
-        frozen = len(frozen_components(self.settings, self.step))
-        phase = {0: "everything", 1: "decoder and heads", 2: "heads"}[frozen]
+        phase = PHASES[len(frozen_components(self.settings, self.step))]
         self.print_to_log_file("")
         self.print_to_log_file(f"Epoch {self.current_epoch}")
         self.print_to_log_file(f"Current learning rate: {rate:.5g}, training {phase}")
@@ -233,12 +223,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         return {"loss": loss.detach().float().cpu().numpy()}
 
     def _loss(self, batch: dict) -> torch.Tensor:
-        data = batch["data"].to(self.device, non_blocking=True)
-        target = batch["target"]
-        if isinstance(target, list):
-            target = [part.to(self.device, non_blocking=True) for part in target]
-        else:
-            target = target.to(self.device, non_blocking=True)
+        data, target = to_device(batch["data"], self.device), to_device(batch["target"], self.device)
         with self.autocast():
             return self.loss(self.network(data), target)
 
@@ -313,12 +298,9 @@ class nnsslTrainer_Finetune(ManagedTrainer):
             except KeyboardInterrupt as error:
                 if world() > 1:
                     raise
-                line = f"Stopped by SIGINT amid the validation; nothing else is lost. {self._validation_line()}"
-                self.print_to_log_file(line)
+                command = self.run_name.continuation(self.device.type)
+                self.print_to_log_file(f"Stopped by SIGINT in the validation. Repeat it with:\n    {command}")
                 raise SystemExit(0) from error
-
-    def _validation_line(self) -> str:
-        return f"Validate with:\n    {self.run_name.continuation(self.device.type)}"
 
     def _validate_snapshots(self) -> None:
         settings, network = self.settings, self.plain_network
@@ -370,7 +352,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         return network.state_dict()
 
     def out_of_memory_advice(self) -> str:
-        return finetuning_described(self)
+        return finetuning_advice(self.batch_size, self.configuration_manager, self.device)
 
     def checkpoint_content(self, paths: list[Path]) -> dict[str, Any]:
         content = {
@@ -405,7 +387,11 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         if not self.was_initialized:
             self.initialize()
         try:
-            self._restore_weights(content)
+            self.plain_network.load_state_dict(own.get("trained_weights", content["network_weights"]))
+            if "trained_weights" in own:
+                self.averaged = MovingAverage(self.plain_network, self.settings.weight_average_decay)
+                self.averaged.module.load_state_dict(content["network_weights"])
+                self.averaged.updates = own["step"]
         except RuntimeError as error:  # torch lists every tensor
             raise UserError(
                 f"{source} belongs to another network than the plans build; continue it with its own plans, or start "
@@ -416,11 +402,3 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         self.restore_stock({**content, "logging": log})
         self.step = own["step"]
         self.outputs = [{"loss": np.array(loss, np.float32)} for loss in own.get("losses", [])]
-
-    def _restore_weights(self, content: dict[str, Any]) -> None:
-        own = content["nnssl_ext"]
-        self.plain_network.load_state_dict(own.get("trained_weights", content["network_weights"]))
-        if "trained_weights" in own:
-            self.averaged = MovingAverage(self.plain_network, self.settings.weight_average_decay)
-            self.averaged.module.load_state_dict(content["network_weights"])
-            self.averaged.updates = own["step"]

@@ -24,6 +24,7 @@ from nnssl_ext.networks.weight_length import scale_to_lengths
 from nnssl_ext.provenance import hardware, revision, versions
 from nnssl_ext.training.checks import Checked
 from nnssl_ext.training.distributed.ranks import rank, world
+from nnssl_ext.transfer.start import fill_networks
 
 #: Common settings that a continued run may change: they change neither the data nor a step.
 FREE = (
@@ -36,6 +37,7 @@ FREE = (
     "max_time",
     "on_write_failure",
     "write_in_background",
+    "keep_host_memory",
     "restore_weight_lengths",
 )
 #: The terms of the steps of an epoch, one dict per step, each term (B,).
@@ -63,17 +65,34 @@ def restored(terms: dict[str, Tensor], device: torch.device) -> Outputs:
     return [{key: (value if rank() == 0 else value[:0]).to(device) for key, value in terms.items()}]
 
 
-def start_from(method: Method, path: Path) -> None:
-    """Start from what a finished run of the same method has learned: network, heads, teacher and centers.
+def start_from(method: Method, text: str) -> str:
+    """Start from pretrained weights, and describe for the log what was taken.
 
-    The crop may differ: learned positions are resized to the network's grid.
+    A finished run of the same method hands over network, heads, teacher and centers. Every other source that
+    ``nnssl_ext transfer`` takes fills the network, and the teacher where there is one.
 
     Raises:
-        UserError: If the file is damaged, another method's, or another network's.
+        UserError: If the source cannot be read, does not fit, or is the method's own run with another network.
     """
-    own = checkpoint.load(path).get("nnssl_ext", {})
-    if own.get("method") != method.name:
-        raise UserError(f"start_from={path} is a run of {own.get('method')}, this is {method.name}; name a run of it")
+    path = Path(text).expanduser()
+    own = _own_section(path)
+    if own.get("method") == method.name and "state" in own:
+        _take_over(method, own, path)
+        return f"Starting from {path}"
+    geometry = method.geometry
+    return str(fill_networks((method.network, method.exported), text, geometry.spacing, geometry.crop_size))
+
+
+def _own_section(path: Path) -> dict[str, Any]:
+    """Load what a checkpoint of this package holds under ``nnssl_ext``; nothing of other files."""
+    try:
+        return checkpoint.load(path)["nnssl_ext"]
+    except UserError:
+        return {}  # the transfer reads other kinds of files, and says what is wrong with this one
+
+
+def _take_over(method: Method, own: Mapping[str, Any], path: Path) -> None:
+    """Load the state of a finished run. The crop may differ: positions are resized to the network's grid."""
     mine, theirs = method.state_dict(), dict(own["state"])
     learned = method.backbone.learned_positions()
     for name, tensor in mine.items():

@@ -26,7 +26,7 @@ from nnssl_ext.training.checks import check_run, target_backbone
 from nnssl_ext.training.distributed.ranks import mean_over_samples, rank, world
 from nnssl_ext.training.distributed.store import from_the_first
 from nnssl_ext.training.managed import ManagedTrainer
-from nnssl_ext.training.memory.out_of_memory import pretraining_described
+from nnssl_ext.training.memory.out_of_memory import pretraining_advice
 from nnssl_ext.training.onednn import avoid_two_slice_bug
 from nnssl_ext.training.optimization import build_optimizer, clip_gradients, set_rates
 from nnssl_ext.training.pretraining import state
@@ -150,9 +150,12 @@ class PretrainingTrainer(ManagedTrainer):
         chosen = str(self.method)
         if chosen != self.method.title:
             self.print_to_log_file(chosen)
-        if self.common.start_from is not None and self.step == 0:
-            state.start_from(self.method, Path(self.common.start_from))
-            self.print_to_log_file(f"Starting from {self.common.start_from}")
+        if self.step:
+            return
+        if self.common.start_from is not None:
+            self.print_to_log_file(state.start_from(self.method, self.common.start_from))
+        elif self.method.exported is not self.method.network:  # stock's -pretrained_weights fill the network alone
+            self.method.exported.load_state_dict(self.method.network.state_dict())
 
     def on_train_epoch_start(self) -> None:
         self.method.train()
@@ -277,7 +280,14 @@ class PretrainingTrainer(ManagedTrainer):
         self.print_to_log_file(summary_text(content, self.method.readable, learned_from), add_timestamp=False)
 
     def out_of_memory_advice(self) -> str:
-        return pretraining_described(self)
+        return pretraining_advice(
+            self.method_class,
+            self.checked,
+            self.plans_manager.plans,
+            self.configuration_name,
+            self.dataset_json,
+            self.device,
+        )
 
     def _identity(self) -> dict[str, Any]:
         architecture = self.configuration_manager.configuration["architecture"]

@@ -47,7 +47,7 @@ def test_the_batch_that_should_fit_is_named(with_data: Data, monkeypatch: pytest
     environment.write_plans("plain", "quick", {"batch_size": 5000, "activation_checkpointing": True})
     monkeypatch.setattr(out_of_memory, "device_memory", lambda device: 4 * 2**30)
     trainer = trainer_for("plain", "quick")
-    line = out_of_memory.pretraining_described(trainer)
+    line = trainer.out_of_memory_advice()
     assert "this machine (4.0 GiB)" in line
     assert "(now 5000, an estimated " in line
     assert "activation_checkpointing" not in line

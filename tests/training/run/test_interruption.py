@@ -38,7 +38,7 @@ def test_a_signal_amid_an_epoch_loses_nothing(
         environment.write_plans("plain", plans, RUN)
     whole = pretrain(environment, "plain", "whole", trainer=trainer)
     # amid an epoch; in its last step, while schedules still move; in the first of another; with other workers
-    for step, number, workers in ((1, signal.SIGTERM, "0"), (2, signal.SIGUSR1, "1"), (6, signal.SIGTERM, "0")):
+    for step, number, workers in ((1, signal.SIGINT, "0"), (2, signal.SIGHUP, "1"), (6, signal.SIGTERM, "0")):
         monkeypatch.setenv("nnUNet_n_proc_DA", workers)
         with monkeypatch.context() as patch:
             signal_at(step, patch, number)
