@@ -3,7 +3,7 @@
 ``OMP_NUM_THREADS=2 python -m benchmarks dino_step --repeats 5``
 
 A ViT-S (384 wide, 12 blocks, 6 heads, tokens of 16 voxels) on 4 volumes: 2 global crops of 96 and 8 local crops of 48
-each, half of the global ones with 20 to 75 % of their tokens hidden; heads 2048-256-65536 on both levels; float32. The
+each, half of the global ones with 20 to 75 % of their tokens masked; heads 2048-256-65536 on both levels; float32. The
 teacher's vectors are given to both sides: what is timed is the student. Bare is the same blocks on the same embedded
 tokens, the same heads on as many rows and the product with the prototypes, and their backward pass; no embedding, no
 targets, no loss but a sum. The two take turns.
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_ext.environment import keep_memory
+from nnssl_ext.host_memory import keep_memory
 from nnssl_ext.losses.distillation import Targets, koleo
 from nnssl_ext.losses.fused import prototype_cross_entropy
 from nnssl_ext.methods.dino.networks import DistilledNetwork, reader_of
@@ -40,34 +40,38 @@ class Step:
         torch.manual_seed(0)
         network = ViTUNETR(input_channels=1, num_classes=2, embed_dim=384, depth=12, num_heads=6, drop_path=0.0)
         reader = reader_of(backbone_of(network), 16)
-        self.student = DistilledNetwork(reader, hidden=2048, bottleneck=256, prototypes=prototypes)
+        self.student = DistilledNetwork(reader, hidden_dim=2048, bottleneck_dim=256, prototypes=prototypes)
         self.whole = torch.randn(VOLUMES * 2, 1, 96, 96, 96)
         self.local = torch.randn(VOLUMES * LOCALS, 1, 48, 48, 48)
         random = BatchRandom(0, 0, range(VOLUMES), torch.device("cpu"))
-        self.hidden = draw_patch_masks(random, 2, 216, 0.5, (0.2, 0.75)).flatten(0, 1)
-        self.row = self.hidden.flatten().nonzero()[:, 0]
+        self.masked = draw_patch_masks(random, 2, 216, 0.5, (0.2, 0.75)).flatten(0, 1)
+        self.index = self.masked.flatten().nonzero()[:, 0]
         self.pairs = torch.ones(2 + LOCALS, 2)
         self.pairs[:2].fill_diagonal_(0)
         self.pairs /= self.pairs.sum()
-        self.directions = F.normalize(torch.randn(prototypes, 256), dim=-1)
-        self.said = F.normalize(torch.randn(VOLUMES, 2, 256), dim=-1)
-        self.said_of_cells = F.normalize(torch.randn(len(self.row), 1, 256), dim=-1)
+        self.prototypes = F.normalize(torch.randn(prototypes, 256), dim=-1)
+        self.teacher_output = F.normalize(torch.randn(VOLUMES, 2, 256), dim=-1)
+        self.teacher_patches = F.normalize(torch.randn(len(self.index), 1, 256), dim=-1)
 
     def ours(self) -> Tensor:
         """The loss as the method computes it."""
         student = self.student
-        features, cells = student.reader(self.whole, self.hidden)
+        features, patches = student.reader(self.whole, self.masked)
         local, _ = student.reader(self.local)
         own = torch.cat([student.image_head(v).unflatten(0, (VOLUMES, -1)) for v in (features, local)], 1)
-        own_of_cells = student.cell_head(cells.flatten(0, 1)[self.row])[:, None]
-        bias = self.directions.new_zeros(len(self.directions))
+        predicted = student.patch_head(patches.flatten(0, 1)[self.index])[:, None]
+        bias = self.prototypes.new_zeros(len(self.prototypes))
         image, _ = prototype_cross_entropy(
-            own, student.image_head.directions, Targets(self.said, self.directions, bias, 0.05), self.pairs, 0.1
+            own,
+            student.image_head.prototype_weight,
+            Targets(self.teacher_output, self.prototypes, bias, 0.05),
+            self.pairs,
+            0.1,
         )
         cell, _ = prototype_cross_entropy(
-            own_of_cells,
-            student.cell_head.directions,
-            Targets(self.said_of_cells, self.directions, bias, 0.05),
+            predicted,
+            student.patch_head.prototype_weight,
+            Targets(self.teacher_patches, self.prototypes, bias, 0.05),
             torch.ones(1, 1),
             0.1,
         )
@@ -80,16 +84,16 @@ class Step:
         encoder = self.student.reader.network.backbone
         ends = []
         with torch.no_grad():
-            inputs = [encoder.embed(self.whole, self.hidden), encoder.embed(self.local)]
+            inputs = [encoder.embed(self.whole, self.masked), encoder.embed(self.local)]
         for tokens in inputs:
             tokens = tokens.requires_grad_()
             for block in encoder.blocks:
                 tokens = block(tokens)
             ends.append(tokens)
         image = self.student.image_head.mlp(torch.cat([end[:, 0] for end in ends]))
-        cell = self.student.cell_head.mlp(ends[0][:, 1:].flatten(0, 1)[self.row])
-        heads = (self.student.image_head, image), (self.student.cell_head, cell)
-        return torch.stack([(vectors @ head.directions.T).sum() for head, vectors in heads]).sum()
+        cell = self.student.patch_head.mlp(ends[0][:, 1:].flatten(0, 1)[self.index])
+        heads = (self.student.image_head, image), (self.student.patch_head, cell)
+        return torch.stack([(vectors @ head.prototype_weight.T).sum() for head, vectors in heads]).sum()
 
 
 def timed(function: Callable[[], Tensor], step: Step) -> tuple[float, float]:
@@ -120,7 +124,7 @@ def main() -> None:
         for kind, v in zip(("CPU s", "wall s"), zip(*rows, strict=True), strict=True)
     }
     result["ratio of CPU s"] = [round(f(ratios), 3) for f in (min, statistics.median, max)]
-    print(json.dumps({"threads": torch.get_num_threads(), "hidden cells": len(step.row), **result}, indent=1))
+    print(json.dumps({"threads": torch.get_num_threads(), "masked patches": len(step.row), **result}, indent=1))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from benchmarks.workload import DATA, write_cases
 from nnssl_ext.data import crops
 from nnssl_ext.data.crops import Crop, CropDataset, CropRequest
 from nnssl_ext.data.index import CaseIndex
-from nnssl_ext.data.shard import Shard, crop_loader
+from nnssl_ext.data.loader import Shard, SteadyLoader
 from nnssl_ext.environment import cores
 from nnssl_ext.views.spatial import SpatialRange
 
@@ -77,12 +77,12 @@ def with_workers(dataset: CropDataset, workers: int, batches: int, batch_size: i
         kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
         return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, kinds))
 
-    loader = crop_loader(dataset, Shard(0, batches, batch_size), workers=workers, pin_memory=False)
+    shard = Shard(0, batches, batch_size)
+    loader = SteadyLoader(dataset, shard, workers=workers, pin_memory=False, log=print, waiting=lambda: None)
     before, begin = spent(), time.perf_counter()
     for _ in loader:
         pass
     wall = time.perf_counter() - begin
-    del loader  # children count when they have ended
     return batches * batch_size / wall, (spent() - before) / (batches * batch_size)
 
 

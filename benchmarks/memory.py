@@ -23,7 +23,7 @@ from nnssl_ext.methods import METHODS, DataGeometry, Method
 from nnssl_ext.networks.backbone import Backbone, UNetBackbone
 from nnssl_ext.recipe import read_json
 from nnssl_ext.training.memory.estimate import GIB, build_method, planned, step_memory, view_shapes
-from nnssl_ext.training.optimization import build_optimiser
+from nnssl_ext.training.optimization import build_optimizer
 
 STRIDES = [1, 2, 2, 2, 2, 2]
 #: How to build a backbone with so many outputs (None: the data set's), and what the method is told.
@@ -57,7 +57,7 @@ def measured(method: type[Method], case: Case, batch: int) -> tuple[int, int]:
     shapes = view_shapes(built, batch)
     built.to(device)
     recipe = built.optimizer()
-    optimiser = build_optimiser(recipe, built.parameter_groups(), 1e-4)
+    optimiser = build_optimizer(recipe, built.parameter_groups(), 1e-4)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         optimiser.zero_grad(set_to_none=True)

@@ -23,7 +23,7 @@ FINETUNE = "finetune"
 STEPS = 7
 #: The smallest of each; a collapse of something this small is none.
 SETTINGS = {
-    "dino": {"hidden": 32, "bottleneck": 16, "prototypes": 64, "local_crops": 2, "patience": 0},
+    "dino": {"hidden_dim": 32, "bottleneck_dim": 16, "prototypes": 64, "local_crops": 2, "patience": 0},
 }
 
 

@@ -14,7 +14,6 @@ first one, and nothing else. --steps N: resident memory after each fifth of N st
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -27,10 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import Cost, Figure, in_turns, parser, ratios, report
-from benchmarks.workload import PLANS, write_dataset
+from benchmarks.workload import PLANS, start_trainer, write_dataset, write_images
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.methods import METHODS
-from tests.images import make_images
 
 PARTS = ("load", "views", "forward", "backward", "optimiser")
 
@@ -66,14 +64,7 @@ class Run:
     """A trainer in the middle of its training."""
 
     def __init__(self, folder: Path, method: str, device: torch.device) -> None:
-        from nnssl_ext.training.pretraining.classes import pretraining_trainer
-
-        plans, content = (json.loads((folder / f"{name}.json").read_text()) for name in ("nnUNetPlans", "dataset"))
-        plans["continue_training"] = False
-        self.trainer = pretraining_trainer(method)(plans, "3d_fullres", "all", content, device)
-        self.trainer.on_train_start()
-        self.trainer.on_epoch_start()
-        self.trainer.on_train_epoch_start()
+        self.trainer = start_trainer(folder, method, device)
         self.image: Tensor | None = None
         self.trainer.network.register_forward_pre_hook(self._keep)
         self.watch = Watch(device)
@@ -125,7 +116,8 @@ def measure(method: str, plan: str, arguments: Any, device: torch.device) -> dic
             "epochs": 1,
         }
         if METHODS[method].learns_from != "cases":
-            settings["images"] = str(make_images(Path(folder) / "images"))
+            write_images(Path(folder) / "images")
+            settings["images"] = str(Path(folder) / "images")
         run = Run(write_dataset(Path(folder), plan, settings, batch=arguments.batch), method, device)
         turns: dict[str, Callable[[], object]] = {"full": run.full}
         if arguments.repeats:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pydoc
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -18,12 +21,16 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
+from benchmarks.checkout import trainer_name
+
 DATASET = "Dataset899_Benchmark"
 DATA = "nnUNetPlans_3d_fullres"
+CONFIGURATION = "3d_fullres"
 
 #: Patch, batch, channels of the stages, strides; and blocks of a residual encoder. "hippocampus" is what nnU-Net plans
 #: for Task04, "residual" its ResEnc-L for large isotropic volumes.
 PLANS: dict[str, dict] = {
+    "tiny": {"patch": [16, 16, 16], "batch": 2, "features": [4, 8, 12], "strides": [[1, 1, 1], *[[2, 2, 2]] * 2]},
     "hippocampus": {
         "patch": [40, 56, 40],
         "batch": 9,
@@ -78,6 +85,35 @@ def write_cases(folder: Path, shape: tuple[int, ...], cases: int, patch: list[in
         )
 
 
+#: Our own networks at the sizes of their recipes, and small.
+VIT = {"strides": [[1, 1, 1], *[[2, 2, 2]] * 4], "mlp_ratio": 4.0, "layer_scale": 1e-5, "drop_path": 0.3}
+PLANS |= {
+    "pct_net": {
+        "patch": [128, 128, 128],
+        "batch": 2,
+        "network": "pct_net.PCTNet",
+        "kwargs": {
+            "strides": [[1, 1, 1], *[[2, 2, 2]] * 4],
+            "features_per_stage": [24, 48, 128, 256, 512],
+            "drop_path": 0.2,
+            "mask_padding": True,
+        },
+    },
+    "vit_large": {
+        "patch": [96, 96, 96],
+        "batch": 2,
+        "network": "vit.ViTUNETR",
+        "kwargs": {
+            **VIT,
+            "embed_dim": 1024,
+            "depth": 24,
+            "num_heads": 16,
+            "position_grid": [7, 7, 7],
+            "checkpointing": True,
+        },
+    },
+}
+
 #: Tiny data sets of the record, by nnU-Net's number.
 NUMBERS = {"plain": 891, "residual": 892, "anisotropic": 893, "vit": 894, "pct_net": 895}
 TINY: dict[str, dict] = {
@@ -113,6 +149,9 @@ TINY: dict[str, dict] = {
         },
     },
 }
+
+
+PLANS |= {f"tiny_{kind}": {"patch": [16, 16, 16], "batch": 2, **TINY[kind]} for kind in ("vit", "pct_net")}
 
 
 def dataset_name(kind: str) -> str:
@@ -272,7 +311,7 @@ def write_dataset(
         batch: Batch size; None for the plan's.
         shape: Of a case; empty for a half more than the patch.
     """
-    root.mkdir(exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
     variables = {"nnUNet_raw": "raw", "nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results"}
     for name, part in variables.items():
         (root / part).mkdir(parents=True)
@@ -316,6 +355,28 @@ def _architecture(chosen: dict) -> dict:
         "arch_kwargs": kwargs,
         "_kw_requires_import": ["conv_op", "norm_op", "nonlin"],
     }
+
+
+def start_trainer(folder: Path, method: str, device: torch.device, run: str = "results") -> Any:
+    """Start a pretraining and return its trainer before the first step.
+
+    Args:
+        folder: Preprocessed data set, as ``write_dataset`` returns it.
+        method: Name of the method.
+        device: Where it trains.
+        run: Name of the results folder; another one for each trainer of the same method.
+    """
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    os.environ["nnUNet_results"] = str(folder.parent.parent / run)
+    plans, content = (json.loads((folder / f"{name}.json").read_text()) for name in ("nnUNetPlans", "dataset"))
+    with contextlib.redirect_stdout(io.StringIO()):
+        kind = recursive_find_trainer_class_by_name(trainer_name(method))
+        trainer = kind({**plans, "continue_training": False}, CONFIGURATION, "all", content, device)
+        trainer.on_train_start()
+        trainer.on_epoch_start()
+        trainer.on_train_epoch_start()
+    return trainer
 
 
 def _own_network(name: str) -> str:

@@ -80,7 +80,8 @@ class CommonSettings:
         False, "Recompute the network's blocks in the backward pass: less memory, about a third more computation."
     )
     start_from: str | None = setting(
-        None, "checkpoint_final.pth of a run of the same method and network to start from. The crop may differ."
+        None,
+        "Weights to start from, as nnssl_ext transfer takes them. A run of the same method hands over its heads too.",
     )
     images: str | None = setting(
         None, "Folder of labeled 2-D images, CLASS/IMAGE.png or .jpg, for methods that learn from them."
@@ -97,6 +98,15 @@ class CommonSettings:
     )
     write_in_background: bool = setting(
         True, "Write checkpoints while training goes on. false: needs one copy of the state less in host memory."
+    )
+    keep_host_memory: bool = setting(
+        True, "On the CPU: keep freed memory, in huge pages, instead of returning it to the system after each step."
+    )
+    restore_weight_lengths: bool = setting(
+        True,
+        "Scale convolutions before a norm to their initial length in the weights for fine-tuning. Runs continue with "
+        "the trained lengths.",
+        source="longer weights, equal in function, learn more slowly",
     )
     target_trainer: str = setting("nnUNetTrainer", "Trainer that builds the network to pretrain.")
 

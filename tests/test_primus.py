@@ -10,18 +10,17 @@ from nnssl_ext import checkpoint
 from nnssl_ext.methods import TRAINERS
 from nnssl_ext.networks.backbone import backbone_of
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import pretrain, trainer_for
+from tests.support.runs import STOCK, pretrain, trainer_for
 
 Data = Callable[[str], Environment]
-STOCK = "nnUNet_Primus_S_Trainer"
-SMALL = {"local_crops": 1, "hidden": 16, "bottleneck": 8, "prototypes": 64}
+SMALL = {"local_crops": 1, "hidden_dim": 16, "bottleneck_dim": 8, "prototypes": 64}
 
 
 @pytest.mark.usefixtures("two_blocks")
 @pytest.mark.parametrize("method", ["dino", "masked_autoencoder", "rotation"])
 def test_the_stock_trainer_loads_what_was_learned(with_data: Data, method: str) -> None:
     environment, trainer = with_data("plain"), TRAINERS[method]
-    settings = {"epochs": 1, "target_trainer": STOCK, "dino": {**SMALL, "momentum": 0.5}}
+    settings = {"epochs": 1, "target_trainer": STOCK, "dino": {**SMALL, "teacher_momentum": 0.5}}
     environment.write_plans("plain", "primus", settings)
     file = pretrain(environment, "plain", "primus", trainer=trainer) / "checkpoint_final.pth"
     weights = checkpoint.load(file)["network_weights"]

@@ -77,6 +77,11 @@ class CaseIndex:
         depth, height, width = np.percentile(self._table["shape"][rows, 1:], 10, axis=0, method="lower").tolist()
         return depth, height, width
 
+    def largest_size(self) -> tuple[int, int, int]:
+        """Edges in voxels, per axis, of the largest case."""
+        depth, height, width = self._table["shape"][:, 1:].max(axis=0).tolist()
+        return depth, height, width
+
     def fingerprint(self) -> dict[str, str]:
         """Per case a digest of its shape, file size and body map, '' where it is left out; copying changes none."""
         rows = zip(self._table["shape"], self._keys[:, 0], self._table["body"], strict=True)

@@ -22,29 +22,29 @@ from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.losses.triplet import plain_triplet, semi_hard_triplet, squared_distances
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
-from nnssl_ext.methods.common import SharedSettings
+from nnssl_ext.methods.common import SharedSettings, region_size, view_size
 from nnssl_ext.methods.encoder_only import EncoderMethod
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.settings import setting
-from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
+from nnssl_ext.views.appearance import CustomIntensitySettings, IntensityDraw, default
 from nnssl_ext.views.layout import standardize
 from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_batch, subview
 
 TALEB = "Taleb et al. 2020"
+#: Extent of a view rotated by up to 15 degrees about each axis, as a multiple of its edge: median, and largest.
+MEDIAN_EXTENT, MAX_EXTENT = 1.25, 1.5
 
 
 @dataclass(frozen=True)
-class ExemplarIntensitySettings(IntensitySettings):
+class ExemplarIntensitySettings(CustomIntensitySettings):
     """Stronger intensity views, because the histogram must not identify a crop."""
 
-    gamma_probability: float = setting(0.8, "Chance of a gamma curve, per channel.", low=0, high=1)
-    noise_probability: float = setting(0.3, "Chance of Gaussian noise, per sample.", low=0, high=1)
-    blur_probability: float = setting(0.2, "Chance of a Gaussian blur, per channel.", source="nnU-Net", low=0, high=1)
-    histogram_probability: float = setting(
-        0.8, "Chance of a histogram shift, per channel.", source="3DINO", low=0, high=1
-    )
+    gamma_probability: float = default("gamma_probability", 0.8)
+    noise_probability: float = default("noise_probability", 0.3)
+    blur_probability: float = default("blur_probability", 0.2, source="nnU-Net")
+    histogram_probability: float = default("histogram_probability", 0.8, source="3DINO")
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,6 @@ class ExemplarSettings(SharedSettings):
     flip: float = setting(0.0, "Chance of a mirror, per axis and view.", low=0, high=1)
     rot90: float = setting(0.0, "Chance of quarter turns in a plane of equal edges and spacing.", low=0, high=1)
     affine: float = setting(1.0, "Chance of a rotation and zoom, per view.", low=0, high=1)
-    zoom: list[float] = setting(
-        [1.0, 1.4], "Range of the magnification; the view is a part of the crop.", low=1, high=10, length=2
-    )
     intensity: ExemplarIntensitySettings = field(default_factory=ExemplarIntensitySettings)
     standardize: bool = setting(True, "Zero mean and unit deviation per view.")
     margin: float = setting(1.0, "Margin in squared distance.", source=TALEB, low=0.01)
@@ -99,6 +96,8 @@ class Exemplar(EncoderMethod):
 
     def __init__(self, backbone: Backbone, settings: ExemplarSettings, geometry: DataGeometry) -> None:
         super().__init__(backbone, settings, geometry)
+        self.size = view_size(geometry, MEDIAN_EXTENT)
+        self.region = region_size(geometry, self.size, MAX_EXTENT)
         self.heads = nn.ModuleList(
             GridHead(channels=self.channels, hidden=settings.hidden_dims, outputs=settings.embedding_dim)
             for _ in range(1 if settings.shared_head else 3)
@@ -106,7 +105,8 @@ class Exemplar(EncoderMethod):
 
     @classmethod
     def crops(cls, settings: ExemplarSettings, geometry: DataGeometry) -> CropRequest:
-        crop = Crop(geometry.crop_size, SpatialRange(geometry.spacing), fit=True)
+        region = region_size(geometry, view_size(geometry, MEDIAN_EXTENT), MAX_EXTENT)
+        crop = Crop(region, SpatialRange(geometry.spacing), fit=True)
         return CropRequest((crop, Crop(crop.size, crop.spatial, other_case=True, fit=True)))
 
     def optimizer(self) -> OptimizerRecipe:
@@ -115,14 +115,9 @@ class Exemplar(EncoderMethod):
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Return ``image`` (B, 3, C, D, H, W), and hashes of the images' ``case`` (B, 3)."""
         own, other = batch.boxes
-        images = [
-            self._view(own, random),
-            self._clean(own, random) if self.settings.clean_positive else self._view(own, random),
-            self._view(other, random),
-        ]
         case = [[zlib.crc32(box.case.encode()) for box in row] for row in (own, own, other)]
         return {
-            "image": torch.stack(images, 1),
+            "image": self._images(own, other, random),
             "case": to_device(torch.tensor(case), random.device).T,
         }
 
@@ -157,19 +152,22 @@ class Exemplar(EncoderMethod):
             embedded = torch.stack([head(features[:, place]) for place, head in enumerate(self.heads)], 1)
         return F.normalize(embedded.float(), dim=-1) if self.settings.normalize else embedded.float()
 
-    def _view(self, boxes: list[SourceBox], random: BatchRandom) -> Tensor:
-        """Cut an augmented view of each crop: (B, C, D, H, W)."""
-        size, spacing = self.geometry.crop_size, self.geometry.spacing
+    def _images(self, own: list[SourceBox], other: list[SourceBox], random: BatchRandom) -> Tensor:
+        """Cut and augment anchor, positive and crop of another case: (B, 3, C, D, H, W)."""
+        size, spacing, clean = self.size, self.geometry.spacing, self.settings.clean_positive
         spatial = self.settings.spatial(self.geometry)
-        views = [
-            subview(box, size, spatial.draw(random.generator(b), size), random.generator(b).uniform(-1, 1, 3))
-            for b, box in enumerate(boxes)
-        ]
-        image, _ = crop_batch(views, size, random.device)
-        IntensityDraw.draw(self.settings.intensity, random, image.shape[1], spacing).apply(image, random)
-        return standardize(image) if self.settings.standardize else image
-
-    def _clean(self, boxes: list[SourceBox], random: BatchRandom) -> Tensor:
-        size = self.geometry.crop_size
-        image, _ = crop_batch([subview(box, size, np.eye(3)) for box in boxes], size, random.device)
-        return standardize(image) if self.settings.standardize else image
+        boxes = []
+        for b, (mine, others) in enumerate(zip(own, other, strict=True)):
+            generator = random.generator(b)
+            for place, box in enumerate((mine, mine, others)):
+                untouched = clean and place == 1
+                matrix = np.eye(3) if untouched else spatial.draw(generator, size)
+                where = np.zeros(3) if untouched else generator.uniform(-1, 1, 3)
+                boxes.append(subview(box, self.region, matrix, where, view_size=size, isotropic=False))
+        crops, _ = crop_batch(boxes, size, random.device)
+        images = crops.unflatten(0, (len(own), 3))
+        original = images[:, 1].clone() if clean else None
+        IntensityDraw.draw(self.settings.intensity, random, images.shape[2], spacing, views=3).apply(images)
+        if original is not None:
+            images[:, 1] = original
+        return standardize(images) if self.settings.standardize else images

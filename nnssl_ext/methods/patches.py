@@ -17,7 +17,7 @@ from nnssl_ext.methods.common import TrainingSettings
 from nnssl_ext.methods.encoder_only import EncoderMethod
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.settings import setting
-from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
+from nnssl_ext.views.appearance import CustomIntensitySettings, IntensityDraw, default
 from nnssl_ext.views.layout import Layout, cut_patches, standardize
 from nnssl_ext.views.random import BatchRandom
 from nnssl_ext.views.rows import RowLayout
@@ -25,15 +25,13 @@ from nnssl_ext.views.spatial import SpatialRange
 
 
 @dataclass(frozen=True)
-class PatchIntensitySettings(IntensitySettings):
+class PatchIntensitySettings(CustomIntensitySettings):
     """Intensity views of each patch. Standardizing undoes brightness and contrast."""
 
-    gamma_probability: float = setting(
-        0.5, "Chance of a gamma curve, per channel.", source="0.3 in nnU-Net", low=0, high=1
-    )
-    brightness_probability: float = setting(0.0, "Chance of scaled brightness, per channel.", low=0, high=1)
-    contrast_probability: float = setting(0.3, "Chance of stretched contrast, per channel.", low=0, high=1)
-    noise_probability: float = setting(0.2, "Chance of Gaussian noise, per sample.", low=0, high=1)
+    gamma_probability: float = default("gamma_probability", 0.5, source="0.3 in nnU-Net")
+    brightness_probability: float = default("brightness_probability", 0.0)
+    contrast_probability: float = default("contrast_probability", 0.3)
+    noise_probability: float = default("noise_probability", 0.2)
 
 
 @dataclass(frozen=True)
@@ -105,10 +103,7 @@ class PatchMethod(EncoderMethod):
         """
         shifts = random.uniform(0, 1, starts.shape[1:])
         patches = cut_patches(batch.boxes[0], self.layout.window, starts, self.layout.patch, shifts, random.device)
-        # intensity views treat patches as channels, so that each patch gets its own draw
-        merged = patches.flatten(1, 2)
-        IntensityDraw.draw(self.settings.intensity, random, merged.shape[1], self.geometry.spacing).apply(
-            merged, random
-        )
-        patches = merged.view_as(patches)
+        number, channels = patches.shape[1:3]
+        spacing = self.geometry.spacing
+        IntensityDraw.draw(self.settings.intensity, random, channels, spacing, views=number).apply(patches)
         return standardize(patches) if self.settings.standardize else patches

@@ -116,7 +116,7 @@ class VariableDimensionTransform(EncoderMethod):
             volume = drifting(pixels, random, s.slices, s.drift_angle, s.drift_shift, s.drift_zoom)
         volume = (volume - MEAN) / DEVIATION
         # pixels have no spacing: they count as isotropic
-        IntensityDraw.draw(s.intensity, random, 1, (1.0, 1.0, 1.0)).apply(volume, random)
+        IntensityDraw.draw(s.intensity, random, 1, (1.0, 1.0, 1.0)).apply(volume)
         label = [self.classes.names.index(name.split("/", 1)[0]) for name in names]
         return {
             "image": volume.expand(-1, self.geometry.channels, -1, -1, -1).contiguous(),

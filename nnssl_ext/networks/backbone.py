@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dynamic_network_architectures.architectures.primus import Primus
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet, ResidualUNet
 from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
 from torch import Tensor, nn
 
 from nnssl_ext.networks.architectures.pct_net import PCTNet
 from nnssl_ext.networks.architectures.vit import ViTUNETR
-from nnssl_ext.networks.base import HEADS, Backbone, cumulative, drop_depth_strides, edges_problem
+from nnssl_ext.networks.base import HEADS, Backbone, cumulative, drop_depth_strides, edges_problem, is_primus
 from nnssl_ext.networks.pct_net_backbone import PCTNetBackbone
-from nnssl_ext.networks.primus_backbone import PrimusBackbone
 from nnssl_ext.networks.vit_backbone import ViTBackbone
 
 __all__ = ["HEADS", "Backbone", "UNetBackbone", "backbone_of"]
@@ -96,7 +94,9 @@ def backbone_of(network: nn.Module) -> Backbone:
         return ViTBackbone(network)
     if isinstance(network, PCTNet):
         return PCTNetBackbone(network)
-    if isinstance(network, Primus):
+    if is_primus(network):
+        from nnssl_ext.networks.primus_backbone import PrimusBackbone
+
         return PrimusBackbone(network)
     raise ValueError(
         f"cannot pretrain a network of type {type(network).__module__}.{type(network).__name__}; "

@@ -5,6 +5,7 @@ B batch, C channel, D H W voxels.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -130,6 +131,12 @@ class Backbone(ABC):
         """Let the network return all its outputs, full resolution first, or only the first."""
         decoder: Any = self.network.decoder
         decoder.deep_supervision = enabled
+
+
+def is_primus(network: nn.Module) -> bool:
+    """Tell whether a network is a ``Primus``, without importing its module, which loads all of timm."""
+    module = sys.modules.get("dynamic_network_architectures.architectures.primus")
+    return module is not None and isinstance(network, module.Primus)
 
 
 def cumulative(strides: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:

@@ -1,121 +1,155 @@
-"""Views that mix neighbouring voxels: blur, sharpening, low resolution, Gibbs ringing; and the histogram shift.
+"""Views that mix neighboring voxels: blur, sharpening, low resolution, thick slices, Gibbs ringing.
 
-Batches are (B, C, D, H, W), on the device they are on. A strength is (B, C) on the CPU, and its neutral value leaves a
-channel untouched. Every function works in place on its batch and returns it.
+N volumes, D H W voxels. Functions take volumes (N, D, H, W) and strengths on the same device. They work in place and
+return the volumes. These are the definitions on every device. ``views.cpu.kernels`` has faster equivalents.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_ext.views.cpu.coarse import coarse_matrix, lower
-from nnssl_ext.views.cpu.separable import along_axes
-from nnssl_ext.views.intensity import changed
-from nnssl_ext.views.random import to_device
+from nnssl_ext.views.random import pack_to_device
 
-#: A Gaussian is cut off after this many standard deviations.
+#: A Gaussian is cut off after this many standard deviations, less a quarter of a voxel, as in nnU-Net.
 TRUNCATE = 3.0
+#: The smallest standard deviation of a Gaussian, in voxels. It changes nothing.
+MIN_DEVIATION = 1e-3
 
 
-def blur(batch: Tensor, deviation: Tensor, spacing: Sequence[float]) -> Tensor:
-    """Gaussian blur; ``deviation`` (B, C) in units of the finest voxel edge, 0 = none."""
-    for volume, value in changed(batch, deviation, 0.0):
-        along_axes(volume, _gaussian(volume.shape, value, spacing), out=volume)
-    return batch
+def blur(volumes: Tensor, deviation: Tensor, spacing: Sequence[float]) -> Tensor:
+    """Blur with a Gaussian. Edges are replicated.
 
-
-def sharpen(batch: Tensor, amount: Tensor, spacing: Sequence[float], deviation: float = 1.0) -> Tensor:
-    """Unsharp masking: add ``amount`` (B, C) times the difference to a blurred copy; 0 = none."""
-    for volume, value in changed(batch, amount, 0.0):
-        blurred = along_axes(volume, _gaussian(volume.shape, deviation, spacing))
-        volume.add_(volume.sub(blurred), alpha=value)
-    return batch
-
-
-def lower_resolution(batch: Tensor, zoom: Tensor, spacing: Sequence[float]) -> Tensor:
-    """Sample down to ``zoom`` (B, C) of the resolution and back up, trilinearly; 1 = none.
-
-    An axis whose voxels are thicker already keeps its resolution as far as the finest axis' new voxels are finer.
+    Args:
+        volumes: (N, D, H, W).
+        deviation: (N, 3) standard deviation along each axis, in edges of the finest voxel axis.
+        spacing: Voxel edges in mm.
     """
-    finest = min(spacing)
-    for volume, factor in changed(batch, zoom, 1.0):
-        thick = [finest / factor / edge for edge in spacing]
-        size = [max(1, round(n / max(1.0, t))) for n, t in zip(volume.shape, thick, strict=True)]
-        _coarsen(volume, size)
-    return batch
+    result = volumes
+    for axis, edge in enumerate(spacing):
+        matrices = gaussian_matrices(deviation[:, axis] * (min(spacing) / edge), volumes.shape[1 + axis])
+        moved = result.movedim(1 + axis, 1)
+        product = torch.bmm(matrices, moved.flatten(2)).view(moved.shape)
+        result = product.movedim(1, 1 + axis)
+    return volumes.copy_(result)
+
+
+def sharpen(volumes: Tensor, amount: Tensor, spacing: Sequence[float], deviation: float = 1.0) -> Tensor:
+    """Add ``amount`` (N,) times the difference to a blurred copy: unsharp masking."""
+    blurred = blur(volumes.clone(), amount.new_full((len(volumes), 3), deviation), spacing)
+    return volumes.addcmul_(volumes - blurred, amount.view(-1, 1, 1, 1))
+
+
+def lower_resolution(volumes: Tensor, zoom: Tensor, spacing: Sequence[float]) -> Tensor:
+    """Sample down to a share of the resolution and back up, trilinearly.
+
+    An axis whose voxels are thicker already keeps its resolution while it is coarser than the new finest axis.
+
+    Args:
+        volumes: (N, D, H, W).
+        zoom: (N,) the share, on the CPU.
+        spacing: Voxel edges in mm.
+    """
+    return _resample_axes(volumes, [coarse_size(volumes.shape[1:], share, spacing) for share in zoom.tolist()])
 
 
 def simulate_thick_slices(batch: Tensor, axis: Tensor, zoom: Tensor) -> Tensor:
-    """Sample one axis of each sample down to ``zoom`` (B,) of its resolution and back up; 1 = none; ``axis`` (B,)."""
-    for sample in torch.nonzero(zoom != 1).flatten().tolist():
-        size, thick = list(batch.shape[2:]), int(axis[sample])
-        size[thick] = max(1, round(size[thick] * float(zoom[sample])))
-        for volume in batch[sample]:
-            _coarsen(volume, size)
-    return batch
-
-
-def gibbs_ringing(batch: Tensor, cut: Tensor) -> Tensor:
-    """Gibbs ringing: drop the spatial frequencies outside an ellipsoid of ``cut`` (B, C) times Nyquist; 0 = none."""
-    for volume, radius in changed(batch, cut, 0.0):
-        frequencies = [torch.fft.fftfreq(n, device=batch.device) * 2 for n in volume.shape[:2]]
-        frequencies.append(torch.fft.rfftfreq(volume.shape[2], device=batch.device) * 2)
-        depth, height, width = torch.meshgrid(*frequencies, indexing="ij")
-        kept = depth**2 + height**2 + width**2 <= radius**2
-        volume.copy_(torch.fft.irfftn(torch.fft.rfftn(volume) * kept, s=volume.shape))
-    return batch
-
-
-def shift_histogram(batch: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
-    """Bend intensities along a monotone piecewise linear curve.
+    """Sample one axis of each sample down to a share of its resolution and back up.
 
     Args:
         batch: (B, C, D, H, W).
-        values: (B, C, P) of the curve at P equidistant points of the channel's range, as shares of the range; sorted
-            here, and its ends are those of the range.
-        chosen: (B, C) bool, which channels are bent.
+        axis: (B,) which axis, on the CPU.
+        zoom: (B,) the share, on the CPU; 1 changes nothing.
     """
-    points = values.shape[-1]
-    for sample, channel in torch.nonzero(chosen).tolist():
-        volume = batch[sample, channel]
-        low, width = volume.min(), (volume.max() - volume.min()).clamp_min(1e-6)
-        curve = to_device(values[sample, channel].sort().values, batch.device)
-        curve[0], curve[-1] = 0.0, 1.0
-        place = ((volume - low) / width).clamp(0, 1) * (points - 1)
-        below = place.floor().clamp_max(points - 2)
-        bent = torch.lerp(curve[below.long()], curve[below.long() + 1], place - below)
-        batch[sample, channel] = bent * width + low
+    for sample in torch.nonzero(zoom != 1).flatten().tolist():
+        size, thick = list(batch.shape[2:]), int(axis[sample])
+        size[thick] = max(1, round(size[thick] * float(zoom[sample])))
+        _resample_axes(batch[sample], [size] * batch.shape[1])
     return batch
 
 
-def _gaussian(shape: Sequence[int], deviation: float, spacing: Sequence[float]) -> list[Tensor | None]:
-    """A matrix for each axis; edges replicated; ``deviation`` in units of the finest voxel edge."""
-    kernels: dict[tuple[int, float], Tensor | None] = {}
-    places = [(n, deviation * min(spacing) / edge) for n, edge in zip(shape, spacing, strict=True)]
-    for place in places:
-        if place not in kernels:
-            kernels[place] = _kernel(*place)
-    return [kernels[place] for place in places]
+def gibbs_ringing(volumes: Tensor, cutoff: Tensor) -> Tensor:
+    """Drop spatial frequencies outside an ellipsoid of ``cutoff`` (N,) times Nyquist's."""
+    shape = volumes.shape[1:]
+    frequencies = [torch.fft.fftfreq(n, device=volumes.device) * 2 for n in shape[:2]]
+    frequencies.append(torch.fft.rfftfreq(shape[2], device=volumes.device) * 2)
+    depth, height, width = torch.meshgrid(*frequencies, indexing="ij")
+    kept = (depth**2 + height**2 + width**2) <= cutoff.view(-1, 1, 1, 1) ** 2
+    return volumes.copy_(torch.fft.irfftn(torch.fft.rfftn(volumes, dim=(1, 2, 3)) * kept, s=shape, dim=(1, 2, 3)))
 
 
-def _kernel(length: int, sigma: float) -> Tensor | None:
-    """A Gaussian along an axis as a matrix (length, length); None where it would change nothing."""
-    radius = min(max(1, round(TRUNCATE * sigma)), length - 1)
-    if radius < 1:
-        return None
-    place = torch.arange(-radius, radius + 1)
-    weight = torch.exp(-0.5 * (place / sigma) ** 2)
-    column = (torch.arange(length)[:, None] + place).clamp(0, length - 1)
-    return torch.zeros(length, length).scatter_add_(1, column, (weight / weight.sum()).expand(length, -1))
+def gaussian_taps(deviation: float, length: int) -> list[float]:
+    """Return the weights of a Gaussian at distances 0, 1, ... along an axis of ``length`` voxels."""
+    deviation = max(deviation, MIN_DEVIATION)
+    radius = min(max(1, round(TRUNCATE * deviation - 0.25)), length - 1)
+    weights = [1.0] + [math.exp(-0.5 * (k / deviation) ** 2) for k in range(1, radius + 1)]
+    total = weights[0] + 2 * sum(weights[1:])
+    return [weight / total for weight in weights]
 
 
-def _coarsen(volume: Tensor, size: Sequence[int]) -> None:
-    """Sample ``volume`` (D, H, W) down to ``size`` and back up, in place."""
-    if volume.device.type == "cpu":
-        lower(volume, size)
-        return
-    pairs = zip(size, volume.shape, strict=True)
-    along_axes(volume, [None if m == n else coarse_matrix(m, n) for m, n in pairs], out=volume)
+def gaussian_matrices(deviation: Tensor, length: int) -> Tensor:
+    """Return Gaussian filters along an axis with replicated edges as matrices: (N,) -> (N, length, length)."""
+    if length == 1:
+        return deviation.new_ones(len(deviation), 1, 1)
+    sigma = deviation.clamp_min(MIN_DEVIATION)[:, None, None]
+    radius = (TRUNCATE * sigma - 0.25).round().clamp(1, length - 1)
+    place = torch.arange(length, device=deviation.device)
+    # a column for each voxel from one length before the axis to one after it; those outside count for the edge
+    distance = (torch.arange(-length + 1, 2 * length - 1, device=deviation.device) - place[:, None]).abs()
+    weight = torch.exp(-0.5 * (distance / sigma) ** 2) * (distance <= radius)
+    weight = weight / weight.sum(-1, keepdim=True)
+    result = weight[..., length - 1 : 2 * length - 1].clone()
+    result[..., 0] += weight[..., : length - 1].sum(-1)
+    result[..., -1] += weight[..., 2 * length - 1 :].sum(-1)
+    return result
+
+
+class Taps(NamedTuple):
+    """Linear interpolation along one axis.
+
+    Attributes:
+        below, above: (new length,) int64, the two voxels that each new one lies between.
+        share: (new length,) float32 weight of the one above.
+    """
+
+    below: Tensor
+    above: Tensor
+    share: Tensor
+
+
+@lru_cache(maxsize=256)
+def coarse_taps(small: int, length: int) -> Taps:
+    """Sample ``small`` of ``length`` voxels, the nearest, and interpolate back linearly (torch's conventions)."""
+    nearest = F.interpolate(torch.arange(length)[None, None].double(), size=small, mode="nearest-exact")[0, 0].long()
+    place = ((torch.arange(length) + 0.5) * (small / length) - 0.5).clamp(0, small - 1)
+    below = place.floor().long()
+    above = (below + 1).clamp_max(small - 1)
+    return Taps(nearest[below], nearest[above], (place - below).float())
+
+
+def coarse_size(shape: Sequence[int], zoom: float, spacing: Sequence[float]) -> list[int]:
+    """Return the edges of a grid with ``zoom`` times the resolution of the finest axis."""
+    thickness = [min(spacing) / zoom / edge for edge in spacing]
+    return [max(1, round(n / max(1.0, t))) for n, t in zip(shape, thickness, strict=True)]
+
+
+def _resample_axes(volumes: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
+    """Sample each volume (N, D, H, W) down to its size and back up, in place."""
+    result = volumes
+    for axis in range(3):
+        length = volumes.shape[1 + axis]
+        if all(size[axis] == length for size in sizes):
+            continue
+        taps = [coarse_taps(size[axis], length) for size in sizes]
+        shape = [len(sizes), *(length if a == axis else 1 for a in range(3))]
+        columns = [torch.stack(column) for column in zip(*taps, strict=True)]
+        below, above, share = (column.view(shape) for column in pack_to_device(columns, volumes.device))
+        first, second = (torch.take_along_dim(result, place, 1 + axis) for place in (below, above))
+        result = torch.lerp(first, second, share)
+    return volumes.copy_(result)

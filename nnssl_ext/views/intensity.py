@@ -1,84 +1,100 @@
-"""Views that change each voxel by itself: noise, brightness, contrast, gamma, inversion, percentiles.
+"""Intensity views of single voxels: noise, brightness, contrast, gamma, histogram shift, inversion, percentiles.
 
-Batches are (B, C, D, H, W), on the device they are on. A strength is a (B, C) tensor on the CPU whose neutral value
-leaves a channel as it is; a channel with the neutral value is not touched at all. Every function works in place on its
-batch and returns it.
+N volumes, D H W voxels. Functions take volumes (N, D, H, W) and one strength for each (N,), both on one device. They
+work in place and return the volumes. These are the definitions on every device. ``views.cpu.kernels`` has faster
+equivalents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nnssl_ext.views.cpu.chunks import flat_chunks
-from nnssl_ext.views.random import BatchRandom, to_device
+from nnssl_ext.views.random import to_device
 
 #: Intensity differences below this are rounding, not signal.
 EPSILON = 1e-6
 
 
-def add_noise(batch: Tensor, deviation: Tensor, random: BatchRandom) -> Tensor:
-    """Add Gaussian noise; ``deviation`` (B,)."""
-    for sample, value in enumerate(deviation.tolist()):
-        if value:
-            generator = random.noise(sample)
-            for piece in flat_chunks(batch[sample]):
-                piece.add_(torch.empty_like(piece).normal_(generator=generator), alpha=value)
-    return batch
+def add_noise(volumes: Tensor, deviation: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Add Gaussian noise.
+
+    Args:
+        volumes: (N, D, H, W).
+        deviation: (N,) standard deviation.
+        seeds: (N,) seed of each volume's noise. Neighbors with equal seeds share one generator.
+    """
+    noise, begin = torch.empty_like(volumes), 0
+    while begin < len(seeds):
+        end = begin + 1
+        while end < len(seeds) and seeds[end] == seeds[begin]:
+            end += 1
+        noise[begin:end].normal_(generator=torch.Generator(volumes.device).manual_seed(seeds[begin]))
+        begin = end
+    return volumes.addcmul_(noise, _column(deviation))
 
 
-def scale_brightness(batch: Tensor, factor: Tensor) -> Tensor:
-    """Multiply intensities; ``factor`` (B, C)."""
-    for volume, value in changed(batch, factor, 1.0):
-        volume *= value
-    return batch
+def scale_brightness(volumes: Tensor, factor: Tensor) -> Tensor:
+    """Multiply intensities by ``factor`` (N,)."""
+    return volumes.mul_(_column(factor))
 
 
-def stretch_contrast(batch: Tensor, factor: Tensor) -> Tensor:
-    """Stretch intensities about their mean, kept within the range they had; ``factor`` (B, C)."""
-    for volume, value in changed(batch, factor, 1.0):
-        low, high = torch.aminmax(volume)
-        shift = volume.mean() * (1 - value)
-        for piece in flat_chunks(volume):
-            torch.add(shift, piece, alpha=value, out=piece)
-            torch.minimum(torch.maximum(piece, low, out=piece), high, out=piece)
-    return batch
+def scale_contrast(volumes: Tensor, factor: Tensor) -> Tensor:
+    """Stretch intensities about their mean by ``factor`` (N,), within the range they had."""
+    low, high = value_range(volumes)
+    mean = volumes.mean((1, 2, 3), keepdim=True)
+    stretched = torch.addcmul(mean, volumes - mean, _column(factor))
+    return torch.clamp(stretched, low, high, out=volumes)
 
 
-def adjust_gamma(batch: Tensor, exponent: Tensor) -> Tensor:
-    """Raise intensities, scaled to [0, 1], to a power, and scale them back; ``exponent`` (B, C)."""
-    for volume, value in changed(batch, exponent, 1.0):
-        low, high = torch.aminmax(volume)
-        # width ((x - low) / width)^value through logarithms, which is faster than a power by far; log 0 is -inf
-        scale = (high - low).clamp_min(EPSILON).log2() * (1 - value)
-        for piece in flat_chunks(volume):
-            torch.add(scale, _log2(piece.sub_(low)), alpha=value, out=piece).exp2_().add_(low)
-    return batch
+def adjust_gamma(volumes: Tensor, exponent: Tensor, *, invert: bool = False, retain_stats: bool = False) -> Tensor:
+    """Raise intensities, scaled to [0, 1], to a power and scale them back.
+
+    Args:
+        volumes: (N, D, H, W).
+        exponent: (N,).
+        invert: Apply the curve to the negated intensities, as nnU-Net's first gamma does.
+        retain_stats: Keep each volume's mean and standard deviation, as nnU-Net does.
+    """
+    if invert:
+        volumes.neg_()
+    low, high = value_range(volumes)
+    width = (high - low).clamp_min(EPSILON)
+    result = ((volumes - low) / width).pow(_column(exponent)) * width + low
+    if retain_stats:
+        deviation, mean = torch.std_mean(volumes, (1, 2, 3), keepdim=True, correction=0)
+        found, center = torch.std_mean(result, (1, 2, 3), keepdim=True, correction=0)
+        result = torch.addcmul(mean, result - center, deviation / found.clamp_min(EPSILON))
+    return torch.neg(result, out=volumes) if invert else volumes.copy_(result)
 
 
-def _log2(values: Tensor) -> Tensor:
-    """In place; on a CPU with AVX-512 numpy's, which takes a quarter of the time of torch's."""
-    if values.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return values.log2_()
-    array = values.numpy()
-    with np.errstate(divide="ignore"):
-        np.log2(array, out=array)
-    return values
+def shift_histogram(volumes: Tensor, curve: Tensor) -> Tensor:
+    """Map intensities along a monotone piecewise linear curve.
+
+    Args:
+        volumes: (N, D, H, W).
+        curve: (N, P) values at P equidistant points of the volume's range, as shares of it. They rise from 0 to 1.
+    """
+    last = curve.shape[1] - 1
+    low, high = value_range(volumes)
+    width = (high - low).clamp_min(EPSILON)
+    place = ((volumes - low) / width * last).flatten(1)
+    below = place.long().clamp_(0, last - 1)
+    start = curve.gather(1, below)
+    mapped = torch.addcmul(start, place - below, curve.gather(1, below + 1) - start)
+    return torch.addcmul(low, mapped.view_as(volumes), width, out=volumes)
 
 
-def invert(batch: Tensor, chosen: Tensor) -> Tensor:
-    """Mirror the intensities of chosen samples about the middle of their range; ``chosen`` (B,) bool."""
-    for sample in [sample for sample, wanted in enumerate(chosen.tolist()) if wanted]:
-        low, high = batch[sample].amin((1, 2, 3), True), batch[sample].amax((1, 2, 3), True)
-        batch[sample] = low + high - batch[sample]
-    return batch
+def invert(volumes: Tensor) -> Tensor:
+    """Mirror intensities about the middle of their range."""
+    low, high = value_range(volumes)
+    return torch.sub(low + high, volumes, out=volumes)
 
 
 def remap_percentiles(batch: Tensor, low: float = 0.001, high: float = 0.999) -> Tensor:
-    """Scale each channel so that its ``low`` and ``high`` quantiles become 0 and 1, clipped; constant gives 0."""
+    """Scale each channel of (B, C, D, H, W) so that its quantiles become 0 and 1, and clip. Constants become 0."""
     for volume in batch.flatten(0, 1):
         # every k-th voxel is enough for a quantile, and torch.quantile takes 16 million values at most
         sample = volume.flatten()[:: max(1, volume.numel() // 100_000)]
@@ -87,9 +103,10 @@ def remap_percentiles(batch: Tensor, low: float = 0.001, high: float = 0.999) ->
     return batch
 
 
-def changed(batch: Tensor, values: Tensor, neutral: float) -> Iterator[tuple[Tensor, float]]:
-    """Each channel (D, H, W) of ``batch`` whose value in ``values`` (B, C) is not neutral, and the value."""
-    for sample, row in enumerate(values.tolist()):
-        for channel, value in enumerate(row):
-            if value != neutral:
-                yield batch[sample, channel], value
+def value_range(volumes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest and largest intensity of each volume, (N, 1, 1, 1) each."""
+    return volumes.amin((1, 2, 3), keepdim=True), volumes.amax((1, 2, 3), keepdim=True)
+
+
+def _column(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)

@@ -2,8 +2,8 @@
 
 A method reads one window and cuts its patches out of it. A patch has two voxels per axis at the deepest encoder stage
 that is run. Every encoder can take that. At one voxel an instance norm and a residual skip fail or are silently wrong.
-The deepest stage is preferred. A window that is larger than the cases is magnified, up to a limit. It is never padded,
-because padding reveals a patch's place.
+The deepest stage whose window fits into the cases is taken, so that the network sees the plan's resolution. Only where
+no stage fits is the window magnified, up to a limit. It is never padded, because padding reveals a patch's place.
 
 B batch, N patches, C channel, D H W voxels.
 """
@@ -17,12 +17,11 @@ from itertools import product
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.views.random import BatchRandom, to_device
-from nnssl_ext.views.spatial import SourceBox, crop_box
+from nnssl_ext.views.random import BatchRandom
+from nnssl_ext.views.spatial import SourceBox, crop_batch
 
 #: A patch whose longest edge is shorter shows nothing.
 MIN_EDGE = 8
@@ -107,38 +106,17 @@ def cut_patches(
         shifts: (B, N, 3) in [0, 1), share of a voxel of the case by which each patch is shifted.
         device: Device of the patches.
     """
-    return torch.stack(
-        [
-            _cut_window(box, window, places, patch, shift, device)
-            for box, places, shift in zip(boxes, starts, shifts, strict=True)
-        ]
-    )
-
-
-def _cut_window(
-    box: SourceBox, window: Sequence[int], starts: Tensor, patch: Sequence[int], shifts: Tensor, device: torch.device
-) -> Tensor:
-    """Cut the patches of one window: (N, C, *patch)."""
-    scale = np.diag(box.matrix)
-    if (scale == 1).all():
-        image, _ = crop_box(box, window, device)
-        depth, height, width = patch
-        return torch.stack([image[:, z : z + depth, y : y + height, x : x + width] for z, y, x in starts.tolist()])
-    data = box.data.to(device, torch.float32, non_blocking=True)
-    half = scale * (np.asarray(window) - 1) / 2
-    room = (2 * half >= 2).astype(float)  # a single plane leaves no room
-    scale = scale * (1 - room / np.maximum(2 * half, 1))
-    first = box.center - half + starts.numpy() * scale + shifts.numpy() * room  # (N, 3)
-    # grid_sample's coordinates (align_corners=False): voxel x of n lies at (2 x + 1) / n - 1, axes in reverse order
-    lines = [
-        (2 * (first[:, axis, None] + np.arange(patch[axis]) * scale[axis]) + 1) / data.shape[1 + axis] - 1
-        for axis in range(3)
-    ]
-    z, y, x = (to_device(torch.from_numpy(line), device, torch.float32) for line in lines)
-    grid = torch.stack(
-        torch.broadcast_tensors(x[:, None, None, :], y[:, None, :, None], z[:, :, None, None]), -1
-    )  # (N, D, H, W, 3)
-    return F.grid_sample(data.expand(len(grid), -1, -1, -1, -1), grid, padding_mode="border", align_corners=False)
+    placed = []
+    for box, places, shift in zip(boxes, starts.numpy(), shifts.numpy(), strict=True):
+        scale = np.diag(box.matrix)
+        half = scale * (np.asarray(window) - 1) / 2
+        # an unmagnified window is copied; a single plane leaves no room
+        room = (2 * half >= 2) * (scale != 1).any()
+        scale = scale * (1 - room / np.maximum(2 * half, 1))
+        centers = box.center - half + (places + (np.asarray(patch) - 1) / 2) * scale + shift * room
+        placed += [SourceBox(box.data, np.diag(scale), center, box.case) for center in centers]
+    crops, _ = crop_batch(placed, patch, device)
+    return crops.unflatten(0, (len(boxes), -1))
 
 
 def standardize(patches: Tensor) -> Tensor:
@@ -177,7 +155,7 @@ def solve_layout(
     max_voxels: float = math.inf,
     choices: Sequence[int] = (1, 2, 3),
 ) -> Layout:
-    """Find the layout with most patches at the deepest stage at which any fits.
+    """Find the layout with the least magnification, at the deepest stage, with most patches.
 
     Args:
         strides: Cumulative stride of each encoder stage.
@@ -193,6 +171,7 @@ def solve_layout(
         UserError: If nothing fits.
     """
     windows: list[Edges] = []
+    candidates: list[Layout] = []
     for stages, patch in patch_sizes(strides):
         found: list[Layout] = []
         gaps, jitters = _edges(math.ceil(gap * p) for p in patch), _edges(math.ceil(jitter * p) for p in patch)
@@ -205,10 +184,9 @@ def solve_layout(
             if layout.zoom <= max_zoom:
                 found.append(layout)
         affordable = [layout for layout in found if math.prod(layout.grid + patch) <= max_voxels]
-        if affordable:
-            return max(affordable, key=lambda layout: (math.prod(layout.grid), -layout.zoom, layout.grid))
-        if found:
-            return min(found, key=lambda layout: (math.prod(layout.grid), layout.zoom))
+        candidates += affordable or sorted(found, key=lambda layout: (math.prod(layout.grid), layout.zoom))[:1]
+    if candidates:
+        return max(candidates, key=lambda layout: (-layout.zoom, layout.stages, math.prod(layout.grid), layout.grid))
     raise nothing_fits(title, f"{min_patches} patches", strides, case_size, max_zoom, windows)
 
 

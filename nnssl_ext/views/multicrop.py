@@ -1,39 +1,38 @@
-"""Views of several sizes from one region of a case, and masks over the cells of a view.
+"""Views of several sizes from one region of a case, and masks over the patches of a view.
 
 Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments" (multi-crop), NeurIPS 2020,
 arXiv 2006.09882; in 3-D Xu et al., "3DINO", npj Digital Medicine 2025. The first axis is the depth: the one with thick
 slices where there is one.
 
-B batch, V views of a sample, C channel, D H W voxels, N cells of a view.
+B batch, V views of a sample, C channel, D H W voxels, N patches of a view.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
 from nnssl_ext.views.random import BatchRandom
 from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_batch, is_constant, subview
 
-#: Draws of a view until it shows more than one value.
+#: Most draws of a view until it shows more than one value.
 CONSTANT_TRIES = 32
 
 
 @dataclass(frozen=True)
 class ViewKind:
-    """Views of one kind.
+    """Views of one kind: how many, how large, and which share of the region they show.
 
     Attributes:
         number: V.
         size: Edges in voxels.
-        area: Smallest and largest share of the region in the plane of the last two axes.
+        area: Range of the share of the region in the plane of the last two axes.
         depth: The same along the first axis.
-        turns: Mirrors and quarter turns.
+        turns: Their mirrors and quarter turns.
     """
 
     number: int
@@ -43,11 +42,17 @@ class ViewKind:
     turns: SpatialRange
 
     def draw(self, generator: np.random.Generator, region: Sequence[int]) -> np.ndarray:
-        """(3, 3), from voxels of a view to voxels of the region with these edges, in voxels."""
+        """Draw a matrix (3, 3) from voxels of a view to voxels of the region with these edges."""
         plane, depth = np.sqrt(generator.uniform(*self.area)), generator.uniform(*self.depth)
         share = np.array([depth, plane, plane])
         scale = share * (np.asarray(region) - 1) / np.maximum(np.asarray(self.size) - 1, 1)
         return np.diag(scale) @ self.turns.draw(generator, self.size)
+
+
+def draw_view(box: SourceBox, region: Sequence[int], kind: ViewKind, generator: np.random.Generator) -> SourceBox:
+    """Place one view at random within a region with edges ``region`` that was read as ``box``."""
+    view, place = kind.draw(generator, region), generator.uniform(-1, 1, 3)
+    return subview(box, region, view, place, view_size=kind.size)
 
 
 def crop_views(
@@ -57,47 +62,58 @@ def crop_views(
     intensity: IntensitySettings,
     random: BatchRandom,
 ) -> Tensor:
-    """Views of one kind of each sample's region, each with its own look: (B, V, C, D, H, W).
+    """Cut the views of one kind out of each sample's region: (B, V, C, D, H, W), each with its own intensities.
 
-    A view that would show one value everywhere (air) is drawn again, a number of times.
+    A view that would show a single value (air) is drawn again, up to ``CONSTANT_TRIES`` times.
 
     Args:
-        boxes: What was read for the regions.
+        boxes: The regions of the samples.
         region: Edges of the regions, in voxels.
-        kind: What views.
+        kind: Number, size and range of the views.
         intensity: Their intensity views.
-        random: Where draws come from.
+        random: One stream per sample.
     """
     views = []
-    there = [box.data.to(random.device, torch.float32, non_blocking=True) for box in boxes]  # once for all views
-    for _ in range(kind.number):
-        parts = []
-        for b, box in enumerate(boxes):
-            generator = random.generator(b)
+    for b, box in enumerate(boxes):
+        generator = random.generator(b)
+        for _ in range(kind.number):
             for _ in range(CONSTANT_TRIES):
-                view, place = kind.draw(generator, region), generator.uniform(-1, 1, 3)
-                drawn = subview(box, region, view, place, view_size=kind.size)
+                drawn = draw_view(box, region, kind, generator)
                 if not is_constant(drawn, kind.size):
                     break
-            parts.append(replace(drawn, data=there[b]))
-        image, _ = crop_batch(parts, kind.size, random.device)
-        IntensityDraw.draw(intensity, random, image.shape[1], kind.turns.spacing).apply(image, random)
-        views.append(image)
-    return torch.stack(views, 1)
+            views.append(drawn)
+    return look_at(views, kind, intensity, random)
 
 
-def draw_patch_masks(random: BatchRandom, views: int, cells: int, probability: float, ratio: Sequence[float]) -> Tensor:
-    """Which cells of which views are hidden: (B, V, N) bool on the CPU.
+def crop_read_views(
+    rows: Sequence[Sequence[SourceBox]], kind: ViewKind, intensity: IntensitySettings, random: BatchRandom
+) -> Tensor:
+    """Cut views whose boxes were read one by one, V rows of B boxes: (B, V, C, D, H, W)."""
+    return look_at([row[b] for b in range(len(random)) for row in rows], kind, intensity, random)
+
+
+def look_at(views: Sequence[SourceBox], kind: ViewKind, intensity: IntensitySettings, random: BatchRandom) -> Tensor:
+    """Cut placed views, those of a sample in a row, and apply intensity views: (B V) boxes -> (B, V, C, D, H, W)."""
+    crops, _ = crop_batch(views, kind.size, random.device)
+    image = crops.unflatten(0, (len(random), -1))
+    draw = IntensityDraw.draw(intensity, random, image.shape[2], kind.turns.spacing, views=image.shape[1])
+    return draw.apply(image)
+
+
+def draw_patch_masks(
+    random: BatchRandom, views: int, patches: int, probability: float, ratio: Sequence[float]
+) -> Tensor:
+    """Draw which patches of which views are masked: (B, V, N) bool on the CPU.
 
     Args:
-        random: Where draws come from.
+        random: One stream per sample.
         views: V.
-        cells: N.
-        probability: Chance that a view hides any.
-        ratio: Smallest and largest share of its cells that it then hides, at least one.
+        patches: N.
+        probability: Chance that a view has masked patches.
+        ratio: Smallest and largest share of masked patches of such a view, at least one patch.
     """
     chosen = random.chance(probability, (views,))
     share = random.uniform(ratio[0], ratio[1], (views,))
-    number = (share * cells).round().clamp_min(1) * chosen
-    rank = random.uniform(0, 1, (views, cells)).argsort(-1).argsort(-1)
+    number = (share * patches).round().clamp_min(1) * chosen
+    rank = random.uniform(0, 1, (views, patches)).argsort(-1).argsort(-1)
     return rank < number[..., None]

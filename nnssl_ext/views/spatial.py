@@ -1,35 +1,35 @@
-"""Spatial views: flips, quarter turns and one affine resampling, drawn apart from applied.
+"""Spatial views: mirrors, quarter turns, rotation and zoom, drawn apart from applied.
 
-B batch, C channel, D H W voxels. A draw is a 3x3 matrix M in voxel coordinates: the voxel o of a crop with edges s,
-counted from the crop's center, comes from the source point ``center + M (o - (s - 1) / 2)``. The worker that reads a
-case knows M beforehand, so it reads just the box that M reaches; the device resamples it.
+A draw is a matrix M (3, 3) in voxel coordinates. Voxel o of a crop with edges s comes from the source point
+``center + M (o - (s - 1) / 2)``. A worker knows M before it reads a case, so it reads only the box that M reaches. The
+device then resamples that box once.
+
+B batch, G boxes, V crops of a box, C channel, D H W voxels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_ext.views.cpu.chunks import VOXELS
-from nnssl_ext.views.random import to_device
+from nnssl_ext.views.cpu.crops import copy_crop, interpolate_crop, source_axes
+from nnssl_ext.views.random import pack_to_device, to_device
 
-#: Above this ratio of spacings nnU-Net too turns in the plane of the thin slices alone.
+#: Above this ratio of spacings crops rotate only in the plane of the thin slices, as in nnU-Net.
 ANISOTROPY_LIMIT = 3.0
-#: Voxels that are mirrored at a time on the CPU.
-MIRRORED = 8 * VOXELS
 
 
 @dataclass(frozen=True)
 class SpatialRange:
-    """What a spatial view may do; all zero is the identity.
+    """Probabilities and ranges of a spatial view. All zero is the identity.
 
     Args:
-        spacing: Voxel edges in mm, one per axis; rotations are rotations in mm.
+        spacing: Voxel edges in mm, one per axis. Rotations are in mm.
         flip: Probability of a mirror, per axis.
         rot90: Probability of quarter turns in a plane whose two axes agree in spacing and crop edge.
         affine: Probability of a rotation and zoom.
@@ -44,8 +44,14 @@ class SpatialRange:
     rotation: float = 0.0
     zoom: tuple[float, float] = (1.0, 1.0)
 
-    def draw(self, generator: np.random.Generator, size: Sequence[int]) -> np.ndarray:
-        """Draw one matrix (3, 3) for a crop with edges ``size``."""
+    def draw(self, generator: np.random.Generator, size: Sequence[int], *, resample: bool | None = None) -> np.ndarray:
+        """Draw one matrix (3, 3) for a crop.
+
+        Args:
+            generator: Source of the draws.
+            size: Edges of the crop.
+            resample: Take the rotation and zoom, or leave them out. None decides by their chance.
+        """
         matrix = np.diag(np.where(generator.random(3) < self.flip, -1.0, 1.0))
         quarter, plane_at, quarters = generator.random(), generator.random(), int(generator.integers(1, 4))
         planes = self._square_planes(size)
@@ -53,7 +59,7 @@ class SpatialRange:
             matrix = matrix @ _quarter_turn(planes[int(plane_at * len(planes))], quarters)
         bend, zoom = generator.random(), generator.uniform(*self.zoom)
         angles = generator.uniform(-self.rotation, self.rotation, 3)
-        if bend < self.affine and (self.rotation or self.zoom != (1.0, 1.0)):
+        if (bend < self.affine if resample is None else resample) and (self.rotation or self.zoom != (1.0, 1.0)):
             matrix = rotation_matrix(np.where(self.turning_axes(), angles, 0.0), self.spacing) @ matrix / zoom
         return matrix
 
@@ -65,7 +71,7 @@ class SpatialRange:
         ]
 
     def turning_axes(self) -> np.ndarray:
-        """(3,) bool: about which axes a crop may be turned by any angle."""
+        """Return about which axes a crop may rotate by any angle: (3,) bool."""
         spacing = np.asarray(self.spacing)
         if spacing.max() / spacing.min() < ANISOTROPY_LIMIT:
             return np.ones(3, bool)
@@ -74,12 +80,12 @@ class SpatialRange:
 
 @dataclass
 class SourceBox:
-    """A box read from a case, and where a crop lies in it.
+    """A box read from a case, and the place of a crop in it.
 
     Attributes:
-        data: (C, d, h, w), the box clipped to the volume; nothing outside the volume is stored.
-        matrix: (3, 3) as above.
-        center: The crop's center in voxels of ``data``; may lie outside.
+        data: (C, d, h, w), the box clipped to the volume.
+        matrix: (3, 3), from voxels of the crop to voxels of the box.
+        center: The crop's center in voxels of ``data``. It may lie outside.
         case: The case's identifier.
     """
 
@@ -93,15 +99,22 @@ class SourceBox:
 
 
 def half_extent(matrix: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Half extents (3,) in voxels of the source region that a crop with edges ``size`` needs around its center."""
+    """Return half the edges (3,) of the source region of a crop with edges ``size``, in voxels."""
     return np.abs(matrix) @ ((np.asarray(size) - 1) / 2)
 
 
-def shrink_to_fit(matrix: np.ndarray, size: Sequence[int], room: np.ndarray) -> np.ndarray:
-    """``matrix``, shrunk alike along all axes until a crop of ``size`` reaches no farther than ``room`` (3,)."""
+def shrink_to_fit(matrix: np.ndarray, size: Sequence[int], room: np.ndarray, *, isotropic: bool = True) -> np.ndarray:
+    """Shrink a crop's matrix until the crop reaches no farther than ``room``.
+
+    Args:
+        matrix: (3, 3).
+        size: Edges of the crop.
+        room: (3,) half extents that are allowed, along the axes of the source.
+        isotropic: Shrink all axes alike, or each axis of the source that is too short by itself.
+    """
     half = half_extent(matrix, size)
-    wanted = half > room
-    return matrix * (room[wanted] / half[wanted]).min(initial=1.0)
+    shrink = np.minimum(room / np.maximum(half, 1e-9), 1.0)
+    return matrix * (shrink.min() if isotropic else shrink[:, None])
 
 
 def subview(
@@ -111,151 +124,148 @@ def subview(
     place: Sequence[float] | np.ndarray = (0.0, 0.0, 0.0),
     *,
     view_size: Sequence[int] | None = None,
+    isotropic: bool = True,
 ) -> SourceBox:
-    """A view within the region that was read for a crop: never anything outside it, so never padding.
+    """Place a view within the region of a crop, so that it needs no padding.
 
     Args:
-        box: What was read.
+        box: The crop's box.
         size: Edges of the crop, in voxels.
-        view: (3, 3), from voxels of the view to voxels of the crop; shrunk where it would leave the crop.
-        place: Where the room that is left is used, in [-1, 1] per axis; 0 is the middle.
+        view: (3, 3), from voxels of the view to voxels of the crop. It is shrunk where it would leave the crop.
+        place: Position within the room that is left, in [-1, 1] per axis; 0 is the middle.
         view_size: Edges of the view; None for those of the crop.
+        isotropic: Shrink all axes alike, or each axis that is too short by itself.
     """
     edges = size if view_size is None else view_size
     room = half_extent(box.matrix, size)
-    matrix = shrink_to_fit(box.matrix @ view, edges, room)
+    matrix = shrink_to_fit(box.matrix @ view, edges, room, isotropic=isotropic)
     left = np.maximum(room - half_extent(matrix, edges), 0)
     return SourceBox(box.data, matrix, box.center + np.asarray(place) * left, box.case)
 
 
 def source_range(center: np.ndarray, half: np.ndarray, volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First and last + 1 voxel (3,) that a crop with these half extents is made from, within the volume."""
+    """Return the first and last + 1 voxel (3,) that a crop with these half extents reads, within the volume."""
     low = np.clip(np.floor(center - half + 1e-6), 0, volume - 1).astype(int)
     return low, np.clip(np.ceil(center + half - 1e-6) + 1, low + 1, volume).astype(int)
 
 
 def is_constant(box: SourceBox, size: Sequence[int]) -> bool:
-    """Whether all that a crop with edges ``size`` is made from has one value in each channel."""
+    """Return whether each channel of a crop's source region has only one value."""
     low, high = source_range(box.center, half_extent(box.matrix, size), np.asarray(box.data.shape[1:]))
-    seen = box.data[(slice(None), *map(slice, low.tolist(), high.tolist()))]
-    # two voxels nearly always tell it already
-    if not torch.equal(seen[:, 0, 0, 0], seen[:, -1, -1, -1]):
+    region = box.data[(slice(None), *map(slice, low.tolist(), high.tolist()))]
+    # two voxels nearly always decide it
+    if not torch.equal(region[:, 0, 0, 0], region[:, -1, -1, -1]):
         return False
-    return torch.equal(seen.amin((1, 2, 3)), seen.amax((1, 2, 3)))
+    return torch.equal(region.amin((1, 2, 3)), region.amax((1, 2, 3)))
+
+
+def is_resampled(matrix: np.ndarray) -> bool:
+    """Tell whether a crop with this matrix interpolates, rather than copying voxels."""
+    return source_axes(matrix) is None or bool((np.abs(matrix).sum(0) != 1).any())
 
 
 def rotation_matrix(angles: Sequence[float] | np.ndarray, spacing: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The matrix (3, 3) in voxels of a rotation in mm by ``angles`` (3,) in degrees about the three axes."""
+    """Return the matrix (3, 3) in voxels of a rotation in mm by ``angles`` (3,) in degrees about the three axes."""
     edges = np.asarray(spacing)
     return _rotation(np.deg2rad(angles)) * edges[None, :] / edges[:, None]
 
 
 def crop_box(box: SourceBox, size: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Cut one crop out of its box: a copy where M is a signed permutation, a trilinear resampling otherwise.
-
-    Returns:
-        The crop (C, D, H, W) float32, zero outside the volume (nnU-Net's padding); and ``inside`` (1, D, H, W) bool,
-        or None where no voxel lies outside.
-    """
-    crop = torch.empty((len(box.data), *size), device=device)
-    return crop, _cut(box, size, crop)
+    """Cut one crop out of its box: (C, D, H, W) and ``inside`` (1, D, H, W), as ``crop_batch``."""
+    crops, inside = crop_batch([box], size, device)
+    return crops[0], None if inside is None else inside[0]
 
 
 def crop_batch(
     boxes: Sequence[SourceBox], size: Sequence[int], device: torch.device, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Cut one crop of each box: (B, C, D, H, W), and ``inside`` (B, 1, D, H, W) or None.
+    """Cut one crop out of each box, trilinearly.
 
-    With ``out``, of that shape, the crops are written there.
+    On a GPU all crops are one resampling. Boxes in a row that share their data are sent there once.
+
+    Args:
+        boxes: B.
+        size: Edges of the crops.
+        device: Of the crops.
+        out: Where the crops are written, (B, C, D, H, W); None for a new tensor.
+
+    Returns:
+        Crops (B, C, D, H, W) float32, zero outside the volume (nnU-Net's padding). ``inside`` (B, 1, D, H, W) bool, or
+        None where no voxel lies outside.
     """
-    crops = torch.empty((len(boxes), len(boxes[0].data), *size), device=device) if out is None else out
-    insides = [_cut(box, size, crop) for box, crop in zip(boxes, crops, strict=True)]
+    if device.type != "cpu":
+        crops, inside = resample_batch(boxes, size, device)
+        return (crops if out is None else out.copy_(crops)), inside
+    crops = torch.empty((len(boxes), len(boxes[0].data), *size)) if out is None else out
+    insides = [_crop_on_cpu(box, crop) for box, crop in zip(boxes, crops, strict=True)]
     if all(inside is None for inside in insides):
         return crops, None
-    whole = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).expand(1, *size)
+    whole = torch.ones((1, 1, 1, 1), dtype=torch.bool).expand(1, *size)
     return crops, torch.stack([whole if inside is None else inside for inside in insides])
 
 
-def _cut(box: SourceBox, size: Sequence[int], crop: Tensor) -> Tensor | None:
-    """``cut`` into ``crop``; returns ``inside``."""
-    data = box.data.to(crop.device, torch.float32, non_blocking=True)
-    axes = _permuted(box.matrix)
-    return _resample(data, box, size, crop) if axes is None else _copy(data, box, size, axes, crop)
+def _crop_on_cpu(box: SourceBox, crop: Tensor) -> Tensor | None:
+    """Fill ``crop`` in the fastest way that its matrix allows, and return ``inside``."""
+    data, size = box.data.to(torch.float32), crop.shape[1:]
+    axes = source_axes(box.matrix)
+    if axes is not None and (np.abs(box.matrix).sum(0) == 1).all():
+        return copy_crop(data, box.matrix, box.center, axes, crop)
+    if axes is not None:
+        return interpolate_crop(data, box.matrix, box.center, axes, crop)
+    found, inside = resample_batch([replace(box, data=data)], size, crop.device)
+    crop.copy_(found[0])
+    return None if inside is None else inside[0]
 
 
-def _permuted(matrix: np.ndarray) -> list[int] | None:
-    """Along which axis of the crop each of the source's runs; None where ``matrix`` is no signed permutation."""
-    rows = [[abs(value) for value in row] for row in matrix.tolist()]
-    if any(sorted(line) != [0.0, 0.0, 1.0] for line in (*rows, *zip(*rows, strict=True))):
-        return None
-    return [row.index(1.0) for row in rows]
-
-
-def _copy(data: Tensor, box: SourceBox, size: Sequence[int], axes: Sequence[int], crop: Tensor) -> Tensor | None:
-    # plain integers: arrays of three would take longer than the copy of a small crop
-    edges = [int(size[axis]) for axis in axes]
-    low = [round(center - (edge - 1) / 2) for center, edge in zip(box.center.tolist(), edges, strict=True)]
-    begin = [min(max(first, 0), length) for first, length in zip(low, data.shape[1:], strict=True)]
-    end = [
-        min(max(first + edge, start), length)
-        for first, edge, start, length in zip(low, edges, begin, data.shape[1:], strict=True)
+def resample_batch(
+    boxes: Sequence[SourceBox], size: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Resample all crops at once: the definition of ``crop_batch``, with its result."""
+    groups, views = _grouped(boxes)
+    shapes = np.array([group.data.shape[1:] for group in groups])
+    padded = shapes.max(0)
+    data = torch.zeros((len(groups), len(groups[0].data), *padded), device=device)
+    for target, group in zip(data, groups, strict=True):
+        depth, height, width = group.data.shape[1:]
+        target[:, :depth, :height, :width].copy_(group.data, non_blocking=True)
+    shape = (len(groups), views, 3)
+    parameters = [
+        np.stack([box.matrix for box in boxes]).reshape(*shape, 3),
+        np.stack([box.center for box in boxes]).reshape(shape),
+        shapes,
     ]
-    # the crop seen along the source's axes
-    turned = crop.permute(0, *(1 + axis for axis in axes))
-    mirrored = [sum(row) < 0 for row in box.matrix.tolist()]
-    source = data[(slice(None), *map(slice, begin, end))]
-    if list(source.shape[1:]) == edges:
-        _mirror_into(turned, source, mirrored)
-        return None
-    # in a mirrored axis the crop's first voxel is the source's last
-    places = [
-        slice(first + edge - stop, first + edge - start) if mirror else slice(start - first, stop - first)
-        for first, edge, start, stop, mirror in zip(low, edges, begin, end, mirrored, strict=True)
-    ]
-    target = (slice(None), *places)
-    crop.zero_()
-    _mirror_into(turned[target], source, mirrored)
-    inside = torch.zeros((1, *size), dtype=torch.bool, device=data.device)
-    inside.permute(0, *(1 + axis for axis in axes))[target] = True
-    return inside
-
-
-def _mirror_into(target: Tensor, source: Tensor, mirrored: list[bool]) -> None:
-    """Copy (C, d, h, w) with some axes mirrored; on the CPU a few planes at a time, which stay in a cache between.
-
-    numpy copies mirrored axes in one pass, which takes up to four times as long where the last alone is mirrored.
-    """
-    axes = [1 + axis for axis, mirror in enumerate(mirrored) if mirror]
-    if not axes:
-        target.copy_(source)
-        return
-    depth = source.shape[1]
-    planes = max(1, MIRRORED // max(1, source[:, :1].numel())) if target.device.type == "cpu" else max(1, depth)
-    for begin in range(0, depth, planes):
-        stop = min(begin + planes, depth)
-        part = source[:, depth - stop : depth - begin] if mirrored[0] else source[:, begin:stop]
-        target[:, begin:stop] = part.flip(axes)
-
-
-def _resample(data: Tensor, box: SourceBox, size: Sequence[int], crop: Tensor) -> Tensor | None:
-    # grid_sample's coordinates (align_corners=False): voxel x of n lies at (2 x + 1) / n - 1, axes in reverse order;
-    # each coordinate is a sum of three lines, so the whole grid is one addition of a plane and a line
-    edges = np.asarray(data.shape[1:], dtype=float)
-    grid = _line((2 * box.center + 1) / edges - 1, (3, 1, 1, 1), data.device)
+    matrix, center, edges = pack_to_device([torch.from_numpy(array).float() for array in parameters], device)
+    # the place of each crop's voxel in its box: one sum of a plane and a line
+    place = center[:, :, None, None, None]  # (G, V, D, H, W, 3)
     for axis, length in enumerate(size):
-        place = (np.arange(length) - (length - 1) / 2) * (2 * box.matrix[:, axis] / edges)[:, None]  # (3, length)
-        grid = grid + _line(place, [3, *(length if a == axis else 1 for a in range(3))], data.device)
-    crop.copy_(F.grid_sample(data[None], grid.permute(1, 2, 3, 0)[None], padding_mode="border", align_corners=False)[0])
+        offset = torch.arange(length, device=device) - (length - 1) / 2
+        line = offset[:, None] * matrix[:, :, None, :, axis]
+        place = place + line.view(*shape[:2], *(length if a == axis else 1 for a in range(3)), 3)
+    edges = edges.view(-1, 1, 1, 1, 1, 3)
+    inside = None
+    if any(_leaves(box, size) for box in boxes):
+        inside = ((place >= -0.5) & (place <= edges - 0.5)).all(-1).flatten(0, 1)[:, None]
+    # grid_sample's coordinates (align_corners=False): voxel x of n lies at (2 x + 1) / n - 1, axes in reverse order
+    scale = to_device(torch.from_numpy(2 / padded), device, torch.float32)
+    grid = (place.clamp(edges.new_zeros(()), edges - 1) + 0.5) * scale - 1
+    found = F.grid_sample(data, grid.flip(-1).flatten(1, 2), padding_mode="border", align_corners=False)
+    crops = found.unflatten(2, (views, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+    return (crops, None) if inside is None else (crops.mul_(inside), inside)
+
+
+def _grouped(boxes: Sequence[SourceBox]) -> tuple[list[SourceBox], int]:
+    """Return one box of each group in a row that shares its data, and the length of the groups; 1 if they differ."""
+    starts = [n for n, box in enumerate(boxes) if n == 0 or box.data is not boxes[n - 1].data]
+    views = len(boxes) // len(starts)
+    if starts != list(range(0, len(boxes), views)):
+        return list(boxes), 1
+    return [boxes[start] for start in starts], views
+
+
+def _leaves(box: SourceBox, size: Sequence[int]) -> bool:
+    """Return whether any voxel of a crop lies outside its box."""
     half = half_extent(box.matrix, size)
-    if (box.center - half >= -0.5).all() and (box.center + half <= edges - 0.5).all():
-        return None
-    inside = (grid.abs() <= 1).all(0, keepdim=True)  # (1, D, H, W)
-    crop.mul_(inside)
-    return inside
-
-
-def _line(values: np.ndarray, shape: Sequence[int], device: torch.device) -> Tensor:
-    return to_device(torch.from_numpy(values[::-1].copy()), device, torch.float32).view(*shape)
+    return bool((box.center - half < -0.5).any() or (box.center + half > np.asarray(box.data.shape[1:]) - 0.5).any())
 
 
 def _rotation(angles: np.ndarray) -> np.ndarray:

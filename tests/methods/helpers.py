@@ -20,12 +20,13 @@ from nnssl_ext.views.appearance import IntensitySettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from nnssl_ext.views.spatial import SourceBox
 from tests.datasets import blob
-from tests.networks.test_backbone import network
+from tests.support.looks import without_views
+from tests.support.networks import network
 
 CPU = torch.device("cpu")
 SIZE, CASE = (16, 16, 16), (20, 20, 20)
 #: No intensity view at all.
-OFF = IntensitySettings(gamma_probability=0, brightness_probability=0, contrast_probability=0, noise_probability=0)
+OFF = without_views(IntensitySettings)
 
 
 def write_cases(folder: Path) -> Path:

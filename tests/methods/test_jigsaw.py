@@ -11,8 +11,9 @@ from nnssl_ext.methods.patches import PatchIntensitySettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from nnssl_ext.views.spatial import SourceBox
 from tests.methods.helpers import CPU, batch_of, build, noise_boxes, views_of, with_asked_gap, write_cases
+from tests.support.looks import without_views
 
-NO_VIEWS = PatchIntensitySettings(gamma_probability=0, contrast_probability=0, noise_probability=0)
+NO_VIEWS = without_views(PatchIntensitySettings)
 #: Patches as published: next to each other, in their own intensities.
 PUBLISHED = replace(JigsawSettings(), gap=0.0, jitter=0.0, standardize=False, intensity=NO_VIEWS, max_voxels=99.0)
 OURS = replace(JigsawSettings(), max_voxels=99.0)
@@ -122,7 +123,7 @@ def test_patches_look_different_from_each_other(tmp_path: Path) -> None:
 
 
 def test_magnified_windows_hold_all_patches(tmp_path: Path) -> None:
-    method = build(Jigsaw, OURS)
+    method = build(Jigsaw, replace(OURS, gap=1.0))  # too far apart for the cases
     (boxes,) = batch_of(write_cases(tmp_path), method, [0]).boxes
     assert method.layout.zoom > 1
     np.testing.assert_allclose(boxes[0].matrix, np.eye(3) * boxes[0].matrix[0, 0])

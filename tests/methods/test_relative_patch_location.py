@@ -9,8 +9,9 @@ from nnssl_ext.methods.patches import PatchIntensitySettings
 from nnssl_ext.methods.relative_patch_location import RelativePatchLocation, RelativePatchLocationSettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from tests.methods.helpers import CPU, build, noise_boxes, views_of, with_asked_gap, write_cases
+from tests.support.looks import without_views
 
-NO_VIEWS = PatchIntensitySettings(gamma_probability=0, contrast_probability=0, noise_probability=0)
+NO_VIEWS = without_views(PatchIntensitySettings)
 OURS = replace(RelativePatchLocationSettings(), neighbors_per_window=26)
 #: Patches as published: next to each other, in their own intensities.
 PUBLISHED = replace(OURS, gap=0.0, jitter=0.0, standardize=False, intensity=NO_VIEWS)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from nnssl_ext import checkpoint
 from nnssl_ext.networks.backbone import backbone_of
 from tests.conftest import Environment
-from tests.networks.test_backbone import KINDS, network
-from tests.training.distributed.test_ranks import free_port, one_rank
-from tests.training.pretraining.test_trainer import pretrain, trainer_for
+from tests.support.networks import KINDS, network
+from tests.support.processes import free_port, one_rank
+from tests.support.runs import pretrain, trainer_for
 
 Data = Callable[[str], Environment]
 TRAINER = "nnsslTrainer_VolumeFusion"
@@ -113,7 +113,7 @@ def test_a_run_writes_the_same_checkpoint(with_data: Data, kind: str) -> None:
 
 def test_two_processes_equal_one_without(with_data: Data) -> None:
     environment = with_data("plain")
-    settings = {"precision": "float32", "iterations_per_epoch": 2, "epochs": 1, "volume_fusion": {"optimiser": "sgd"}}
+    settings = {"precision": "float32", "iterations_per_epoch": 2, "epochs": 1, "volume_fusion": {"optimizer": "sgd"}}
     environment.write_plans("plain", "one", settings)
     environment.write_plans("plain", "two", {**settings, "activation_checkpointing": True})
     one = checkpoint.load(pretrain(environment, "plain", "one") / "checkpoint_final.pth")

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import blosc2
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 
 from nnssl_ext.errors import UserError
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import pretrain
+from tests.support.runs import cases, pretrain, replace_case
 
 Data = Callable[[str], Environment]
 
@@ -29,17 +28,6 @@ def refused(
     assert "\n" not in str(error.value)
     assert not list(environment.results.glob("*"))
     assert not (environment.dataset(kind) / "splits_final.json").exists()
-
-
-def cases(environment: Environment, kind: str = "plain") -> Path:
-    return environment.dataset(kind) / "nnUNetPlans_3d_fullres"
-
-
-def replace_case(environment: Environment, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    path = cases(environment) / "case_03.b2nd"
-    data = np.asarray(blosc2.open(str(path))[:])
-    path.unlink()
-    blosc2.asarray(np.ascontiguousarray(change(data)), urlpath=str(path), mode="w")
 
 
 @pytest.fixture

@@ -1,18 +1,17 @@
-"""3DINO: a student tells what a slowly following teacher says of other views of a region, and of cells it cannot see.
+"""3DINO: self-distillation between views of a region and on masked patches.
 
 Xu et al., "3DINO", npj Digital Medicine 2025, which is DINOv2 (Oquab et al., TMLR 2024, arXiv 2304.07193) in 3-D:
 image-level self-distillation (DINO, arXiv 2104.14294), masked patch-level self-distillation (iBOT, arXiv 2111.07832)
-and KoLeo (arXiv 1806.03198). Encoder only; what is written is the teacher.
+and KoLeo (arXiv 1806.03198).
 
-B batch (G over all processes), V views of a sample, C channel, D H W voxels, N cells of a global view, M hidden cells,
-E width of a projected vector, K prototypes.
+B batch, V views of a sample, C channel, D H W voxels, N patches of a global view, M masked patches, E width of a
+projected vector, K prototypes.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from nnssl_ext.losses.distillation import Targets, koleo, sinkhorn_bias, update_
 from nnssl_ext.losses.fused import attach_gradient, limit_koleo_gradient, prototype_cross_entropy
 from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, ParameterGroup, Readable, ValidationCheck
-from nnssl_ext.methods.dino.health import Seen, seen_cells, sign_of_collapse
+from nnssl_ext.methods.dino.health import ValidationBuffer, kept_patches, sign_of_collapse
 from nnssl_ext.methods.dino.networks import DistilledNetwork, reader_of
 from nnssl_ext.methods.dino.settings import DINOSettings, local_size
 from nnssl_ext.networks.base import Backbone
@@ -33,29 +32,31 @@ from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.spatial import SpatialRange
 
 GLOBALS = 2
-#: From this many samples a step on, Sinkhorn has enough of them to balance prototypes.
+#: Sinkhorn needs this many samples per step to balance prototypes.
 SINKHORN_BATCH = 256
-#: The total, through which gradients flow, and what each sample gives to it.
-Distilled = tuple[Tensor, Tensor]
 
 
 class DINO(Method):
-    """See the module's docstring."""
+    """A student predicts an EMA teacher's output for other views of a region and for masked patches.
+
+    Xu et al., "3DINO", npj Digital Medicine 2025, which is DINOv2 in 3-D. Only the encoder is trained. The teacher is
+    exported.
+    """
 
     name = "dino"
     title = "3DINO"
     citation = "Xu et al., npj Digital Medicine 2025; Oquab et al., TMLR 2024, arXiv:2304.07193"
     Settings = DINOSettings
-    readable = Readable("hidden_cells", "Hidden cells told from the same place in other views")
+    readable = Readable("masked_patches", "Accuracy on masked patches, among the views of a validation")
     deep_supervision = False
-    min_batch_size = 2  # KoLeo spreads neighbours
+    min_batch_size = 2  # KoLeo needs neighbors
 
     settings: DINOSettings
-    image_centre: Tensor
-    cell_centre: Tensor
+    image_center: Tensor
+    patch_center: Tensor
     pairs: Tensor
     teacher_temperature: Tensor
-    prototypes_move: Tensor
+    prototype_scale: Tensor
 
     def __init__(self, backbone: Backbone, settings: DINOSettings, geometry: DataGeometry) -> None:
         super().__init__(backbone, settings, geometry)
@@ -63,30 +64,31 @@ class DINO(Method):
         self.warming_up = False
         self.local_size = local_size(settings, geometry)
         self.student = DistilledNetwork(
-            reader_of(backbone, settings.cell_stride),
-            hidden=settings.hidden,
-            bottleneck=settings.bottleneck,
+            reader_of(backbone, settings.token_stride),
+            hidden_dim=settings.hidden_dim,
+            bottleneck_dim=settings.bottleneck_dim,
             prototypes=settings.prototypes,
         )
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.cells = self.student.reader.cells(geometry.crop_size)
-        self.register_buffer("image_centre", torch.zeros(settings.prototypes))
-        self.register_buffer("cell_centre", torch.zeros(settings.prototypes))
-        # the student's views in rows, the teacher's in columns: every pair but a view with itself
+        self.grid = self.student.reader.grid(geometry.crop_size)
+        self.register_buffer("image_center", torch.zeros(settings.prototypes))
+        self.register_buffer("patch_center", torch.zeros(settings.prototypes))
+        # rows are student views, columns teacher views: every pair but a view with itself
         pairs = torch.ones(GLOBALS + settings.local_crops, GLOBALS)
         pairs[:GLOBALS].fill_diagonal_(0)
         self.register_buffer("pairs", pairs / pairs.sum(), persistent=False)
-        # what changes from step to step is a tensor: a compiled method must not notice
+        # tensors, so that a compiled method is not compiled again when they change
         self.register_buffer("teacher_temperature", torch.tensor(settings.teacher_temperature[1]), persistent=False)
-        self.register_buffer("prototypes_move", torch.ones(()), persistent=False)
+        self.register_buffer("prototype_scale", torch.ones(()), persistent=False)
         batch = geometry.batch_size
         automatic = "sinkhorn" if batch >= SINKHORN_BATCH else "softmax"
-        self.centring = automatic if settings.centring == "auto" else settings.centring
-        self.seen = Seen()
+        self.centering = automatic if settings.centering == "auto" else settings.centering
+        self.validation = ValidationBuffer()
+        self._averaged_tensors: tuple[list[Tensor], list[Tensor]] | None = None
 
     @classmethod
     def crops(cls, settings: DINOSettings, geometry: DataGeometry) -> CropRequest:
-        local_size(settings, geometry)  # an illegal one is found before anything is written
+        local_size(settings, geometry)  # raises before anything is written
         still = SpatialRange(geometry.spacing)
         return CropRequest((Crop(geometry.crop_size, still, scale=settings.region, fit=True),))
 
@@ -98,29 +100,35 @@ class DINO(Method):
             settings.weight_decay,
             settings.schedule,
             settings.warmup,
-            max_grad_norm=settings.clip,
+            max_grad_norm=settings.max_grad_norm,
             final_weight_decay=settings.final_weight_decay,
         )
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Slower towards the input; no weight decay of biases, norms and tokens."""
+        """Group parameters by layer and weight decay.
+
+        Learning rates fall towards the input. Biases, norms and tokens have no weight decay.
+        """
         layers, decay = self.backbone.layers(), self.settings.layer_decay
-        rates = {id(p): decay ** (len(layers) - level) for level, layer in enumerate(layers) for p in layer}
+        scales = {id(p): decay ** (len(layers) - level) for level, layer in enumerate(layers) for p in layer}
         for parameter in self.backbone.stem.parameters():
-            rates[id(parameter)] *= self.settings.stem_rate
+            scales[id(parameter)] *= self.settings.stem_lr_scale
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for parameter in self.student.parameters():
             if parameter.requires_grad:
                 decays = float(parameter.ndim > 1 and len(parameter) > 1)
-                groups.setdefault((rates.get(id(parameter), 1.0), decays), []).append(parameter)
-        return [ParameterGroup(parameters, rate, decays) for (rate, decays), parameters in groups.items()]
+                groups.setdefault((scales.get(id(parameter), 1.0), decays), []).append(parameter)
+        return [ParameterGroup(parameters, scale, decays) for (scale, decays), parameters in groups.items()]
 
     def clipped_modules(self) -> list[nn.Module]:
-        """As DINOv2: at the start of a vision transformer KoLeo's gradient is hundreds of times the heads'."""
-        return [self.student.reader, self.student.image_head, self.student.cell_head]
+        """Clip the network and each head separately, as DINOv2.
+
+        At the start of a vision transformer KoLeo's gradient is hundreds of times that of the heads.
+        """
+        return [self.student.reader, self.student.image_head, self.student.patch_head]
 
     def train(self, mode: bool = True) -> DINO:
-        """The teacher always predicts: without dropout, with running statistics."""
+        """Set the mode of the student; the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self
@@ -130,11 +138,12 @@ class DINO(Method):
         return self.teacher.reader.network
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """Two global and several local views of a region, and which cells of the global ones are hidden.
+        """Crop global and local views of a region, and mask patches of the global ones.
 
-        ``global`` (B, 2, C, D, H, W), ``local`` (B, V, C, D, H, W), ``hidden`` (B, 2, N) bool; ``row`` (M,) the hidden
-        cells among B x 2 x N, ``weight`` (M,) and ``owner`` (M,) their share in which sample; ``seen``,
-        the global views with hidden cells replaced, for networks that cannot hide cells themselves.
+        Returns:
+            ``global`` (B, 2, C, D, H, W) and ``local`` (B, V, C, D, H, W); ``masked`` (B, 2, N) bool; for each of the M
+            masked patches its position ``masked_index`` (M,) among B x 2 x N, its ``weight`` (M,) and its ``sample``
+            (M,). For networks without a mask token also ``masked_image``, the global views with masked patches.
         """
         settings, region, device = self.settings, self.geometry.crop_size, random.device
         turns = SpatialRange(self.geometry.spacing, settings.flip, settings.rot90)
@@ -146,94 +155,115 @@ class DINO(Method):
         views = {"global": cut(GLOBALS, region, settings.global_area, settings.global_depth)}
         if settings.local_crops:
             views["local"] = cut(settings.local_crops, self.local_size, settings.local_area, settings.local_depth)
-        number = math.prod(self.cells)
-        hidden = draw_patch_masks(random, GLOBALS, number, settings.mask_probability, settings.mask_ratio)
-        row = hidden.flatten().nonzero()[:, 0]
-        share = 1 / hidden.sum(-1).clamp_min(1) / GLOBALS  # (B, 2)
-        views |= {"hidden": hidden, "row": row, "weight": share.flatten()[row // number]}
-        views["owner"] = row // (GLOBALS * number)
+        number = math.prod(self.grid)
+        masked = draw_patch_masks(random, GLOBALS, number, settings.mask_probability, settings.mask_ratio)
+        index = masked.flatten().nonzero()[:, 0]
+        weight = 1 / masked.sum(-1).clamp_min(1) / GLOBALS  # (B, 2)
+        views |= {"masked": masked, "masked_index": index, "weight": weight.flatten()[index // number]}
+        views["sample"] = index // (GLOBALS * number)
         views = {name: to_device(value, device) for name, value in views.items()}
-        if self.student.reader.hides_voxels:
-            views["seen"] = self._hide(views["global"], views["hidden"], random)
+        if self.student.reader.masks_voxels:
+            views["masked_image"] = self._mask(views["global"], views["masked"], random)
         return views
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``loss`` and its terms ``image``, ``cells`` and ``spread``, each (B,)."""
-        clean, hidden, row = views["global"], views["hidden"].flatten(0, 1), views["row"]
+        """Compute ``loss`` and its terms ``image``, ``patch`` and ``koleo``, each (B,)."""
+        clean, masked, index = views["global"], views["masked"].flatten(0, 1), views["masked_index"]
         number = len(clean)
         student, teacher = self.student, self.teacher
         with torch.no_grad():
-            features, cells = teacher.reader(clean.flatten(0, 1))
-            said = teacher.image_head(features).unflatten(0, (number, GLOBALS))
-            said_of_cells = teacher.cell_head(cells.flatten(0, 1)[row])
-        own_features, own_cells = student.reader(views.get("seen", clean).flatten(0, 1), hidden)
-        own = student.image_head(own_features).unflatten(0, (number, GLOBALS))
+            teacher_features, teacher_patches = teacher.reader(clean.flatten(0, 1))
+            teacher_output = teacher.image_head(teacher_features).unflatten(0, (number, GLOBALS))
+            target_patches = teacher.patch_head(teacher_patches.flatten(0, 1)[index])
+        features, patches = student.reader(views.get("masked_image", clean).flatten(0, 1), masked)
+        student_output = student.image_head(features).unflatten(0, (number, GLOBALS))
         if "local" in views:
             local, _ = student.reader(views["local"].flatten(0, 1))
-            own = torch.cat([own, student.image_head(local).unflatten(0, (number, -1))], 1)
-        own_of_cells = student.cell_head(own_cells.flatten(0, 1)[row])
+            student_output = torch.cat([student_output, student.image_head(local).unflatten(0, (number, -1))], 1)
+        predicted_patches = student.patch_head(patches.flatten(0, 1)[index])
 
-        image_total, image = self._distil("image", own, said, self.pairs)
+        image_total, image = self._distill("image", student_output, teacher_output, self.pairs)
         one = self.pairs.new_ones(1, 1)
-        cell_total, per_cell = self._distil("cell", own_of_cells[:, None], said_of_cells[:, None], one, views["weight"])
-        cell = image.new_zeros(number).index_add(0, views["owner"], per_cell)
-        spread = self._spread(own_features.float().unflatten(0, (number, GLOBALS)))
+        patch_total, rows = self._distill(
+            "patch", predicted_patches[:, None], target_patches[:, None], one, views["weight"]
+        )
+        patch = image.new_zeros(number).index_add(0, views["sample"], rows)
+        koleo = self._koleo(features.float().unflatten(0, (number, GLOBALS)))
         if not self.training:
-            some = to_device(seen_cells(cells.shape[1]), cells.device)
-            guessed, right = student.cell_head(own_cells[:, some]), teacher.cell_head(cells[:, some])
-            self.seen.add(self.geometry.batch_size, features.float(), said, guessed, right, hidden[:, some])
+            kept = to_device(kept_patches(patches.shape[1]), patches.device)
+            prediction, target = student.patch_head(patches[:, kept]), teacher.patch_head(teacher_patches[:, kept])
+            self.validation.add(
+                self.geometry.batch_size,
+                teacher_features.float(),
+                teacher_output,
+                prediction,
+                target,
+                masked[:, kept],
+            )
         settings = self.settings
-        loss = attach_gradient(image, image_total) + settings.cell_weight * attach_gradient(cell, cell_total)
-        return {"loss": loss + settings.koleo_weight * spread, "image": image, "cells": cell, "spread": spread}
+        loss = attach_gradient(image, image_total) + settings.patch_weight * attach_gradient(patch, patch_total)
+        return {"loss": loss + settings.koleo_weight * koleo, "image": image, "patch": patch, "koleo": koleo}
 
     def before_step(self, progress: float) -> None:
-        self.warming_up = progress < self.settings.warmup
-        first, last = self.settings.teacher_temperature
-        share = min(1.0, progress / self.settings.temperature_warm_up) if self.settings.temperature_warm_up else 1.0
+        settings = self.settings
+        self.warming_up = progress < settings.warmup
+        first, last = settings.teacher_temperature
+        share = min(1.0, progress / settings.temperature_warmup) if settings.temperature_warmup else 1.0
         self.teacher_temperature.fill_(first + (last - first) * share)
-        self.prototypes_move.fill_(float(progress >= self.settings.freeze_prototypes))
+        self.prototype_scale.fill_(float(progress >= settings.freeze_prototypes))
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Move the teacher a little towards the student; batch norms' statistics too."""
-        start = self.settings.momentum
+        """Move the teacher towards the student, running statistics included."""
+        start = self.settings.teacher_momentum
         momentum = 1 - (1 - start) * (1 + math.cos(math.pi * progress)) / 2
-        pairs = [(theirs, mine) for theirs, mine in self._paired() if theirs.is_floating_point()]
-        torch._foreach_lerp_([theirs for theirs, _ in pairs], [mine for _, mine in pairs], 1 - momentum)
+        teacher, student = self._averaged()
+        torch._foreach_lerp_(teacher, student, 1 - momentum)
 
     def check_validation(self, measures: dict[str, float]) -> ValidationCheck:
-        found = self.seen.measures(self._targets)
-        # a vision transformer starts with features that are all alike (LayerScale), and leaves that as the rate rises
+        found = self.validation.measures(self._targets)
+        # a vision transformer starts with features that are all alike (LayerScale), until the learning rate has risen
         sign = "" if self.warming_up else sign_of_collapse({**measures, **found}, self.settings)
         return ValidationCheck(found, sign, self.settings.patience)
 
-    @torch.compiler.disable  # the number of hidden cells is another at each step
-    def _distil(self, level: str, own: Tensor, said: Tensor, pairs: Tensor, weight: Tensor | None = None) -> Distilled:
-        """Cross-entropy of (N, S, E) under the targets of (N, T, E), over weighted pairs: its total, and (N,)."""
-        targets = self._targets(level, said)
-        directions, temperature = self._head(self.student, level).directions, self.settings.student_temperature
+    @torch.compiler.disable  # the number of masked patches changes from step to step
+    def _distill(
+        self, level: str, student: Tensor, teacher: Tensor, pairs: Tensor, weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the cross-entropy of one level, and move its center.
+
+        Args:
+            level: ``image`` or ``patch``.
+            student: (N, S, E) student output.
+            teacher: (N, T, E) teacher output.
+            pairs: (S, T) weight of each pair.
+            weight: (N,) weight of each row in the total.
+
+        Returns:
+            The total () with gradient, and the rows (N,) without.
+        """
+        targets = self._targets(level, teacher)
+        prototypes, temperature = self.student.head(level).prototype_weight, self.settings.student_temperature
         result = prototype_cross_entropy(
-            own, directions, targets, pairs, temperature, weight=weight, prototype_scale=self.prototypes_move
+            student, prototypes, targets, pairs, temperature, weight=weight, prototype_scale=self.prototype_scale
         )
-        if self.training and self.centring == "softmax":
+        if self.training and self.centering == "softmax":
             with torch.no_grad():
-                centre = self._centre(level)
-                centre.copy_(
-                    update_center(centre, said.flatten(0, 1), targets.prototypes, self.settings.centre_momentum)
-                )
+                center, momentum = self._center(level), self.settings.center_momentum
+                center.copy_(update_center(center, teacher.flatten(0, 1), targets.prototypes, momentum))
         return result
 
-    def _targets(self, level: str, said: Tensor) -> Targets:
-        prototypes, temperature = self._head(self.teacher, level).prototypes, self.teacher_temperature
-        if self.centring == "sinkhorn":
-            bias = sinkhorn_bias(said.flatten(0, 1), prototypes, temperature)
+    def _targets(self, level: str, teacher: Tensor) -> Targets:
+        prototypes, temperature = self.teacher.head(level).prototypes, self.teacher_temperature
+        if self.centering == "sinkhorn":
+            bias = sinkhorn_bias(teacher.flatten(0, 1), prototypes, temperature)
         else:
-            bias = -self._centre(level) / temperature
-        return Targets(said, prototypes, bias, temperature)
+            bias = -self._center(level) / temperature
+        return Targets(teacher, prototypes, bias, temperature)
 
-    @torch.compiler.disable  # it listens to gradients
-    def _spread(self, features: Tensor) -> Tensor:
-        """KoLeo of each global view among the same view of all samples: (B, 2, F) -> (B,); 0 for one sample."""
+    @torch.compiler.disable  # it registers gradient hooks
+    def _koleo(self, features: Tensor) -> Tensor:
+        """Compute KoLeo of each global view among the same view of all samples: (B, 2, F) -> (B,)."""
         kind = features.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         everyone, own = gather_samples(features, self.geometry.batch_size)
@@ -242,25 +272,30 @@ class DINO(Method):
             limit_koleo_gradient(features, rows)
         return rows
 
-    def _hide(self, image: Tensor, hidden: Tensor, random: BatchRandom) -> Tensor:
-        """``image`` (B, 2, C, D, H, W) with hidden cells as noise of the view's mean and deviation, or as its mean."""
-        mask = expand_blocks(hidden.unflatten(-1, self.cells), image.shape[3:], self.student.reader.cell)[:, :, None]
+    def _mask(self, image: Tensor, masked: Tensor, random: BatchRandom) -> Tensor:
+        """Replace masked patches of (B, 2, C, D, H, W) by noise of the view's mean and deviation, or by its mean."""
+        grid = masked.unflatten(-1, self.grid)
+        mask = expand_blocks(grid, image.shape[3:], self.student.reader.patch)[:, :, None]
         fill = image.mean((3, 4, 5), keepdim=True).expand_as(image)
         if self.settings.mask_fill == "noise":
             noise = torch.stack([random.normal(b, image.shape[1:]) for b in range(len(image))])
             fill = fill + noise * image.std((3, 4, 5), keepdim=True)
         return torch.where(mask, fill, image)
 
-    @staticmethod
-    def _head(network: DistilledNetwork, level: str) -> Any:
-        return network.image_head if level == "image" else network.cell_head
+    def _center(self, level: str) -> Tensor:
+        return self.image_center if level == "image" else self.patch_center
 
-    def _centre(self, level: str) -> Tensor:
-        return self.image_centre if level == "image" else self.cell_centre
+    def _apply(self, *arguments: Any, **options: Any) -> DINO:
+        self._averaged_tensors = None  # a move to another device replaces buffers
+        super()._apply(*arguments, **options)
+        return self
 
-    def _paired(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """What of the teacher follows what of the student."""
-        for theirs, mine in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-            if mine.requires_grad:
-                yield theirs, mine
-        yield from zip(self.teacher.buffers(), self.student.buffers(), strict=True)
+    def _averaged(self) -> tuple[list[Tensor], list[Tensor]]:
+        """List the teacher's tensors that follow the student's, and the student's."""
+        if self._averaged_tensors is None:
+            parameters = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+            pairs: list[tuple[Tensor, Tensor]] = [(theirs, own) for theirs, own in parameters if own.requires_grad]
+            buffers = zip(self.teacher.buffers(), self.student.buffers(), strict=True)
+            pairs += [(theirs, own) for theirs, own in buffers if theirs.is_floating_point()]
+            self._averaged_tensors = [theirs for theirs, _ in pairs], [own for _, own in pairs]
+        return self._averaged_tensors

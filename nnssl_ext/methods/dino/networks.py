@@ -1,6 +1,7 @@
-"""What self-distillation reads of a network: a vector for the whole image and one for each cell, and their heads.
+"""Networks of self-distillation: image and patch vectors of a backbone, and the projection heads.
 
-B batch, C channel, D H W voxels, d h w cells, N = d h w, F features, E width of a projected vector, K prototypes.
+B batch, C channel, D H W voxels, d h w patches per axis, N = d h w, F features, E width of a projected vector,
+K prototypes.
 """
 
 from __future__ import annotations
@@ -20,123 +21,133 @@ from nnssl_ext.networks.vit_backbone import ViTBackbone
 
 
 class Reader(nn.Module, ABC):
-    """Reads a backbone.
+    """Extract image and patch vectors from a backbone.
 
     Args:
-        backbone: The network's view; copied with the reader, so that a teacher reads its own network.
+        backbone: The backbone. A copy of the reader copies it, too: a teacher has its own network.
 
     Attributes:
-        cell: Edges of a cell in voxels.
-        image_width, cell_width: F of an image's and of a cell's vector.
-        hides_voxels: Whether a hidden cell is hidden in the image; otherwise the network hides it itself.
+        patch: Edges of a patch in voxels.
+        image_width: F of an image vector.
+        patch_width: F of a patch vector.
+        masks_voxels: Whether patches are masked in the image. Otherwise the network masks its tokens.
     """
 
-    cell: Triple
+    patch: Triple
     image_width: int
-    cell_width: int
-    hides_voxels: bool
+    patch_width: int
+    masks_voxels: bool
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
         self.network = backbone.network
 
-    def cells(self, size: Sequence[int]) -> Triple:
-        """Cells per axis of a crop."""
-        return triple([edge // step for edge, step in zip(size, self.cell, strict=True)])
+    def grid(self, size: Sequence[int]) -> Triple:
+        """Return the patches per axis of a crop."""
+        return triple([edge // step for edge, step in zip(size, self.patch, strict=True)])
 
     @abstractmethod
-    def forward(self, image: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, C, D, H, W), (B, N) bool or None -> image vectors (B, F), cell vectors (B, N, F)."""
+    def forward(self, image: Tensor, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Compute image vectors (B, F) and patch vectors (B, N, F).
+
+        Args:
+            image: (B, C, D, H, W).
+            masked: (B, N) bool, which patches are masked. None masks none.
+        """
 
 
 class MapReader(Reader):
-    """Of a network of feature maps: octant means of a layer at each voxel of the deepest, and a finer map's voxels.
+    """Read feature maps: octant means of the deepest map, and the voxels of a finer one.
 
-    After an instance norm the plain mean over a map hardly tells images apart (``networks.heads``): at the start all
-    targets would be alike, and a teacher that says nothing teaches nothing.
+    After an instance norm the mean over a whole map is nearly the same for all images (``networks.heads``). All targets
+    would then be alike from the start, and there would be nothing to learn from them.
 
     Args:
-        backbone: Any network.
-        cell_stride: Cells are the voxels of the deepest map whose stride is at most this along every axis.
+        backbone: Any backbone.
+        token_stride: Patches are the voxels of the deepest map whose stride is at most this along every axis.
     """
 
-    hides_voxels = True
+    masks_voxels = True
 
-    def __init__(self, backbone: Backbone, cell_stride: int) -> None:
+    def __init__(self, backbone: Backbone, token_stride: int) -> None:
         super().__init__(backbone)
-        fine = [level for level, stride in enumerate(backbone.strides) if max(stride) <= cell_stride]
+        fine = [level for level, stride in enumerate(backbone.strides) if max(stride) <= token_stride]
         self.level = fine[-1] if fine else 0
-        self.cell = triple(backbone.strides[self.level])
+        self.patch = triple(backbone.strides[self.level])
         width = backbone.channels[-1]
-        self.image_width, self.cell_width = GRID**3 * width, backbone.channels[self.level]
+        self.image_width, self.patch_width = GRID**3 * width, backbone.channels[self.level]
         self.voxel = nn.Sequential(nn.Conv3d(width, width, 1), nn.GELU())
 
-    def forward(self, image: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
         maps = self.backbone.features(image)
         return grid_features(self.voxel(maps[-1])), maps[self.level].flatten(2).transpose(1, 2)
 
 
 class TokenReader(Reader):
-    """Of a vision transformer: its CLS token and its other tokens; hidden ones are replaced by its mask token.
+    """Read a vision transformer: its CLS token and its patch tokens, masked ones replaced by its mask token.
 
     Args:
-        backbone: Of a vision transformer, whose mask token is put into the training.
+        backbone: Backbone of a vision transformer. Its mask token becomes trainable.
     """
 
     backbone: ViTBackbone
-    hides_voxels = False
+    masks_voxels = False
 
     def __init__(self, backbone: ViTBackbone) -> None:
         super().__init__(backbone)
         backbone.train_mask_token()
-        self.cell = triple(backbone.strides[0])
-        self.image_width = self.cell_width = backbone.channels[0]
+        self.patch = triple(backbone.strides[0])
+        self.image_width = self.patch_width = backbone.channels[0]
 
-    def forward(self, image: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        tokens = self.backbone.tokens(image, hidden)
+    def forward(self, image: Tensor, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        tokens = self.backbone.tokens(image, masked)
         return tokens[:, 0], tokens[:, 1:]
 
 
 class ProjectionHead(nn.Module):
-    """Three layers to the unit sphere, and the prototypes there: DINO's head.
+    """Project vectors to the unit sphere, where the prototypes are.
 
     Caron et al., "DINO", ICCV 2021, arXiv 2104.14294.
 
     Args:
         width: F.
-        hidden: Width of the two layers between.
-        bottleneck: E.
+        hidden_dim: Width of the two layers between.
+        bottleneck_dim: E.
         prototypes: K.
     """
 
-    def __init__(self, *, width: int, hidden: int, bottleneck: int, prototypes: int) -> None:
+    def __init__(self, *, width: int, hidden_dim: int, bottleneck_dim: int, prototypes: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+            nn.Linear(width, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
         )
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
-        self.directions = nn.Parameter(torch.empty(prototypes, bottleneck))
-        nn.init.normal_(self.directions, std=1 / math.sqrt(bottleneck))
+        self.prototype_weight = nn.Parameter(torch.empty(prototypes, bottleneck_dim))
+        nn.init.normal_(self.prototype_weight, std=1 / math.sqrt(bottleneck_dim))
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """(..., F) -> (..., E), on the unit sphere."""
+        """Project (..., F) to (..., E) on the unit sphere."""
         return F.normalize(self.mlp(vectors).float(), dim=-1)
 
     @property
     def prototypes(self) -> Tensor:
-        """(K, E), on the unit sphere."""
-        return F.normalize(self.directions.float(), dim=-1)
+        """(K, E) on the unit sphere."""
+        return F.normalize(self.prototype_weight.float(), dim=-1)
 
 
 class DistilledNetwork(nn.Module):
-    """A student or a teacher: a network's reader and the two heads.
+    """A student or a teacher: a reader and the two projection heads.
 
     Args:
-        reader: Of the network.
+        reader: The reader of the network.
         head: Arguments of both heads but their width.
     """
 
@@ -144,11 +155,16 @@ class DistilledNetwork(nn.Module):
         super().__init__()
         self.reader = reader
         self.image_head = ProjectionHead(width=reader.image_width, **head)
-        self.cell_head = ProjectionHead(width=reader.cell_width, **head)
+        self.patch_head = ProjectionHead(width=reader.patch_width, **head)
+
+    def head(self, level: str) -> ProjectionHead:
+        """Return the head of a level, ``image`` or ``patch``."""
+        head: ProjectionHead = getattr(self, f"{level}_head")
+        return head
 
 
-def reader_of(backbone: Backbone, cell_stride: int) -> Reader:
-    """The reader that suits a network."""
+def reader_of(backbone: Backbone, token_stride: int) -> Reader:
+    """Choose the reader of a backbone."""
     if isinstance(backbone, ViTBackbone):
         return TokenReader(backbone)
-    return MapReader(backbone, cell_stride)
+    return MapReader(backbone, token_stride)

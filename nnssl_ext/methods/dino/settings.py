@@ -1,4 +1,4 @@
-"""Settings of 3DINO, and what follows from them."""
+"""Settings of 3DINO, and the sizes that follow from them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,22 @@ from nnssl_ext.methods.base import DataGeometry
 from nnssl_ext.methods.common import TrainingSettings
 from nnssl_ext.networks.base import Triple, triple
 from nnssl_ext.settings import setting
-from nnssl_ext.views.appearance import IntensitySettings
+from nnssl_ext.views.appearance import CustomIntensitySettings, default
 
 XU, DINOV2 = "3DINO", "DINOv2"
 
 
 @dataclass(frozen=True)
-class DINOIntensitySettings(IntensitySettings):
-    """Strong intensity views, so that views of a region are not told by their histograms."""
+class DINOIntensitySettings(CustomIntensitySettings):
+    """Strong intensity views, so that a histogram does not reveal which views share a region."""
 
-    gamma_probability: float = setting(0.8, "Chance of a gamma curve, per channel.", source=XU, low=0, high=1)
-    noise_probability: float = setting(0.8, "Chance of Gaussian noise, per sample.", source=XU, low=0, high=1)
-    noise: list[float] = setting(
-        [0.0, 0.1], "Range of the noise's standard deviation, in normalised intensities.", low=0, length=2
-    )
-    histogram_probability: float = setting(0.8, "Chance of a histogram shift, per channel.", source=XU, low=0, high=1)
-    blur_probability: float = setting(0.5, "Chance of a Gaussian blur, per channel.", source=XU, low=0, high=1)
-    sharpen_probability: float = setting(0.2, "Chance of unsharp masking, per channel.", source=XU, low=0, high=1)
-    gibbs_probability: float = setting(0.2, "Chance of Gibbs ringing, per channel.", source=XU, low=0, high=1)
+    gamma_probability: float = default("gamma_probability", 0.8, source=XU)
+    noise_probability: float = default("noise_probability", 0.8, source=XU)
+    noise: list[float] = default("noise", [0.0, 0.1])
+    histogram_probability: float = default("histogram_probability", 0.8, source=XU)
+    blur_probability: float = default("blur_probability", 0.5, source=XU)
+    sharpen_probability: float = default("sharpen_probability", 0.2, source=XU)
+    gibbs_probability: float = default("gibbs_probability", 0.2, source=XU)
 
 
 @dataclass(frozen=True)
@@ -35,84 +33,94 @@ class DINOSettings(TrainingSettings):
 
     region: float = setting(
         1.25,
-        "Edge of the region that views are cut from, as a multiple of the crop's; never more than the case.",
+        "Edge of the region that views are cropped from, as a multiple of the crop's, at most the case.",
         source="the case in 3DINO",
         low=0.1,
         high=100,
     )
     global_area: list[float] = setting(
-        [0.48, 1.0], "Share of the region's plane that a global view shows.", source=XU, low=0.01, high=1, length=2
+        [0.48, 1.0], "Range of a global view's share of the region's plane.", source=XU, low=0.01, high=1, length=2
     )
-    global_depth: list[float] = setting([0.5, 1.0], "The same of its depth.", source=XU, low=0.01, high=1, length=2)
+    global_depth: list[float] = setting(
+        [0.5, 1.0], "Range of the share of its depth.", source=XU, low=0.01, high=1, length=2
+    )
     local_crops: int = setting(8, "Local views of a sample.", source=XU, low=0)
     local_size: list[int] | None = setting(
         None,
-        "Edges of a local view; null is half of the crop's, the next that the network takes.",
+        "Edges of a local view in voxels; null is half of the crop's, rounded up to what the network takes.",
         source="half in 3DINO",
         low=1,
         length=3,
     )
     local_area: list[float] = setting(
-        [0.16, 0.48], "Share of the region's plane that a local view shows.", source=XU, low=0.01, high=1, length=2
+        [0.16, 0.48], "Range of a local view's share of the region's plane.", source=XU, low=0.01, high=1, length=2
     )
-    local_depth: list[float] = setting([0.2, 0.5], "The same of its depth.", source=XU, low=0.01, high=1, length=2)
-    flip: float = setting(0.3, "Chance of a mirror, per axis and view.", source=XU, low=0, high=1)
+    local_depth: list[float] = setting(
+        [0.2, 0.5], "Range of the share of its depth.", source=XU, low=0.01, high=1, length=2
+    )
+    flip: float = setting(0.3, "Chance of a flip, per axis and view.", source=XU, low=0, high=1)
     rot90: float = setting(
         0.3, "Chance of quarter turns in a plane of equal edges and spacing.", source=XU, low=0, high=1
     )
     intensity: DINOIntensitySettings = field(default_factory=DINOIntensitySettings)
-    cell_stride: int = setting(
+    token_stride: int = setting(
         16,
-        "Of feature maps, cells are voxels of the deepest one with at most this stride; of transformers, tokens.",
+        "Patches are the voxels of the deepest feature map with at most this stride, or a transformer's tokens.",
         source="tokens of 16 in 3DINO",
         low=1,
     )
-    mask_probability: float = setting(0.5, "Chance that a global view hides cells.", source=XU, low=0, high=1)
+    mask_probability: float = setting(0.5, "Chance that a global view has masked patches.", source=XU, low=0, high=1)
     mask_ratio: list[float] = setting(
-        [0.2, 0.75], "Range of the share of cells that is then hidden.", source=XU, low=0, high=1, length=2
+        [0.2, 0.75], "Range of the share of patches that is then masked.", source=XU, low=0, high=1, length=2
     )
     mask_fill: str = setting(
         "noise",
-        "What networks without a mask token see in hidden cells: noise like the view, or its mean.",
+        "Content of masked patches for networks without a mask token: noise like the view, or its mean.",
         choices=("noise", "mean"),
     )
-    hidden: int = setting(1024, "Width of the heads' layers.", source="2048 in 3DINO", low=1)
-    bottleneck: int = setting(256, "Width of a projected vector.", source=XU, low=2)
+    hidden_dim: int = setting(1024, "Width of the heads' layers.", source="2048 in 3DINO", low=1)
+    bottleneck_dim: int = setting(256, "Width of a projected vector.", source=XU, low=2)
     prototypes: int = setting(4096, "Prototypes of each head.", source="65,536 in 3DINO", low=2)
-    student_temperature: float = setting(0.1, "Of the student's distribution.", source=XU, low=0.001)
+    student_temperature: float = setting(0.1, "Temperature of the student.", source=XU, low=0.001)
     teacher_temperature: list[float] = setting(
-        [0.04, 0.07], "Of the teacher's, at first and after the warm-up.", source=XU, low=0.001, length=2
+        [0.04, 0.07], "Temperature of the teacher at the start and after its warmup.", source=XU, low=0.001, length=2
     )
-    temperature_warm_up: float = setting(
+    temperature_warmup: float = setting(
         0.3, "Share of the steps over which the teacher's temperature rises.", source=DINOV2, low=0, high=1
     )
-    centring: str = setting(
+    centering: str = setting(
         "auto",
-        "What keeps all prototypes in use; auto is softmax below 256 samples a step, sinkhorn from there on.",
+        "Method that keeps all prototypes in use; auto is softmax below 256 samples per step, sinkhorn from there on.",
         source="sinkhorn in 3DINO",
         choices=("auto", "softmax", "sinkhorn"),
     )
-    centre_momentum: float = setting(0.9, "Of the moving mean that softmax centring subtracts.", low=0, high=1)
-    momentum: float = setting(0.992, "Of the teacher at first; 1 at the end.", source=XU, low=0, high=1)
-    cell_weight: float = setting(1.0, "Weight of the hidden cells' term.", source=XU, low=0)
+    center_momentum: float = setting(0.9, "Momentum of the mean that softmax centering subtracts.", low=0, high=1)
+    teacher_momentum: float = setting(
+        0.992, "EMA momentum of the teacher at the start; 1 at the end.", source=XU, low=0, high=1
+    )
+    patch_weight: float = setting(1.0, "Weight of the masked-patch term.", source=XU, low=0)
     koleo_weight: float = setting(0.1, "Weight of KoLeo.", source=XU, low=0)
     freeze_prototypes: float = setting(
         0.01, "Share of the steps before the student's prototypes move.", source=DINOV2, low=0, high=1
     )
-    weight_decay: float = setting(0.04, "Weight decay at first.", source=XU, low=0)
+    weight_decay: float = setting(0.04, "Weight decay at the start.", source=XU, low=0)
     final_weight_decay: float | None = setting(
-        None, "Weight decay at the end; null leaves it.", source="0.4 in 3DINO", low=0
+        None, "Weight decay at the end; null keeps it constant.", source="0.4 in 3DINO", low=0
     )
-    warmup: float = setting(0.1, "Share of the steps with a rising learning rate.", source=XU, low=0, high=0.9)
-    clip: float = setting(3.0, "Largest norm of the gradient of the network, and of each head.", source=XU, low=0.001)
+    warmup: float = setting(0.1, "Share of the steps over which the learning rate rises.", source=XU, low=0, high=0.9)
+    max_grad_norm: float = setting(3.0, "Largest gradient norm of the network, and of each head.", source=XU, low=0.001)
     layer_decay: float = setting(
-        1.0, "Learning rate of a layer as a multiple of the next one's.", source="0.9 in 3DINO", low=0.01, high=1
+        1.0, "Learning rate of a layer as a multiple of the next layer's.", source="0.9 in 3DINO", low=0.01, high=1
     )
-    stem_rate: float = setting(
-        1.0, "Multiple of the first convolution's learning rate.", source="0.2 in 3DINO", low=0, high=1
+    stem_lr_scale: float = setting(
+        1.0,
+        "Multiple of the first convolution's learning rate.",
+        source="0.2 in 3DINO",
+        low=0,
+        high=1,
     )
     patience: int = setting(
-        10, "Epochs in a row with a sign of collapse after which the run stops; 0 never stops.", low=0
+        10, "Validations in a row with a sign of collapse after which a run stops; 0 never stops.", low=0
     )
 
     def heaviest(self) -> DINOSettings:
@@ -120,10 +128,10 @@ class DINOSettings(TrainingSettings):
 
 
 def local_size(settings: DINOSettings, geometry: DataGeometry) -> Triple:
-    """Edges of a local view in voxels.
+    """Compute the edges of a local view in voxels.
 
     Raises:
-        UserError: If those that are set do not fit the network.
+        UserError: If edges that are set do not fit the network.
     """
     total = geometry.strides[-1]
     # residual encoders need two voxels at the bottleneck along a strided axis
@@ -142,7 +150,7 @@ def local_size(settings: DINOSettings, geometry: DataGeometry) -> Triple:
     ]
     if wrong:
         raise UserError(
-            f"dino.local_size {settings.local_size} does not fit the network: edges must be multiples of "
-            f"{list(total)}, at least {least}; use {legal}"
+            f"dino.local_size: expected multiples of {list(total)}, at least {least}, got {settings.local_size}. "
+            f"Use {legal}."
         )
     return triple(settings.local_size)

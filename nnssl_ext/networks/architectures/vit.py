@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from nnssl_ext.networks.activation_checkpointing import checkpoint_activations
+from nnssl_ext.networks.architectures.blocks import DropPath, Mlp
 from nnssl_ext.networks.architectures.unetr import UNETRDecoder
 from nnssl_ext.networks.base import triple
 from nnssl_ext.networks.positions import resize_positions

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
+
+from nnssl_ext.networks.architectures.blocks import DropPath, Mlp
 
 #: Added to the logits of masked pairs. Finite, so that a fully masked row does not give NaN.
 MASKED = -100.0
@@ -94,7 +95,7 @@ class SwinBlock(nn.Module):
         self.norm1 = nn.LayerNorm(channels)
         self.attn = WindowAttention(channels=channels, window=window, heads=heads, dropout=dropout)
         self.norm2 = nn.LayerNorm(channels)
-        self.mlp = Mlp(channels, 4 * channels, drop=dropout)
+        self.mlp = Mlp(channels, 4 * channels, dropout)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, volume: Tensor) -> Tensor:

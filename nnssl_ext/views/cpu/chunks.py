@@ -1,4 +1,7 @@
-"""Pieces of a batch that fit in a CPU core's cache, so that several operations in a row read main memory once."""
+"""Chunks of a batch that fit in a CPU core's cache.
+
+Several operations in a row then read main memory once. On other devices a chunk is everything.
+"""
 
 from __future__ import annotations
 
@@ -8,52 +11,53 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-#: Voxels of a piece, about: a few arrays of them lie in a core's cache together.
+#: Voxels of a chunk. A few arrays of them fit in a core's own cache.
 VOXELS = 1 << 16
-#: Voxels of the samples that several views pass through one after the other.
+#: Voxels of the samples that pass through several views one after the other.
 SAMPLES = 1 << 20
 
 
 def voxel_chunks(batch: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Which samples and voxels of a flattened batch (B, C, V) to take at a time: all of them on a GPU."""
+    """Yield slices of samples and voxels of a flattened batch (B, C, V)."""
     if batch.device.type != "cpu":
         yield slice(None), slice(None)
         return
     samples, channels, voxels = batch.shape
-    together = max(1, VOXELS // channels)
+    step = max(1, VOXELS // channels)
     for sample in range(samples):
-        for begin in range(0, voxels, together):
-            yield slice(sample, sample + 1), slice(begin, min(begin + together, voxels))
+        for begin in range(0, voxels, step):
+            yield slice(sample, sample + 1), slice(begin, min(begin + step, voxels))
 
 
 def sample_chunks(batch: Tensor) -> list[slice]:
-    """Samples of a batch (B, ...) to take at a time: as many as a CPU's last cache holds; all of them on a GPU."""
+    """Return slices of the samples of a batch (B, ...) that fit in the CPU's last cache."""
     samples = len(batch)
-    at_once = max(1, SAMPLES // max(1, batch[0].numel())) if batch.device.type == "cpu" else samples
-    return [slice(begin, min(begin + at_once, samples)) for begin in range(0, samples, at_once)]
+    step = max(1, SAMPLES // max(1, batch[0].numel())) if batch.device.type == "cpu" else samples
+    return [slice(begin, min(begin + step, samples)) for begin in range(0, samples, step)]
 
 
 def flat_chunks(volume: Tensor) -> Iterator[Tensor]:
-    """Flat views of a contiguous volume, one after the other; all of it on a GPU."""
-    flat = volume.view(-1)
-    return iter(flat.split(VOXELS)) if volume.device.type == "cpu" else iter((flat,))
+    """Yield flat views of a contiguous volume on the CPU."""
+    return iter(volume.view(-1).split(VOXELS))
 
 
 class _Memory(threading.local):
-    buffer: Tensor | None = None
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
 
 
 _MEMORY = _Memory()
 
 
-def scratch(shape: Sequence[int], device: torch.device) -> Tensor:
-    """A float32 tensor with arbitrary content, valid until the next call in this thread.
+def scratch(shape: Sequence[int], device: torch.device, name: str = "") -> Tensor:
+    """Return a float32 tensor with arbitrary content, valid until the next call with this name in this thread.
 
-    On the CPU it is the same memory each time: the system fills new memory with zeros, which takes longer than a copy.
+    On the CPU it is the same memory each time. The system fills new memory with zeros, which takes longer than a copy.
     """
     if device.type != "cpu":
         return torch.empty(*shape, device=device)
     number = torch.Size(shape).numel()
-    if _MEMORY.buffer is None or len(_MEMORY.buffer) < number:
-        _MEMORY.buffer = torch.empty(number)
-    return _MEMORY.buffer[:number].view(*shape)
+    buffer = _MEMORY.buffers.get(name)
+    if buffer is None or len(buffer) < number:
+        buffer = _MEMORY.buffers[name] = torch.empty(number)
+    return buffer[:number].view(*shape)

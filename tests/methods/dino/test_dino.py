@@ -19,19 +19,19 @@ from tests.methods.helpers import CPU, batch_of, build, views_of, write_cases
 Data = Callable[[str], Environment]
 KINDS = ["plain", "residual", "anisotropic", *OWN_NETWORKS]
 SMALL = replace(
-    DINOSettings(), local_crops=2, hidden=16, bottleneck=8, prototypes=32, cell_stride=4, freeze_prototypes=0.0
+    DINOSettings(), local_crops=2, hidden_dim=16, bottleneck_dim=8, prototypes=32, token_stride=4, freeze_prototypes=0.0
 )
 LEARNING = replace(
     SMALL,
-    hidden=128,
-    bottleneck=64,
+    hidden_dim=128,
+    bottleneck_dim=64,
     prototypes=256,
     mask_probability=1.0,
     mask_ratio=[0.2, 0.5],
     teacher_temperature=[0.03, 0.03],
 )
 #: Nothing that keeps the targets apart: they are never centred and hardly sharpened.
-BROKEN = replace(LEARNING, centre_momentum=1.0, teacher_temperature=[1.0, 1.0])
+BROKEN = replace(LEARNING, center_momentum=1.0, teacher_temperature=[1.0, 1.0])
 
 
 @pytest.fixture
@@ -41,15 +41,15 @@ def folder(tmp_path: Path) -> Path:
 
 def trained(folder: Path, method: Any, steps: int, rate: float = 2e-3) -> list[float]:
     """Losses of a short training."""
-    optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], rate)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], rate)
     losses = []
     method.train()
     for step in range(steps):
         method.before_step(step / steps)
         loss = method(views_of(folder, method, list(range(4 * step, 4 * step + 4))))["loss"].mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         method.after_step(0.5)
         losses.append(loss.item())
     return losses
@@ -73,7 +73,7 @@ def test_the_students_encoder_and_heads_learn_and_nothing_else(folder: Path, kin
     method = build(DINO, SMALL, kind=kind)
     result = method(views_of(folder, method, [0, 1, 2]))
     assert {name: value.shape for name, value in result.items()} == dict.fromkeys(
-        ("loss", "image", "cells", "spread"), (3,)
+        ("loss", "image", "patch", "koleo"), (3,)
     )
     result["loss"].sum().backward()
     encoder = {id(p) for p in method.backbone.encoder_parameters()}
@@ -89,16 +89,16 @@ def test_the_students_encoder_and_heads_learn_and_nothing_else(folder: Path, kin
 @pytest.mark.parametrize("mask", [{"mask_probability": 0.0}, {"mask_probability": 1.0, "mask_ratio": [1.0, 1.0]}])
 @pytest.mark.parametrize("kind", ["plain", "vit"])
 @pytest.mark.parametrize("samples", [1, 2])
-@pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
-def test_no_and_all_cells_hidden_one_and_two_samples(
-    folder: Path, mask: dict[str, Any], kind: str, samples: int, centring: str
+@pytest.mark.parametrize("centering", ["softmax", "sinkhorn"])
+def test_no_and_all_patches_masked_one_and_two_samples(
+    folder: Path, mask: dict[str, Any], kind: str, samples: int, centering: str
 ) -> None:
-    method = build(DINO, replace(SMALL, centring=centring, **mask), kind=kind)
+    method = build(DINO, replace(SMALL, centering=centering, **mask), kind=kind)
     result = method(views_of(folder, method, list(range(samples))))
     result["loss"].sum().backward()
-    hides = mask["mask_probability"] > 0
-    assert bool((result["cells"] > 0).all()) == hides
-    assert bool((result["spread"] != 0).any()) == (samples > 1)  # one vector has no neighbour
+    masks = mask["mask_probability"] > 0
+    assert bool((result["patch"] > 0).all()) == masks
+    assert bool((result["koleo"] != 0).any()) == (samples > 1)  # one vector has no neighbour
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
             # every parameter takes part, or several GPUs would wait for each other
@@ -117,24 +117,24 @@ def test_global_views_are_one_call_and_local_views_another(folder: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["plain", "vit"])
-def test_the_student_does_not_see_hidden_cells_and_the_teacher_does(folder: Path, kind: str) -> None:
+def test_the_student_does_not_see_masked_patches_and_the_teacher_does(folder: Path, kind: str) -> None:
     method = build(DINO, replace(SMALL, mask_probability=1.0, local_crops=0, mask_fill="mean"), kind=kind)
     views = views_of(folder, method, [0])
-    cell = method.student.reader.cell
-    place = int(views["row"][0])
-    number = views["hidden"].shape[2]
-    d, h, w = (int(i) for i in torch.unravel_index(torch.tensor(place % number), method.cells))
-    box = tuple(slice(i * edge, (i + 1) * edge) for i, edge in zip((d, h, w), cell, strict=True))
+    edges = method.student.reader.patch
+    place = int(views["masked_index"][0])
+    number = views["masked"].shape[2]
+    d, h, w = (int(i) for i in torch.unravel_index(torch.tensor(place % number), method.grid))
+    box = tuple(slice(i * edge, (i + 1) * edge) for i, edge in zip((d, h, w), edges, strict=True))
     there: Any = (0, place // number, slice(None), *box)
-    seen = views.get("seen", views["global"])
-    if method.student.reader.hides_voxels:
-        hidden = seen[there]
-        assert torch.allclose(hidden, hidden[:, :1, :1, :1].expand_as(hidden))
+    shown = views.get("masked_image", views["global"])
+    if method.student.reader.masks_voxels:
+        masked = shown[there]
+        assert torch.allclose(masked, masked[:, :1, :1, :1].expand_as(masked))
         assert views["global"][there].std() > 0
     changed = {name: value.clone() for name, value in views.items()}
     changed["global"][there] += 1.0
     features = [
-        method.student.reader.eval()(v.get("seen", v["global"]).flatten(0, 1), v["hidden"].flatten(0, 1))[0]
+        method.student.reader.eval()(v.get("masked_image", v["global"]).flatten(0, 1), v["masked"].flatten(0, 1))[0]
         for v in (views, changed)
     ]
     assert torch.equal(*features)
@@ -143,7 +143,7 @@ def test_the_student_does_not_see_hidden_cells_and_the_teacher_does(folder: Path
 
 
 def test_the_teacher_follows_and_is_what_is_written(folder: Path) -> None:
-    method = build(DINO, replace(SMALL, momentum=0.9), kind="pct_net")  # has running statistics
+    method = build(DINO, replace(SMALL, teacher_momentum=0.9), kind="pct_net")  # has running statistics
     method.train()
     assert not any(module.training for module in method.teacher.modules())
     method(views_of(folder, method, [0, 1]))
@@ -168,12 +168,12 @@ def test_the_teacher_follows_and_is_what_is_written(folder: Path) -> None:
 
 def test_schedules() -> None:
     method = build(
-        DINO, replace(SMALL, teacher_temperature=[0.04, 0.07], temperature_warm_up=0.5, freeze_prototypes=0.1)
+        DINO, replace(SMALL, teacher_temperature=[0.04, 0.07], temperature_warmup=0.5, freeze_prototypes=0.1)
     )
     for progress, temperature, moves in ((0.0, 0.04, 0.0), (0.25, 0.055, 1.0), (0.5, 0.07, 1.0), (0.9, 0.07, 1.0)):
         method.before_step(progress)
         assert method.teacher_temperature.item() == pytest.approx(temperature)
-        assert method.prototypes_move.item() == moves
+        assert method.prototype_scale.item() == moves
 
 
 def test_frozen_prototypes_get_no_gradient_but_take_part(folder: Path) -> None:
@@ -182,21 +182,21 @@ def test_frozen_prototypes_get_no_gradient_but_take_part(folder: Path) -> None:
         method.before_step(progress)
         method.zero_grad()
         method(views_of(folder, method, [0, 1]))["loss"].sum().backward()
-        gradient = method.student.image_head.directions.grad
+        gradient = method.student.image_head.prototype_weight.grad
         assert gradient is not None
         assert bool((gradient != 0).any()) == moves
 
 
-def test_centring_follows_the_batch_size() -> None:
+def test_centering_follows_the_batch_size() -> None:
     geometry = build(DINO, SMALL).geometry
     for batch, expected in ((2, "softmax"), (255, "softmax"), (256, "sinkhorn")):
         method = build(DINO, SMALL)
         method.__init__(method.backbone, SMALL, replace(geometry, batch_size=batch))
-        assert method.centring == expected
+        assert method.centering == expected
 
 
 def test_rates_fall_towards_the_input_and_biases_do_not_decay() -> None:
-    method = build(DINO, replace(SMALL, layer_decay=0.5, stem_rate=0.2), kind="vit")
+    method = build(DINO, replace(SMALL, layer_decay=0.5, stem_lr_scale=0.2), kind="vit")
     found = {id(p): group for group in method.parameter_groups() for p in group.parameters}
     trainable = {name: p for name, p in method.student.named_parameters() if p.requires_grad}
     assert set(found) == {id(p) for p in trainable.values()}
@@ -209,7 +209,7 @@ def test_rates_fall_towards_the_input_and_biases_do_not_decay() -> None:
         assert (group.lr_scale, group.weight_decay_scale) == (pytest.approx(0.5 ** (depth - level)), 1.0)
         for undecayed in (block.attn.qkv.bias, block.norm1.weight):
             assert found[id(undecayed)].weight_decay_scale == 0.0
-    assert found[id(method.student.image_head.directions)].lr_scale == 1.0
+    assert found[id(method.student.image_head.prototype_weight)].lr_scale == 1.0
 
 
 def geometry(size: tuple[int, int, int], stride: tuple[int, int, int]) -> DataGeometry:
@@ -228,27 +228,27 @@ def test_local_views_are_half_as_large_and_legal() -> None:
         assert local_size(DINOSettings(), geometry(size, stride)) == expected
     fixed = replace(DINOSettings(), local_size=[32, 32, 32])
     assert local_size(fixed, geometry((96, 96, 96), (16, 16, 16))) == (32, 32, 32)
-    with pytest.raises(UserError, match=r"local_size \[32, 32, 32\] does not fit .* multiples of \[24, 24, 24\]"):
+    with pytest.raises(UserError, match=r"local_size: expected multiples of \[24, 24, 24\].*got \[32, 32, 32\]"):
         local_size(fixed, geometry((96, 96, 96), (24, 24, 24)))
 
 
 def test_a_sample_looks_the_same_in_any_batch(folder: Path) -> None:
     method = build(DINO, SMALL)
     together, alone = views_of(folder, method, [3, 4, 5]), views_of(folder, method, [4])
-    for key in ("global", "local", "hidden", "seen"):
+    for key in ("global", "local", "masked", "masked_image"):
         assert torch.equal(together[key][1], alone[key][0]), key
-    own = together["owner"] == 1
-    number = together["hidden"].shape[2] * 2
-    assert torch.equal(together["row"][own] - number, alone["row"])
+    own = together["sample"] == 1
+    number = together["masked"].shape[2] * 2
+    assert torch.equal(together["masked_index"][own] - number, alone["masked_index"])
     assert torch.equal(together["weight"][own], alone["weight"])
 
 
 @pytest.mark.parametrize("kind", ["plain", "vit"])
-@pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
+@pytest.mark.parametrize("centering", ["softmax", "sinkhorn"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_near_and_can_be_trained(folder: Path, dtype: torch.dtype, centring: str, kind: str) -> None:
-    method = build(DINO, replace(LEARNING, centring=centring), kind=kind)
-    optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 1e-3)
+def test_low_precision_is_near_and_can_be_trained(folder: Path, dtype: torch.dtype, centering: str, kind: str) -> None:
+    method = build(DINO, replace(LEARNING, centering=centering), kind=kind)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == torch.float16)
     taken = 0
     for step in range(12):
@@ -256,14 +256,14 @@ def test_low_precision_is_near_and_can_be_trained(folder: Path, dtype: torch.dty
         state = {name: value.clone() for name, value in method.named_buffers()}
         exact = method(views)["loss"]
         for name, value in method.named_buffers():
-            value.copy_(state[name])  # the call before moved the centres
+            value.copy_(state[name])  # the call before moved the centers
         with torch.autocast("cpu", dtype):
             loss = method(views)["loss"]
         assert torch.allclose(loss, exact, rtol=0.05)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         scaler.scale(loss.sum()).backward()
         scale = scaler.get_scale()
-        scaler.step(optimiser)
+        scaler.step(optimizer)
         scaler.update()
         taken += scaler.get_scale() >= scale
     # the scaler starts too high and halves, a few times

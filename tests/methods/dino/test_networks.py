@@ -7,36 +7,36 @@ from torch import nn
 from nnssl_ext.methods.dino.networks import DistilledNetwork, ProjectionHead, reader_of
 from nnssl_ext.networks.backbone import backbone_of
 from tests.datasets import OWN_NETWORKS
-from tests.networks.test_backbone import network
+from tests.support.networks import network
 
 KINDS = ["plain", "residual", "anisotropic", *OWN_NETWORKS]
 SIZE = (16, 32, 32)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_vectors_of_the_image_and_of_each_cell(kind: str) -> None:
+def test_vectors_of_the_image_and_of_each_patch(kind: str) -> None:
     reader = reader_of(backbone_of(network(kind)), 4)
-    cells = reader.cells(SIZE)
-    hidden = torch.zeros(2, cells[0] * cells[1] * cells[2], dtype=torch.bool)
-    image, vectors = reader(torch.randn(2, 1, *SIZE), hidden)
+    grid = reader.grid(SIZE)
+    masked = torch.zeros(2, grid[0] * grid[1] * grid[2], dtype=torch.bool)
+    image, vectors = reader(torch.randn(2, 1, *SIZE), masked)
     assert image.shape == (2, reader.image_width)
-    assert vectors.shape == (2, hidden.shape[1], reader.cell_width)
-    if reader.hides_voxels:
-        assert max(reader.cell) <= 4
+    assert vectors.shape == (2, masked.shape[1], reader.patch_width)
+    if reader.masks_voxels:
+        assert max(reader.patch) <= 4
     else:
-        other, _ = reader.eval()(torch.ones(2, 1, *SIZE), hidden)
-        masked, _ = reader(torch.ones(2, 1, *SIZE), ~hidden)
+        other, _ = reader.eval()(torch.ones(2, 1, *SIZE), masked)
+        masked, _ = reader(torch.ones(2, 1, *SIZE), ~masked)
         assert not torch.equal(other, masked)
 
 
-def test_cells_are_where_their_voxels_are() -> None:
+def test_patches_are_where_their_voxels_are() -> None:
     reader = reader_of(backbone_of(network("plain")), 4).eval()
     image, place = torch.zeros(1, 1, *SIZE), torch.tensor([1, 2, 6])
-    low, high = (place * torch.tensor(reader.cell)).tolist(), ((place + 1) * torch.tensor(reader.cell)).tolist()
+    low, high = (place * torch.tensor(reader.patch)).tolist(), ((place + 1) * torch.tensor(reader.patch)).tolist()
     changed = image.clone()
     changed[0, 0, low[0] : high[0], low[1] : high[1], low[2] : high[2]] = 5
     difference = (reader(changed)[1] - reader(image)[1]).norm(dim=-1)[0]
-    found = torch.stack(torch.unravel_index(difference.argmax(), reader.cells(SIZE)))
+    found = torch.stack(torch.unravel_index(difference.argmax(), reader.grid(SIZE)))
     assert (found - place).abs().max() <= 1
 
 
@@ -57,7 +57,7 @@ def test_images_are_told_apart_at_the_start() -> None:
 
 
 def test_a_head_ends_on_the_sphere_in_any_precision() -> None:
-    head = ProjectionHead(width=6, hidden=16, bottleneck=8, prototypes=20)
+    head = ProjectionHead(width=6, hidden_dim=16, bottleneck_dim=8, prototypes=20)
     with torch.autocast("cpu", torch.bfloat16):
         out = head(torch.randn(3, 4, 6))
     assert out.dtype == torch.float32
@@ -67,7 +67,9 @@ def test_a_head_ends_on_the_sphere_in_any_precision() -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "vit"])
 def test_a_copy_reads_its_own_network(kind: str) -> None:
-    student = DistilledNetwork(reader_of(backbone_of(network(kind)), 8), hidden=8, bottleneck=4, prototypes=5).eval()
+    student = DistilledNetwork(
+        reader_of(backbone_of(network(kind)), 8), hidden_dim=8, bottleneck_dim=4, prototypes=5
+    ).eval()
     teacher = copy.deepcopy(student)
     image = torch.randn(1, 1, *SIZE)
     before = teacher.reader(image)[0]

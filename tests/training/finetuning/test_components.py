@@ -7,17 +7,17 @@ import torch
 
 from nnssl_ext.settings import FinetuneSettings
 from nnssl_ext.training.finetuning.components import (
-    frozen_parts,
+    MovingAverage,
+    frozen_components,
     hold_statistics,
-    moving_average,
     parameter_groups,
 )
-from tests.networks.test_backbone import network
+from tests.support.networks import network
 
 
 def test_phases() -> None:
     settings = FinetuneSettings(head_only_steps=3, freeze_encoder_steps=6)
-    parts = [frozen_parts(settings, step) for step in range(8)]
+    parts = [frozen_components(settings, step) for step in range(8)]
     assert parts == [("encoder", "decoder")] * 3 + [("encoder",)] * 3 + [()] * 2
 
 
@@ -30,9 +30,9 @@ class Normed(torch.nn.Module):
 def test_frozen_batch_norm_keeps_its_statistics() -> None:
     net = Normed().train()
     settings = FinetuneSettings(freeze_encoder_steps=1)
-    hold_statistics(net, settings, frozen_parts(settings, 0))
+    hold_statistics(net, settings, frozen_components(settings, 0))
     assert (net.encoder.training, net.decoder.training) == (False, True)
-    hold_statistics(net, settings, frozen_parts(settings, 1))
+    hold_statistics(net, settings, frozen_components(settings, 1))
     assert (net.encoder.training, net.decoder.training) == (True, True)
 
 
@@ -49,13 +49,13 @@ def test_the_moving_average_forgets_its_start() -> None:
     layer: Any = torch.nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         layer.weight.fill_(0.0)
-    averaged: Any = moving_average(layer, 0.99)
+    averaged: Any = MovingAverage(layer, 0.99)
     with torch.no_grad():
         layer.weight.fill_(1.0)
     for _ in range(400):
-        averaged.update_parameters(layer)
+        averaged.update()
     assert averaged.module.weight.item() == pytest.approx(1.0, abs=0.02)
     with torch.no_grad():
         layer.weight.fill_(2.0)
-    averaged.update_parameters(layer)
+    averaged.update()
     assert 1.0 < averaged.module.weight.item() < 1.03

@@ -7,14 +7,20 @@ import torch
 
 from nnssl_ext import checkpoint
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import pretrain
-from tests.training.test_resume import Killed, kill_at
+from tests.support.runs import Killed, kill_at, pretrain
 
 Data = Callable[[str], Environment]
 TRAINER = "nnsslTrainer_3DINO"
-SMALL = {"local_crops": 1, "hidden": 32, "bottleneck": 64, "prototypes": 64, "cell_stride": 4, "mask_probability": 1.0}
+SMALL = {
+    "local_crops": 1,
+    "hidden_dim": 32,
+    "bottleneck_dim": 64,
+    "prototypes": 64,
+    "token_stride": 4,
+    "mask_probability": 1.0,
+}
 #: Targets that are neither centred nor sharpened.
-BROKEN = {**SMALL, "teacher_temperature": [1.0, 1.0], "centre_momentum": 1.0, "patience": 2}
+BROKEN = {**SMALL, "teacher_temperature": [1.0, 1.0], "center_momentum": 1.0, "patience": 2}
 
 
 def test_a_collapsed_run_stops_and_a_healthy_one_does_not(

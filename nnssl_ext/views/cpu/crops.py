@@ -1,0 +1,118 @@
+"""Crops on the CPU: copies and products along each axis where the matrix allows them.
+
+The definition is ``views.spatial.resample``, and the tests hold these functions to it.
+
+C channel, D H W voxels. ``matrix`` and ``center`` are those of a ``SourceBox``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnssl_ext.views.cpu.chunks import VOXELS, scratch
+from nnssl_ext.views.cpu.linear import interpolate
+from nnssl_ext.views.filters import Taps
+
+#: Voxels that are mirrored at a time.
+MIRRORED = 8 * VOXELS
+
+
+def source_axes(matrix: np.ndarray) -> list[int] | None:
+    """Return along which axis of the crop each of the source's axes runs; None where ``matrix`` mixes axes."""
+    used = matrix != 0
+    if (used.sum(0) != 1).any() or (used.sum(1) != 1).any():
+        return None
+    return [int(axis) for axis in used.argmax(1)]
+
+
+def copy_crop(data: Tensor, matrix: np.ndarray, center: np.ndarray, axes: Sequence[int], crop: Tensor) -> Tensor | None:
+    """Copy a crop whose matrix is a signed permutation.
+
+    Args:
+        data: (C, d, h, w).
+        matrix, center: Of the box.
+        axes: From ``source_axes``.
+        crop: (C, D, H, W), filled.
+
+    Returns:
+        ``inside`` (1, D, H, W) bool, or None where no voxel lies outside.
+    """
+    # plain integers: arrays of three would take longer than the copy of a small crop
+    edges = [int(crop.shape[1 + axis]) for axis in axes]
+    low = [round(place - (edge - 1) / 2) for place, edge in zip(center.tolist(), edges, strict=True)]
+    begin = [min(max(first, 0), length) for first, length in zip(low, data.shape[1:], strict=True)]
+    end = [
+        min(max(first + edge, start), length)
+        for first, edge, start, length in zip(low, edges, begin, data.shape[1:], strict=True)
+    ]
+    # the crop along the source's axes
+    turned = crop.permute(0, *(1 + axis for axis in axes))
+    mirrored = [sum(row) < 0 for row in matrix.tolist()]
+    source = data[(slice(None), *map(slice, begin, end))]
+    if list(source.shape[1:]) == edges:
+        _mirror_into(turned, source, mirrored)
+        return None
+    # in a mirrored axis the crop's first voxel is the source's last
+    places = [
+        slice(first + edge - stop, first + edge - start) if mirror else slice(start - first, stop - first)
+        for first, edge, start, stop, mirror in zip(low, edges, begin, end, mirrored, strict=True)
+    ]
+    target = (slice(None), *places)
+    crop.zero_()
+    _mirror_into(turned[target], source, mirrored)
+    inside = torch.zeros((1, *crop.shape[1:]), dtype=torch.bool)
+    inside.permute(0, *(1 + axis for axis in axes))[target] = True
+    return inside
+
+
+def _mirror_into(target: Tensor, source: Tensor, mirrored: list[bool]) -> None:
+    """Copy (C, d, h, w) with some axes mirrored, a few planes at a time, which stay in a cache between.
+
+    numpy copies mirrored axes in one pass, which takes up to four times as long where only the last is mirrored.
+    """
+    axes = [1 + axis for axis, mirror in enumerate(mirrored) if mirror]
+    if not axes:
+        target.copy_(source)
+        return
+    depth = source.shape[1]
+    planes = max(1, MIRRORED // max(1, source[:, :1].numel()))
+    for begin in range(0, depth, planes):
+        stop = min(begin + planes, depth)
+        part = source[:, depth - stop : depth - begin] if mirrored[0] else source[:, begin:stop]
+        target[:, begin:stop] = part.flip(axes)
+
+
+def interpolate_crop(
+    data: Tensor, matrix: np.ndarray, center: np.ndarray, axes: Sequence[int], crop: Tensor
+) -> Tensor | None:
+    """Interpolate a crop that is only scaled, mirrored and turned by quarters, one axis after the other.
+
+    Arguments and result are those of ``copy_crop``.
+    """
+    taps, insides = [], []
+    for axis, of_crop in enumerate(axes):
+        length, edge = data.shape[1 + axis], crop.shape[1 + of_crop]
+        place = center[axis] + matrix[axis, of_crop] * (np.arange(edge) - (edge - 1) / 2)
+        insides.append((place >= -0.5) & (place <= length - 0.5))
+        place = place.clip(0, length - 1)
+        below = np.minimum(place.astype(np.int64), max(length - 2, 0))
+        above = np.minimum(below + 1, length - 1)
+        share = (place - below).astype(np.float32)
+        taps.append(Taps(*map(torch.from_numpy, (below, above, share))))
+    turned = crop.permute(0, *(1 + axis for axis in axes))
+    straight = list(axes) == [0, 1, 2]
+    for source, target in zip(data, turned, strict=True):
+        if straight:
+            interpolate(source, taps, target)
+        else:
+            target.copy_(interpolate(source, taps, scratch(target.shape, crop.device, "turned")))
+    if all(within.all() for within in insides):
+        return None
+    depth, height, width = (torch.from_numpy(within) for within in insides)
+    inside = (depth[:, None, None] & height[:, None] & width).permute([list(axes).index(axis) for axis in range(3)])
+    crop.mul_(inside)
+    return inside[None]
