@@ -20,6 +20,7 @@ BENCHMARKS = {
     "cost": "operations and memory of a step of each method, counted without computing them",
     "activation_memory": "what a network of ours keeps for its backward pass, counted",
     "dino_step": "3DINO's student step against its bare blocks and heads",
+    "resolution": "voxels of the plan per voxel that each method's network sees",
     "learning": "whether an objective learns, on real crops and on shuffled voxels",
     "gpu": "everything on a GPU in one command: values, stock commands, compiler, speed, loader, ranks, a study",
     "launches": "kernels of a step outside the network, for each method",

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_ext.environment import keep_memory
+from nnssl_ext.host_memory import keep_memory
 from nnssl_ext.losses.distillation import Targets, koleo
 from nnssl_ext.losses.fused import prototype_cross_entropy
 from nnssl_ext.methods.dino.networks import DistilledNetwork, reader_of

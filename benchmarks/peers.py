@@ -30,7 +30,7 @@ from benchmarks.views import BATCH, build
 from benchmarks.workload import DATA, volume, write_cases
 from nnssl_ext.data.crops import CropBatch, CropDataset, CropRequest, collate
 from nnssl_ext.data.index import CaseIndex
-from nnssl_ext.environment import keep_memory
+from nnssl_ext.host_memory import keep_memory
 from nnssl_ext.methods import Method
 from nnssl_ext.views.random import VIEWS, BatchRandom
 

@@ -24,7 +24,7 @@ from benchmarks.measure import Cost, Figure, in_turns, parser, rate, report
 from benchmarks.workload import DATA, volume, write_cases
 from nnssl_ext.data.crops import CropBatch, CropDataset, CropRequest, collate
 from nnssl_ext.data.index import CaseIndex
-from nnssl_ext.environment import keep_memory
+from nnssl_ext.host_memory import keep_memory
 from nnssl_ext.methods import METHODS, DataGeometry, Method
 from nnssl_ext.networks.backbone import UNetBackbone
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnssl_ext.errors import RefusedError
+
 _SCALAR = np.float64(0).__reduce__()[0]  # numpy's own constructor, wherever it lives
 #: nnU-Net's checkpoints keep their log in numpy scalars. These names, and no others, may be loaded beside tensors.
 NUMPY_SCALARS: list[Any] = [
@@ -23,18 +25,14 @@ NUMPY_SCALARS: list[Any] = [
     (_SCALAR, "numpy.core.multiarray.scalar"),  # its name before numpy 2
     *(type(np.dtype(kind)) for kind in ("bool", "float16", "float32", "float64", "int32", "int64")),
 ]
-#: Largest JSON file in bytes, and how deeply it may be nested.
-LARGEST_JSON, DEEPEST_JSON = 64 * 2**20, 64
+#: How deeply a checkpoint may be nested.
+MAX_DEPTH = 64
 #: Largest ratio of the content of an .npz or tar file to the file.
 LARGEST_RATIO = 1000
 #: A frame of Blosc2 begins with this, at this offset; its header's length stands behind.
 _FRAME, _FRAME_AT, _LENGTH_AT = b"b2frame\0", 2, 11
 #: Kinds of Blosc2 objects that run code or open other files when they are opened.
 _ACTIVE = (b"LazyArray", b"proxy-source", b"\xa3b2o")
-
-
-class RefusedError(ValueError):
-    """A file that is refused, with the reason."""
 
 
 def load_tensors(path: Path, safe: list[Any] = NUMPY_SCALARS) -> Any:
@@ -62,7 +60,7 @@ def check_tensors(content: Any) -> None:
         RefusedError: For a tensor that is not dense or is larger than its storage, and for too deep nesting.
     """
     level: list[Any] = [content]
-    for _ in range(DEEPEST_JSON):
+    for _ in range(MAX_DEPTH):
         below: list[Any] = []
         for value in level:
             if isinstance(value, dict):
@@ -78,21 +76,6 @@ def check_tensors(content: Any) -> None:
             return
         level = below
     raise RefusedError("it is nested too deeply")
-
-
-def check_json(content: Any) -> None:
-    """Refuse JSON that is nested more deeply than any settings are."""
-    level: list[Any] = [content]
-    for _ in range(DEEPEST_JSON):
-        level = [
-            item
-            for value in level
-            if isinstance(value, (dict, list))
-            for item in (value.values() if isinstance(value, dict) else value)
-        ]
-        if not level:
-            return
-    raise RefusedError(f"it is nested more than {DEEPEST_JSON} levels deep")
 
 
 def open_blosc2(path: Path, **options: Any) -> blosc2.NDArray:

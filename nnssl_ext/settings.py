@@ -99,6 +99,9 @@ class CommonSettings:
     write_in_background: bool = setting(
         True, "Write checkpoints while training goes on. false: needs one copy of the state less in host memory."
     )
+    keep_host_memory: bool = setting(
+        True, "On the CPU: keep freed memory, in huge pages, instead of returning it to the system after each step."
+    )
     restore_weight_lengths: bool = setting(
         True,
         "Scale convolutions before a norm to their initial length in the weights for fine-tuning. Runs continue with "

@@ -150,3 +150,23 @@ def test_nothing_is_written_into_nnunet() -> None:
 
     folder = Path(nnunetv2.__path__[0])
     assert not [p for p in folder.rglob("*") if "nnssl" in p.name.lower()]
+
+
+def test_text_is_utf8_whatever_the_locale() -> None:
+    """Every text file of ours is opened in an encoding of its own; the locale's is read only as nnU-Net reads it."""
+    silent = []
+    for path in (REPOSITORY / "nnssl_ext").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, (ast.Attribute, ast.Name)):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+            text = name in ("read_text", "write_text") or (name == "open" and _text_mode(node))
+            named = any(keyword.arg == "encoding" for keyword in node.keywords) or (name == "read_text" and node.args)
+            if text and not named:
+                silent.append(f"{path.relative_to(REPOSITORY)}: {ast.unparse(node)}")
+    assert silent == ["nnssl_ext/train.py: file.read_text()"]
+
+
+def _text_mode(call: ast.Call) -> bool:
+    modes = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    return any(set(mode) <= set("rwaxt+") and "b" not in mode for mode in modes)

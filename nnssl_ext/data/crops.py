@@ -21,7 +21,15 @@ from nnssl_ext.data.cases import open_case
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.views.multicrop import ViewKind, draw_view
 from nnssl_ext.views.random import CASES, CROPS, SUBSTITUTES, sample_generator
-from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_box, half_extent, shrink_to_fit, source_range
+from nnssl_ext.views.spatial import (
+    SourceBox,
+    SpatialRange,
+    crop_box,
+    half_extent,
+    is_resampled,
+    shrink_to_fit,
+    source_range,
+)
 
 #: Most draws of a crop: for more body, for body in each of its patches, and because it is constant.
 BODY_TRIES, PATCH_TRIES, CONSTANT_TRIES = 8, 24, 32
@@ -40,8 +48,10 @@ class Crop:
         spatial: Its spatial view.
         other_case: Whether it is from another case.
         scale: Voxels of the case per voxel of the crop; 0.5 magnifies twofold.
-        fit: Whether a smaller case is magnified further, so that the crop needs no padding.
+        fit: Whether a smaller case is magnified along its short axes, so that the crop needs no padding.
+        isotropic: Whether ``fit`` magnifies all axes alike instead.
         centered: Whether it lies about the body's center.
+        resampled_alike: Whether it is resampled exactly where the sample's first crop is.
         parts: Lowest voxel and edges of each patch of it, which should be mostly body; () is the whole crop.
         views: Views of the crop that are read one by one instead of the crop, for crops of many voxels.
     """
@@ -52,6 +62,8 @@ class Crop:
     scale: float = 1.0
     fit: bool = False
     centered: bool = False
+    resampled_alike: bool = False
+    isotropic: bool = False
     parts: tuple[tuple[tuple[int, int, int], tuple[int, int, int]], ...] = ()
     views: tuple[ViewKind, ...] = ()
 
@@ -155,7 +167,8 @@ class CropDataset(Dataset):
             try:
                 for crop in self.request.crops:
                     case = drawn[1 if crop.other_case else 0]
-                    boxes += self._read(case, crop, generator)
+                    resample = is_resampled(boxes[0].matrix) if crop.resampled_alike else None
+                    boxes += self._read(case, crop, generator, resample)
             except Exception as error:  # damaged files raise anything
                 bad[case] = f"case '{case}' in {self.folder}: {type(error).__name__}: {error}"
                 good = [name for name in self.cases if name not in bad and name not in drawn]
@@ -188,7 +201,7 @@ class CropDataset(Dataset):
         step = sample_generator(self.seed, self.stream + CASES, sample).integers(1, max(2, number))
         return self.cases[own], self.cases[(own + step) % number]
 
-    def _read(self, case: str, crop: Crop, generator: np.random.Generator) -> list[SourceBox]:
+    def _read(self, case: str, crop: Crop, generator: np.random.Generator, resample: bool | None) -> list[SourceBox]:
         record = self.index[case]
         if record.problem:
             raise ValueError(record.problem)
@@ -196,7 +209,7 @@ class CropDataset(Dataset):
         if tuple(data.shape) != record.shape:
             raise ValueError(f"expected shape {record.shape}, as when the run began, got {tuple(data.shape)}")
         for _ in range(CONSTANT_TRIES):
-            region = _place(crop, generator, np.asarray(data.shape[1:]), record.body, case)
+            region = _place(crop, generator, np.asarray(data.shape[1:]), record.body, case, resample)
             if crop.views:
                 return [
                     _read_view(data, region, crop, kind, generator) for kind in crop.views for _ in range(kind.number)
@@ -207,11 +220,27 @@ class CropDataset(Dataset):
         return [box]
 
 
-def _place(crop: Crop, generator: np.random.Generator, volume: np.ndarray, body: np.ndarray, case: str) -> SourceBox:
-    """Draw the matrix of a crop and its center in a case, with no data yet."""
-    matrix, edges = crop.spatial.draw(generator, crop.size) * crop.scale, crop.size
+def _place(
+    crop: Crop,
+    generator: np.random.Generator,
+    volume: np.ndarray,
+    body: np.ndarray,
+    case: str,
+    resample: bool | None = None,
+) -> SourceBox:
+    """Draw the matrix of a crop and its center in a case, with no data yet.
+
+    Args:
+        crop: The crop.
+        generator: Source of the draws.
+        volume: (3,) edges of the case.
+        body: Body map of the case.
+        case: Name of the case.
+        resample: Whether the crop is rotated and zoomed. None decides by chance.
+    """
+    matrix, edges = crop.spatial.draw(generator, crop.size, resample=resample) * crop.scale, crop.size
     if crop.fit:
-        matrix = shrink_to_fit(matrix, crop.size, (volume - 1) / 2)
+        matrix = shrink_to_fit(matrix, crop.size, (volume - 1) / 2, isotropic=crop.isotropic)
         edges = tuple(np.ceil(2 * half_extent(matrix, crop.size) - 1e-6).astype(int) + 1)
     if crop.centered:
         center = body_center(generator, volume, edges, body)

@@ -23,8 +23,9 @@ from torch import nn
 from tqdm import tqdm
 
 from nnssl_ext import checkpoint as checkpoint_file
-from nnssl_ext.environment import keep_memory, set_threads
+from nnssl_ext.environment import set_threads
 from nnssl_ext.errors import UserError
+from nnssl_ext.host_memory import keep_memory
 from nnssl_ext.networks.target import target_network
 from nnssl_ext.settings import CommonSettings
 from nnssl_ext.training.distributed.heartbeat import Heartbeat
@@ -68,7 +69,8 @@ class ManagedTrainer(nnUNetTrainer):
         self.continuing = bool(plans.get("continue_training"))
         super().__init__(plans, configuration, fold, dataset_json, device)
         set_threads(device.type)
-        keep_memory(device.type)
+        if self.common.keep_host_memory:
+            keep_memory(device.type)
         self.device = rank_device(device)
         # bfloat16 has the range of float32: only float16 needs its gradients scaled
         self.grad_scaler = torch.amp.GradScaler("cuda") if self.amp_dtype is torch.float16 else None

@@ -86,6 +86,9 @@ def learning_rate_at(recipe: OptimizerRecipe, peak: float, step: int, steps: int
     left = 1 - (step - warmup) / max(1, steps - warmup)
     if recipe.schedule == "poly":
         return peak * left**0.9
+    if recipe.schedule == "step":
+        # 20,000 of VolumeFusion's 100,000 steps
+        return peak * 0.5 ** (5 * step // max(1, steps))
     if recipe.schedule == "cosine":
         return peak * (1 - math.cos(math.pi * left)) / 2
     return peak

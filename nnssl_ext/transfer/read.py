@@ -13,8 +13,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
 from nnssl_ext import checkpoint
-from nnssl_ext.errors import UserError
-from nnssl_ext.foreign import RefusedError, load_tensors
+from nnssl_ext.errors import RefusedError, UserError
+from nnssl_ext.foreign import load_tensors
 from nnssl_ext.networks.architectures import pct_net, vit
 from nnssl_ext.transfer import names, resnet
 from nnssl_ext.transfer.heads import output_names

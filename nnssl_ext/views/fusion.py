@@ -113,6 +113,7 @@ class GridLayout:
         levels: int,
         edges: Sequence[Sequence[int]],
         share: float,
+        whole: bool = False,
     ) -> GridLayout:
         """Draw blocks.
 
@@ -122,11 +123,20 @@ class GridLayout:
             levels: K; each foreground block gets a level from 1..K.
             edges: Range of a block's edge in voxels, per axis.
             share: Share of blocks that are foreground.
+            whole: Take whole blocks only. The border that is left is background.
         """
         edge = torch.stack([random.integers(low, high) for low, high in edges], -1)
-        offset = (random.uniform(0, 1, (3,)) * edge).long()
-        grid = tuple(length // low + 2 for length, (low, _) in zip(size, edges, strict=True))
-        level = random.integers(1, levels, grid) * random.chance(share, grid)
+        place = random.uniform(0, 1, (3,))
+        lengths = torch.tensor(size)
+        # of whole blocks the first begins within the remainder, behind one block of border
+        offset = edge - (place * (lengths % edge + 1)).long() if whole else (place * edge).long()
+        cells = tuple(length // low + 2 for length, (low, _) in zip(size, edges, strict=True))
+        level = random.integers(1, levels, cells) * random.chance(share, cells)
+        if whole:
+            for axis, number in enumerate(cells):
+                index = torch.arange(number)
+                inside = (index >= 1) & (index <= (lengths[axis] // edge[:, axis])[:, None])  # (B, cells)
+                level = level * inside.view(len(edge), *(number if a == axis else 1 for a in range(3)))
         return cls(edge, offset, level)
 
     def paint(self, size: Sequence[int], device: torch.device) -> Tensor:
@@ -165,3 +175,36 @@ def fuse(
             share.masked_fill_(alike, ignored)
         back.lerp_(front, weight)
     return background
+
+
+def missing_noise(foreground: Tensor, background: Tensor, level: Tensor, levels: int) -> Tensor:
+    """Compute the deviation of noise that hides the level: (B, C, D, H, W).
+
+    The mixture a F + (1 - a) B has less noise than F or B, so local noise would reveal min(a, 1 - a). The result fills
+    the variance up to that of the noisier crop.
+
+    Args:
+        foreground: F, (B, C, D, H, W).
+        background: B, the same.
+        level: (B, D, H, W), K a.
+        levels: K.
+    """
+    front, back = noise_variance(foreground), noise_variance(background)  # (B, C, 1, 1, 1)
+    weight = level[:, None].to(foreground.dtype) / levels
+    mixed = weight.square() * front + (1 - weight).square() * back
+    return (torch.maximum(front, back) - mixed).clamp_min_(0).sqrt_()
+
+
+def noise_variance(image: Tensor) -> Tensor:
+    """Estimate the variance of white noise per sample and channel: (B, C, D, H, W) -> (B, C, 1, 1, 1).
+
+    The median absolute second difference along the last axis is robust to edges. Constant regions, such as air that
+    was set to zero, are left out.
+    """
+    rows = image[..., ::2, ::2, :]  # a quarter of the rows is plenty
+    if rows.shape[-1] < 3:
+        return image.new_zeros((*image.shape[:2], 1, 1, 1))
+    second = (rows[..., 2:] - 2 * rows[..., 1:-1] + rows[..., :-2]).abs().flatten(2)
+    median = torch.where(second > 0, second, torch.nan).nanmedian(2).values.nan_to_num(0.0)
+    # the median of |N(0, 1)| is 0.6745, and 1, -2, 1 multiply the variance by 6
+    return ((median / 0.6745) ** 2 / 6)[..., None, None, None]

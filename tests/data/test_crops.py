@@ -169,12 +169,15 @@ def test_a_fitting_crop_is_never_padded_and_keeps_its_shape(folder: Path, spatia
     if spatial is STILL:
         assert scales == {0.5}
         for box in (CropDataset(index, ["c2"], _large(), 0)[n].boxes[0] for n in range(5)):
-            np.testing.assert_allclose(box.matrix, np.eye(3) * 8 / 15)  # 9 voxels, shrunk alike along all axes
+            # the axis that has 9 voxels is magnified, and no other
+            np.testing.assert_allclose(box.matrix, np.diag([8 / 15, 1.0, 1.0]))
             assert crop_box(box, (16, 16, 16), torch.device("cpu"))[1] is None
+        for box in (CropDataset(index, ["c2"], _large(isotropic=True), 0)[n].boxes[0] for n in range(5)):
+            np.testing.assert_allclose(box.matrix, np.eye(3) * 8 / 15)
 
 
-def _large() -> CropRequest:
-    return CropRequest((Crop((16, 16, 16), STILL, fit=True),))
+def _large(*, isotropic: bool = False) -> CropRequest:
+    return CropRequest((Crop((16, 16, 16), STILL, fit=True, isotropic=isotropic),))
 
 
 @pytest.mark.parametrize(("looked_at", "least", "most"), [(False, 0.0, 0.7), (True, 0.9, 1.0)])

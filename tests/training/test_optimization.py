@@ -29,6 +29,11 @@ def test_warm_up_rises_to_the_peak_and_cosine_falls_to_zero() -> None:
     assert 0 < rates[-1] < 0.01
 
 
+def test_step_halves_the_rate_after_each_fifth_of_the_steps() -> None:
+    found = [learning_rate_at(recipe("step"), 0.5, step, 100_000) for step in (0, 19_999, 20_000, 40_000, 99_999)]
+    assert found == [0.5, 0.5, 0.25, 0.125, 0.5**5]
+
+
 def test_poly_is_nnunets() -> None:
     parameter = nn.Parameter(torch.zeros(1))
     scheduler = PolyLRScheduler(torch.optim.SGD([parameter], 0.5), 0.5, 40)

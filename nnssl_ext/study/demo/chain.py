@@ -104,7 +104,7 @@ class Chain:
         assert process.stdout is not None
         bar = tqdm(total=step.epochs() or None, desc=head, unit="epoch", leave=False, disable=not sys.stderr.isatty())
         try:
-            with log.open("w", buffering=1) as file, bar:
+            with log.open("w", buffering=1, encoding="utf-8") as file, bar:
                 for line in process.stdout:
                     file.write(line)
                     found = re.search(r"\bEpoch (\d+)\s*$", line)

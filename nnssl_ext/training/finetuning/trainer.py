@@ -22,6 +22,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nnssl_ext import checkpoint
+from nnssl_ext.environment import check_device
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import OptimizerRecipe
 from nnssl_ext.provenance import revision, versions
@@ -96,8 +97,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device
     ) -> tuple[CommonSettings, str]:
         common, self.settings = finetune_settings(plans)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError("no CUDA device was found; use -device cpu")
+        check_device(device.type)
         stock = "float16" if device.type == "cuda" else "float32"
         return common, stock if self.settings.precision == "stock" else self.settings.precision
 

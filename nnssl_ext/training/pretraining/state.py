@@ -37,6 +37,7 @@ FREE = (
     "max_time",
     "on_write_failure",
     "write_in_background",
+    "keep_host_memory",
     "restore_weight_lengths",
 )
 #: The terms of the steps of an epoch, one dict per step, each term (B,).

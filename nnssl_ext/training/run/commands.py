@@ -7,6 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnssl_ext.commands import train_words
 from nnssl_ext.environment import launched
 from nnssl_ext.training.distributed.ranks import world
 
@@ -31,11 +32,7 @@ class RunName:
 
     def words(self) -> list[str]:
         """Return the words of ``nnUNetv2_train`` for this run."""
-        number = self.dataset.removeprefix("Dataset").partition("_")[0]
-        words = ["nnUNetv2_train", str(int(number)), self.configuration, self.fold]
-        if self.plans != "nnUNetPlans":
-            words += ["-p", self.plans]
-        return [*words, "-tr", self.trainer] if self.trainer != "nnUNetTrainer" else words
+        return train_words(self.dataset, self.configuration, self.fold, plans=self.plans, trainer=self.trainer)
 
     def fine_tuning(self, checkpoint: Path) -> str:
         """Return the command that trains this run from pretrained weights."""
