@@ -36,7 +36,7 @@ def finetune_settings(plans: dict) -> tuple[CommonSettings, FinetuneSettings]:
     late = [step for step in settings.snapshots if step > settings.steps]
     if late:
         raise UserError(f"{where}: finetune.snapshots has {late}, beyond finetune.steps={settings.steps}")
-    lengths = {}
+    lengths: dict[str, Any] = {}
     for name in ("warmup", "head_only_steps", "freeze_encoder_steps"):
         given = getattr(settings, name)
         if given >= settings.steps:
