@@ -258,7 +258,7 @@ def test_launches_outside_the_network_stay_few(method: str, tmp_path: Path, monk
     found = {phase: sum(kernels.counts[phase].values()) for phase in launches.PHASES}
     assert min(found["views"], found["backward"], found["update"]) > 0
     assert sum(found.values()) <= launches.LIMITS[method], kernels.counts
-    assert set(kernels.waits) <= {"update: _local_scalar_dense"}, kernels.waits
+    assert not kernels.waits
 
 
 def test_the_counter_tells_host_from_device_and_network_from_the_rest() -> None:
@@ -276,7 +276,7 @@ def test_the_counter_tells_host_from_device_and_network_from_the_rest() -> None:
         kernels.phase = "backward"
         loss.backward()
         assert loss.device.type == "cuda"
-        float(loss)  # a wait
+        float(loss.detach())  # a wait
     assert dict(kernels.counts["views"]) == {"upload": 1}
     assert dict(kernels.counts["forward"]) == {"mul": 1, "sum": 1}
     assert set(kernels.counts["backward"]) <= {"ones_like", "mul", "expand"}
