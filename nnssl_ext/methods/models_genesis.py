@@ -7,7 +7,7 @@ B batch, C channel, D H W voxels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class ModelsGenesis(Method):
         return CropRequest((Crop(geometry.crop_size, settings.spatial(geometry)),))
 
     def optimizer(self) -> OptimizerRecipe:
-        return replace(self.settings.recipe(1e-3))
+        return self.settings.recipe(1e-3)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Return corrupted ``image``, ``target``, and ``weight`` 1 within the case. Each is (B, C, D, H, W).
@@ -110,7 +110,7 @@ class ModelsGenesis(Method):
                 map_intensities(image, controls, bool(chances[1] < s.reversed_probability))
             if chances[2] < s.shuffle_probability:
                 windows = draw_windows(draw, size, s.shuffle_windows, 0.0, s.shuffle_edge)
-                shuffle_locally(image, *windows, random.noise(sample))
+                shuffle_locally(image, *windows, draw)
             if chances[3] < s.paint_probability:
                 within = bool(chances[4] < s.inside_probability)
                 low, high = (1 / 6, 1 / 3) if within else (3 / 7, 4 / 7)

@@ -2,8 +2,8 @@
 
 Zhou et al., "Models Genesis", Medical Image Analysis 67:101840, 2021.
 
-C channel, D H W voxels. Each function changes one image (C, D, H, W) in place. Small parameters are drawn on the CPU,
-voxels of noise and orders on the device.
+C channel, D H W voxels. Each function changes one image (C, D, H, W) in place. Draws come from the CPU, noise of
+voxels from the device.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+
+from nnssl_ext.views.random import to_device
 
 #: Points at which a Bezier curve is evaluated.
 POINTS = 64
@@ -44,19 +46,20 @@ def map_intensities(image: Tensor, controls: np.ndarray, reversed_: bool) -> Non
     image.copy_(low + span * torch.lerp(even[index], even[index + 1], place - index))
 
 
-def shuffle_locally(image: Tensor, corners: np.ndarray, edges: np.ndarray, generator: torch.Generator) -> None:
-    """Shuffle the voxels within each of N windows, which see the original image.
+def shuffle_locally(image: Tensor, corners: np.ndarray, edges: np.ndarray, generator: np.random.Generator) -> None:
+    """Shuffle the voxels within each of N windows, which see the original image. One gather does all.
 
     Args:
         image: Changed in place.
         corners, edges: (N, 3) lowest voxel and edges of the windows.
-        generator: Source of the orders, on the image's device.
+        generator: Source of the orders.
     """
-    original = image.clone()
+    places = np.arange(image[0].numel()).reshape(image.shape[1:])
+    order = places.copy()
     for (z, y, x), (d, h, w) in zip(corners.tolist(), edges.tolist(), strict=True):
-        window = original[:, z : z + d, y : y + h, x : x + w]
-        order = torch.randperm(d * h * w, generator=generator, device=image.device)
-        image[:, z : z + d, y : y + h, x : x + w] = window.flatten(1)[:, order].view_as(window)
+        window = (slice(z, z + d), slice(y, y + h), slice(x, x + w))
+        order[window] = generator.permutation(places[window].ravel()).reshape(d, h, w)
+    image.copy_(image.flatten(1)[:, to_device(torch.from_numpy(order.ravel()), image.device)].view_as(image))
 
 
 def paint(image: Tensor, corners: np.ndarray, edges: np.ndarray, noise: Tensor, *, inside: bool) -> None:
