@@ -127,7 +127,7 @@ def _in_pct_net(module: nn.Module) -> Iterator[NormedConvolution]:
 
 
 def _names(network: nn.Module) -> dict[int, list[str]]:
-    """All names of each module: U-Nets of dynamic-network-architectures have up to four for one."""
+    """Return all names of each module. U-Nets of dynamic-network-architectures have up to four for one."""
     names: dict[int, list[str]] = {}
     for name, module in network.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)

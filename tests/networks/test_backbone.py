@@ -125,7 +125,7 @@ def test_every_parameter_in_training_gets_a_gradient(kind: str) -> None:
 def test_equal_input_channels_stay_equal(kind: str) -> None:
     backbone = backbone_of(network(kind, 2))
     backbone.network.eval()
-    backbone.equalise_input_channels()
+    backbone.equalize_input_channels()
     image = torch.randn(1, 2, 8, 32, 32)
     with torch.no_grad():
         here, there = backbone.features(image), backbone.features(image.flip(1))

@@ -120,7 +120,7 @@ def test_files_fit_every_patch_and_every_mode() -> None:
 
 
 def test_what_fits_no_network_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"strides must be \[\[1, 1, 1\], \[2, 2, 2\].* got \[\[1, 1, 1\]\]"):
+    with pytest.raises(ValueError, match=r"Expected PCTNet strides \[\[1, 1, 1\], \[2, 2, 2\].* got \[\[1, 1, 1\]\]"):
         PCTNet(input_channels=1, num_classes=2, strides=[[1, 1, 1]])
     with pytest.raises(ValueError, match="multiples of its heads"):
         PCTNet(input_channels=1, num_classes=2, features_per_stage=[4, 4, 6, 8, 16])
