@@ -7,6 +7,7 @@ from nnssl_ext.methods.dino.dino import DINO
 from nnssl_ext.methods.exemplar import Exemplar
 from nnssl_ext.methods.jigsaw import Jigsaw
 from nnssl_ext.methods.masked_autoencoder import MaskedAutoencoder
+from nnssl_ext.methods.models_genesis import ModelsGenesis
 from nnssl_ext.methods.relative_patch_location import RelativePatchLocation
 from nnssl_ext.methods.rotation import Rotation
 from nnssl_ext.methods.variable_dimension_transform import VariableDimensionTransform
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         VolumeFusion,
         MaskedAutoencoder,
+        ModelsGenesis,
         ContrastivePredictiveCoding,
         Rotation,
         Jigsaw,
