@@ -3,8 +3,8 @@
     python -m benchmarks startup --against-stock
     python -m benchmarks startup --cases 100 1000 10000
 
-``--against-stock`` measures the seconds from the call of ``nnUNetv2_train`` to its line "Epoch 0". nnUNetTrainer and
-our trainers take turns on a data set of eight tiny cases with an index.
+``--against-stock`` measures the wall and CPU seconds from the call of ``nnUNetv2_train`` to its line "Epoch 0".
+nnUNetTrainer and our trainers take turns on a data set of eight tiny cases with an index.
 
 Otherwise pretrainings start on folders of tiny preprocessed cases, each in a process of its own. The first start makes
 the case index, the others find it. A start is everything from the trainer's class to its first batch: checks with the
@@ -30,6 +30,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.gpu.context import cpu_seconds  # noqa: E402
 from benchmarks.measure import Figure, parser, report  # noqa: E402 (the line above makes it known)
 
 NAME = "Dataset811_Plain"
@@ -92,8 +93,8 @@ def row(number: int, index: str, runs: list[dict[str, float]]) -> dict[str, obje
     return {"cases": f"{number:,}", "index": index, **figures}
 
 
-def until_first_epoch(root: Path, trainer: str) -> float:
-    """Return the seconds until ``nnUNetv2_train`` begins its first epoch, then stop it."""
+def until_first_epoch(root: Path, trainer: str) -> tuple[float, float]:
+    """Return the wall and CPU seconds until ``nnUNetv2_train`` begins its first epoch, then stop it."""
     variables = {"nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results", "nnUNet_raw": "raw"}
     environment = {**os.environ, **{name: str(root / folder) for name, folder in variables.items()}}
     environment |= {"nnUNet_extTrainer": str(REPOSITORY / "trainers"), "PYTHONUNBUFFERED": "1"}
@@ -108,7 +109,7 @@ def until_first_epoch(root: Path, trainer: str) -> float:
         for line in process.stdout:
             lines.append(line)
             if line.rstrip().endswith("Epoch 0"):
-                seconds = time.perf_counter() - begin
+                seconds = time.perf_counter() - begin, cpu_seconds(process.pid)
                 os.killpg(process.pid, signal.SIGKILL)  # stock's workers would outlive it
                 return seconds
     sys.exit("".join(lines))
@@ -119,20 +120,22 @@ def against_stock(repeats: int, trainers: Sequence[str]) -> list[dict[str, objec
     with tempfile.TemporaryDirectory() as folder:
         write_cases(Path(folder), 8)
         turns = [{name: until_first_epoch(Path(folder), name) for name in trainers} for _ in range(repeats + 1)][1:]
-    return [
-        {
-            "trainer": name,
-            "seconds to the first epoch": Figure(tuple(turn[name] for turn in turns), 2),
-            "more than stock": Figure(tuple(turn[name] - turn[trainers[0]] for turn in turns), 2),
-        }
-        for name in trainers
-    ]
+    rows: list[dict[str, object]] = []
+    for name in trainers:
+        row: dict[str, object] = {"trainer": name}
+        for place, unit in enumerate(("s", "CPU s")):
+            row[f"to the first epoch, {unit}"] = Figure(tuple(turn[name][place] for turn in turns), 2)
+            more = tuple(turn[name][place] - turn[trainers[0]][place] for turn in turns)
+            row[f"more than stock, {unit}"] = Figure(more, 2)
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--cases", type=int, nargs="+", default=[100, 1000, 10_000])
     options.add_argument("--against-stock", action="store_true")
+    options.add_argument("--trainers", nargs="+", help="with --against-stock: only these of ours")
     options.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     arguments = options.parse_args()
     if arguments.start:
@@ -142,7 +145,7 @@ def main() -> None:
         from nnssl_ext.methods import METHODS, TRAINERS
 
         ours = [TRAINERS[name] for name, method in METHODS.items() if method.learns_from == "cases"]
-        report(against_stock(arguments.repeats, ["nnUNetTrainer", *ours]), arguments.json)
+        report(against_stock(arguments.repeats, ["nnUNetTrainer", *(arguments.trainers or ours)]), arguments.json)
         return
     rows = []
     for number in arguments.cases:
