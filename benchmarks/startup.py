@@ -142,9 +142,10 @@ def main() -> None:
         print(json.dumps(start(arguments.start)))
         return
     if arguments.against_stock:
-        from nnssl_ext.methods import METHODS, TRAINERS
+        from benchmarks.checkout import trainer_name
+        from nnssl_ext.methods import METHODS
 
-        ours = [TRAINERS[name] for name, method in METHODS.items() if method.learns_from == "cases"]
+        ours = [trainer_name(name) for name, method in METHODS.items() if method.learns_from == "cases"]
         report(against_stock(arguments.repeats, ["nnUNetTrainer", *(arguments.trainers or ours)]), arguments.json)
         return
     rows = []
