@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import SCHEMAS
-from nnssl_ext.networks.backbone import HEADS
+from nnssl_ext.methods import SCHEMAS, OptimizerRecipe
+from nnssl_ext.networks.backbone import HEADS, backbone_of
 from nnssl_ext.settings import PLANS_KEY, CommonSettings, FinetuneSettings, split_sections
+from nnssl_ext.training.optimization import learning_rate_at
 
 #: Peak learning rates where the settings name none.
 PEAK = {"sgd": 1e-2, "adamw": 1e-3}
@@ -22,7 +25,7 @@ PHASES = ("everything", "decoder and heads", "heads")
 
 
 def finetune_settings(plans: dict) -> tuple[CommonSettings, FinetuneSettings]:
-    """Read and check the settings of a plans file.
+    """Read and check the settings of a plans file. Lengths below 1 become shares of the steps.
 
     Raises:
         UserError: For an unknown setting, or steps beyond the end.
@@ -33,18 +36,46 @@ def finetune_settings(plans: dict) -> tuple[CommonSettings, FinetuneSettings]:
     late = [step for step in settings.snapshots if step > settings.steps]
     if late:
         raise UserError(f"{where}: finetune.snapshots has {late}, beyond finetune.steps={settings.steps}")
+    lengths: dict[str, Any] = {}
     for name in ("warmup", "head_only_steps", "freeze_encoder_steps"):
-        if getattr(settings, name) >= settings.steps:
-            raise UserError(f"{where}: finetune.{name}={getattr(settings, name)} leaves none of {settings.steps} steps")
-    return common, settings
+        given = getattr(settings, name)
+        if given >= settings.steps:
+            raise UserError(f"{where}: finetune.{name}={given:g} leaves none of {settings.steps} steps")
+        lengths[name] = int(given if given >= 1 else given * settings.steps)
+    return common, replace(settings, **lengths)
+
+
+def rate_at(settings: FinetuneSettings, peak: float, step: int) -> float:
+    """Return the learning rate of a step: one schedule over all steps, or one for each phase (sawtooth)."""
+    start, end = 0, settings.steps
+    if settings.restart_schedule:
+        for bound in sorted({int(settings.head_only_steps), int(settings.freeze_encoder_steps)} - {0}):
+            start, end = (bound, end) if step >= bound else (start, min(end, bound))
+    length = end - start
+    share = min(settings.warmup / length, 0.5) if settings.restart_schedule else settings.warmup / length
+    return learning_rate_at(
+        OptimizerRecipe(settings.optimizer, peak, settings.weight_decay, settings.schedule, share),
+        peak,
+        step - start,
+        length,
+    )
 
 
 def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Group the parameters of a segmentation network by component: encoder, decoder (the rest) and heads."""
     groups: dict[str, list[nn.Parameter]] = {"encoder": [], "decoder": [], "heads": []}
+    encoder = {id(parameter) for layer in encoder_layers(network) for parameter in layer}
     for name, parameter in network.named_parameters():
-        groups[component_of(name)].append(parameter)
+        groups["encoder" if id(parameter) in encoder else component_of(name)].append(parameter)
     return groups
+
+
+def encoder_layers(network: nn.Module) -> list[list[nn.Parameter]]:
+    """Return the encoder's parameters layer by layer from the input, all in one for an unknown network."""
+    try:
+        return backbone_of(network).layers()
+    except ValueError:
+        return [[parameter for name, parameter in network.named_parameters() if component_of(name) == "encoder"]]
 
 
 def build_optimizer(network: nn.Module, settings: FinetuneSettings, learning_rate: float) -> torch.optim.Optimizer:
@@ -58,10 +89,33 @@ def build_optimizer(network: nn.Module, settings: FinetuneSettings, learning_rat
         raise UserError("finetune.encoder_lr_scale and freeze_encoder_steps need a network with an 'encoder'")
     if s.head_only_steps and not groups["heads"]:
         raise UserError("finetune.head_only_steps needs a network with 'seg_layers'")
-    described = [{"params": parameters, "part": part} for part, parameters in groups.items() if parameters]
+    described: list[dict[str, Any]] = []
+    if s.layer_decay != 1:
+        layers = encoder_layers(network)
+        for depth, layer in enumerate(layers):
+            scale = s.layer_decay ** (len(layers) - depth)
+            described.append({"params": layer, "part": "encoder", "lr_scale": scale})
+        groups["encoder"] = []
+    described += [{"params": parameters, "part": part} for part, parameters in groups.items() if parameters]
+    if s.plain_norms:
+        described = [half for group in described for half in _without_decay(group)]
     if s.optimizer == "adamw":
         return torch.optim.AdamW(described, learning_rate, weight_decay=s.weight_decay)
     return torch.optim.SGD(described, learning_rate, weight_decay=s.weight_decay, momentum=0.99, nesterov=True)
+
+
+def _without_decay(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Split a group in two: weights, and norms, biases and other vectors, which do not decay."""
+    weights = [parameter for parameter in group["params"] if parameter.ndim > 1]
+    vectors = [parameter for parameter in group["params"] if parameter.ndim <= 1]
+    halves = [{**group, "params": weights}, {**group, "params": vectors, "weight_decay": 0.0}]
+    return [half for half in halves if half["params"]]
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return a network without the wrappers of DDP and torch.compile."""
+    network = network.module if isinstance(network, DistributedDataParallel) else network
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
 
 
 def component_of(name: str) -> str:
@@ -81,9 +135,10 @@ def hold_statistics(network: nn.Module, settings: FinetuneSettings, frozen: tupl
     """Make batch norms of frozen components use and keep their running statistics."""
     if not (settings.head_only_steps or settings.freeze_encoder_steps):
         return
-    for name, module in network.named_modules():
+    held = {id(parameter) for part in frozen for parameter in parameter_groups(network)[part]}
+    for module in network.modules():
         if isinstance(module, _BatchNorm):
-            module.train(component_of(name + ".weight") not in frozen)
+            module.train(id(module.weight) not in held)
 
 
 class MovingAverage:

@@ -18,13 +18,10 @@ import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import nn
-from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
 
 from nnssl_ext import checkpoint
 from nnssl_ext.environment import check_device
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import OptimizerRecipe
 from nnssl_ext.provenance import revision, versions
 from nnssl_ext.settings import CommonSettings
 from nnssl_ext.training.distributed.ranks import rank, world
@@ -38,7 +35,9 @@ from nnssl_ext.training.finetuning.components import (
     frozen_components,
     hold_statistics,
     predict_alone,
+    rate_at,
     to_device,
+    unwrapped,
 )
 from nnssl_ext.training.finetuning.evaluation import Evaluation
 from nnssl_ext.training.finetuning.loaders import (
@@ -53,7 +52,6 @@ from nnssl_ext.training.finetuning.state import Outputs, finite, is_spoilt, of_a
 from nnssl_ext.training.managed import ManagedTrainer
 from nnssl_ext.training.memory.out_of_memory import finetuning_advice
 from nnssl_ext.training.onednn import avoid_two_slice_bug
-from nnssl_ext.training.optimization import learning_rate_at
 from nnssl_ext.training.pretraining.log import PlainLog
 from nnssl_ext.training.run.folder import LATEST
 from nnssl_ext.transfer.start import load_heads, pretrained_weights_argument
@@ -85,7 +83,6 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         self.seed = run_seed(s.seed, fold)
         self.initial_lr = PEAK[s.optimizer] if s.learning_rate is None else s.learning_rate
         self.weight_decay = s.weight_decay
-        self.schedule = OptimizerRecipe(s.optimizer, self.initial_lr, s.weight_decay, s.schedule, s.warmup / s.steps)
         self.num_epochs = math.ceil(s.steps / s.steps_per_epoch)
         self.num_iterations_per_epoch = s.steps_per_epoch
         self.num_val_iterations_per_epoch = s.validation_iterations
@@ -185,7 +182,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         self.network.train()
         first = self.current_epoch * self.steps_per_epoch
         self.num_iterations_per_epoch = min(self.steps_per_epoch, self.total_steps - first)
-        rate = learning_rate_at(self.schedule, self.initial_lr, first, self.total_steps)
+        rate = rate_at(self.settings, self.initial_lr, first)
         phase = PHASES[len(frozen_components(self.settings, self.step))]
         self.print_to_log_file("")
         self.print_to_log_file(f"Epoch {self.current_epoch}")
@@ -193,11 +190,12 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         self.logger.log("lrs", rate, self.current_epoch)
 
     def train_step(self, batch: dict) -> dict:
-        rate = learning_rate_at(self.schedule, self.initial_lr, self.step, self.settings.steps)
+        rate = rate_at(self.settings, self.initial_lr, self.step)
         frozen = frozen_components(self.settings, self.step)
         hold_statistics(self.plain_network, self.settings, frozen)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * (self.settings.encoder_lr_scale if group["part"] == "encoder" else 1)
+            scale = self.settings.encoder_lr_scale if group["part"] == "encoder" else 1
+            group["lr"] = rate * scale * group.get("lr_scale", 1.0)
         torch.manual_seed(step_seed(self.seed, self.step, rank()))
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(batch)
@@ -342,9 +340,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
     @property
     def plain_network(self) -> nn.Module:
         """The network without the wrappers of DDP and torch.compile."""
-        network = self.network
-        network = network.module if isinstance(network, DistributedDataParallel) else network
-        return network._orig_mod if isinstance(network, OptimizedModule) else network
+        return unwrapped(self.network)
 
     def exported_weights(self) -> dict[str, torch.Tensor]:
         """Return the weights that are validated and written: the trained ones or their moving average."""

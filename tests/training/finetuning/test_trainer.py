@@ -17,9 +17,8 @@ from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.study.metrics import fold_metrics
 from nnssl_ext.training.finetuning import trainer as finetune
-from nnssl_ext.training.finetuning.components import MovingAverage, finetune_settings
+from nnssl_ext.training.finetuning.components import MovingAverage, finetune_settings, rate_at
 from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
-from nnssl_ext.training.optimization import learning_rate_at
 from tests.conftest import Environment
 from tests.support.finetunings import NAME, RUN, final, kill_at, tune
 from tests.support.runs import trainer_for
@@ -171,14 +170,11 @@ def test_seeds_and_folds_differ(with_data: Data) -> None:
 def test_the_default_schedule_is_stocks() -> None:
     _, settings = finetune_settings({"plans_name": "x"})
     assert (settings.steps, settings.steps_per_epoch, settings.optimizer) == (250_000, 250, "sgd")
-    recipe = finetune.OptimizerRecipe("sgd", 0.01, 3e-5, settings.schedule, settings.warmup / settings.steps)
     optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.01)
     stock = PolyLRScheduler(optimiser, 0.01, 1000)
     for epoch in (0, 1, 500, 999):
         stock.step(epoch)
-        assert learning_rate_at(recipe, 0.01, epoch * 250, settings.steps) == pytest.approx(
-            optimiser.param_groups[0]["lr"], rel=1e-12
-        )
+        assert rate_at(settings, 0.01, epoch * 250) == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-12)
 
 
 def test_the_average_is_what_is_written_and_validating_does_not_change_it(
@@ -189,7 +185,7 @@ def test_the_average_is_what_is_written_and_validating_does_not_change_it(
     environment.write_plans("labelled", "run", {"finetune": {**RUN, "weight_average_decay": 0.9}})
     trainer: Any = trainer_for("labelled", "run", NAME)
     trainer.averaged = MovingAverage(torch.nn.BatchNorm3d(1), 0.9)
-    trainer.averaged.train()
+    trainer.averaged.module.train()
     monkeypatch.setattr(nnUNetTrainer, "validation_step", lambda self, batch: self.network(batch["data"]))
     before = {name: tensor.clone() for name, tensor in trainer.exported_weights().items()}
     trainer.validation_step({"data": torch.randn(2, 1, 4, 4, 4) * 5 + 3})
