@@ -155,10 +155,11 @@ def check_shared_memory(batch_bytes: int, workers: int) -> None:
         return
     free, needed = shutil.disk_usage(SHARED_MEMORY).free, batch_bytes * max(2, workers)
     if free < needed:
+        batch, needed_mib = (f"{value / 2**20:.1f} MiB" for value in (batch_bytes, needed))
         raise UserError(
-            f"{SHARED_MEMORY} has {free >> 20} MiB free, {workers} workers with batches of {batch_bytes >> 20} MiB "
-            f"need {needed >> 20} MiB; start the container with --shm-size=8g or --ipc=host, or set a smaller "
-            f"nnUNet_n_proc_DA (0 needs none)"
+            f"{SHARED_MEMORY} has {free / 2**20:.1f} MiB free, {workers} workers with batches of {batch} need "
+            f"{needed_mib}; start the container with --shm-size=8g or --ipc=host, or set a smaller nnUNet_n_proc_DA "
+            f"(0 needs none)"
         )
 
 

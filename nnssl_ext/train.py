@@ -189,11 +189,11 @@ def _check_checkpoints(known: argparse.Namespace, runs: Path) -> None:
             raise UserError(f"--val needs {file}, which does not exist; finish the training first")
 
 
-def _check_batches(trainer: Any, configuration: dict[str, Any], dataset_json: dict[str, Any]) -> None:
+def _check_batches(trainer_class: Any, configuration: dict[str, Any], dataset_json: dict[str, Any]) -> None:
     """Refuse a shared memory that cannot hold the batches of stock's or our loaders."""
     from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
-    workers = environment.worker_count() if hasattr(trainer, "method_class") else get_allowed_n_proc_DA()
+    workers = environment.worker_count() if hasattr(trainer_class, "method_class") else get_allowed_n_proc_DA()
     channels = len(dataset_json.get("channel_names") or dataset_json.get("modality") or [0])
     voxels = configuration["batch_size"] * math.prod(configuration["patch_size"])
     environment.check_shared_memory(voxels * (channels * CHANNEL_BYTES + LABEL_BYTES), workers)

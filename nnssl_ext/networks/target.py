@@ -49,14 +49,14 @@ def target_network(
     )
 
 
-def check_stock_weights(file: Path, trainer: Any, plans: dict, configuration: str, dataset_json: dict) -> None:
+def check_stock_weights(file: Path, trainer_class: Any, plans: dict, configuration: str, dataset_json: dict) -> None:
     """Refuse a file of ``-pretrained_weights`` that stock's loader cannot fit to the trainer's network.
 
     Files that only an unsafe unpickler opens, and networks that cannot be built on the meta device, are left to stock.
 
     Args:
         file: The weights.
-        trainer: The trainer's class.
+        trainer_class: The trainer's class.
         plans: The plans.
         configuration: Name of the configuration.
         dataset_json: Content of dataset.json.
@@ -82,7 +82,7 @@ def check_stock_weights(file: Path, trainer: Any, plans: dict, configuration: st
         channels = determine_num_input_channels(manager, config, dataset_json)
         outputs = manager.get_label_manager(dataset_json).num_segmentation_heads
         with torch.device("meta"):
-            network = trainer.build_network_architecture(manager, config, channels, outputs, True)
+            network = trainer_class.build_network_architecture(manager, config, channels, outputs, True)
     except Exception:  # a user's own trainer may need a real device
         return
     wrong = [line for name, tensor in network.state_dict().items() if (line := _misfit(name, tensor, weights))]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nnssl_ext.settings import setting
 from nnssl_ext.views.augmentations import Augmentation, Chosen, IntensitySettings, Noise
+from nnssl_ext.views.cpu.chunks import has_kernels
 from nnssl_ext.views.random import BatchRandom, pack_to_device
 
 __all__ = ["CustomIntensitySettings", "IntensityDraw", "IntensitySettings", "default"]
@@ -114,10 +115,15 @@ class IntensityDraw:
     def apply(self, batch: Tensor) -> Tensor:
         """Apply all augmentations to (B, C, D, H, W) or (B, V, C, D, H, W) in place."""
         volumes = batch.view(-1, *batch.shape[-3:])
-        if volumes.device.type == "cpu":
+        if has_kernels(volumes.device, volumes.shape[1:]):
             for kind, chosen in self.steps:
                 for n, row in enumerate(chosen.rows.tolist()):
                     kind.apply_on_cpu(volumes[row], chosen.part(slice(n, n + 1)))
+        elif volumes.device.type == "cpu":
+            # one sample after the other, so that rounding does not depend on the rest of the batch
+            for b in range(self.samples):
+                first = b * self.volumes
+                self.of(slice(b, b + 1)).apply_definition(volumes[first : first + self.volumes])
         else:
             self.apply_definition(volumes)
         return batch

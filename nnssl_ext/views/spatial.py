@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl_ext.views.cpu.chunks import has_kernels
 from nnssl_ext.views.cpu.crops import copy_crop, interpolate_crop, source_axes
 from nnssl_ext.views.random import pack_to_device, to_device
 
@@ -197,24 +199,41 @@ def crop_batch(
         crops, inside = resample_batch(boxes, size, device)
         return (crops if out is None else out.copy_(crops)), inside
     crops = torch.empty((len(boxes), len(boxes[0].data), *size)) if out is None else out
-    insides = [_crop_on_cpu(box, crop) for box, crop in zip(boxes, crops, strict=True)]
+    insides: list[Tensor | None] = []
+    for _, group in groupby(zip(boxes, crops, strict=True), key=lambda pair: id(pair[0].data)):
+        insides += _crop_on_cpu(*zip(*group, strict=True))
     if all(inside is None for inside in insides):
         return crops, None
     whole = torch.ones((1, 1, 1, 1), dtype=torch.bool).expand(1, *size)
     return crops, torch.stack([whole if inside is None else inside for inside in insides])
 
 
-def _crop_on_cpu(box: SourceBox, crop: Tensor) -> Tensor | None:
-    """Fill ``crop`` in the fastest way that its matrix allows, and return ``inside``."""
-    data, size = box.data.to(torch.float32), crop.shape[1:]
-    axes = source_axes(box.matrix)
-    if axes is not None and (np.abs(box.matrix).sum(0) == 1).all():
-        return copy_crop(data, box.matrix, box.center, axes, crop)
-    if axes is not None:
-        return interpolate_crop(data, box.matrix, box.center, axes, crop)
-    found, inside = resample_batch([replace(box, data=data)], size, crop.device)
-    crop.copy_(found[0])
-    return None if inside is None else inside[0]
+def _is_copy(box: SourceBox) -> bool:
+    """Return whether a crop only moves voxels: its matrix is a signed permutation."""
+    return source_axes(box.matrix) is not None and all(abs(sum(row)) == 1 for row in box.matrix.tolist())
+
+
+def _crop_on_cpu(boxes: Sequence[SourceBox], crops: Sequence[Tensor]) -> list[Tensor | None]:
+    """Fill the crops of one box in the fastest way that their matrices allow, and return ``inside`` of each."""
+    data, size = boxes[0].data.to(torch.float32), crops[0].shape[1:]
+    insides: list[Tensor | None] = [None] * len(boxes)
+    left = []
+    for n, (box, crop) in enumerate(zip(boxes, crops, strict=True)):
+        axes = source_axes(box.matrix)
+        if axes is not None and all(abs(sum(row)) == 1 for row in box.matrix.tolist()):
+            insides[n] = copy_crop(data, box.matrix, box.center, axes, crop)
+        elif axes is not None and has_kernels(crop.device, size):
+            insides[n] = interpolate_crop(data, box.matrix, box.center, axes, crop)
+        else:
+            left.append(n)
+    # many small crops are one resampling; a large one has the memory of a grid for itself
+    runs = [[n] for n in left] if has_kernels(crops[0].device, size) else [left] if left else []
+    for run in runs:
+        found, inside = resample_batch([replace(boxes[n], data=data) for n in run], size, data.device)
+        for n, crop, within in zip(run, found, [None] * len(run) if inside is None else inside, strict=True):
+            crops[n].copy_(crop)
+            insides[n] = within
+    return insides
 
 
 def resample_batch(

@@ -117,6 +117,6 @@ class Chain:
             process.wait()
             raise
         if status:
-            tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-TAIL:])
+            tail = "".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-TAIL:])
             print(f"{tail}\n", file=sys.stderr)
             raise UserError(f"Step '{step.title}' failed with status {status}. Its log: {log}.")

@@ -64,7 +64,7 @@ class RunFolder:
         try:
             with suppress(OSError):  # the lock holds without its label
                 label = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-                holder.write_text(json.dumps(label))
+                holder.write_text(json.dumps(label), encoding="utf-8")
             self._remove_unfinished()
             yield
         finally:
@@ -140,7 +140,7 @@ def keep_previous(latest: Path) -> None:
 
 def _described(holder: Path) -> str:
     try:
-        label = json.loads(holder.read_text()[:1000])
+        label = json.loads(holder.read_text(encoding="utf-8")[:1000])
         return f"process {int(label['pid'])} on {label['host']!r} since {label['since']!r}"
     except (OSError, ValueError, KeyError, TypeError):
         return "a process that left no name"
