@@ -1,11 +1,12 @@
-"""Count the kernels of a training step that run outside the network: a GPU pays about 5 microseconds for each.
+"""Count the kernels of a training step that run outside the network.
 
     python -m benchmarks launches [METHOD ...] [--code CHECKOUT] [--output FILE]
 
-One step of a real trainer, batch 2 at 64^3, float32. The count is made on the CPU: tensors answer that they are on a
-GPU, so that the code of a GPU runs, and every operation is counted that computes or copies. Operations of the
-network's modules and of their backward pass are left out. Views of memory and allocations are no kernels. Operations
-on draws that stay on the host are not counted; each copy of draws to the device is.
+A GPU pays about 5 microseconds for each. Counted is one step of a real trainer, batch 2 at 64^3, float32. The count is
+made on the CPU: tensors answer that they are on a GPU, so that the code of a GPU runs. Every operation that computes or
+copies counts. Operations of the network's modules and of their backward pass are left out. Views of memory and
+allocations are no kernels. Operations on draws that stay on the host do not count, each copy of draws to the device
+does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Simulate studies with run-to-run effects and count how often they call a gain: the table of docs/how-to/study.md.
+"""Simulate studies and count how often they call a gain, for the table of docs/how-to/study.md.
 
 python -m benchmarks simulation
 """

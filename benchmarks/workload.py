@@ -1,4 +1,4 @@
-"""Data sets and plans that benchmarks run on: large volumes as nnU-Net stores them, the plans that nnU-Net makes."""
+"""Write the data sets and plans that benchmarks run on."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ PLANS: dict[str, dict] = {
 
 
 def volume(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """A body with texture, in whole numbers of a scanner's scale, normalised: as compressible as images are."""
+    """Return a normalized body with texture, about as compressible as medical images."""
     smooth = gaussian_filter(generator.standard_normal([max(2, n // 4) for n in shape]), 2)
     repeated = smooth
     for axis, length in enumerate(shape):
@@ -70,7 +70,7 @@ def volume(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray
 
 
 def write_cases(folder: Path, shape: tuple[int, ...], cases: int, patch: list[int]) -> None:
-    """Preprocessed cases with the chunks and blocks that nnU-Net chooses for the patch."""
+    """Write preprocessed cases with nnU-Net's chunks and blocks for the patch."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     blocks, chunks = comp_blosc2_params((1, *shape), tuple(patch), 4)
@@ -205,7 +205,7 @@ def write_tiny(root: Path, kind: str, cases: int = 8) -> Path:
 def labeled_body(
     generator: np.random.Generator, shape: tuple[int, ...], channels: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return images of a body with an organ (1) and a tumor in it (2), one per channel, and the labels."""
+    """Return images of a body with an organ (1) and a tumor (2), one per channel, and the labels."""
     axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     center = generator.uniform(-0.25, 0.25, 3)
     distance = sum((a - c) ** 2 for a, c in zip(axes, center, strict=True))
@@ -301,7 +301,7 @@ def _resnet18(width: int, stem: int) -> dict[str, Tensor]:
 def write_dataset(
     root: Path, plan: str, settings: dict, *, cases: int = 4, batch: int | None = None, shape: tuple[int, ...] = ()
 ) -> Path:
-    """An nnU-Net environment in ``root`` with one preprocessed data set; nnU-Net's variables are set to it.
+    """Write an nnU-Net environment with one preprocessed data set, and set nnU-Net's variables to it.
 
     Args:
         root: An empty folder.
@@ -380,7 +380,7 @@ def start_trainer(folder: Path, method: str, device: torch.device, run: str = "r
 
 
 def _own_network(name: str) -> str:
-    """Return the dotted path of a network of ours; version 0.1 had no folder ``architectures``."""
+    """Return the dotted path of our network. Version 0.1 had no folder ``architectures``."""
     folders = ("nnssl_ext.networks.architectures", "nnssl_ext.networks")
     return next(path for folder in folders if pydoc.locate(path := f"{folder}.{name}") is not None)
 

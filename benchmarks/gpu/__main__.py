@@ -73,7 +73,7 @@ def run_part(part: str, function: Callable[[Context], None], context: Context) -
 
 
 def supervise(part: str, function: Callable[[Context], None], context: Context) -> dict[str, Any]:
-    """Run one part in a forked process until it ends or its time is over; return its rows."""
+    """Run one part in a forked process with a time limit. Return its rows."""
     begin = time.monotonic()
     process = multiprocessing.get_context("fork").Process(target=run_part, args=(part, function, context))
     process.start()
@@ -101,7 +101,7 @@ def kill_group(pid: int | None) -> None:
 
 
 def failures(results: dict[str, Any]) -> list[str]:
-    """List the parts and rows that failed. A part that was stopped for time did not fail, except without any row."""
+    """List the parts and rows that failed. A part that was stopped for time did not fail."""
     found = []
     for part, rows in results["parts"].items():
         if "failed" in rows:
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="PART", help="default: all")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="smallest networks and fewest steps, for a rehearsal")
-    parser.add_argument("--pay", type=Path, help="folder with a study to continue; see docs/performance.md")
+    parser.add_argument("--pay", type=Path, help="folder with a study to continue; see docs/internals/performance.md")
     arguments = parser.parse_args()
     begin = time.monotonic()
     end = begin + 60 * arguments.minutes

@@ -83,7 +83,7 @@ class Bench:
         return folder / f"fold_{fold}"
 
     def kill_after_checkpoint(self, command: list[str], file: Path) -> float:
-        """Start a command and kill it once a file is there; return its seconds."""
+        """Start a command, kill it once a file is there, and return its seconds."""
         begin = time.monotonic()
         process = subprocess.Popen(
             command, env=self.environment(True), cwd=self.root, stdout=subprocess.DEVNULL, start_new_session=True
@@ -161,7 +161,7 @@ def ranks(context: Context) -> None:
 
 
 def pay(context: Context) -> None:
-    """Continue a study for the time that is left; its folder comes back in the output.
+    """Continue a study for the time that is left. Its folder comes back in the output.
 
     ``--pay FOLDER`` holds ``preprocessed/`` (data sets with plans), ``words.txt`` (the words after ``nnssl_ext study``,
     without -o and -device) and, from an earlier call, ``study/``.

@@ -1,4 +1,4 @@
-"""What a part of the GPU check works with: its device, its time and its results."""
+"""Give a part of the GPU check its device, its time and its results."""
 
 from __future__ import annotations
 

@@ -217,7 +217,7 @@ def ceiling_of(context: Context) -> float | None:
 
 
 def largest_vit(context: Context) -> None:
-    """Time 3DINO on ViT-L at its published crops, with twice as many samples until they do not fit."""
+    """Time 3DINO on ViT-L at its published crops, doubling the samples until they do not fit."""
     settings = {"dino": spelled("dino", SMALL_DINO if context.tiny else PUBLISHED_DINO)}
     with context.row("dino on a ViT, start", 1 if context.tiny else 15):
         folder = dataset(context.folder("vit"), "tiny_vit" if context.tiny else "vit_large", **settings)
