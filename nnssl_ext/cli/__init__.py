@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 
@@ -57,7 +58,7 @@ def command_line() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its status.
 
-    0 is success, 1 unusable input, 2 a wrong command line.
+    0 is success, 1 unusable input, 2 a wrong command line, 130 an interruption.
     """
     if arguments is None:
         use_utf8()
@@ -67,4 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = command_line().parse_args(arguments)
     if parsed.command not in LIGHT:
         check_processes()
-    return parsed.run(parsed) or 0
+    try:
+        return parsed.run(parsed) or 0
+    except KeyboardInterrupt:
+        print(f"Stopped. Call nnssl_ext {parsed.command} again to go on.", file=sys.stderr)
+        return 130

@@ -17,8 +17,9 @@ from typing import Any
 from nnssl_ext.environment import cores
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
+from nnssl_ext.signals import EndSignals
 from nnssl_ext.study.grid import Grid, Run
-from nnssl_ext.study.runner import Slot, perform, start, wait
+from nnssl_ext.study.runner import Slot, leave_if_stopped, perform, start, wait
 
 #: Jobs in flight unless --jobs says otherwise.
 JOBS = 16
@@ -84,6 +85,8 @@ def run_job(grid: Grid, run: Run) -> bool:
 def run_on_cluster(grid: Grid, executor: Any, jobs: int, poll: float = POLL_SECONDS) -> None:
     """Do every unfinished run in jobs. Jobs that an earlier call left running are waited for.
 
+    Ctrl-C, SIGTERM and a closed terminal cancel the jobs, which write their checkpoints.
+
     Args:
         grid: The study's grid. Failed runs are noted in ``grid.failed``.
         executor: As ``executor_of`` builds it.
@@ -92,8 +95,8 @@ def run_on_cluster(grid: Grid, executor: Any, jobs: int, poll: float = POLL_SECO
     """
     note = grid.folder / "cluster" / "jobs.json"
     working = _left_running(grid, note)
-    try:
-        while True:
+    with EndSignals() as signals:
+        while not signals.received:
             for run, job in list(working.items()):
                 if job.done():
                     del working[run]
@@ -105,15 +108,13 @@ def run_on_cluster(grid: Grid, executor: Any, jobs: int, poll: float = POLL_SECO
                 with executor.batch():
                     submitted = [executor.submit(run_job, plain, run) for run in ready]
                 working |= dict(zip(ready, submitted, strict=True))
-                write_json({_key(run): job.job_id for run, job in working.items()}, note)
+            write_json({_key(run): job.job_id for run, job in working.items()}, note)
             if not working:
-                write_json({}, note)
                 return
             time.sleep(poll)
-    except (KeyboardInterrupt, SystemExit):
         for job in working.values():
             job.cancel()
-        raise
+    leave_if_stopped(grid, signals)
 
 
 def _conclude(grid: Grid, run: Run, job: Any) -> None:

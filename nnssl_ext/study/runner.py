@@ -23,6 +23,7 @@ from nnssl_ext.external_trainers import trainer_folders
 from nnssl_ext.files import replaced_on_success
 from nnssl_ext.provenance import revision, versions
 from nnssl_ext.recipe import read_json, write_json
+from nnssl_ext.signals import EndSignals
 from nnssl_ext.study.grid import PRETRAINING, Grid, Run
 from nnssl_ext.study.metrics import fold_metrics
 
@@ -61,6 +62,9 @@ def run_grid(grid: Grid, places: Sequence[Slot]) -> None:
     """Do every unfinished run.
 
     Failed runs are noted in ``grid.failed``. The next call tries them again.
+
+    Raises:
+        SystemExit: With status 128 + signal, after Ctrl-C, SIGTERM or a closed terminal. No finished step is lost.
     """
     if grid.keep_checkpoints:
         (grid.folder / KEEP).touch()  # a later call without the option deletes none
@@ -70,28 +74,44 @@ def run_grid(grid: Grid, places: Sequence[Slot]) -> None:
         if run.kind != PRETRAINING and grid.done(run):
             drop_checkpoints(grid, run)  # a kill may have come before they were deleted
     bar = tqdm(total=len(total), initial=finished, desc="Runs", unit="run", disable=not sys.stderr.isatty())
-    pool = _Pool(grid, bar)
-    threads = [threading.Thread(target=pool.work, args=(place,), daemon=True) for place in places]
-    for thread in threads:
-        thread.start()
-    try:
+    with EndSignals() as signals:
+        pool = _Pool(grid, bar, signals)
+        threads = [threading.Thread(target=pool.work, args=(place,), daemon=True) for place in places]
         for thread in threads:
-            while thread.is_alive():
-                thread.join(0.2)
-    except BaseException:
-        pool.stop()
-        raise
-    finally:
-        bar.close()
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive() and not signals.received:
+                    thread.join(0.2)
+            if signals.received:
+                pool.stop()
+        except BaseException:
+            pool.stop()
+            raise
+        finally:
+            bar.close()
     if pool.error is not None:
         raise pool.error
+    leave_if_stopped(grid, signals)
+
+
+def leave_if_stopped(grid: Grid, signals: EndSignals) -> None:
+    """End this process with one line if a signal asked for it."""
+    if signals.received:
+        runs = grid.all_runs()
+        print(
+            f"Stopped by {signals.received}: {sum(map(grid.done, runs))} of {len(runs)} runs are done, interrupted "
+            f"ones keep their steps. Call the same command again to go on.",
+            file=sys.stderr,
+        )
+        raise SystemExit(128 + getattr(signal, signals.received))
 
 
 class _Pool:
     """Threads that each take the next ready run."""
 
-    def __init__(self, grid: Grid, bar: tqdm) -> None:
-        self.grid, self.bar = grid, bar
+    def __init__(self, grid: Grid, bar: tqdm, signals: EndSignals) -> None:
+        self.grid, self.bar, self.signals = grid, bar, signals
         self.changed = threading.Condition()
         self.running: set[Run] = set()
         self.processes: set[subprocess.Popen] = set()
@@ -128,7 +148,7 @@ class _Pool:
 
     def _take(self) -> Run | None:
         with self.changed:
-            while not self.stopped:
+            while not (self.stopped or self.signals.received):
                 ready = (c for c in self.grid.ready() if c not in self.running and c not in self.grid.failed)
                 run = next(ready, None)
                 if run is not None:
@@ -142,7 +162,7 @@ class _Pool:
     def _run(self, run: Run, slot: Slot) -> None:
         self.bar.set_postfix_str(f"{run.arm.name} {run.name}")
         seconds = perform(self.grid, run, lambda clock: self._command(run, slot, clock))
-        if self.stopped:
+        if self.stopped or self.signals.received:
             return
         if seconds is None:
             self.grid.failed[run] = log = self.grid.log_file(run)
@@ -168,7 +188,7 @@ class _Pool:
         status = wait(process, clock)
         with self.changed:
             self.processes.discard(process)
-        return None if self.stopped else status
+        return None if self.stopped or self.signals.received else status
 
 
 def perform(grid: Grid, run: Run, execute: Callable[[_Clock], int | None]) -> float | None:

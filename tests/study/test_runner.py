@@ -1,5 +1,10 @@
-"""Where a study's runs take place, and how long they took."""
+"""Places and times of a study's runs."""
 
+import os
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -76,3 +81,22 @@ def test_an_error_in_finding_the_next_run_is_raised(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Grid, "ready", broken)
     with pytest.raises(OSError, match="damaged"):
         run_grid(grid, slots("cpu", 2))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_a_study_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """The run's command is asked to end too, and is not marked as failed."""
+    grid = planted(tmp_path, 0.0)
+    run = grid.compared(grid.arms[0], 0.01)[0]
+    grid.metrics_file(run).unlink()
+    monkeypatch.setattr(Grid, "command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
+    threading.Timer(1.5, os.kill, (os.getpid(), getattr(signal, name))).start()
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as ended:
+        run_grid(grid, slots("cpu", 1))
+    assert ended.value.code == 128 + getattr(signal, name)
+    assert time.monotonic() - began < 20
+    assert f"Stopped by {name}: " in capsys.readouterr().err
+    assert grid.failures() == {}

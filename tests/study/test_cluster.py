@@ -1,0 +1,37 @@
+"""A study as jobs of submitit's local executor."""
+
+from pathlib import Path
+
+import pytest
+
+from nnssl_ext.errors import UserError
+from nnssl_ext.study.cluster import executor_of, run_on_cluster
+from nnssl_ext.study.grid import Grid
+from tests.study.test_analysis import planted
+
+
+def pending(tmp_path: Path) -> Grid:
+    """Build a study with two runs that are trained and predicted, but not measured."""
+    grid = planted(tmp_path, 0.0)
+    for run in grid.compared(grid.arms[0], 0.01)[:2]:
+        grid.metrics_file(run).unlink()
+        summary = grid.fold_folder(run) / "validation" / "summary.json"
+        summary.parent.mkdir(parents=True)
+        summary.write_text("{}")
+    return grid
+
+
+def test_failed_jobs_are_failed_runs(tmp_path: Path) -> None:
+    """The predictions cannot be measured: each job marks its own run, and the others go on."""
+    grid = pending(tmp_path)
+    executor = executor_of(tmp_path / "cluster", "local", "cpu", 2, [])
+    run_on_cluster(grid, executor, 2, poll=0.2)
+    assert len(grid.failed) == 2
+    assert set(grid.failures()) == set(grid.failed)
+    for log in grid.failed.values():
+        assert "could not be measured" in log.read_text()
+
+
+def test_bad_options_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected KEY=VALUE, got 'partition'"):
+        executor_of(tmp_path, "local", "cpu", 1, ["partition"])
