@@ -20,6 +20,7 @@ BENCHMARKS = {
     "activation_memory": "what a network of ours keeps for its backward pass, counted",
     "dino_step": "3DINO's student step against its bare blocks and heads",
     "learning": "whether an objective learns, on real crops and on shuffled voxels",
+    "dino_learning": "whether 3DINO's terms learn: gradients, information of the targets, masked patches",
     "launches": "kernels of a step outside the network, for each method",
     "record": "weights, objectives, transfers and a study that must not change when code moves",
     "hand_over": "every method on a real data set, through the stock command into a stock trainer",

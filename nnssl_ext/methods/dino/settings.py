@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods.base import DataGeometry
@@ -12,6 +14,14 @@ from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import CustomIntensitySettings, default
 
 XU, DINOV2 = "3DINO", "DINOv2"
+#: Sinkhorn needs this many samples per step to balance prototypes. Published temperatures and momentum suit it, too.
+LARGE_BATCH = 256
+#: KoLeo needs this many samples per step: with fewer, the nearest neighbor of a sample says nothing.
+KOLEO_BATCH = 16
+#: Samples per step where the plan has fewer. Crops shrink instead, so that the voxels per step stay about the plan's.
+MIN_BATCH, MAX_BATCH = 16, 64
+#: Voxels per step may exceed the plan's by this factor to reach ``MIN_BATCH``.
+MAX_EXCESS = 1.5
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,13 @@ class DINOSettings(TrainingSettings):
     bottleneck_dim: int = setting(256, "Width of a projected vector.", source=XU, low=2)
     prototypes: int = setting(4096, "Prototypes of each head.", source="65,536 in 3DINO", low=2)
     student_temperature: float = setting(0.1, "Temperature of the student.", source=XU, low=0.001)
-    teacher_temperature: list[float] = setting(
-        [0.04, 0.07], "Temperature of the teacher at the start and after its warmup.", source=XU, low=0.001, length=2
+    teacher_temperature: list[float] | None = setting(
+        None,
+        "Temperature of the teacher at the start and after its warmup; null is 0.04 and 0.07 from 256 samples per step "
+        "on, 0.02 and 0.03 below.",
+        source="0.04 and 0.07 in 3DINO",
+        low=0.001,
+        length=2,
     )
     temperature_warmup: float = setting(
         0.3, "Share of the steps over which the teacher's temperature rises.", source=DINOV2, low=0, high=1
@@ -95,11 +110,18 @@ class DINOSettings(TrainingSettings):
         choices=("auto", "softmax", "sinkhorn"),
     )
     center_momentum: float = setting(0.9, "Momentum of the mean that softmax centering subtracts.", low=0, high=1)
-    teacher_momentum: float = setting(
-        0.992, "EMA momentum of the teacher at the start; 1 at the end.", source=XU, low=0, high=1
+    teacher_momentum: float | None = setting(
+        None,
+        "EMA momentum of the teacher at the start, 1 at the end; null is 0.992 from 256 samples per step on, 0.996 "
+        "below.",
+        source="0.992 in 3DINO",
+        low=0,
+        high=1,
     )
     patch_weight: float = setting(1.0, "Weight of the masked-patch term.", source=XU, low=0)
-    koleo_weight: float = setting(0.1, "Weight of KoLeo.", source=XU, low=0)
+    koleo_weight: float | None = setting(
+        None, "Weight of KoLeo; null is 0.1 from 16 samples per step on, 0 below.", source="0.1 in 3DINO", low=0
+    )
     freeze_prototypes: float = setting(
         0.01, "Share of the steps before the student's prototypes move.", source=DINOV2, low=0, high=1
     )
@@ -154,3 +176,44 @@ def local_size(settings: DINOSettings, geometry: DataGeometry) -> Triple:
             f"Use {legal}."
         )
     return triple(settings.local_size)
+
+
+def for_batch(settings: DINOSettings, batch_size: int) -> DINOSettings:
+    """Replace null settings by the values for a batch size."""
+    large = batch_size >= LARGE_BATCH
+    automatic: dict[str, Any] = {
+        "teacher_temperature": [0.04, 0.07] if large else [0.02, 0.03],
+        "teacher_momentum": 0.992 if large else 0.996,
+        "koleo_weight": 0.1 if batch_size >= KOLEO_BATCH else 0.0,
+    }
+    chosen = {name: value for name, value in automatic.items() if getattr(settings, name) is None}
+    if settings.centering == "auto":
+        chosen["centering"] = "sinkhorn" if large else "softmax"
+    return replace(settings, **chosen)
+
+
+def small_crops(geometry: DataGeometry) -> tuple[Triple, int]:
+    """Trade crop size for samples: 16 or more per step, of about the plan's voxels.
+
+    Each crop keeps two voxels at the bottleneck along strided axes, and four tokens of a transformer.
+
+    Args:
+        geometry: The plan's patch as ``crop_size``, and its batch size.
+
+    Returns:
+        Crop edges and batch size; the plan's where its batch is large enough.
+    """
+    patch, batch = geometry.crop_size, geometry.batch_size
+    if batch >= MIN_BATCH:
+        return triple(patch), batch
+    total, transformer = geometry.strides[-1], len(geometry.strides) == 1
+    shrink = (batch / MIN_BATCH) ** (1 / 3)
+    edges = []
+    for edge, step in zip(patch, total, strict=True):
+        lowest = step * (4 if transformer else 2 if step > 1 else 1)
+        edges.append(min(edge, max(lowest, round(edge * shrink / step) * step)))
+    voxels, budget = math.prod(edges), math.prod(patch) * batch
+    samples = max(batch, budget // voxels)
+    if samples < MIN_BATCH and MIN_BATCH * voxels <= MAX_EXCESS * budget:
+        samples = MIN_BATCH
+    return triple(edges), min(samples, MAX_BATCH)
