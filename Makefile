@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed$(if $(LOCKED),-locked)
 MINIMUM_PYTHON ?= python3.10
 MINIMUM := .venv-minimum
 
-.PHONY: install lock test test-minimum check format tables demo docs figures soak fuzz fuzz-atheris audit clean
+.PHONY: install lock test test-minimum dist check format tables demo docs figures soak fuzz fuzz-atheris audit clean test-fast
 
 install: $(INSTALLED)
 
@@ -30,6 +30,10 @@ lock: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# without those that go through an nnU-Net environment
+test-fast: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not integration"
+
 # the lower bounds of pyproject.toml, in an environment of their own
 test-minimum: $(MINIMUM)/.installed
 	$(MINIMUM)/bin/python -m pytest -n 2 --dist worksteal
@@ -41,6 +45,14 @@ $(MINIMUM)/.installed: pyproject.toml requirements/minimum.py
 	$(MINIMUM)/bin/python -m pip install --quiet --disable-pip-version-check -c $(MINIMUM)/minimum.txt -e '.[dev]'
 	touch $@
 
+# wheel and sdist, built and looked at
+dist: install
+	rm -rf dist
+	$(BIN)/python -m build
+	$(PIP) twine
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pytest tests/test_packaging.py
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,9 +62,10 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# the tables of all settings in docs/reference/settings.md
+# the tables of all settings in docs/reference/settings.md, and the recipes that hold every default
 tables: install
 	$(BIN)/python docs/settings_table.py
+	$(BIN)/python docs/default_recipes.py
 
 # the documentation as a site, with every link checked
 docs: install

@@ -22,7 +22,7 @@ from nnssl_ext.training.memory.trace import autocast, empty, without_memory
 
 
 def build(recipe: str, checkpointing: bool) -> nn.Module:
-    """The network of a recipe for isotropic data, one channel and three classes."""
+    """Build a recipe's network for isotropic data, one channel and three classes."""
     architecture = load_recipe(recipe).architecture
     name = architecture["network_class_name"]
     kwargs = {**default_kwargs(name, [1.0, 1.0, 1.0], recipe), **architecture["arch_kwargs"]}
@@ -35,7 +35,13 @@ def build(recipe: str, checkpointing: bool) -> nn.Module:
 
 
 def kept(network: nn.Module, size: list[int], dtype: torch.dtype | None) -> int:
-    """Bytes that a sample's forward pass leaves for the backward pass; mixed to ``dtype``."""
+    """Return the bytes that a sample's forward pass keeps for the backward pass.
+
+    Args:
+        network: On the meta device.
+        size: Edges of the patch.
+        dtype: Of autocast; None is float32.
+    """
     left = []
     with without_memory() as live:
         empty(network)

@@ -1,4 +1,4 @@
-"""Which batch fits GPUs of 8, 24 and 80 GB: the table of docs/reference/networks.md, estimated without a GPU.
+"""Estimate the largest batch on GPUs of 8, 24 and 80 GB, for the table of docs/reference/networks.md.
 
     python -m benchmarks cards [--networks vit_small pct_net ...]
 
@@ -30,7 +30,7 @@ ROWS = [
 
 
 def fitting(recipe: str, method: str, patch: tuple[int, int, int], checkpointing: bool) -> list[int]:
-    """The largest batch for each of ``CARDS``; 0 where not the smallest fits."""
+    """Return the largest batch for each of ``CARDS``; 0 if no batch fits."""
     base = make_plans("plain")
     base["configurations"]["3d_fullres"] |= {"spacing": [1.0] * 3, "median_image_size_in_voxels": [128] * 3}
     words = [f"configuration.patch_size={list(patch)}", "crop_size=null"]

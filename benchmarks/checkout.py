@@ -23,7 +23,9 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 
 def run_on(code: Path, module: str) -> None:
-    """Run a benchmark on a checkout's package and trainers, and end with its status. Return in the process that runs.
+    """Run a benchmark on another checkout and end with its status.
+
+    In the process that was started for it, return at once.
 
     Args:
         code: Root folder of a checkout.

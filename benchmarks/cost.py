@@ -1,10 +1,10 @@
-"""What a training step of each method costs on a plan's network, counted on tensors without memory.
+"""Count the operations and the memory of a step of each method, without computing it.
 
     python -m benchmarks cost [--patch 128] [--batch 2]
 
-The network is the residual encoder of six stages of benchmarks/memory.py. Floating point operations of forward and
-backward passes are counted by torch, and the memory of activations as what the forward pass keeps for the backward pass
-in float32 (``nnssl_ext.training.memory.trace``). Heads are included, augmentation is not.
+The network is the residual encoder of six stages of benchmarks/memory.py. torch counts the floating point operations
+of the forward and backward pass. The memory is what the forward pass keeps for the backward pass in float32. Heads are
+included, augmentation is not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nnssl_ext.training.memory.trace import empty, trace_step, without_memory
 
 
 def measure(name: str, edge: int, batch: int) -> tuple[int, int]:
-    """Floating point operations and bytes kept for the backward pass, of one step."""
+    """Return the floating point operations of a step and the bytes kept for the backward pass."""
     method = METHODS[name]
     build, settings, geometry = residual_encoder(method, edge, checkpointing=False)
     built = build_method(method, build, quiet(settings.heaviest()), geometry, torch.device("meta"))

@@ -29,8 +29,8 @@ from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.methods.dino.dino import DINO
 from nnssl_ext.recipe import assignments_recipe, derive_plans, load_recipe, read_json
 from nnssl_ext.training.checks import check_plans, target_backbone
-from nnssl_ext.training.optimization import build_optimiser, clip_gradients, set_rates
-from nnssl_ext.training.wrapping import arrange
+from nnssl_ext.training.optimization import build_optimizer, clip_gradients, set_rates
+from nnssl_ext.training.wrapping import set_memory_format
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom, step_seed
 
 CPU = torch.device("cpu")
@@ -117,7 +117,7 @@ def prepare(dataset: str, words: list[str], seed: int, shuffled: bool) -> Run:
     geometry = replace(geometry, case_size=index.common_size())
     torch.manual_seed(seed)
     method = DINO(target_backbone(manager, configuration, geometry.channels, 2), settings, geometry)
-    arrange(method, "auto", CPU, torch.bfloat16)
+    set_memory_format(method, "auto", CPU, torch.bfloat16)
     if shuffled:
         shuffle_voxels(method, "before")
     cut, request = int(0.8 * len(index.cases)), DINO.crops(settings, geometry)
@@ -142,7 +142,7 @@ def main() -> None:
     torch.set_num_threads(1)
     run = prepare(arguments.d, arguments.settings, arguments.seed, arguments.shuffled)
     method, recipe, steps = run.method, run.method.optimizer(), arguments.steps
-    optimizer = build_optimiser(recipe, method.parameter_groups(), run.rate)
+    optimizer = build_optimizer(recipe, method.parameter_groups(), run.rate)
     rows: list[dict[str, Any]] = []
     seconds = 0.0
     method.train()

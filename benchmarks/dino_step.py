@@ -1,4 +1,4 @@
-"""Forward and backward of one student step of 3DINO, and of the same tokens through the bare blocks and heads.
+"""Time one student step of 3DINO, against the bare blocks and heads on the same tokens.
 
 ``OMP_NUM_THREADS=2 python -m benchmarks dino_step --repeats 5``
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_ext.environment import keep_memory
+from nnssl_ext.host_memory import keep_memory
 from nnssl_ext.losses.distillation import Targets, koleo
 from nnssl_ext.losses.fused import prototype_cross_entropy
 from nnssl_ext.methods.dino.networks import DistilledNetwork, reader_of
@@ -54,7 +54,7 @@ class Step:
         self.teacher_patches = F.normalize(torch.randn(len(self.index), 1, 256), dim=-1)
 
     def ours(self) -> Tensor:
-        """The loss as the method computes it."""
+        """Return the loss as the method computes it."""
         student = self.student
         features, patches = student.reader(self.whole, self.masked)
         local, _ = student.reader(self.local)
@@ -80,7 +80,7 @@ class Step:
         return image + cell + 0.1 * spread
 
     def bare(self) -> Tensor:
-        """The same tokens through the same blocks and heads."""
+        """Return the sum of the outputs of the same blocks and heads."""
         encoder = self.student.reader.network.backbone
         ends = []
         with torch.no_grad():

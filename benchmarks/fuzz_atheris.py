@@ -1,4 +1,4 @@
-"""Fuzzing guided by coverage, of the readers that tests/test_fuzz.py mutates files for. Needs atheris and a checkout.
+"""Fuzz the readers of outside files, guided by coverage. It needs atheris and a checkout.
 
     python benchmarks/fuzz_atheris.py [--seconds 60] [--readers checkpoint weights ...]
 

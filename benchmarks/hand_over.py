@@ -1,4 +1,4 @@
-"""Every method on a real data set: pretrained through the stock command, then handed to a stock trainer.
+"""Pretrain every method on a real data set and hand the weights to a stock trainer.
 
     python -m benchmarks hand_over -d 4 --images IMAGES -o FOLDER cpu_small epochs=2 iterations_per_epoch=50
 
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def try_method(name: str, arguments: argparse.Namespace) -> tuple[str, bool]:
-    """The method's row, and whether all was handed over."""
+    """Return a method's row, and whether all tensors were handed over."""
     # torch's own settings follow nnU-Net's import
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
@@ -100,7 +100,7 @@ def differs(value: Tensor, other: Tensor | None) -> bool:
 
 
 def run(*words: str) -> None:
-    """A command of this Python's environment; its output is shown if it fails."""
+    """Run a command of this Python's environment. Show its output if it fails."""
     finished = subprocess.run(words, env={**os.environ, "PATH": commands_path()}, text=True, capture_output=True)
     if finished.returncode:
         sys.exit(

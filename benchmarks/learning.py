@@ -1,11 +1,13 @@
-"""Whether an objective learns: its readable number on held-out cases, against chance, and with voxels shuffled.
+"""Show whether an objective learns, on real crops and on shuffled voxels.
 
     python -m benchmarks learning jigsaw -d 802 -p nnUNetPlans_learning [--shuffled [after]]
 
-Runs the method's trainer as nnUNetv2_train would, on the CPU, and prints one line per epoch. With --shuffled the voxels
-of all that is read of a case are put in another order before any view is made of it: what is learned then is no
-anatomy, but what the views themselves give away. Objectives that compare views of the same voxels know noise again:
---shuffled after puts the voxels of each view in an order of its own. Of 2-D images it always does.
+It runs the method's trainer on the CPU as nnUNetv2_train would. It prints the readable measure on held-out cases and
+its chance after each epoch.
+
+With --shuffled the voxels of each crop are shuffled before views are made. Anything learned then is no anatomy but a
+shortcut in the views. Objectives that compare views of the same voxels can still recognize the noise. For them,
+--shuffled after shuffles the voxels of each view separately. 2-D images are always shuffled that way.
 """
 
 from __future__ import annotations
@@ -57,11 +59,11 @@ def main() -> None:
 
 
 def shuffle_voxels(method: Method, when: str) -> None:
-    """Make ``method`` see images with their voxels in an order of their own, channels together.
+    """Shuffle the voxels of a method's images, all channels alike.
 
     Args:
         method: Its ``views`` are replaced.
-        when: ``before`` views are made, of all that is read; ``after``, in each view or patch by itself.
+        when: ``before`` views are made, or ``after``, in each view or patch separately.
     """
     original = method.views
 

@@ -1,11 +1,11 @@
-"""Crops out of large volumes: crops a second, CPU seconds a crop, and the ratio to reading the same boxes alone.
+"""Time the loader on large volumes, against only reading the same boxes.
 
     python -m benchmarks loader [--shape 320 512 512] [--edges 64 128]
 
-Volumes are stored as nnU-Net stores them (.b2nd, LZ4HC, chunks for a 128^3 patch). "alone" opens the file and reads the
-very boxes that our samples read, and does nothing else; both take turns, in one process and one thread, the file
-system's cache warm. "turned" draws VolumeFusion's rotations and zooms, whose boxes are larger. The workers' row counts
-the CPU seconds of all processes.
+Volumes are stored as nnU-Net stores them (.b2nd, LZ4HC, chunks for a 128^3 patch). "alone" only opens the file and
+reads the boxes that our samples read. Both take turns in one process and one thread, with a warm file cache. "turned"
+draws VolumeFusion's rotations and zooms, whose boxes are larger. The workers' column counts the CPU seconds of all
+processes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.workload import DATA, write_cases
 from nnssl_ext.data import crops
 from nnssl_ext.data.crops import Crop, CropDataset, CropRequest
 from nnssl_ext.data.index import CaseIndex
-from nnssl_ext.data.shard import Shard, crop_loader
+from nnssl_ext.data.loader import Shard, SteadyLoader
 from nnssl_ext.environment import cores
 from nnssl_ext.views.spatial import SpatialRange
 
@@ -36,7 +36,7 @@ TURNED = SpatialRange(ISOTROPIC, flip=0.5, affine=1.0, rotation=15.0, zoom=(0.8,
 
 
 def boxes_of(dataset: CropDataset, samples: int) -> list[tuple[str, tuple[slice, ...]]]:
-    """The file and the slices that each sample reads, redraws included."""
+    """Return the file and the slices that each sample reads, redraws included."""
     found: list[tuple[str, tuple[slice, ...]]] = []
     original = crops.open_case
 
@@ -59,35 +59,35 @@ def boxes_of(dataset: CropDataset, samples: int) -> list[tuple[str, tuple[slice,
 
 
 def alone(boxes: list[tuple[str, tuple[slice, ...]]]) -> None:
-    """Open and read, nothing else."""
+    """Open the files and read the boxes."""
     for path, key in boxes:
         blosc2.open(path, mode="r", dparams={"nthreads": 1}, mmap_mode="r")[key]
 
 
 def read(dataset: CropDataset, samples: int) -> None:
-    """What a worker does."""
+    """Read samples as a worker does."""
     for sample in range(samples):
         dataset[sample]
 
 
 def with_workers(dataset: CropDataset, workers: int, batches: int, batch_size: int = 2) -> tuple[float, float]:
-    """Crops a second, and CPU seconds a crop over all processes."""
+    """Return the crops a second, and the CPU seconds a crop of all processes."""
 
     def spent() -> float:
         kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
         return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, kinds))
 
-    loader = crop_loader(dataset, Shard(0, batches, batch_size), workers=workers, pin_memory=False)
+    shard = Shard(0, batches, batch_size)
+    loader = SteadyLoader(dataset, shard, workers=workers, pin_memory=False, log=print, waiting=lambda: None)
     before, begin = spent(), time.perf_counter()
     for _ in loader:
         pass
     wall = time.perf_counter() - begin
-    del loader  # children count when they have ended
     return batches * batch_size / wall, (spent() - before) / (batches * batch_size)
 
 
 def rows(index: CaseIndex, edge: int, samples: int, repeats: int, workers: int) -> list[dict[str, object]]:
-    """The rows of one crop edge."""
+    """Return the rows of one crop edge."""
     result: list[dict[str, object]] = []
     for name, spread in {"straight": STRAIGHT, "turned": TURNED}.items():
         dataset = CropDataset(index, index.cases, CropRequest((Crop((edge,) * 3, spread),)), seed=0)

@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: CPU and wall seconds, medians with their ranges, and the machine."""
+"""Measure CPU and wall seconds, and print medians with their ranges."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 
 class Cost(NamedTuple):
-    """What one call took."""
+    """CPU and wall seconds of one call."""
 
     cpu: float
     wall: float
@@ -24,7 +24,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a table: all its values, shown as the median and the range."""
+    """All values of one figure of a table, shown as the median and the range."""
 
     values: tuple[float, ...]
     digits: int = 3
@@ -39,7 +39,7 @@ class Figure:
 
 
 def once(function: Callable[[], object], device: torch.device | None = None) -> Cost:
-    """The cost of one call, to its end on the device too."""
+    """Return the cost of one call, the device's work included."""
     wait = torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
     wait()
     wall, cpu = time.perf_counter(), time.process_time()
@@ -55,7 +55,14 @@ def in_turns(
     warm_up: int = 1,
     device: torch.device | None = None,
 ) -> dict[str, list[Cost]]:
-    """Call all of them in turns, so that whatever else the machine does meets all alike; warm-ups do not count."""
+    """Time functions in turns, so that other load meets all of them alike.
+
+    Args:
+        functions: What to time, by name.
+        repeats: How often each is timed.
+        warm_up: Rounds before that do not count.
+        device: Device to wait for.
+    """
     costs: dict[str, list[Cost]] = {name: [] for name in functions}
     for repeat in range(warm_up + repeats):
         for name, function in functions.items():
@@ -66,22 +73,22 @@ def in_turns(
 
 
 def ratios(a: Sequence[Cost], b: Sequence[Cost], what: str = "cpu") -> Figure:
-    """Turn by turn, ``a`` over ``b``."""
+    """Return ``a`` over ``b``, turn by turn."""
     return Figure(tuple(getattr(x, what) / getattr(y, what) for x, y in zip(a, b, strict=True)), 3)
 
 
 def cpu(costs: Iterable[Cost], *, per: float = 1, digits: int = 4) -> Figure:
-    """CPU seconds, divided by ``per``."""
+    """Return CPU seconds, divided by ``per``."""
     return Figure(tuple(cost.cpu / per for cost in costs), digits)
 
 
 def rate(costs: Iterable[Cost], samples: float, *, wall: bool = False, digits: int = 1) -> Figure:
-    """Samples a second: of one core's time, or of the clock's."""
+    """Return samples a CPU second or, with ``wall``, a second."""
     return Figure(tuple(samples / (cost.wall if wall else cost.cpu) for cost in costs), digits)
 
 
 def machine() -> dict[str, Any]:
-    """Where the figures are from."""
+    """Describe the machine."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -97,7 +104,7 @@ def machine() -> dict[str, Any]:
 
 
 def parser(description: str | None, repeats: int | None = 5) -> argparse.ArgumentParser:
-    """A benchmark's options: --json and, where something is timed, --repeats; its own come on top."""
+    """Make a parser with --json and, where something is timed, --repeats."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--json", action="store_true", help="print all values as JSON")
     if repeats is not None:
@@ -106,7 +113,7 @@ def parser(description: str | None, repeats: int | None = 5) -> argparse.Argumen
 
 
 def report(rows: Sequence[Mapping[str, object]], as_json: bool) -> None:
-    """Print a Markdown table (a row a mapping, all with the same keys), or everything as JSON."""
+    """Print rows with equal keys as a Markdown table or as JSON."""
     if as_json:
         plain = [{k: list(v.values) if isinstance(v, Figure) else v for k, v in row.items()} for row in rows]
         print(json.dumps({"machine": machine(), "rows": plain}, indent=1))

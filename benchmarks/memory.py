@@ -23,7 +23,7 @@ from nnssl_ext.methods import METHODS, DataGeometry, Method
 from nnssl_ext.networks.backbone import Backbone, UNetBackbone
 from nnssl_ext.recipe import read_json
 from nnssl_ext.training.memory.estimate import GIB, build_method, planned, step_memory, view_shapes
-from nnssl_ext.training.optimization import build_optimiser
+from nnssl_ext.training.optimization import build_optimizer
 
 STRIDES = [1, 2, 2, 2, 2, 2]
 #: How to build a backbone with so many outputs (None: the data set's), and what the method is told.
@@ -31,7 +31,7 @@ Case = tuple[Callable[[int | None], Backbone], Any, DataGeometry]
 
 
 def residual_encoder(method: type[Method], edge: int, checkpointing: bool) -> Case:
-    """A residual U-Net of six stages on isotropic cases of one channel."""
+    """Return a residual U-Net of six stages for isotropic cases of one channel."""
 
     def build(outputs: int | None) -> Backbone:
         network = ResidualEncoderUNet(
@@ -50,23 +50,23 @@ def residual_encoder(method: type[Method], edge: int, checkpointing: bool) -> Ca
 
 
 def measured(method: type[Method], case: Case, batch: int) -> tuple[int, int]:
-    """The most bytes that torch allocated and reserved in steps on the GPU, as the trainer does them."""
+    """Return the maximum of bytes that torch allocated and reserved in training steps on the GPU."""
     device = torch.device("cuda")
     build, settings, geometry = case
     built = build_method(method, build, settings, geometry, torch.device("cpu"))
     shapes = view_shapes(built, batch)
     built.to(device)
     recipe = built.optimizer()
-    optimiser = build_optimiser(recipe, built.parameter_groups(), 1e-4)
+    optimizer = build_optimizer(recipe, built.parameter_groups(), 1e-4)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         views = {name: torch.zeros(shape, dtype=kind, device=device) for name, (shape, kind) in shapes.items()}
         with torch.autocast("cuda", torch.bfloat16):
             loss = built(views)["loss"].sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(built.parameters(), recipe.clip)
-        optimiser.step()
+        optimizer.step()
     return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
 
 
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def row(name: str, arguments: argparse.Namespace) -> dict[str, object]:
-    """GiB that a method needs, and with ``--measure`` what was allocated and reserved."""
+    """Return the GiB that a method needs and, with ``--measure``, takes."""
     method, needs, found = METHODS[name], [], dict[str, object]()
     for checkpointing in (False, True):
         if arguments.plans:
@@ -100,7 +100,7 @@ def row(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     own, twice = needs
     return {
         "method": method.title,
-        "weights, gradients, optimiser": gib(own.weights + own.gradients + own.optimiser),
+        "weights, gradients, optimizer": gib(own.weights + own.gradients + own.optimiser),
         "kept a sample": gib(own.kept.each),
         "at this batch": gib(own.peak(arguments.batch), 1),
         "with activation checkpointing": gib(twice.peak(arguments.batch), 1),

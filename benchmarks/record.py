@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,13 @@ def names() -> list[str]:
 def write_plans(root: Path, kind: str) -> None:
     """Add the plans of the record to a data set of ``benchmarks.workload``."""
     from benchmarks.workload import dataset_name
+    from nnssl_ext.settings import CommonSettings
 
     folder = root / "preprocessed" / dataset_name(kind)
     settings = {**SETTINGS, **{name: spelled(name, SETTINGS[name]) for name in ("dino", "finetune")}}
     plans = json.loads((folder / "nnUNetPlans.json").read_text())
+    if "restore_weight_lengths" in {field.name for field in fields(CommonSettings)}:
+        settings["restore_weight_lengths"] = False  # weights as version 0.1 wrote them
     plans |= {"plans_name": "record", "nnssl_ext": {**settings, "images": str(root / "images")}}
     (folder / "record.json").write_text(json.dumps(plans))
 

@@ -1,13 +1,14 @@
-"""Trainings that are killed again and again end with the weights of those that never were.
+"""Kill trainings at random moments and compare their results with uninterrupted ones.
 
     python benchmarks/soak.py [--kills 20] [--minutes 60] [--jobs 2] [--methods dino finetune ...] [--json FILE]
 
-For each method, and for the fine-tuner, the stock command trains once without interruption and once killed at random
-moments: SIGKILL, once in four times at the very moment when a checkpoint is being written, and every fourth time
-SIGTERM. It goes on with --c and another number of workers each time. Weights, method state, optimiser and objective
-values must be equal bit for bit, and memory and open files of the uninterrupted process flat. A method that ends before
-it was killed often enough is done again with another seed; with --minutes all are, until the time is over. Needs a
-checkout (tests/ makes the data). A line per run, then a table; exit status 1 if a run differs or is not flat.
+For each method and the fine-tuner, the stock command trains twice: once without interruption and once killed at random
+moments. Kills are SIGKILL, one in four of them while a checkpoint is being written, and SIGTERM every fourth time. The
+run continues with --c and another number of workers. Weights, method state, optimizer and objective values must be
+equal bit for bit. Memory and open files of the uninterrupted process must be flat.
+
+A method that ends before it was killed often enough runs again with another seed. With --minutes all methods do, until
+the time is over. It needs a checkout, since tests/ makes the data. Exit status 1: a run differs or is not flat.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ HEAD = (
 
 
 def growth(samples: list[float]) -> tuple[float, float]:
-    """The least of a run's third quarter and of its last: what a picture needs for a moment is no leak."""
+    """Return the minimum of a run's third and fourth quarter. A short peak for a picture is no leak."""
     quarter = max(1, len(samples) // 4)
     return min(samples[len(samples) // 2 :][:quarter]), min(samples[-quarter:])
 
 
 def flat(result: Result) -> bool | None:
-    """Whether memory and open files were; None where the run was too short to say."""
+    """Return whether memory and open files stayed flat; None if the run was too short."""
     if len(result.memory_mib) < 20:
         return None
     (memory, memory_end), (files, files_end) = growth(result.memory_mib), growth(list(map(float, result.open_files)))
@@ -55,7 +56,7 @@ def flat(result: Result) -> bool | None:
 
 
 def told(result: Result) -> str:
-    """A line about a run."""
+    """Describe a run in one line."""
     words = {True: "flat", False: "NOT FLAT", None: "too short to say whether flat"}[flat(result)]
     return (
         f"{result.method}, seed {result.seed}: {result.kills} times killed ({result.amid_checkpoint} amid a "
@@ -65,7 +66,7 @@ def told(result: Result) -> str:
 
 
 def table(results: list[Result]) -> str:
-    """Markdown, a row a method."""
+    """Return a Markdown table with one row a method."""
     rows = [HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
     for method in dict.fromkeys(result.method for result in results):
         own = [result for result in results if result.method == method]
@@ -83,7 +84,7 @@ def table(results: list[Result]) -> str:
 
 
 def one_method(soak: Soak, method: str, first_seed: int, kills: int) -> list[Result]:
-    """Runs of a method with one seed after the other, until it was killed often enough."""
+    """Run a method with one seed after the other until it was killed often enough."""
     results: list[Result] = []
     while (left := kills - sum(result.kills for result in results)) > 0:
         results.append(soak.run(method, first_seed + len(results), left))

@@ -1,4 +1,4 @@
-"""One method of the soak: trained without interruption, and killed again and again."""
+"""Train one method of the soak without interruption and with kills."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTINGS = {
 
 @dataclass
 class Result:
-    """One run, killed and not."""
+    """One run with kills and one without."""
 
     method: str
     seed: int
@@ -45,7 +45,7 @@ class Result:
 
 
 class Soak:
-    """The environment of all runs.
+    """Return the environment of all runs.
 
     Args:
         root: An empty folder.
@@ -165,14 +165,14 @@ class Soak:
 
 
 def _wait_for_checkpoint(process: subprocess.Popen, fold: Path) -> None:
-    """Until this process has written one: each life gets further than the one before it."""
+    """Wait until this process has written a checkpoint, so that each start gets further."""
     before = time.time()
     while process.poll() is None and not any(_written(path) > before for path in fold.glob("checkpoint_*.pth")):
         time.sleep(0.02)
 
 
 def _wait_for_writing(process: subprocess.Popen, fold: Path) -> None:
-    """Until one is being written."""
+    """Wait until a checkpoint is being written."""
     while process.poll() is None and not any(fold.glob(".checkpoint_*.tmp")):
         time.sleep(0.002)
 
@@ -185,14 +185,14 @@ def _written(path: Path) -> float:
 
 
 def epoch_time(fold: Path) -> float:
-    """Mean seconds of an epoch of a finished run."""
+    """Return the mean seconds of an epoch of a finished run."""
     log = checkpoint.load(fold / "checkpoint_final.pth")["logging"]
     starts, ends = log["epoch_start_timestamps"], log["epoch_end_timestamps"]
     return sum(end - start for start, end in zip(starts, ends, strict=True)) / len(ends)
 
 
 def same(first: Path, second: Path) -> bool:
-    """Whether two runs' final checkpoints are equal bit for bit, times apart."""
+    """Return whether two final checkpoints are equal bit for bit, except for times."""
     digests = []
     for fold in (first, second):
         content = checkpoint.load(fold / "checkpoint_final.pth")

@@ -1,16 +1,15 @@
-"""Does a pretraining start as fast as stock's training, and does the start grow with the number of its cases?
+"""Time the start of a training, against stock's and against the number of cases.
 
     python -m benchmarks startup --against-stock
     python -m benchmarks startup --cases 100 1000 10000
 
-``--against-stock``: seconds of the clock from the call of the real ``nnUNetv2_train`` to its line "Epoch 0", with
-nnUNetTrainer and with each of our trainers in turns, on a data set of eight tiny cases whose index is there.
+``--against-stock`` measures the wall and CPU seconds from the call of ``nnUNetv2_train`` to its line "Epoch 0".
+nnUNetTrainer and our trainers take turns on a data set of eight tiny cases with an index.
 
-Otherwise: for each number it makes a folder of that many tiny preprocessed cases and starts pretrainings, each in a
-process of its own: once without a case index, then ``--repeats`` times with it, as after ``nnssl_ext corpus``. A start
-is everything between the trainer's class and its first batch: checks (with the index), then network, split and one
-batch. Times are wall-clock, memory is the process's peak beyond what it had after its imports; medians, with the range
-in brackets. The file system's cache is warm.
+Otherwise pretrainings start on folders of tiny preprocessed cases, each in a process of its own. The first start makes
+the case index, the others find it. A start is everything from the trainer's class to its first batch: checks with the
+index, network, split and one batch. Memory is the process's peak beyond what it had after its imports. The file cache
+is warm.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.gpu.context import cpu_seconds  # noqa: E402
 from benchmarks.measure import Figure, parser, report  # noqa: E402 (the line above makes it known)
 
 NAME = "Dataset811_Plain"
@@ -38,7 +38,7 @@ DATA = "nnUNetPlans_3d_fullres"
 
 
 def write_cases(root: Path, number: int) -> None:
-    """A preprocessed data set of ``number`` cases: a few made, the others copies of their files."""
+    """Write a preprocessed data set of many cases, most of them copies."""
     from tests.datasets import QUICK, make_dataset
 
     folder = make_dataset(root / "preprocessed", "plain", cases=8)
@@ -51,7 +51,7 @@ def write_cases(root: Path, number: int) -> None:
 
 
 def start(root: Path) -> dict[str, float]:
-    """Start one pretraining and read its first batch: seconds and MiB, in this process."""
+    """Start one pretraining in this process and read its first batch. Return seconds and MiB."""
     variables = {"nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results", "nnUNet_raw": "raw"}
     os.environ.update({name: str(root / folder) for name, folder in variables.items()}, nnUNet_n_proc_DA="0")
     import torch
@@ -73,12 +73,12 @@ def start(root: Path) -> dict[str, float]:
 
 
 def peak() -> float:
-    """Largest resident size of this process so far in MiB."""
+    """Return the largest resident size of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def measure(root: Path) -> dict[str, float]:
-    """``start`` in a process of its own."""
+    """Run ``start`` in a process of its own."""
     command = [sys.executable, __file__, "--start", str(root)]
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
@@ -87,14 +87,14 @@ def measure(root: Path) -> dict[str, float]:
 
 
 def row(number: int, index: str, runs: list[dict[str, float]]) -> dict[str, object]:
-    """A line of the table."""
+    """Return one row of the table."""
     columns = (("checks, s", "checks", 3), ("first batch, s", "first batch", 3), ("memory, MiB", "memory", 0))
     figures = {title: Figure(tuple(run[name] for run in runs), digits) for title, name, digits in columns}
     return {"cases": f"{number:,}", "index": index, **figures}
 
 
-def until_first_epoch(root: Path, trainer: str) -> float:
-    """Seconds of ``nnUNetv2_train`` until its first epoch begins; it is then stopped."""
+def until_first_epoch(root: Path, trainer: str) -> tuple[float, float]:
+    """Return the wall and CPU seconds until ``nnUNetv2_train`` begins its first epoch, then stop it."""
     variables = {"nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results", "nnUNet_raw": "raw"}
     environment = {**os.environ, **{name: str(root / folder) for name, folder in variables.items()}}
     environment |= {"nnUNet_extTrainer": str(REPOSITORY / "trainers"), "PYTHONUNBUFFERED": "1"}
@@ -109,41 +109,44 @@ def until_first_epoch(root: Path, trainer: str) -> float:
         for line in process.stdout:
             lines.append(line)
             if line.rstrip().endswith("Epoch 0"):
-                seconds = time.perf_counter() - begin
+                seconds = time.perf_counter() - begin, cpu_seconds(process.pid)
                 os.killpg(process.pid, signal.SIGKILL)  # stock's workers would outlive it
                 return seconds
     sys.exit("".join(lines))
 
 
 def against_stock(repeats: int, trainers: Sequence[str]) -> list[dict[str, object]]:
-    """A line for each trainer, stock's first."""
+    """Return one row for each trainer, stock's first."""
     with tempfile.TemporaryDirectory() as folder:
         write_cases(Path(folder), 8)
         turns = [{name: until_first_epoch(Path(folder), name) for name in trainers} for _ in range(repeats + 1)][1:]
-    return [
-        {
-            "trainer": name,
-            "seconds to the first epoch": Figure(tuple(turn[name] for turn in turns), 2),
-            "more than stock": Figure(tuple(turn[name] - turn[trainers[0]] for turn in turns), 2),
-        }
-        for name in trainers
-    ]
+    rows: list[dict[str, object]] = []
+    for name in trainers:
+        row: dict[str, object] = {"trainer": name}
+        for place, unit in enumerate(("s", "CPU s")):
+            row[f"to the first epoch, {unit}"] = Figure(tuple(turn[name][place] for turn in turns), 2)
+            more = tuple(turn[name][place] - turn[trainers[0]][place] for turn in turns)
+            row[f"more than stock, {unit}"] = Figure(more, 2)
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--cases", type=int, nargs="+", default=[100, 1000, 10_000])
     options.add_argument("--against-stock", action="store_true")
+    options.add_argument("--trainers", nargs="+", help="with --against-stock: only these of ours")
     options.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     arguments = options.parse_args()
     if arguments.start:
         print(json.dumps(start(arguments.start)))
         return
     if arguments.against_stock:
-        from nnssl_ext.methods import METHODS, TRAINERS
+        from benchmarks.checkout import trainer_name
+        from nnssl_ext.methods import METHODS
 
-        ours = [TRAINERS[name] for name, method in METHODS.items() if method.learns_from == "cases"]
-        report(against_stock(arguments.repeats, ["nnUNetTrainer", *ours]), arguments.json)
+        ours = [trainer_name(name) for name, method in METHODS.items() if method.learns_from == "cases"]
+        report(against_stock(arguments.repeats, ["nnUNetTrainer", *(arguments.trainers or ours)]), arguments.json)
         return
     rows = []
     for number in arguments.cases:

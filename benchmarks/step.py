@@ -1,20 +1,20 @@
-"""A training step as the trainer does it, split, and its ratio to the bare forward and backward pass.
+"""Time a training step, its parts, and its ratio to the bare forward and backward pass.
 
     OMP_NUM_THREADS=2 python -m benchmarks step [METHOD ...] [--plan hippocampus plain96 residual128] [--batch 2]
     python -m benchmarks step volume_fusion --device cuda --workers 2 --plan residual128
     python -m benchmarks step volume_fusion --batch 2 --steps 500
 
-A real trainer on a data set made for it, in one process. "full" is everything between two steps: waiting for the batch
-(reading it, with no workers), views, forward, backward, clipping, optimiser, guard. "bare" is the forward and backward
-pass of the same network, in the same precision, on the image of the batch just trained on, its gradient ones; the two
-take turns. For methods that do not run their network on one image there is no bare. The split is of a step
-with a wait for the device after each part, which the full step has not. --repeats 0 is for steps that take minutes: the
-first one, and nothing else. --steps N: resident memory after each fifth of N steps.
+A real trainer runs on a data set made for it. "full" is everything between two steps: waiting for the batch, views,
+forward, backward, clipping, optimizer, guard. "bare" is the forward and backward pass of the same network in the same
+precision on the same image, from a gradient of ones. Both take turns. Methods that do not run their network on one
+image have no bare step. The split waits for the device after each part, which a full step does not.
+
+--repeats 0 times only the first step, for steps that take minutes. --steps N prints the resident memory after each
+fifth of N steps.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -27,23 +27,22 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import Cost, Figure, in_turns, parser, ratios, report
-from benchmarks.workload import PLANS, write_dataset
+from benchmarks.workload import PLANS, start_trainer, write_dataset, write_images
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.methods import METHODS
-from tests.images import make_images
 
-PARTS = ("load", "views", "forward", "backward", "optimiser")
+PARTS = ("load", "views", "forward", "backward", "optimizer")
 
 
 class Watch:
-    """Seconds of the parts of a step: CPU seconds, on a GPU seconds of the clock."""
+    """Seconds of the parts of a step: CPU seconds, on a GPU wall seconds."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.on = device, False
         self.spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
 
     def part(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, timed while the watch is on."""
+        """Wrap a function so that it is timed while the watch is on."""
 
         def timed(*arguments: Any, **options: Any) -> Any:
             if not self.on:
@@ -63,24 +62,17 @@ class Watch:
 
 
 class Run:
-    """A trainer in the middle of its training."""
+    """A trainer between two steps."""
 
     def __init__(self, folder: Path, method: str, device: torch.device) -> None:
-        from nnssl_ext.training.pretraining.classes import pretraining_trainer
-
-        plans, content = (json.loads((folder / f"{name}.json").read_text()) for name in ("nnUNetPlans", "dataset"))
-        plans["continue_training"] = False
-        self.trainer = pretraining_trainer(method)(plans, "3d_fullres", "all", content, device)
-        self.trainer.on_train_start()
-        self.trainer.on_epoch_start()
-        self.trainer.on_train_epoch_start()
+        self.trainer = start_trainer(folder, method, device)
         self.image: Tensor | None = None
         self.trainer.network.register_forward_pre_hook(self._keep)
         self.watch = Watch(device)
         trainer, part = self.trainer, self.watch.part
         trainer.method.views = part("views", trainer.method.views)
         trainer.objective = part("forward", trainer.objective)
-        trainer.optimizer.step = part("optimiser", trainer.optimizer.step)
+        trainer.optimizer.step = part("optimizer", trainer.optimizer.step)
         self.next = part("load", lambda: next(trainer.dataloader_train))
 
     def _keep(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -88,12 +80,12 @@ class Run:
             self.image = inputs[0].detach()
 
     def full(self) -> None:
-        """One step."""
+        """Do one step."""
         batch: CropBatch = self.next()
         self.trainer.train_step(batch)
 
     def bare(self) -> None:
-        """The network alone."""
+        """Do the forward and backward pass of the network alone."""
         trainer, image = self.trainer, self.image
         assert image is not None
         trainer.optimizer.zero_grad(set_to_none=True)
@@ -116,7 +108,7 @@ class Run:
 
 
 def measure(method: str, plan: str, arguments: Any, device: torch.device) -> dict[str, object]:
-    """The row of a method on a plan."""
+    """Return the row of a method on a plan."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "precision": arguments.precision,
@@ -125,7 +117,8 @@ def measure(method: str, plan: str, arguments: Any, device: torch.device) -> dic
             "epochs": 1,
         }
         if METHODS[method].learns_from != "cases":
-            settings["images"] = str(make_images(Path(folder) / "images"))
+            write_images(Path(folder) / "images")
+            settings["images"] = str(Path(folder) / "images")
         run = Run(write_dataset(Path(folder), plan, settings, batch=arguments.batch), method, device)
         turns: dict[str, Callable[[], object]] = {"full": run.full}
         if arguments.repeats:
@@ -146,7 +139,7 @@ def measure(method: str, plan: str, arguments: Any, device: torch.device) -> dic
 
 
 def _split(run: Run, repeats: int) -> dict[str, str]:
-    """The share of each part in some more steps."""
+    """Return the share of each part in some more steps."""
     with run.split() as spent:
         begin = run.watch._now()
         for _ in range(repeats):
@@ -168,7 +161,7 @@ def _figures(costs: dict[str, list[Cost]], device: torch.device, batch: int) -> 
 
 
 def _memory(run: Run, steps: int, device: torch.device) -> str:
-    """Resident memory of the process after each fifth of the steps."""
+    """Return the resident memory after each fifth of the steps."""
     figures = []
     for _ in range(5):
         for _ in range(steps // 5):

@@ -1,11 +1,14 @@
-"""Data sets and plans that benchmarks run on: large volumes as nnU-Net stores them, the plans that nnU-Net makes."""
+"""Write the data sets and plans that benchmarks run on."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pydoc
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -18,12 +21,16 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
+from benchmarks.checkout import trainer_name
+
 DATASET = "Dataset899_Benchmark"
 DATA = "nnUNetPlans_3d_fullres"
+CONFIGURATION = "3d_fullres"
 
 #: Patch, batch, channels of the stages, strides; and blocks of a residual encoder. "hippocampus" is what nnU-Net plans
 #: for Task04, "residual" its ResEnc-L for large isotropic volumes.
 PLANS: dict[str, dict] = {
+    "tiny": {"patch": [16, 16, 16], "batch": 2, "features": [4, 8, 12], "strides": [[1, 1, 1], *[[2, 2, 2]] * 2]},
     "hippocampus": {
         "patch": [40, 56, 40],
         "batch": 9,
@@ -53,7 +60,7 @@ PLANS: dict[str, dict] = {
 
 
 def volume(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """A body with texture, in whole numbers of a scanner's scale, normalised: as compressible as images are."""
+    """Return a normalized body with texture, about as compressible as medical images."""
     smooth = gaussian_filter(generator.standard_normal([max(2, n // 4) for n in shape]), 2)
     repeated = smooth
     for axis, length in enumerate(shape):
@@ -63,7 +70,7 @@ def volume(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray
 
 
 def write_cases(folder: Path, shape: tuple[int, ...], cases: int, patch: list[int]) -> None:
-    """Preprocessed cases with the chunks and blocks that nnU-Net chooses for the patch."""
+    """Write preprocessed cases with nnU-Net's chunks and blocks for the patch."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     blocks, chunks = comp_blosc2_params((1, *shape), tuple(patch), 4)
@@ -77,6 +84,35 @@ def write_cases(folder: Path, shape: tuple[int, ...], cases: int, patch: list[in
             blocks,
         )
 
+
+#: Our own networks at the sizes of their recipes, and small.
+VIT = {"strides": [[1, 1, 1], *[[2, 2, 2]] * 4], "mlp_ratio": 4.0, "layer_scale": 1e-5, "drop_path": 0.3}
+PLANS |= {
+    "pct_net": {
+        "patch": [128, 128, 128],
+        "batch": 2,
+        "network": "pct_net.PCTNet",
+        "kwargs": {
+            "strides": [[1, 1, 1], *[[2, 2, 2]] * 4],
+            "features_per_stage": [24, 48, 128, 256, 512],
+            "drop_path": 0.2,
+            "mask_padding": True,
+        },
+    },
+    "vit_large": {
+        "patch": [96, 96, 96],
+        "batch": 2,
+        "network": "vit.ViTUNETR",
+        "kwargs": {
+            **VIT,
+            "embed_dim": 1024,
+            "depth": 24,
+            "num_heads": 16,
+            "position_grid": [7, 7, 7],
+            "checkpointing": True,
+        },
+    },
+}
 
 #: Tiny data sets of the record, by nnU-Net's number.
 NUMBERS = {"plain": 891, "residual": 892, "anisotropic": 893, "vit": 894, "pct_net": 895}
@@ -113,6 +149,9 @@ TINY: dict[str, dict] = {
         },
     },
 }
+
+
+PLANS |= {f"tiny_{kind}": {"patch": [16, 16, 16], "batch": 2, **TINY[kind]} for kind in ("vit", "pct_net")}
 
 
 def dataset_name(kind: str) -> str:
@@ -166,7 +205,7 @@ def write_tiny(root: Path, kind: str, cases: int = 8) -> Path:
 def labeled_body(
     generator: np.random.Generator, shape: tuple[int, ...], channels: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return images of a body with an organ (1) and a tumor in it (2), one per channel, and the labels."""
+    """Return images of a body with an organ (1) and a tumor (2), one per channel, and the labels."""
     axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     center = generator.uniform(-0.25, 0.25, 3)
     distance = sum((a - c) ** 2 for a, c in zip(axes, center, strict=True))
@@ -262,7 +301,7 @@ def _resnet18(width: int, stem: int) -> dict[str, Tensor]:
 def write_dataset(
     root: Path, plan: str, settings: dict, *, cases: int = 4, batch: int | None = None, shape: tuple[int, ...] = ()
 ) -> Path:
-    """An nnU-Net environment in ``root`` with one preprocessed data set; nnU-Net's variables are set to it.
+    """Write an nnU-Net environment with one preprocessed data set, and set nnU-Net's variables to it.
 
     Args:
         root: An empty folder.
@@ -272,7 +311,7 @@ def write_dataset(
         batch: Batch size; None for the plan's.
         shape: Of a case; empty for a half more than the patch.
     """
-    root.mkdir(exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
     variables = {"nnUNet_raw": "raw", "nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results"}
     for name, part in variables.items():
         (root / part).mkdir(parents=True)
@@ -318,8 +357,30 @@ def _architecture(chosen: dict) -> dict:
     }
 
 
+def start_trainer(folder: Path, method: str, device: torch.device, run: str = "results") -> Any:
+    """Start a pretraining and return its trainer before the first step.
+
+    Args:
+        folder: Preprocessed data set, as ``write_dataset`` returns it.
+        method: Name of the method.
+        device: Where it trains.
+        run: Name of the results folder; another one for each trainer of the same method.
+    """
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    os.environ["nnUNet_results"] = str(folder.parent.parent / run)
+    plans, content = (json.loads((folder / f"{name}.json").read_text()) for name in ("nnUNetPlans", "dataset"))
+    with contextlib.redirect_stdout(io.StringIO()):
+        kind = recursive_find_trainer_class_by_name(trainer_name(method))
+        trainer = kind({**plans, "continue_training": False}, CONFIGURATION, "all", content, device)
+        trainer.on_train_start()
+        trainer.on_epoch_start()
+        trainer.on_train_epoch_start()
+    return trainer
+
+
 def _own_network(name: str) -> str:
-    """Return the dotted path of a network of ours; version 0.1 had no folder ``architectures``."""
+    """Return the dotted path of our network. Version 0.1 had no folder ``architectures``."""
     folders = ("nnssl_ext.networks.architectures", "nnssl_ext.networks")
     return next(path for folder in folders if pydoc.locate(path := f"{folder}.{name}") is not None)
 

@@ -1,11 +1,11 @@
-"""Write the tables of all settings into docs/plans.md."""
+"""Write the tables of all settings into docs/reference/settings.md."""
 
 import re
 from pathlib import Path
 
 from nnssl_ext.cli.methods import settings_tables
 
-PAGE = Path(__file__).with_name("plans.md")
+PAGE = Path(__file__).parent / "reference" / "settings.md"
 PLACE = re.compile(r"(?<=<!-- settings: begin -->\n).*(?=\n<!-- settings: end -->)", re.DOTALL)
 
 if __name__ == "__main__":

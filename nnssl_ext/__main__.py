@@ -1,4 +1,4 @@
-"""``python -m nnssl_ext`` is the ``nnssl_ext`` command."""
+"""Run the ``nnssl_ext`` command as ``python -m nnssl_ext``."""
 
 import sys
 

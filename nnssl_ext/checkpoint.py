@@ -1,4 +1,4 @@
-"""The checkpoint file: plain Python and tensors only, complete, written so that it is never half there.
+"""Write and read checkpoints: plain Python and tensors only, written atomically.
 
 Stock keys as nnU-Net reads them, ``nnssl_adaptation_plan`` as nnU-Net's master and nnssl read it, and our own under
 ``nnssl_ext``. Every file opens with ``torch.load(file, weights_only=True)``: no pickle is ever executed.
@@ -25,14 +25,14 @@ FORMAT = 3
 
 
 def plain(value: Any, memory: dict[Any, Tensor] | None = None, copy: bool = False) -> Any:
-    """``value`` with numpy's scalars and arrays turned into Python's, tensors on the CPU, mappings into dicts.
+    """Convert numpy values to Python's, mappings to dicts, and move tensors to the CPU.
 
-    Tensors that share memory still do afterwards: a U-Net's state dict names most tensors up to four times.
+    Tensors that share memory share it afterwards: a U-Net's state dict names most tensors up to four times.
 
     Args:
-        value: Anything that a checkpoint holds.
-        memory: What was met so far.
-        copy: Tensors that are on the CPU already are copied, too: what becomes of them later does not show.
+        value: Content of a checkpoint.
+        memory: Tensors that were converted already.
+        copy: Copy tensors that are on the CPU already, so that later changes do not show.
     """
     memory = {} if memory is None else memory
     if isinstance(value, Tensor):
@@ -56,7 +56,7 @@ def plain(value: Any, memory: dict[Any, Tensor] | None = None, copy: bool = Fals
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes, types and bytes of a state dict, in the order of the names."""
+    """Compute the sha256 of a state dict: names, shapes, types and bytes, in the order of the names."""
     result = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
@@ -66,7 +66,7 @@ def digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def content_digest(content: Mapping[str, Any]) -> str:
-    """sha256 over all of a checkpoint, tensors that share memory once, but its own place under ``nnssl_ext``."""
+    """Compute the sha256 of a checkpoint without its own entry. Tensors that share memory count once."""
     result, memory = hashlib.sha256(), dict[Any, str]()
 
     def feed(value: Any) -> None:
@@ -93,15 +93,15 @@ def content_digest(content: Mapping[str, Any]) -> str:
 
 
 def save(content: Mapping[str, Any], path: Path, before: Callable[[Path], None] | None = None) -> None:
-    """Write a checkpoint; the file that was there is replaced only after the new one has been read back.
+    """Write a checkpoint atomically. The old file is replaced only after the new one has been read back.
 
     Args:
-        content: With ``network_weights`` and ``nnssl_ext``; sha256 of the weights and of all are added to the latter.
-        path: Where to.
-        before: Called with ``path`` when the new file is whole and the old one still there.
+        content: With ``network_weights`` and ``nnssl_ext``, to which the sha256 of the weights and of all are added.
+        path: The file.
+        before: Called with ``path`` when the new file is complete and the old one still in place.
 
     Raises:
-        UserError: If it cannot be written; ``path`` is then what it was.
+        UserError: If it cannot be written. The old file is then intact.
     """
     content = plain(content)
     content["nnssl_ext"]["weights_sha256"] = digest(content["network_weights"])
@@ -114,13 +114,13 @@ def save(content: Mapping[str, Any], path: Path, before: Callable[[Path], None] 
                 before(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(
-            f"checkpoint {path} could not be written ({error}); what was there before is untouched. "
+            f"checkpoint {path} could not be written ({error}). The old file is untouched. "
             f"Free some space or give write permission, then try again (a training goes on with --c)"
         ) from error
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of ours onto the CPU, without executing pickles, and check its weights' sha256.
+    """Load a checkpoint of this package onto the CPU and check its sha256. Pickles are never executed.
 
     Raises:
         UserError: If it is missing, damaged, from elsewhere or from a later version.
@@ -139,10 +139,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def verify(content: Any, path: Path) -> None:
-    """Look at what was read from ``path``: is it ours, of this format, and undamaged.
+    """Check that content read from ``path`` is a checkpoint of this package, of a known format, and undamaged.
 
     Raises:
-        UserError: If not.
+        UserError: If it is not.
     """
     own = content.get("nnssl_ext") if isinstance(content, dict) else None
     if not isinstance(own, dict) or not isinstance(content.get("network_weights"), dict):
@@ -156,7 +156,7 @@ def verify(content: Any, path: Path) -> None:
     except Exception:  # what is no state dict raises anything
         whole = False
     if not whole:
-        raise UserError(f"checkpoint {path} is damaged: what it holds does not match its sha256")
+        raise UserError(f"checkpoint {path} is damaged: its content does not match its sha256")
 
 
 def refuse_older(content: Mapping[str, Any], source: str) -> None:

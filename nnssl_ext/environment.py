@@ -1,83 +1,193 @@
-"""nnU-Net's environment variables, as far as they concern us."""
+"""Read and check nnU-Net's environment: variables, data sets, devices and shared memory."""
 
 from __future__ import annotations
 
-import ctypes
+import locale
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.resources import resource_folder
 
-#: Hours, of ``nnssl_ext train --max-time``; it goes before the setting ``max_time``.
+#: Hours, of ``nnssl_ext train --max-time``. It overrides the setting ``max_time``.
 MAX_TIME = "nnssl_ext_max_time"
-#: torch's own.
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-#: glibc's own, with their numbers in malloc.h: from how many bytes on an array is the system's, and returned to it.
-KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_TRIM_THRESHOLD_": -1}
-#: What to ask for: glibc before 2.35 refuses more than 32 MiB.
-MOST_KEPT = (2**31 - 1, 32 << 20)
+#: Variables that nnU-Net reads as numbers of processes, some at its import.
+PROCESSES = ("nnUNet_n_proc_DA", "nnUNet_def_n_proc")
+#: Where torch passes batches between processes.
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def use_utf8() -> None:
+    """Run the command again in Python's UTF-8 mode where the locale has another encoding.
+
+    nnU-Net reads JSON and writes logs in the locale's encoding. Processes that are started inherit the mode.
+    """
+    if sys.flags.utf8_mode or "PYTHONUTF8" in os.environ or locale.getpreferredencoding(False).lower() == "utf-8":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    words = [sys.executable, *sys.orig_argv[1:]]
+    if os.name == "nt":  # there, exec does not wait for the new process
+        import subprocess
+
+        sys.exit(subprocess.call(words))
+    os.execv(sys.executable, words)
+
+
+def named_folder(name: str) -> Path:
+    """Return the folder that one of nnU-Net's variables names. It need not exist.
+
+    Raises:
+        UserError: If the variable is empty.
+    """
+    value = os.environ.get(name, "")
+    if not value.strip():
+        raise UserError(f"{name} is not set; export it as nnU-Net's documentation says, or ask nnssl_ext doctor")
+    return Path(value)
+
+
+def required_folder(name: str) -> Path:
+    """Return the folder that one of nnU-Net's variables names.
+
+    Raises:
+        UserError: If the variable is empty or names no folder.
+    """
+    folder = named_folder(name)
+    if not folder.is_dir():
+        raise UserError(f"{name} names {folder}, which is no folder; make it, or correct the variable")
+    return folder
+
+
+def process_problem(name: str) -> str:
+    """Return why nnU-Net cannot use a variable of ``PROCESSES``, or '' if it can."""
+    value = os.environ.get(name)
+    if value is None or (value.isascii() and value.isdigit()):
+        return ""
+    return f"is {value!r}, not a number of processes"
+
+
+def check_processes() -> None:
+    """Refuse numbers of processes that stop nnU-Net with a traceback.
+
+    Raises:
+        UserError: For the first such variable.
+    """
+    for name in PROCESSES:
+        if problem := process_problem(name):
+            raise UserError(f"{name} {problem}; export {name}=4, or unset it")
 
 
 def dataset_folder(name_or_id: str) -> Path:
-    """The data set's folder in nnUNet_preprocessed.
+    """Return the data set's folder in nnUNet_preprocessed.
 
     Raises:
         UserError: If the variable is not set or no or several folders match.
     """
-    root = os.environ.get("nnUNet_preprocessed")
-    if not root:
-        raise UserError("nnUNet_preprocessed is not set; export it as nnU-Net's documentation says")
-    pattern = name_or_id if name_or_id.startswith("Dataset") else f"Dataset{_identifier(name_or_id):03d}_*"
-    found = [path for path in Path(root).glob(pattern) if path.is_dir()]
+    root, word = required_folder("nnUNet_preprocessed"), name_or_id.rstrip("/\\")
+    if word.startswith("Task"):
+        raise UserError(
+            f"'{word}' is a name of nnU-Net v1 or of the Decathlon; convert it with "
+            f"nnUNetv2_convert_old_nnUNet_dataset or nnUNetv2_convert_MSD_dataset, then plan and preprocess it"
+        )
+    if word.startswith("Dataset"):
+        pattern, found = word, [root / word] * (root / word).is_dir()
+    else:
+        pattern = f"Dataset{_identifier(word):03d}_*"
+        found = sorted(path for path in root.iterdir() if path.name.startswith(pattern[:-1]) and path.is_dir())
     if len(found) != 1:
-        names = ", ".join(sorted(path.name for path in found)) or "none"
+        names = ", ".join(path.name for path in found) or "none"
         raise UserError(f"expected one data set {pattern} in {root}, found {names}; plan and preprocess it first")
     return found[0]
 
 
 def _identifier(text: str) -> int:
-    if not text.isdigit():
+    if not re.fullmatch(r"[0-9]+", text):
         raise UserError(f"a data set is given as DatasetXXX_NAME or by its number, got '{text}'")
     return int(text)
 
 
 def commands_path() -> str:
-    """PATH with this Python's commands first: nnU-Net's and ours, of the very environment that is asked."""
+    """Return PATH with the commands of this Python's environment first."""
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
-def named_trainer_folders() -> list[str]:
-    """The folders that nnUNet_extTrainer names."""
-    return [folder for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if folder]
-
-
-def trainer_folders() -> str:
-    """nnUNet_extTrainer as it is, and our trainers if they are not among it."""
-    named, ours = named_trainer_folders(), str(resource_folder("trainers"))
-    return os.pathsep.join(named if ours in named else [*named, ours])
-
-
 def cores() -> int:
-    """CPU cores that this process may use, which a scheduler or a container may have made fewer than there are."""
+    """Count the CPU cores that this process may use. A scheduler or container may allow fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def worker_count() -> int:
-    """Processes or threads that may read: nnUNet_n_proc_DA, else up to four; box reads need no more."""
+    """Return the number of reading processes: nnUNet_n_proc_DA, else up to four. Box reads need no more."""
     if "nnUNet_n_proc_DA" in os.environ:
         return int(os.environ["nnUNet_n_proc_DA"])
     return min(4, cores())
 
 
+def check_device(device: str) -> None:
+    """Refuse a kind of device that torch does not find.
+
+    Raises:
+        UserError: With the device to use instead.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device was found; use -device cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("no MPS device was found (Apple silicon has one); use -device cpu, or cuda on a GPU")
+
+
+def default_device() -> str:
+    """Return 'cuda' where torch finds a GPU, else 'cpu'."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_shared_memory(batch_bytes: int, workers: int) -> None:
+    """Refuse a /dev/shm that cannot hold the batches on their way from the workers. torch ends with a bus error there.
+
+    Raises:
+        UserError: If fewer batches fit than there are workers, or fewer than two.
+    """
+    if not workers or not SHARED_MEMORY.is_dir():
+        return
+    free, needed = shutil.disk_usage(SHARED_MEMORY).free, batch_bytes * max(2, workers)
+    if free < needed:
+        batch, needed_mib = (f"{value / 2**20:.1f} MiB" for value in (batch_bytes, needed))
+        raise UserError(
+            f"{SHARED_MEMORY} has {free / 2**20:.1f} MiB free, {workers} workers with batches of {batch} need "
+            f"{needed_mib}; start the container with --shm-size=8g or --ipc=host, or set a smaller nnUNet_n_proc_DA "
+            f"(0 needs none)"
+        )
+
+
+def check_split(folder: Path, fold: int | str) -> None:
+    """Refuse a read-only data set without a split, which nnU-Net would write.
+
+    Args:
+        folder: The preprocessed data set.
+        fold: Number, or 'all', which needs no split.
+
+    Raises:
+        UserError: If the split cannot be written.
+    """
+    if fold == "all" or (folder / "splits_final.json").is_file() or os.access(folder, os.W_OK):
+        return
+    raise UserError(
+        f"{folder} is read-only and has no splits_final.json, which nnU-Net writes at the first training; put one "
+        f"there, make the folder writable, or use fold all"
+    )
+
+
 def launched() -> bool:
-    """Whether torchrun, or who sets what it sets, has started this process as one of several."""
+    """Tell whether torchrun, or a launcher that sets its variables, started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def time_limit(hours: float | None) -> float | None:
-    """The limit in hours: the variable's, else the setting's.
+    """Return the limit in hours: the variable's, else the setting's.
 
     Raises:
         UserError: If the variable is no positive number.
@@ -95,37 +205,13 @@ def time_limit(hours: float | None) -> float | None:
 
 
 def set_threads(device: str) -> None:
-    """On the CPU: as many threads as OMP_NUM_THREADS says, where it is set.
+    """Give torch the threads that OMP_NUM_THREADS allows, on the CPU and where it is set.
 
-    Stock nnUNetv2_train sets torch to all cores, whatever the variable says; two trainings side by side then spin
-    against each other, several times slower each than with their own share of the cores.
+    Stock nnUNetv2_train sets torch to all cores. Two trainings side by side then spin against each other, and each is
+    several times slower than with its own share of the cores.
     """
     wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if device == "cpu" and wanted.isdigit() and int(wanted):
         import torch
 
         torch.set_num_threads(int(wanted))
-
-
-def keep_memory(device: str) -> None:
-    """On the CPU: take memory from the system in huge pages and keep it, in this process and those that it starts.
-
-    A new array is else filled with zeros by the system 4 KiB at a time, and what is freed goes back at once: for arrays
-    of tens of MiB that is up to a third of the time of a step. torch asks for huge pages from 2 MiB on; glibc keeps
-    arrays of up to 2 GiB. Variables that are set already stay; systems without either ignore it.
-    """
-    if device != "cpu":
-        return
-    os.environ.setdefault(HUGE_PAGES, "1")  # torch looks at it at the first such array
-    tuned = "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
-    if tuned or any(name in os.environ for name in KEPT_MEMORY):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return
-    from_size, _ = KEPT_MEMORY.values()
-    most = next((most for most in MOST_KEPT if mallopt(from_size, most)), 0)
-    for name, parameter in KEPT_MEMORY.items() if most else ():
-        # both or none: either alone would only stop glibc from adapting its own limits
-        os.environ[name] = str(most)
-        mallopt(parameter, most)

@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one, and one process at a time."""
+"""Write files atomically and lock them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from nnssl_ext.errors import UserError
 
 @contextmanager
 def replaced_on_success(path: Path) -> Iterator[Path]:
-    """A temporary file in the same folder that takes ``path``'s place when the block ends without an exception.
+    """Yield a temporary file that replaces ``path`` if the block ends without an exception.
 
-    It is flushed to the disk before it does; otherwise it is removed and ``path`` is left as it was.
+    It lies in the same folder and is flushed to the disk first. After an exception, ``path`` is left as it was.
 
     Raises:
         OSError: If the folder cannot be written.
@@ -38,7 +38,7 @@ def replaced_on_success(path: Path) -> Iterator[Path]:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes.
+    """Return the sha256 of a file's bytes.
 
     Raises:
         OSError: If it cannot be read.
@@ -51,10 +51,14 @@ def file_digest(path: Path) -> str:
 
 
 def lock_file(path: Path, work: str) -> FileLock:
-    """A lock, released when this process ends, however it ends; ``work`` says on what, for the message.
+    """Take a lock that is released when this process ends, even if it is killed.
+
+    Args:
+        path: Lock file.
+        work: Object of the lock, for the message.
 
     Raises:
-        UserError: If another process has it.
+        UserError: If another process holds it.
     """
     lock = FileLock(path)
     try:
@@ -62,6 +66,29 @@ def lock_file(path: Path, work: str) -> FileLock:
     except Timeout as error:
         raise UserError(f"another process works on {work}; wait for it or stop it") from error
     return lock
+
+
+def check_writable(folder: Path, name: str) -> None:
+    """Refuse a folder in which nothing can be written. It need not exist yet; nothing is left behind.
+
+    Args:
+        folder: The folder.
+        name: Variable that names it, for the message.
+
+    Raises:
+        UserError: If it, or the nearest folder above that exists, cannot be written.
+    """
+    nearest = folder
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    try:
+        if not nearest.is_dir():
+            raise NotADirectoryError(20, "is not a folder", str(nearest))
+        handle, temporary = tempfile.mkstemp(dir=nearest, prefix=".nnssl_ext_")
+        os.close(handle)
+        os.unlink(temporary)
+    except OSError as error:
+        raise UserError(f"{name}={folder} cannot be written: {nearest}: {error.strerror}") from error
 
 
 def _umask() -> int:

@@ -1,4 +1,4 @@
-"""Files from elsewhere are data: nothing of them is executed, and none makes us read more than it could mean."""
+"""Read files from elsewhere safely: nothing in them is executed, and none is unpacked beyond its plausible size."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnssl_ext.errors import RefusedError
+
 _SCALAR = np.float64(0).__reduce__()[0]  # numpy's own constructor, wherever it lives
 #: nnU-Net's checkpoints keep their log in numpy scalars. These names, and no others, may be loaded beside tensors.
 NUMPY_SCALARS: list[Any] = [
@@ -23,9 +25,9 @@ NUMPY_SCALARS: list[Any] = [
     (_SCALAR, "numpy.core.multiarray.scalar"),  # its name before numpy 2
     *(type(np.dtype(kind)) for kind in ("bool", "float16", "float32", "float64", "int32", "int64")),
 ]
-#: Largest JSON file in bytes, and how deeply it may be nested.
-LARGEST_JSON, DEEPEST_JSON = 64 * 2**20, 64
-#: An .npz may be so many times larger than its file.
+#: How deeply a checkpoint may be nested.
+MAX_DEPTH = 64
+#: Largest ratio of the content of an .npz or tar file to the file.
 LARGEST_RATIO = 1000
 #: A frame of Blosc2 begins with this, at this offset; its header's length stands behind.
 _FRAME, _FRAME_AT, _LENGTH_AT = b"b2frame\0", 2, 11
@@ -33,15 +35,11 @@ _FRAME, _FRAME_AT, _LENGTH_AT = b"b2frame\0", 2, 11
 _ACTIVE = (b"LazyArray", b"proxy-source", b"\xa3b2o")
 
 
-class RefusedError(ValueError):
-    """A file that is not what it should be; the message says why."""
-
-
 def load_tensors(path: Path, safe: list[Any] = NUMPY_SCALARS) -> Any:
-    """The tensors and plain values in a file of ``torch.save``, on the CPU; a pickle is never executed.
+    """Load the tensors and plain values of a ``torch.save`` file onto the CPU. A pickle is never executed.
 
     Raises:
-        RefusedError: If it claims to be more than it holds.
+        RefusedError: If it claims to hold more than it stores.
         Exception: Of many kinds, for damaged files.
     """
     if zipfile.is_zipfile(path):
@@ -56,13 +54,13 @@ def load_tensors(path: Path, safe: list[Any] = NUMPY_SCALARS) -> Any:
 
 
 def check_tensors(content: Any) -> None:
-    """Look at every value of a loaded file.
+    """Check every value of a loaded file.
 
     Raises:
-        RefusedError: For a tensor that is not dense or shows more than it stores, and for nesting without end.
+        RefusedError: For a tensor that is not dense or is larger than its storage, and for too deep nesting.
     """
     level: list[Any] = [content]
-    for _ in range(DEEPEST_JSON):
+    for _ in range(MAX_DEPTH):
         below: list[Any] = []
         for value in level:
             if isinstance(value, dict):
@@ -80,26 +78,11 @@ def check_tensors(content: Any) -> None:
     raise RefusedError("it is nested too deeply")
 
 
-def check_json(content: Any) -> None:
-    """Refuse what is nested more deeply than any settings are."""
-    level: list[Any] = [content]
-    for _ in range(DEEPEST_JSON):
-        level = [
-            item
-            for value in level
-            if isinstance(value, (dict, list))
-            for item in (value.values() if isinstance(value, dict) else value)
-        ]
-        if not level:
-            return
-    raise RefusedError(f"it is nested more than {DEEPEST_JSON} levels deep")
-
-
 def open_blosc2(path: Path, **options: Any) -> blosc2.NDArray:
-    """An array in a .b2nd file; the kinds of Blosc2 objects that run code when they are opened are refused.
+    """Open the array in a .b2nd file. Blosc2 objects that run code when they are opened are refused.
 
     Raises:
-        RefusedError: For such a file, and for one that holds no array.
+        RefusedError: For such a file, and for one without an array.
         Exception: Of many kinds, for damaged files.
     """
     with path.open("rb") as file:
@@ -118,10 +101,10 @@ def open_blosc2(path: Path, **options: Any) -> blosc2.NDArray:
 
 
 def load_npz(path: Path, name: str) -> np.ndarray:
-    """One array of an .npz file.
+    """Load one array of an .npz file.
 
     Raises:
-        RefusedError: If it would unpack to much more than its file could mean.
+        RefusedError: If it would unpack to far more than its file.
         Exception: Of many kinds, for damaged files.
     """
     with zipfile.ZipFile(path) as archive:
@@ -135,15 +118,15 @@ def load_npz(path: Path, name: str) -> np.ndarray:
 def unpack_tar(
     path: Path, target: Path, wanted: Callable[[tarfile.TarFile], Iterable[tarfile.TarInfo]] | None = None
 ) -> None:
-    """Unpack a tar file below ``target``: no member leaves it, and none if they do not fit on the disk.
+    """Unpack a tar file below ``target``. No member leaves that folder.
 
     Args:
         path: The file.
         target: A folder.
-        wanted: Which members; None for all.
+        wanted: Chooses members; None takes all.
 
     Raises:
-        RefusedError: If it would unpack to much more than its file, which no medical images do.
+        RefusedError: If it would unpack to far more than its file, which no medical images do.
         tarfile.TarError, OSError: If it cannot be unpacked.
     """
     limit, total = LARGEST_RATIO * path.stat().st_size, 0

@@ -1,4 +1,4 @@
-"""What made a file: versions and the revision of the code."""
+"""Record what made a file: versions, the revision of the code and the hardware."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from nnssl_ext import __version__
 from nnssl_ext.environment import cores
 from nnssl_ext.resources import PACKAGE
 
-#: Whose versions are noted.
+#: Packages with noted versions.
 PACKAGES = ("nnunetv2", "torch", "dynamic-network-architectures", "batchgenerators", "SimpleITK", "scipy", "monai")
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of what made a checkpoint."""
+    """Return the versions of Python and of the packages behind a checkpoint."""
     found = {"nnssl_ext": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def revision() -> str:
-    """The git revision of a checkout; '' for an installed package."""
+    """Return the git revision of a checkout, or '' for an installed package."""
     if not (PACKAGE.parent / ".git").exists():
         return ""
     command = ["git", "-C", str(PACKAGE.parent), "rev-parse", "HEAD"]
@@ -42,7 +42,7 @@ def revision() -> str:
 
 
 def hardware() -> str:
-    """What the run computes on, as a model card says it; no names of machines."""
+    """Describe the device for a model card, without the name of the machine."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{cores()} CPU cores, {platform.machine()}"

@@ -1,12 +1,12 @@
-"""Recipes: the JSON files of plans/, merged into a data set's own nnU-Net plans.
+"""Merge recipes, the JSON files of plans/, into a data set's own nnU-Net plans.
 
 A recipe has up to four parts::
 
     {"description": "one line",
-     "nnssl_ext":     settings of the pretraining, common ones and one section per method,
-     "configuration": batch_size and patch_size of the plan's 3-D configurations (fine-tuning sees them too),
-     "architecture":  features_base and features_max, the width of the network; or network_class_name with arch_kwargs
-                      and _kw_requires_import, another network}
+     "nnssl_ext":     settings of pretraining and fine-tuning: common ones, and one section per method
+     "configuration": batch_size, patch_size and patch_limit of the 3-D configurations, for fine-tuning too
+     "architecture":  width of the network (features_base, features_max), or another network (network_class_name,
+                      arch_kwargs, _kw_requires_import)}
 """
 
 from __future__ import annotations
@@ -19,40 +19,43 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from nnssl_ext.errors import UserError
+from nnssl_ext.configurations import configuration_of, total_stride
+from nnssl_ext.errors import RefusedError, UserError
 from nnssl_ext.files import replaced_on_success
-from nnssl_ext.foreign import LARGEST_JSON, RefusedError, check_json
 from nnssl_ext.resources import resource_folder
 from nnssl_ext.settings import PLANS_KEY, check_settings, setting, unknown_name
+
+#: Largest JSON file that is read, and how deeply it may be nested.
+MAX_JSON_BYTES, MAX_JSON_DEPTH = 64 * 2**20, 64
 
 
 @dataclass(frozen=True)
 class ConfigurationOverlay:
-    """What a recipe may change of a plan's 3-D configurations."""
+    """Changes of a plan's 3-D configurations."""
 
     batch_size: int | None = setting(None, "Batch size of the configuration.", low=1)
     patch_size: list[int] | None = setting(None, "Patch edges in voxels.", low=1, length=3)
-    patch_limit: int | None = setting(None, "Longest patch edge; edges are cut to what the network takes.", low=1)
+    patch_limit: int | None = setting(
+        None, "Longest patch edge. Edges are reduced to sizes that the network takes.", low=1
+    )
 
 
 @dataclass(frozen=True)
 class ArchitectureOverlay:
-    """What a recipe may change of a plan's network."""
+    """Changes of a plan's network."""
 
-    features_base: int | None = setting(None, "Channels of the first stage; they double with each stage.", low=1)
+    features_base: int | None = setting(None, "Channels of the first stage. They double with each stage.", low=1)
     features_max: int | None = setting(None, "Upper limit of the channels of a stage.", low=1)
-    network_class_name: str | None = setting(None, "Another network, by its dotted path; it replaces the plan's.")
+    network_class_name: str | None = setting(None, "Dotted path of another network, which replaces the plan's.")
     arch_kwargs: dict | None = setting(
-        None, "Arguments of the network, laid over its own; strides left out follow from the spacing."
+        None, "Arguments of the network, merged into its own. Missing strides follow from the spacing."
     )
-    _kw_requires_import: list[str] | None = setting(None, "Arguments that name something to be imported.")
+    _kw_requires_import: list[str] | None = setting(None, "Arguments that are dotted paths to import.")
 
 
 @dataclass
 class Recipe:
-    """One recipe, as plain JSON values."""
+    """A recipe as plain JSON values."""
 
     name: str
     settings: dict = field(default_factory=dict)
@@ -60,6 +63,7 @@ class Recipe:
     architecture: dict = field(default_factory=dict)
 
     def parts(self) -> dict[str, dict]:
+        """Return the parts by their names in the file."""
         return {
             PLANS_KEY: self.settings,
             "configuration": self.configuration,
@@ -68,7 +72,7 @@ class Recipe:
 
 
 def available_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """List the recipes that come with the package."""
     return sorted(path.stem for path in resource_folder("plans").glob("*.json"))
 
 
@@ -76,7 +80,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     """Read a recipe by its name in plans/ or by the path of a JSON file.
 
     Raises:
-        UserError: If it does not exist, is not JSON, or has an unknown part.
+        UserError: If it does not exist, is no JSON, or has an unknown part.
     """
     path = Path(name_or_path)
     if path.suffix != ".json":
@@ -97,10 +101,13 @@ def load_recipe(name_or_path: str) -> Recipe:
 
 
 def assignments_recipe(assignments: Iterable[str]) -> Recipe:
-    """The recipe that command-line words like ``epochs=200`` or ``volume_fusion.levels=4`` spell out.
+    """Build a recipe from command-line words like ``epochs=200`` or ``volume_fusion.levels=4``.
 
-    Values are JSON; what is not JSON is taken as a string. ``configuration.`` and ``architecture.`` reach the other
-    two parts.
+    Values are JSON, or strings if they are no JSON. Names that begin with ``configuration.`` and ``architecture.``
+    belong to these parts.
+
+    Raises:
+        UserError: If a name is a setting and a section at once.
     """
     recipe = Recipe("command line")
     for word in assignments:
@@ -122,7 +129,7 @@ def assignments_recipe(assignments: Iterable[str]) -> Recipe:
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """``below`` with the values of ``above`` laid over it, objects merged key by key; neither is changed."""
+    """Merge ``above`` into a copy of ``below``, objects key by key."""
     result = deepcopy(dict(below))
     for key, value in above.items():
         if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
@@ -133,17 +140,23 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def derive_plans(plans: Mapping[str, Any], name: str, recipes: list[Recipe], configurations: list[str]) -> dict:
-    """A data set's plans with recipes laid over them, in their order.
+    """Merge recipes into a data set's plans, in their order.
 
-    The preprocessed data is shared: ``data_identifier`` stays as it is.
+    ``data_identifier`` stays, so that the preprocessed data is shared. Changed configurations are resolved first:
+    inherited values are filled in, old formats converted.
 
     Args:
         plans: The data set's own plans.
-        name: ``plans_name`` of the result; equal to its file's stem.
-        recipes: What to lay over.
-        configurations: The configurations that the overlays change.
+        name: ``plans_name`` of the result, equal to its file's stem.
+        recipes: The recipes.
+        configurations: Names of the configurations to change.
+
+    Raises:
+        UserError: For unknown or ill-typed values, and for networks that cannot be built so.
     """
-    result = json.loads(json.dumps(plans))  # unlike deepcopy, configurations share no objects afterwards
+    resolved = {name: configuration_of(plans, name) for name in configurations}
+    # unlike deepcopy, configurations share no objects afterwards
+    result = json.loads(json.dumps({**plans, "configurations": {**plans["configurations"], **resolved}}))
     result["plans_name"] = name
     for recipe in recipes:
         result[PLANS_KEY] = merged(result.get(PLANS_KEY, {}), recipe.settings)
@@ -161,11 +174,11 @@ def _apply(target: dict, configuration: ConfigurationOverlay, architecture: Arch
     if configuration.patch_size is not None:
         target["patch_size"] = list(configuration.patch_size)
     elif replaced or configuration.patch_limit is not None:
-        target["patch_size"] = _legal_patch(target, configuration.patch_limit)
+        target["patch_size"] = legal_patch(target, configuration.patch_limit)
 
 
-def _legal_patch(configuration: Mapping[str, Any], limit: int | None) -> list[int]:
-    """The nearest patch in whole strides, within a limit; two voxels at the bottleneck suit every network."""
+def legal_patch(configuration: Mapping[str, Any], limit: int | None) -> list[int]:
+    """Round a patch to whole strides within a limit, with two voxels at the bottleneck, which suit every network."""
     edges = []
     for edge, stride in zip(configuration["patch_size"], total_stride(configuration), strict=True):
         steps = (edge + stride // 2) // stride
@@ -176,7 +189,7 @@ def _legal_patch(configuration: Mapping[str, Any], limit: int | None) -> list[in
 
 
 def _apply_architecture(target: dict, overlay: ArchitectureOverlay, where: str) -> bool:
-    """Change a configuration's network; true if it is another class now."""
+    """Change a configuration's network and return whether its class changed."""
     plan = target["architecture"]
     replaced = overlay.network_class_name not in (None, plan["network_class_name"])
     if replaced:
@@ -205,7 +218,12 @@ def _apply_architecture(target: dict, overlay: ArchitectureOverlay, where: str) 
 
 
 def default_kwargs(network_class_name: str, spacing: list[float], where: str) -> dict[str, Any]:
-    """What a network's class says about itself for data of this spacing: its strides, if it has ``strides_for``.
+    """Return the strides of a network's class for a spacing, if the class has ``strides_for``.
+
+    Args:
+        network_class_name: Dotted path.
+        spacing: Voxel edges in mm.
+        where: Source of the name, for messages.
 
     Raises:
         UserError: If nothing can be imported under that name.
@@ -221,24 +239,27 @@ def default_kwargs(network_class_name: str, spacing: list[float], where: str) ->
     return {"strides": network_class.strides_for(spacing)} if hasattr(network_class, "strides_for") else {}
 
 
-def total_stride(configuration: Mapping[str, Any]) -> tuple[int, ...]:
-    """Stride from the input to the bottleneck of a configuration's network, per axis."""
-    return tuple(np.prod(configuration["architecture"]["arch_kwargs"]["strides"], axis=0).tolist())
-
-
 def read_json(path: Path, kind: type = dict) -> Any:
-    """The JSON content of a file, an object or a list as ``kind`` says, or one line about why not."""
+    """Return the content of a JSON file in UTF-8, with or without a byte-order mark.
+
+    Args:
+        path: The file.
+        kind: Expected type of the content, dict or list.
+
+    Raises:
+        UserError: If it cannot be read, is too large or too deep, or has another type.
+    """
     try:
-        if (size := path.stat().st_size) > LARGEST_JSON:
-            raise UserError(f"{path} has {size:,} bytes, more than any settings: refused (at most {LARGEST_JSON:,})")
-        content = json.loads(path.read_text())
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise UserError(f"{path} has {size:,} bytes, more than any settings: refused (at most {MAX_JSON_BYTES:,})")
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         check_json(content)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except RefusedError as error:
         raise UserError(f"{path} is refused: {error}") from error
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON in UTF-8: {error}") from error
     except RecursionError as error:
         raise UserError(f"{path} is refused: it is nested too deeply") from error
     if not isinstance(content, kind):
@@ -246,10 +267,33 @@ def read_json(path: Path, kind: type = dict) -> Any:
     return content
 
 
+def check_json(content: Any) -> None:
+    """Refuse content that is nested more deeply than any settings.
+
+    Raises:
+        RefusedError: Beyond ``MAX_JSON_DEPTH`` levels.
+    """
+    level: list[Any] = [content]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            item
+            for value in level
+            if isinstance(value, (dict, list))
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise RefusedError(f"it is nested more than {MAX_JSON_DEPTH} levels deep")
+
+
 def write_json(content: Mapping[str, Any] | list, path: Path) -> None:
-    """Write JSON so that the file is never seen half-written."""
+    """Write a JSON file atomically.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
     try:
         with replaced_on_success(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=4))
+            temporary.write_text(json.dumps(content, indent=4), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error

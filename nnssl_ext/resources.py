@@ -1,4 +1,4 @@
-"""Where the trainers/ and plans/ folders are: inside the installed package, or beside it in a checkout."""
+"""Locate the trainers/ and plans/ folders, inside the package or beside it in a checkout."""
 
 from pathlib import Path
 
@@ -6,6 +6,6 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def resource_folder(name: str) -> Path:
-    """Folder ``trainers`` or ``plans``, from a wheel and from a checkout alike."""
+    """Return the folder ``trainers`` or ``plans``, from a wheel or a checkout."""
     packaged = PACKAGE / name
     return packaged if packaged.is_dir() else PACKAGE.parent / name

@@ -80,7 +80,8 @@ class CommonSettings:
         False, "Recompute the network's blocks in the backward pass: less memory, about a third more computation."
     )
     start_from: str | None = setting(
-        None, "checkpoint_final.pth of a run of the same method and network to start from. The crop may differ."
+        None,
+        "Weights to start from, as nnssl_ext transfer takes them. A run of the same method hands over its heads too.",
     )
     images: str | None = setting(
         None, "Folder of labeled 2-D images, CLASS/IMAGE.png or .jpg, for methods that learn from them."
@@ -97,6 +98,15 @@ class CommonSettings:
     )
     write_in_background: bool = setting(
         True, "Write checkpoints while training goes on. false: needs one copy of the state less in host memory."
+    )
+    keep_host_memory: bool = setting(
+        True, "On the CPU: keep freed memory, in huge pages, instead of returning it to the system after each step."
+    )
+    restore_weight_lengths: bool = setting(
+        True,
+        "Scale convolutions before a norm to their initial length in the weights for fine-tuning. Runs continue with "
+        "the trained lengths.",
+        source="longer weights, equal in function, learn more slowly",
     )
     target_trainer: str = setting("nnUNetTrainer", "Trainer that builds the network to pretrain.")
 
@@ -121,10 +131,19 @@ class FinetuneSettings:
     schedule: str = setting(
         "poly", "Learning rate schedule, per step.", source="nnU-Net", choices=("constant", "poly", "cosine")
     )
-    warmup: int = setting(0, "Steps of linear learning rate warmup.", source="none in nnU-Net", low=0)
+    warmup: float = setting(
+        0, "Steps of linear learning rate warmup. Below 1: a share of all steps.", source="none in nnU-Net", low=0
+    )
     encoder_lr_scale: float = setting(1.0, "Factor of the encoder's learning rate.", low=0)
-    head_only_steps: int = setting(0, "First steps that train only the segmentation heads.", low=0)
-    freeze_encoder_steps: int = setting(0, "First steps with a frozen encoder.", low=0)
+    layer_decay: float = setting(
+        1.0, "Factor of the learning rate from each encoder layer to the one before it.", source="BEiT", low=0.1, high=1
+    )
+    plain_norms: bool = setting(False, "Exempt norms and biases from weight decay.", source="usual for transformers")
+    head_only_steps: float = setting(0, "First steps that train only the heads. Below 1: a share of all steps.", low=0)
+    freeze_encoder_steps: float = setting(0, "First steps with a frozen encoder. Below 1: a share of all steps.", low=0)
+    restart_schedule: bool = setting(
+        False, "Restart warmup and schedule when frozen components are released (sawtooth).", source="OpenMind"
+    )
     weight_average_decay: float = setting(
         0.0, "Decay of the weight average that is validated and written. 0: no average.", low=0, high=0.99999
     )

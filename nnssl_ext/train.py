@@ -1,41 +1,44 @@
-"""``nnUNetv2_train`` with its very arguments, and one line where it would show a traceback.
+"""Run ``nnUNetv2_train`` with its own arguments, after checks that turn its tracebacks into one line.
 
-Before nnU-Net's own entry point takes over, the variables, the data set, its plans and the trainer are looked at.
-``torchrun ... -m nnssl_ext.train`` is the same on several GPUs or machines.
+Variables, data set, plans, trainer, device and weights are checked before nnU-Net's entry point takes over.
+``torchrun ... -m nnssl_ext.train`` does the same on several GPUs or machines.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
+import math
 import os
-import pkgutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from nnssl_ext.environment import MAX_TIME, dataset_folder, launched, time_limit, trainer_folders
+from nnssl_ext import environment
+from nnssl_ext.configurations import configuration_of
 from nnssl_ext.errors import UserError
+from nnssl_ext.external_trainers import find_trainer, trainer_folders
+from nnssl_ext.files import check_writable
 from nnssl_ext.recipe import read_json
-from nnssl_ext.resources import resource_folder
+
+#: Bytes of a voxel in a batch: float32 for each channel, int16 for the labels.
+CHANNEL_BYTES, LABEL_BYTES = 4, 2
 
 
 def train(arguments: Sequence[str]) -> None:
     """Check, then run stock nnU-Net's ``nnUNetv2_train`` in this process.
 
     Args:
-        arguments: The words after ``nnUNetv2_train``, and ``--max-time HOURS`` for our trainers.
+        arguments: Words after ``nnUNetv2_train``, and ``--max-time HOURS`` for our trainers.
 
     Raises:
-        UserError: For a missing variable, an unplanned data set, an unknown configuration, fold or trainer.
+        UserError: For anything that would stop nnU-Net with a traceback.
     """
     arguments, hours = _take_max_time(arguments)
     if any(word in ("-h", "--help") for word in arguments):
         _stock(arguments)
-    elif launched():
-        # takes a while: nnU-Net and torch
-        from nnssl_ext.training.distributed.launch import process_group
+    elif environment.launched():
+        from nnssl_ext.training.distributed.launch import process_group  # imports nnU-Net and torch
 
         with process_group(lambda: _check(arguments, hours)):
             _stock(arguments)
@@ -53,12 +56,12 @@ def _stock(arguments: Sequence[str]) -> None:
         run_training_entry()
     except ProcessExitedException as error:  # of -num_gpus
         if error.exit_code == 1:
-            raise SystemExit(1) from error  # it has said why
+            raise SystemExit(1) from error  # it has printed its reason
         raise UserError(f"{error}; go on with --c") from error
 
 
 def _take_max_time(arguments: Sequence[str]) -> tuple[list[str], str | None]:
-    """The other words, and the hours of ``--max-time``."""
+    """Split off the hours of ``--max-time``."""
     parser = _Parser(prog="nnssl_ext train", add_help=False, allow_abbrev=False)
     parser.add_argument("--max-time")
     known, others = parser.parse_known_args(list(arguments))
@@ -71,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def stock_parser() -> argparse.ArgumentParser:
-    """The arguments of ``nnUNetv2_train``; an error in them is a ``UserError``."""
+    """Return a parser of ``nnUNetv2_train``'s arguments whose errors are ``UserError``."""
     parser = _Parser(prog="nnssl_ext train", add_help=False)
     for name in ("dataset_name_or_id", "configuration", "fold"):
         parser.add_argument(name)
@@ -86,33 +89,36 @@ def stock_parser() -> argparse.ArgumentParser:
 
 
 def _check(arguments: Sequence[str], hours: str | None) -> argparse.Namespace:
-    """The arguments, if they can work; ``--max-time`` goes where every process of the training finds it."""
+    """Return the parsed arguments if they can work, and put ``--max-time`` where all processes read it."""
     known = stock_parser().parse_args(arguments)
     _check_together(known)
     if hours is not None:
-        os.environ[MAX_TIME] = hours
-        time_limit(None)
-    for variable in ("nnUNet_preprocessed", "nnUNet_results"):
-        if not os.environ.get(variable):
-            raise UserError(
-                f"{variable} is not set; export it as nnU-Net's documentation says, or ask nnssl_ext doctor"
-            )
-    folder = dataset_folder(known.dataset_name_or_id)
-    plans_file = folder / f"{known.p}.json"
-    if not plans_file.is_file():
-        found = sorted(path.stem for path in folder.glob("*.json") if "lans" in path.stem)
-        raise UserError(f"{folder.name} has no plans '{known.p}'; it has {', '.join(found) or 'none: plan it first'}")
-    configurations = read_json(plans_file)["configurations"]
-    if known.configuration not in configurations:
-        raise UserError(
-            f"plans {known.p} have no configuration '{known.configuration}'; they have {', '.join(configurations)}"
-        )
+        os.environ[environment.MAX_TIME] = hours
+        environment.time_limit(None)
+    environment.check_processes()
+    results = environment.named_folder("nnUNet_results")
+    folder = environment.dataset_folder(known.dataset_name_or_id)
+    _check_number(known.dataset_name_or_id, folder)
+    plans, dataset_json = _plans(folder, known.p), read_json(folder / "dataset.json")
+    configuration = configuration_of(plans, known.configuration)
+    for file in (folder / f"{known.p}.json", folder / "dataset.json"):
+        _check_stock_reads(file)
     if known.fold != "all" and not known.fold.isdigit():
         raise UserError(f"fold must be 'all' or a number, got '{known.fold}'")
-    if known.pretrained_weights and not Path(known.pretrained_weights).is_file():
-        raise UserError(f"-pretrained_weights {known.pretrained_weights} does not exist")
-    _add_our_trainers()
-    _check_trainer(known.tr)
+    weights = Path(known.pretrained_weights) if known.pretrained_weights else None
+    if weights is not None and not weights.is_file():
+        raise UserError(f"-pretrained_weights {weights} does not exist")
+    os.environ["nnUNet_extTrainer"] = trainer_folders()
+    trainer = find_trainer(known.tr)
+    _check_devices(known)
+    environment.check_split(folder, known.fold)
+    check_writable(results, "nnUNet_results")
+    _check_checkpoints(known, results / folder.name / f"{known.tr}__{known.p}__{known.configuration}")
+    _check_batches(trainer, configuration, dataset_json)
+    if weights is not None and not hasattr(trainer, "method_class"):  # a pretraining takes weights in its own way
+        from nnssl_ext.networks.target import check_stock_weights
+
+        check_stock_weights(weights, trainer, plans, known.configuration, dataset_json)
     return known
 
 
@@ -123,30 +129,74 @@ def _check_together(known: argparse.Namespace) -> None:
             raise UserError(f"--{one} and {dashes}{other} exclude each other; give one of the two")
 
 
-def _add_our_trainers() -> None:
-    os.environ["nnUNet_extTrainer"] = trainer_folders()
+def _check_number(word: str, folder: Path) -> None:
+    """Refuse a number that stock nnU-Net finds for several data sets; it takes 103 for Dataset1035_X, too."""
+    if word.startswith("Dataset"):
+        return
+    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
+    others = sorted(str(name) for name in find_candidate_datasets(int(word)) if name != folder.name)
+    if others:
+        raise UserError(f"nnU-Net finds {', '.join(others)} for number {word}, too; give the name {folder.name}")
 
 
-def _check_trainer(name: str) -> None:
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+def _plans(folder: Path, name: str) -> dict[str, Any]:
+    file = folder / f"{name}.json"
+    if not file.is_file():
+        found = sorted(path.stem for path in folder.glob("*.json") if "lans" in path.stem)
+        raise UserError(f"{folder.name} has no plans '{name}'; it has {', '.join(found) or 'none: plan it first'}")
+    plans = read_json(file)
+    if plans.get("dataset_name") != folder.name:
+        raise UserError(
+            f"{file} is for {plans.get('dataset_name')}, whose data nnU-Net would take; copy plans with "
+            f"nnUNetv2_move_plans_between_datasets, or correct its dataset_name"
+        )
+    return plans
 
+
+def _check_stock_reads(file: Path) -> None:
+    """Refuse JSON that we can read, but nnU-Net cannot."""
+    if file.read_bytes().startswith(b"\xef\xbb\xbf"):
+        raise UserError(f"{file} begins with a byte-order mark, which nnU-Net cannot read; save it without one")
     try:
-        recursive_find_trainer_class_by_name(name)
-    except RuntimeError as error:
-        near = difflib.get_close_matches(name, _trainer_names(), n=1, cutoff=0.4)
-        hint = f"did you mean '{near[0]}'?" if near else "nnssl_ext methods lists ours"
-        raise UserError(f"trainer '{name}' was not found; {hint}") from error
+        file.read_text()  # in the locale's encoding, as nnU-Net does
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is UTF-8, which nnU-Net does not read in this locale; export PYTHONUTF8=1") from error
 
 
-def _trainer_names() -> list[str]:
-    """Names of our trainers, and of nnU-Net's modules, which are called as their main class."""
-    import nnunetv2.training.nnUNetTrainer
+def _check_devices(known: argparse.Namespace) -> None:
+    number = 1 if known.num_gpus is None else known.num_gpus
+    if number < 1:
+        raise UserError(f"-num_gpus must be at least 1, got {number}")
+    if number > 1 and known.device != "cuda":
+        raise UserError(
+            f"-num_gpus {number} needs -device cuda, got {known.device}; leave -num_gpus out, or start several "
+            f"processes of a pretraining on the CPU with torchrun -m nnssl_ext.train"
+        )
+    environment.check_device(known.device)
+    if known.device == "cuda":
+        import torch
 
-    names = [path.stem for path in resource_folder("trainers").glob("*.py")]
-    names += [
-        module.name.rpartition(".")[2] for module in pkgutil.walk_packages(nnunetv2.training.nnUNetTrainer.__path__)
-    ]
-    return names
+        if number > torch.cuda.device_count():
+            raise UserError(f"-num_gpus {number} is more than the {torch.cuda.device_count()} GPUs that torch finds")
+
+
+def _check_checkpoints(known: argparse.Namespace, runs: Path) -> None:
+    wanted = {"final": known.val, "best": known.val_best and known.val}
+    for name, needed in wanted.items():
+        file = runs / f"fold_{known.fold}" / f"checkpoint_{name}.pth"
+        if needed and not file.is_file():
+            raise UserError(f"--val needs {file}, which does not exist; finish the training first")
+
+
+def _check_batches(trainer_class: Any, configuration: dict[str, Any], dataset_json: dict[str, Any]) -> None:
+    """Refuse a shared memory that cannot hold the batches of stock's or our loaders."""
+    from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+
+    workers = environment.worker_count() if hasattr(trainer_class, "method_class") else get_allowed_n_proc_DA()
+    channels = len(dataset_json.get("channel_names") or dataset_json.get("modality") or [0])
+    voxels = configuration["batch_size"] * math.prod(configuration["patch_size"])
+    environment.check_shared_memory(voxels * (channels * CHANNEL_BYTES + LABEL_BYTES), workers)
 
 
 if __name__ == "__main__":

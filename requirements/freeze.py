@@ -1,8 +1,8 @@
-"""What the package and its development need, directly or not, as it is installed here: `make lock` writes locked.txt.
+"""Print all direct and indirect dependencies as installed here, which `make lock` writes to locked.txt.
 
     python requirements/freeze.py > requirements/locked.txt
 
-Names and versions only, for `pip install -c`; other packages of the environment, and the package itself, are left out.
+They are names and versions for `pip install -c`. Other packages of the environment and the package itself are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from packaging.version import Version
 
 
 def closure(roots: list[Requirement]) -> dict[str, str]:
-    """Versions by name of these and of everything that they need in this environment.
+    """Return the versions by name of requirements and of everything that they need here.
 
     Raises:
         PackageNotFoundError: If one of them is not installed.

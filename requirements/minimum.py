@@ -1,8 +1,8 @@
-"""The lower bounds of pyproject.toml as constraints for pip, a line each: what `make test-minimum` installs.
+"""Print the lower bounds of pyproject.toml as constraints for pip, which `make test-minimum` installs.
 
     python requirements/minimum.py > minimum.txt
 
-A dependency without a lower bound gets no line: pip then takes the newest that fits the rest. Needs packaging, and
+A dependency without a lower bound gets no line. pip then takes the newest that fits the rest. This needs packaging, and
 tomli before Python 3.11.
 """
 
@@ -23,19 +23,19 @@ PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 
 def declared(pyproject: Path = PYPROJECT) -> list[Requirement]:
-    """What the package and its development need directly."""
+    """Return the direct requirements of the package and its development."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     return [Requirement(line) for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]]
 
 
 def lower_bound(requirement: Requirement) -> Version | None:
-    """The lowest version that a requirement names, None if it names none."""
+    """Return the lowest version that a requirement names, or None."""
     bounds = [Version(s.version) for s in requirement.specifier if s.operator in (">=", "==", "~=")]
     return max(bounds, default=None)
 
 
 def constraints(requirements: list[Requirement]) -> list[str]:
-    """``name==version`` for each requirement with a lower bound, the highest where one is named twice."""
+    """Return ``name==version`` of each lower bound. The highest counts where a name stands twice."""
     found: dict[str, Version] = {}
     for requirement in requirements:
         bound = lower_bound(requirement)

@@ -22,6 +22,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that go through an nnU-Net environment: ``make test-fast`` leaves them out."""
+    for item in items:
+        if "environment" in getattr(item, "fixturenames", ()):
+            item.add_marker("integration")
+
+
 @dataclass
 class Environment:
     """An nnU-Net environment in a temporary folder."""

@@ -1,23 +1,32 @@
 import json
+import os
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from benchmarks import cards, loader, measure, memory, startup, step, views
+from benchmarks import cards, launches, loader, measure, memory, peers, record, startup, step, views
 from benchmarks.__main__ import BENCHMARKS, main
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.context import Context, NoTimeLeftError
 from benchmarks.workload import DATA, write_cases
-from nnssl_ext.data.crops import Crop, CropDataset, CropRequest
+from nnssl_ext.data.crops import Crop, CropBatch, CropDataset, CropRequest
 from nnssl_ext.data.index import CaseIndex
+from nnssl_ext.methods import METHODS
 from tests.conftest import REPOSITORY
 
 TOOLS = {"__init__", "__main__", "measure", "workload", "soak_runs", "checkout"}
 
 
 def test_every_benchmark_is_listed() -> None:
-    assert set(BENCHMARKS) == {path.stem for path in (REPOSITORY / "benchmarks").glob("*.py")} - TOOLS
+    folder = REPOSITORY / "benchmarks"
+    names = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__main__.py")}
+    assert set(BENCHMARKS) == names - TOOLS
 
 
 def test_an_unknown_name_is_one_line_and_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,26 +116,73 @@ def test_step_prints_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 def test_each_view_and_each_list_runs(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    for view in views.each(24, cpu).values():
+    found = views.each(24, cpu)
+    assert {"mirror (cut)", "fusion", "noise, of a copy", "histogram, of a copy"} <= set(found)
+    for view in found.values():
         view()
     write_cases(tmp_path / DATA, (48, 48, 48), 2, [32, 32, 32])
     index = CaseIndex.build(tmp_path / DATA, workers=0, show_progress=False)
     run = views.lists(32, index, cpu, 1)
-    assert {"VolumeFusion, equal list", "VolumeFusion", "Masked autoencoder"} <= set(run)
-    run["VolumeFusion, equal list"]()
+    assert {"VolumeFusion", "Masked autoencoder"} <= set(run)
+    run["VolumeFusion"]()
+
+
+def test_sides_take_new_samples_in_every_repeat(tmp_path: Path) -> None:
+    write_cases(tmp_path / DATA, (48, 48, 48), 2, [32, 32, 32])
+    index = CaseIndex.build(tmp_path / DATA, workers=0, show_progress=False)
+    sides = peers.volume_fusion(32, index, 2)
+    seen: dict[str, list[int]] = {name: [] for name in sides}
+
+    def noted(name: str, make: Callable[[CropBatch], object]) -> Callable[[CropBatch], object]:
+        def call(batch: CropBatch) -> object:
+            seen[name] += batch.indices
+            return make(batch)
+
+        return call
+
+    for name, side in sides.items():
+        side.make = noted(name, side.make)
+    costs = peers.turns(sides, 2)
+    assert [len(found) for found in costs.values()] == [2] * len(sides)
+    assert seen["ours"] == seen["stock nnU-Net"] == list(range(12))
+
+
+def test_stock_and_ours_make_the_same_kind_of_sample(tmp_path: Path) -> None:
+    """Same shape, and both change about as much of a crop: no side does less work."""
+    write_cases(tmp_path / DATA, (48, 48, 48), 2, [32, 32, 32])
+    index = CaseIndex.build(tmp_path / DATA, workers=0, show_progress=False)
+    sides = peers.volume_fusion(32, index, 1)
+    sides["ours"].read(0)
+    (batch,) = sides["ours"].ready
+    ours, stock = sides["ours"].make(batch), sides["stock nnU-Net"].make(batch)
+    assert ours["image"].shape == stock.shape == (2, 1, 32, 32, 32)  # type: ignore[index, attr-defined]
+    assert torch.isfinite(stock).all()  # type: ignore[arg-type]
 
 
 def test_the_equal_list_is_nnunets() -> None:
-    method = views.build("volume_fusion", 32, views.equal_list())
+    method = views.build("volume_fusion", 32, peers.EQUAL_LIST)
     looks = method.settings.intensity
-    stock = nnUNetTrainer.get_training_transforms((32, 32, 32), (0.0, 0.0), None, (0, 1, 2), False)
-    chances = dict.fromkeys(("noise", "blur", "brightness", "contrast", "low_resolution", "gamma"), 0.0)
-    for chosen in stock.transforms:
-        kind = type(getattr(chosen, "transform", chosen)).__name__.lower().replace("lowres", "low_res")
-        for name in chances:
-            if name.replace("_", "") in kind.replace("_", ""):
-                chances[name] += chosen.apply_probability * getattr(chosen.transform, "p_per_channel", 1)
-    assert {name: getattr(looks, f"{name}_probability") for name in chances} == pytest.approx(chances)
+    chances: dict[str, float] = {}
+    for chosen in peers.stock_transforms(32).transforms:
+        transform = getattr(chosen, "transform", None)
+        if transform is None:
+            continue
+        name = {
+            "GaussianNoiseTransform": "noise",
+            "GaussianBlurTransform": "blur",
+            "MultiplicativeBrightnessTransform": "brightness",
+            "ContrastTransform": "contrast",
+            "SimulateLowResolutionTransform": "low_resolution",
+            "GammaTransform": "inverted_gamma" if getattr(transform, "p_invert_image", 0) else "gamma",
+        }[type(transform).__name__]
+        chances[f"{name}_probability"] = chosen.apply_probability
+        if name in ("blur", "low_resolution"):
+            chances[f"{name}_channel_probability"] = transform.p_per_channel
+        if name == "gamma":
+            assert looks.retain_stats == (transform.p_retain_stats == 1)
+    assert {name: getattr(looks, name) for name in chances} == pytest.approx(chances)
+    used = {f"{kind.name}_probability" for kind in looks.in_use}
+    assert used == {name for name in chances if "channel" not in name}
     assert method.settings.flip == 0.5
 
 
@@ -134,3 +190,121 @@ def test_cards_fit_more_the_larger_they_are() -> None:
     small, large = (cards.fitting("vit_small", "rotation", (edge,) * 3, False) for edge in (32, 64))
     assert 0 < small[0] < small[1] < small[2]
     assert all(few < many for few, many in zip(large, small, strict=True))
+
+
+def test_the_gpu_check_runs_every_line_on_a_cpu(tmp_path: Path) -> None:
+    """The very command of a GPU machine, with the smallest networks; no part and no row may fail."""
+    words = ["gpu", "--device", "cpu", "--tiny", "--minutes", "10", "--output", str(tmp_path)]
+    finished = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks", *words],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+        text=True,
+        capture_output=True,
+        timeout=700,
+        check=False,
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert finished.returncode == 0, f"{gpu.failures(results)}\n{finished.stdout}\n{finished.stderr}"
+    parts = results["parts"]
+    assert list(parts) == list(gpu.LIMITS)
+    assert not [part for part, rows in parts.items() if "stopped" in rows or "ended early" in rows]
+    assert {"copy", "matrix product, bfloat16"} <= set(parts["ceilings"])
+    assert set(METHODS) <= set(parts["correct"])
+    assert set(METHODS) <= set(parts["speed"])
+    assert parts["correct"]["dino"]["float32"]["gradient"] < 1e-6
+    assert parts["line"]["the network equals the file under every alias"]["tensors"] > 0
+    assert parts["compile"]["rotation"]["recompilations"] == 0
+    assert parts["ranks"]["torchrun, one rank"]["weights, relative difference"] == 0
+
+
+def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path) -> None:
+    def fails(context: Context) -> None:
+        with context.row("first") as row:
+            row["value"] = 1 / 0
+        with context.row("second") as row:
+            row["value"] = 2
+        raise RuntimeError("broken part")
+
+    def hangs(context: Context) -> None:
+        context.put("begun", {})
+        time.sleep(60)
+
+    results = {}
+    for part, function in {"ceilings": fails, "line": hangs}.items():
+        context = Context(part, tmp_path, tmp_path, "cpu", True, time.monotonic() + 3)
+        results[part] = gpu.supervise(part, function, context)
+    assert "ZeroDivisionError" in results["ceilings"]["first"]["failed"]
+    assert results["ceilings"]["second"]["value"] == 2
+    assert "broken part" in results["ceilings"]["failed"]
+    assert results["line"]["begun"] == {}
+    assert "the part's limit" in results["line"]["stopped"]
+    assert gpu.failures({"parts": results}) == ["ceilings", "ceilings: first"]
+
+
+def test_a_row_without_time_says_so(tmp_path: Path) -> None:
+    context = Context("speed", tmp_path, tmp_path, "cpu", True, time.monotonic() + 1)
+    with pytest.raises(NoTimeLeftError), context.row("large", seconds=100):
+        raise AssertionError
+    assert "It needs 100 s" in context.read()["large"]["left out"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_launches_outside_the_network_stay_few(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_n_proc_DA"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("nnUNet_extTrainer", str(REPOSITORY / "trainers"))
+    kernels = launches.count_step(method, tmp_path)
+    found = {phase: sum(kernels.counts[phase].values()) for phase in launches.PHASES}
+    assert min(found["views"], found["backward"], found["update"]) > 0
+    assert sum(found.values()) <= launches.LIMITS[method], kernels.counts
+    assert not kernels.waits
+
+
+def test_the_counter_tells_host_from_device_and_network_from_the_rest() -> None:
+    kernels = launches.Kernels()
+    layer = torch.nn.Linear(4, 4)
+    layer.register_forward_pre_hook(kernels.enter)
+    layer.register_forward_hook(kernels.leave, always_call=True)
+    drawn = torch.from_numpy(np.ones((2, 4), np.float32))
+    with launches.pretend(kernels):
+        host = torch.from_numpy(np.ones((2, 4), np.float32)) + 1  # on the host: not counted
+        assert (host.device.type, drawn.device.type) == ("cpu", "cuda")
+        image = host.to(launches.GPU)  # one upload
+        kernels.phase = "forward"
+        loss = (layer(image) * 2).sum()  # two kernels outside the layer
+        kernels.phase = "backward"
+        loss.backward()
+        assert loss.device.type == "cuda"
+        float(loss.detach())  # a wait
+    assert dict(kernels.counts["views"]) == {"upload": 1}
+    assert dict(kernels.counts["forward"]) == {"mul": 1, "sum": 1}
+    assert set(kernels.counts["backward"]) <= {"ones_like", "mul", "expand"}
+    assert dict(kernels.waits) == {"backward: _local_scalar_dense": 1}
+
+
+def test_a_record_names_what_differs() -> None:
+    trained = {"weights": "a", "log": {"train_losses": [1.0, 2.0]}}
+    before = {"dino/plain": trained, "transfer": {"a into b": "x"}, "study": {"rows": [["1.0"]], "report": ["0.25"]}}
+    assert record.differences(before, before) == []
+    renamed = {**trained, "log": {"other name": [1.0, 2.0]}}
+    assert record.differences(before, {"dino/plain": renamed}) == []
+    after = {
+        "dino/plain": {"weights": "b", "log": {"train_losses": [1.0, 3.0]}},
+        "transfer": {"a into b": "y"},
+        "study": {"rows": [["1.5"]], "report": []},
+    }
+    assert record.differences(before, after) == [
+        "dino/plain: weights differ",
+        "dino/plain: train_losses: [1.0, 2.0]",
+        "transfer: a into b: differs",
+        "study: results differ: [['1.0']] to [['1.5']]",
+        "study: the report lacks 0.25",
+    ]
+
+
+def test_the_record_of_the_first_version_holds_every_item() -> None:
+    content = json.loads((REPOSITORY / "benchmarks" / "record_before.json").read_text())
+    assert content["revision"] == "63a6425"
+    assert set(content["items"]) == set(record.names())
+    assert set(record.METHODS) == set(METHODS)

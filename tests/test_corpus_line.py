@@ -14,7 +14,7 @@ from nnssl_ext.training.checks import target_network
 from tests.conftest import Environment
 from tests.datasets import QUICK
 from tests.documents import shown_lines
-from tests.training.pretraining.test_trainer import trainer_for
+from tests.support.runs import trainer_for
 from tests.volumes import volume, write_image, write_series
 
 TRAINER = "nnsslTrainer_VolumeFusion"

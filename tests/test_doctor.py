@@ -1,7 +1,10 @@
 """Every trouble the doctor names is planted here."""
 
 import importlib.metadata
+import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 from nnssl_ext import doctor
 from nnssl_ext.cli import main
 from nnssl_ext.doctor import examine_dataset, examine_environment
+from nnssl_ext.resources import resource_folder
 from tests.conftest import Environment
 
 Data = Callable[[str], Environment]
@@ -65,33 +69,45 @@ def test_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nnunet_version(monkeypatch: pytest.MonkeyPatch) -> None:
     original = importlib.metadata.version
     for found, message in (("2.6.0", "version 2.6.0 is not supported"), ("3.0", "version 3.0 is not supported")):
-        monkeypatch.setattr(importlib.metadata, "version", lambda n, f=found: f if n == "nnunetv2" else original(n))
+        monkeypatch.setattr(doctor, "version", lambda n, f=found: f if n == "nnunetv2" else original(n))
         assert message in troubles()["nnunetv2"]
 
     def absent(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(importlib.metadata, "version", absent)
+    monkeypatch.setattr(doctor, "version", absent)
     assert "is not installed -> pip install" in troubles()["nnunetv2"]
 
 
-def test_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torchvision", None)
-    assert "cannot be imported beside this torch" in troubles()["torchvision"]
+@pytest.mark.parametrize(
+    ("torch", "torchvision", "message"),
+    [
+        ("2.6.0", "missing", "torchvision missing"),
+        ("2.6.0", "0.29.2", "is made for torch"),
+        ("2.15.0+cpu", "0.29.2+cu132", "is another build than torch 2.15.0"),
+    ],
+)
+def test_torchvision(monkeypatch: pytest.MonkeyPatch, torch: str, torchvision: str, message: str) -> None:
+    requirement = "torch (==2.15.0)" if torch.startswith("2.15") else "torch==2.15.0; extra == 'x'"
+    monkeypatch.setattr(doctor, "requires", lambda _: ["numpy", requirement])
+    (found,) = doctor._torchvision(torch, torchvision)
+    assert message in found.trouble
+    assert "same index" in found.advice
 
 
 def test_trainers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ours = os.environ["nnUNet_extTrainer"]
     monkeypatch.delenv("nnUNet_extTrainer")
     assert "nnssl_ext trainers" in troubles()["nnUNet_extTrainer"]
     monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "absent"))
-    found = troubles()
-    assert "which is no folder" in found["nnUNet_extTrainer"]
-    assert "is not found by nnU-Net" in found["nnsslTrainer_VolumeFusion"]
+    found = [f.trouble for f in examine_environment() if f.subject == "nnUNet_extTrainer"]
+    assert "which is no folder" in found[0]
+    assert "does not name our trainers" in found[1]
     (tmp_path / "theirs.py").write_text(
         "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"
         "class nnsslTrainer_VolumeFusion(nnUNetTrainer):\n    pass\n"
     )
-    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
+    monkeypatch.setenv("nnUNet_extTrainer", f"{tmp_path}:{ours}")
     assert "is another class of that name" in troubles()["nnsslTrainer_VolumeFusion"]
 
 
@@ -125,4 +141,78 @@ def test_the_command_fails_with_a_trouble(monkeypatch: pytest.MonkeyPatch, capsy
     printed = capsys.readouterr().out
     assert "TROUBLE  nnUNet_results: is not set" in printed
     assert "-> export nnUNet_results=" in printed
-    assert printed.endswith("1 trouble\n")
+    assert printed.endswith("1 problem found\n")
+
+
+def test_a_users_failing_module_is_named_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """nnU-Net imports every module in front of ours, and a script may end the program."""
+    (tmp_path / "broken.py").write_text("import not_installed_here\n")
+    (tmp_path / "script.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "sound.py").write_text("VALUE = 1\n")
+    monkeypatch.setenv("nnUNet_extTrainer", f"{tmp_path}:{resource_folder('trainers')}/")
+    found = troubles()
+    assert found.keys() == {str(tmp_path / "broken.py"), str(tmp_path / "script.py")}
+    assert "ModuleNotFoundError: No module named 'not_installed_here'" in found[str(tmp_path / "broken.py")]
+    assert "sound" not in sys.modules
+    assert str(tmp_path) not in sys.path
+
+
+def test_findings_come_as_they_are_found_and_all_of_them(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = with_data("plain").dataset("plain")
+    path = folder / "dataset.json"
+    sound = path.read_bytes()
+    monkeypatch.setenv("nnUNet_n_proc_DA", "abc")
+    path.write_bytes(b"\xef\xbb\xbf" + sound)
+    assert main(["doctor", "-d", "811"]) == 1
+    printed = capsys.readouterr().out
+    assert "  ok  nnUNet_raw" in printed
+    assert "TROUBLE  nnUNet_n_proc_DA: is 'abc'" in printed
+    assert "dataset.json: begins with a byte-order mark" in printed
+    assert "3d_fullres: all cases of nnUNetPlans_3d_fullres can be read" in printed
+    path.write_bytes(sound.replace(b"{", b'{"name": "\xfc", ', 1))  # Latin-1
+    main(["doctor", "-d", "811"])
+    assert "is not valid JSON in UTF-8" in capsys.readouterr().out
+
+
+def test_inheriting_configurations_and_plans_of_other_data_sets(with_data: Data) -> None:
+    environment = with_data("plain")
+
+    def inherit(plans: dict) -> None:
+        plans["configurations"]["mine"] = {"inherits_from": "3d_fullres", "batch_size": 4}
+        plans["configurations"]["circle"] = {"inherits_from": "circle"}
+        plans["dataset_name"] = "Dataset004_Other"
+
+    environment.write_plans("plain", "other", {}, inherit)
+    found = {f.subject: f for f in examine_dataset("811")}
+    assert found["Dataset811_Plain, other, mine, Rotation"].state.startswith("crop (")
+    assert "Circular dependency" in found["Dataset811_Plain, other, circle"].trouble
+    assert "are for Dataset004_Other" in found["Dataset811_Plain, other"].trouble
+
+
+def test_small_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 0, 64 << 20))
+    assert "has only 0.06 GiB" in troubles()["/dev/shm"]
+
+
+def test_the_report_has_no_paths_and_no_names(with_data: Data, tmp_path: Path) -> None:
+    environment = with_data("plain")
+    folder = environment.dataset("plain").rename(environment.preprocessed / "Dataset811_Doe-John")
+    (folder / "nnUNetPlans_3d_fullres" / "case_01.b2nd").rename(folder / "nnUNetPlans_3d_fullres" / "Doe_J.b2nd")
+    (folder / "nnUNetPlans_3d_fullres" / "Doe_J.b2nd").write_bytes(b"")
+    assert main(["doctor", "-d", "811", "--report", str(tmp_path / "report.txt")]) == 1
+    text = (tmp_path / "report.txt").read_text()
+    assert "Doe" not in text
+    assert str(tmp_path) not in text
+    assert "/" not in text.replace("<nnUNet_raw>/", "").replace("/dev/shm", "").split("advice")[0] or "<path>" in text
+    assert "Dataset811_<name>" in text
+    assert "nnunetv2: 2." in text
+
+
+def test_no_command_of_ours_takes_torch_that_need_not() -> None:
+    """``methods`` and ``doctor`` answer in a fraction of a second; torch alone takes more than one."""
+    program = "import sys; from nnssl_ext.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    for command in ("methods", "trainers", "doctor"):
+        subprocess.run([sys.executable, "-c", program, command], check=True, capture_output=True)

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnssl_ext.environment import HUGE_PAGES, KEPT_MEMORY, cores, keep_memory, trainer_folders
+from nnssl_ext.environment import cores
+from nnssl_ext.external_trainers import trainer_folders
+from nnssl_ext.host_memory import HUGE_PAGES, KEPT_MEMORY, keep_memory
 from nnssl_ext.methods import TRAINERS
 from nnssl_ext.resources import resource_folder
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import trainer_for
+from tests.support.runs import trainer_for
 
 Data = Callable[[str], Environment]
 
@@ -51,7 +53,7 @@ def test_huge_pages_on_the_cpu(device: str, value: str, asked: bool) -> None:
     """Page faults of a new array of 64 MiB: 16,384 pages of 4 KiB, or some of 2 MiB and what was not to be had."""
     program = f"""
 import resource, torch
-from nnssl_ext.environment import keep_memory
+from nnssl_ext.host_memory import keep_memory
 keep_memory({device!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.zeros(16 << 20)
@@ -79,7 +81,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     program = f"""
 import subprocess, sys
-from nnssl_ext.environment import keep_memory
+from nnssl_ext.host_memory import keep_memory
 keep_memory({device!r})
 exec({again!r})
 print(subprocess.run([sys.executable, "-c", {again!r}], capture_output=True, text=True, check=True).stdout)
@@ -106,8 +108,8 @@ def test_what_this_glibc_refuses_is_not_asked_of_others(
 
     for name in (*KEPT_MEMORY, "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("nnssl_ext.environment.sys.platform", "linux")
-    monkeypatch.setattr("nnssl_ext.environment.ctypes.CDLL", lambda _: Library)
+    monkeypatch.setattr("nnssl_ext.host_memory.sys.platform", "linux")
+    monkeypatch.setattr("nnssl_ext.host_memory.ctypes.CDLL", lambda _: Library)
     keep_memory("cpu")
     values = {os.environ.get(name) for name in KEPT_MEMORY}
     assert values == {None if kept is None else str(kept)}

@@ -17,14 +17,14 @@ from nnssl_ext import checkpoint
 from nnssl_ext.cli import main
 from nnssl_ext.data.cases import open_case
 from nnssl_ext.data.index import CaseIndex, examine
-from nnssl_ext.errors import UserError
-from nnssl_ext.foreign import LARGEST_JSON, RefusedError, check_tensors, load_npz, load_tensors, unpack_tar
-from nnssl_ext.recipe import load_recipe, read_json
+from nnssl_ext.errors import RefusedError, UserError
+from nnssl_ext.foreign import check_tensors, load_npz, load_tensors, unpack_tar
+from nnssl_ext.recipe import MAX_JSON_BYTES, load_recipe, read_json
 from nnssl_ext.study.page import Page, Section, Table, render
 from nnssl_ext.study.results import training_log
 from nnssl_ext.transfer.read import read_source
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import TRAINER, pretrain
+from tests.support.runs import TRAINER, pretrain
 
 Data = Callable[[str], Environment]
 
@@ -162,7 +162,7 @@ def test_json_is_limited_in_depth(here: Path, text: str, message: str) -> None:
 
 def test_json_is_limited_in_size(here: Path) -> None:
     with Path("r.json").open("wb") as file:
-        file.truncate(LARGEST_JSON + 1)
+        file.truncate(MAX_JSON_BYTES + 1)
     with pytest.raises(UserError, match="more than any settings: refused"):
         read_json(Path("r.json"))
 

@@ -15,9 +15,7 @@ from nnssl_ext.methods import TRAINERS
 from nnssl_ext.networks.backbone import backbone_of
 from tests.conftest import Environment
 from tests.datasets import OWN_NETWORKS
-from tests.test_stock_commands import write_raw
-from tests.training.pretraining.test_trainer import CPU, pretrain, trainer_for
-from tests.training.test_resume import Killed, kill_at
+from tests.support.runs import CPU, Killed, kill_at, pretrain, trainer_for, write_raw
 
 Data = Callable[[str], Environment]
 

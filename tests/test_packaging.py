@@ -1,8 +1,11 @@
 """A wheel, an installed package and a checkout behave the same."""
 
+import ast
+import graphlib
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -91,26 +94,55 @@ def test_no_file_is_over_400_lines() -> None:
     assert long == {}
 
 
+#: The floors of the package, lowest first. Modules directly in ``nnssl_ext`` belong to no floor.
+FLOORS = (("losses", "views", "networks"), ("data",), ("methods", "transfer"), ("training", "study"), ("cli",))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """All modules of ours and nnU-Net's that a file imports, within functions and for type checkers too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
 def test_imports_only_go_down() -> None:
-    """The floors of the house: losses, views, networks and methods never know nnU-Net's trainer or anything above."""
-    floors = [
-        ("losses", "views", "networks"),
-        ("data",),
-        ("methods", "transfer"),
-        ("training", "study"),
-        ("cli",),
-    ]
-    height = {name: floor for floor, names in enumerate(floors) for name in names}
+    """Losses, views, networks, data and methods never know nnU-Net's trainer or anything above them."""
+    height = {name: floor for floor, names in enumerate(FLOORS) for name in names}
     for path in (REPOSITORY / "nnssl_ext").rglob("*.py"):
         own = height.get(path.relative_to(REPOSITORY / "nnssl_ext").parts[0], -1)
-        for line in path.read_text().splitlines():
-            words = line.split()
-            if len(words) < 2 or words[0] not in ("from", "import"):
-                continue
-            if words[1].startswith("nnssl_ext.") and own >= 0:
-                assert height.get(words[1].split(".")[1], -1) <= own, f"{path}: {line}"
+        for module in imported(path):
+            if module.startswith("nnssl_ext.") and own >= 0:
+                assert height.get(module.split(".")[1], -1) <= own, f"{path}: {module}"
             if 0 <= own < height["training"]:
-                assert not words[1].startswith("nnunetv2.training.nnUNetTrainer"), f"{path}: {line}"
+                assert not module.startswith("nnunetv2.training.nnUNetTrainer"), f"{path}: {module}"
+
+
+def test_modules_import_each_other_in_no_cycle() -> None:
+    """Imports for type checkers count, imports within functions do not."""
+    folder = REPOSITORY / "nnssl_ext"
+    names = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path for path in folder.rglob("*.py")}
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    graph: dict[str, set[str]] = {}
+    for name, path in names.items():
+        tree = ast.parse(path.read_text())
+        blocks = [tree.body, *(node.body for node in tree.body if isinstance(node, ast.If))]
+        graph[name] = set()
+        for node in (node for block in blocks for node in block if isinstance(node, ast.ImportFrom) and node.module):
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                graph[name] |= {whole if whole in names else str(node.module)} & set(names)
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
+def test_no_function_outside_trainers_takes_a_trainer() -> None:
+    for path in (REPOSITORY / "nnssl_ext").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                taken = [g for g in given if g.arg == "trainer" and "str" not in ast.unparse(g.annotation or g)]
+                assert not taken, f"{path}:{node.lineno}"
 
 
 def test_nothing_is_written_into_nnunet() -> None:
@@ -118,3 +150,23 @@ def test_nothing_is_written_into_nnunet() -> None:
 
     folder = Path(nnunetv2.__path__[0])
     assert not [p for p in folder.rglob("*") if "nnssl" in p.name.lower()]
+
+
+def test_text_is_utf8_whatever_the_locale() -> None:
+    """Every text file of ours is opened in an encoding of its own; the locale's is read only as nnU-Net reads it."""
+    silent = []
+    for path in (REPOSITORY / "nnssl_ext").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, (ast.Attribute, ast.Name)):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+            text = name in ("read_text", "write_text") or (name == "open" and _text_mode(node))
+            named = any(keyword.arg == "encoding" for keyword in node.keywords) or (name == "read_text" and node.args)
+            if text and not named:
+                silent.append(f"{path.relative_to(REPOSITORY)}: {ast.unparse(node)}")
+    assert silent == ["nnssl_ext/train.py: file.read_text()"]
+
+
+def _text_mode(call: ast.Call) -> bool:
+    modes = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    return any(set(mode) <= set("rwaxt+") and "b" not in mode for mode in modes)

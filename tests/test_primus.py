@@ -10,10 +10,9 @@ from nnssl_ext import checkpoint
 from nnssl_ext.methods import TRAINERS
 from nnssl_ext.networks.backbone import backbone_of
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import pretrain, trainer_for
+from tests.support.runs import STOCK, pretrain, trainer_for
 
 Data = Callable[[str], Environment]
-STOCK = "nnUNet_Primus_S_Trainer"
 SMALL = {"local_crops": 1, "hidden_dim": 16, "bottleneck_dim": 8, "prototypes": 64}
 
 

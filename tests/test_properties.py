@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from nnssl_ext.data.crops import body_center, draw_center
 from nnssl_ext.data.images import ImageRequest, draw_region
-from nnssl_ext.data.shard import Shard
-from nnssl_ext.foreign import check_json
-from nnssl_ext.recipe import merged
+from nnssl_ext.data.loader import Shard
+from nnssl_ext.recipe import check_json, merged
 from nnssl_ext.training.distributed.ranks import mean_over_samples
 from nnssl_ext.views.random import sample_generator
 from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_box, half_extent

@@ -125,7 +125,7 @@ def test_errors_of_networks() -> None:
     kwargs = narrow["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     assert kwargs["features_per_stage"] == [16, 32, 64, 128, 128]
     plans = derived(load_recipe("vit_small"), assignments_recipe(["architecture.arch_kwargs.num_heads=7"]))
-    with pytest.raises(UserError, match="embed_dim 384 is no multiple of num_heads 7"):
+    with pytest.raises(UserError, match="multiple of num_heads, got 384 and 7"):
         check_plans(
             METHODS["volume_fusion"], plans, "3d_fullres", {"channel_names": {"0": "MR"}, **make_labels("plain")}
         )

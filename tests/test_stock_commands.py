@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import SimpleITK
 import torch
@@ -21,10 +20,10 @@ from nnssl_ext import checkpoint
 from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.networks.backbone import backbone_of
 from tests.conftest import Environment
-from tests.datasets import KINDS, blob, dataset_name
+from tests.datasets import KINDS, dataset_name
 from tests.documents import shown_lines
+from tests.support.runs import pretrain, trainer_for, write_raw
 from tests.trainers import SHORT, short_trainer
-from tests.training.pretraining.test_trainer import pretrain, trainer_for
 
 Data = Callable[[str], Environment]
 
@@ -129,27 +128,6 @@ def test_bad_input_through_the_command(with_data: Data) -> None:
     )
     errors = [line for line in finished.stderr.splitlines() if "Warning" not in line and "warnings.warn" not in line]
     assert errors == ["nnssl_ext: error: plans run: unknown setting 'epoch'; did you mean 'epochs'?"]
-
-
-def write_raw(environment: Environment, name: str) -> None:
-    """An ordinary raw data set of seven small cases."""
-    folder = environment.root / "raw" / name
-    for part in ("imagesTr", "labelsTr", "imagesTs"):
-        (folder / part).mkdir(parents=True)
-    for case in range(7):
-        image = blob(np.random.default_rng(case), (24, 28, 26))
-        part = "imagesTs" if case == 6 else "imagesTr"
-        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(image), str(folder / part / f"c{case}_0000.nii.gz"))
-        if case < 6:
-            label = SimpleITK.GetImageFromArray((image > np.median(image) + 1).astype(np.uint8))
-            SimpleITK.WriteImage(label, str(folder / "labelsTr" / f"c{case}.nii.gz"))
-    content = {
-        "channel_names": {"0": "MR"},
-        "labels": {"background": 0, "organ": 1},
-        "numTraining": 6,
-        "file_ending": ".nii.gz",
-    }
-    (folder / "dataset.json").write_text(json.dumps(content))
 
 
 readme_block = partial(shown_lines, "README.md")

@@ -1,10 +1,23 @@
+import ast
+import json
+import os
+import shutil
+import sys
+from collections import namedtuple
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_ext.cli import main
+from nnssl_ext.environment import check_shared_memory, check_split
 from nnssl_ext.errors import UserError
-from tests.conftest import Environment
+from nnssl_ext.networks.target import check_stock_weights, target_network
+from tests.conftest import REPOSITORY, Environment
 
 Data = Callable[[str], Environment]
 
@@ -16,10 +29,17 @@ Data = Callable[[str], Environment]
         (["811", "3d_fullres", "0", "-p", "nnUNetPlan"], "has no plans 'nnUNetPlan'; it has nnUNetPlans"),
         (["811", "3d_fulres", "0"], "plans nnUNetPlans have no configuration '3d_fulres'; they have 2d, 3d_fullres"),
         (["811", "3d_fullres", "first"], "fold must be 'all' or a number, got 'first'"),
-        (["811", "3d_fullres", "0", "-pretrained_weights", "absent.pth"], "absent.pth does not exist"),
+        (
+            ["811", "3d_fullres", "0", "-pretrained_weights", "absent.pth"],
+            "absent.pth does not exist",
+        ),
+        (["811", "3d_fullres", "0", "-device", "cpu", "-num_gpus", "2"], "-num_gpus 2 needs -device cuda, got cpu"),
+        (["811", "3d_fullres", "0", "-device", "cpu", "-num_gpus", "0"], "-num_gpus must be at least 1, got 0"),
+        (["811", "3d_fullres", "0", "-device", "cpu", "--val"], r"--val needs .*checkpoint_final.pth, which does not"),
+        (["Task04_Hippocampus", "3d_fullres", "0"], "'Task04_Hippocampus' is a name of nnU-Net v1 or of the Decathlon"),
         (
             ["811", "3d_fullres", "0", "-tr", "nnsslTrainer_VolumeFuison"],
-            r"trainer 'nnsslTrainer_VolumeFuison' was not found; did you mean 'nnsslTrainer_VolumeFusion'\?",
+            r"trainer 'nnsslTrainer_VolumeFuison' was not found by nnU-Net; did you mean 'nnsslTrainer_VolumeFusion'\?",
         ),
         (["811", "3d_fullres", "0", "-tr", "nnUNetTrainr"], r"did you mean 'nnUNetTrainer'\?"),
     ],
@@ -66,3 +86,142 @@ def test_help_is_nnunets(environment: Environment) -> None:
     ours = environment.run("nnssl_ext", "train", "x", "--help").stdout
     theirs = environment.run("nnUNetv2_train", "--help").stdout
     assert ours.split("positional arguments")[1] == theirs.split("positional arguments")[1]
+
+
+CPU = ["811", "3d_fullres", "0", "-device", "cpu"]
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is one")
+def test_a_device_that_is_not_there(with_data: Data) -> None:
+    with_data("plain")
+    with pytest.raises(UserError, match="no MPS device was found"):
+        main(["train", *CPU[:-1], "mps"])
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_n_proc_DA", "nnUNet_def_n_proc"])
+@pytest.mark.parametrize("value", ["", "abc", "-1", "2.5"])
+def test_odd_numbers_of_processes(with_data: Data, monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    with_data("plain")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"{variable} is '{value}', not a number of processes; export {variable}=4"):
+        main(["train", *CPU])
+
+
+@pytest.mark.parametrize(("value", "message"), [("", "is not set"), (" ", "is not set"), ("{absent}", "is no folder")])
+def test_odd_folders(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str, message: str
+) -> None:
+    with_data("plain")
+    monkeypatch.setenv("nnUNet_preprocessed", value.format(absent=tmp_path / "absent"))
+    with pytest.raises(UserError, match=message):
+        main(["train", *CPU])
+
+
+def test_a_users_failing_module(with_data: Data, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with_data("plain")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "my_trainer.py").write_text("import not_installed_here\n")
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "mine"))
+    with pytest.raises(UserError, match=r"my_trainer.py, which nnUNet_extTrainer names, cannot be imported .*not_inst"):
+        main(["train", *CPU, "-tr", "nnsslTrainer_VolumeFusion"])
+    with pytest.raises(UserError, match="target_trainer: trainer 'Mine' cannot be looked up"):
+        main(["plan", "-d", "811", "-o", "new", "target_trainer=Mine"])
+
+
+def test_plans_and_data_sets_that_stock_takes_for_others(with_data: Data) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "copied", {}, lambda plans: plans.update(dataset_name="Dataset004_Other"))
+    with pytest.raises(UserError, match=r"copied.json is for Dataset004_Other, whose data nnU-Net would take"):
+        main(["train", *CPU, "-p", "copied"])
+    (environment.root / "raw" / "Dataset8110_Other").mkdir()
+    with pytest.raises(UserError, match="nnU-Net finds Dataset8110_Other for number 811, too; give the name"):
+        main(["train", *CPU])
+
+
+def test_json_that_stock_cannot_read(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("plain")
+    path = environment.dataset("plain") / "dataset.json"
+    sound = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + sound)
+    with pytest.raises(UserError, match=r"dataset.json begins with a byte-order mark, which nnU-Net cannot read"):
+        main(["train", *CPU])
+    assert main(["plan", "-d", "811", "-o", "new", "epochs=3"]) == 0  # ours can
+    path.write_text(sound.decode().replace("{", '{"name": "M\u00fcnchen", ', 1), encoding="utf-8")
+    finished = environment.run(
+        *(sys.executable, "-X", "utf8=0", "-m", "nnssl_ext.train", *CPU),
+        status=1,
+        variables={"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"},
+    )
+    assert "dataset.json is UTF-8, which nnU-Net does not read in this locale; export PYTHONUTF8=1" in finished.stderr
+
+
+def test_the_command_is_in_utf8_whatever_the_locale(environment: Environment) -> None:
+    finished = environment.run(
+        *("nnssl_ext", "plan", "-d", "Dataset004_M\u00fcnchen", "-o", "new"),
+        status=1,
+        variables={"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0"},
+    )
+    assert "expected one data set Dataset004_M\u00fcnchen" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("page", r"w.pth is no checkpoint that can be read"),
+        ({"state_dict": {}}, "w.pth has no 'network_weights', which nnU-Net expects; fit it with nnssl_ext transfer"),
+        ({"network_weights": {}}, r"'encoder.stages.0.0.convs.0.conv.weight' is missing and \d+ more tensors"),
+        ("narrow", r"conv.weight' is \(7, 1, 3, 3, 3\) there, expected \(\d+, 1, 3, 3, 3\) and .*nnssl_ext transfer"),
+    ],
+)
+def test_weights_that_do_not_fit(with_data: Data, tmp_path: Path, content: Any, message: str) -> None:
+    with_data("plain")
+    file = tmp_path / "w.pth"
+    first = "encoder.stages.0.0.convs.0.conv.weight"
+    content = {"network_weights": {first: torch.zeros(7, 1, 3, 3, 3)}} if content == "narrow" else content
+    if content == "page":
+        file.write_text("<!DOCTYPE html><html>404</html>")
+    else:
+        torch.save(content, file)
+    with pytest.raises(UserError, match=message) as error:
+        main(["train", *CPU, "-pretrained_weights", str(file)])
+    assert len(str(error.value)) < 600
+
+
+def test_weights_that_fit_pass_with_other_heads(with_data: Data, tmp_path: Path) -> None:
+    environment = with_data("plain")
+    plans = environment.plans("plain")
+    dataset_json = json.loads((environment.dataset("plain") / "dataset.json").read_text())
+    manager = PlansManager(plans)
+    network = target_network(manager, manager.get_configuration("3d_fullres"), 1, 9)
+    torch.save({"network_weights": network.state_dict()}, tmp_path / "w.pth")
+    check_stock_weights(tmp_path / "w.pth", nnUNetTrainer, plans, "3d_fullres", dataset_json)
+
+
+def test_small_shared_memory_and_read_only_data(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("plain")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "4")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 0, 1 << 16))
+    with pytest.raises(UserError, match=r"/dev/shm has 0.1 MiB free, \d+ workers with .* --shm-size=8g"):
+        main(["train", *CPU])
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    check_shared_memory(1 << 40, 0)
+    (environment.dataset("plain") / "splits_final.json").unlink(missing_ok=True)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match="is read-only and has no splits_final.json"):
+        main(["train", *CPU])
+    check_split(environment.dataset("plain"), "all")
+
+
+def test_without_asserts_and_docstrings(environment: Environment) -> None:
+    """As PYTHONOPTIMIZE=2: no assert of ours carries behavior, no help needs a docstring."""
+    printed = environment.run(sys.executable, "-OO", "-m", "nnssl_ext", "--help").stdout
+    assert "transfer" in printed
+    asserts = [
+        f"{path.relative_to(REPOSITORY)}: {ast.unparse(node)}"
+        for path in (REPOSITORY / "nnssl_ext").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Assert) and not ast.unparse(node.test).endswith("is not None")
+    ]
+    assert asserts == []

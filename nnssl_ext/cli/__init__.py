@@ -1,8 +1,10 @@
-"""The ``nnssl_ext`` command: one module per subcommand, found by its name."""
+"""Run the ``nnssl_ext`` command, with one module per subcommand."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import warnings
 from collections.abc import Sequence
 
 from nnssl_ext import __version__
@@ -22,22 +24,29 @@ from nnssl_ext.cli import (
     trainers,
     transfer,
 )
+from nnssl_ext.environment import check_processes, use_utf8
 
 COMMANDS = (trainers, plan, corpus, train, transfer, sources, export, study, probe, demo, doctor, msd, phantom, methods)
 
 
+#: Commands that import no nnU-Net, so that its variables do not matter to them.
+LIGHT = ("doctor", "methods", "trainers")
+#: A warning of torch about timm, which no user of ours can do anything about.
+NOT_OURS = "`torch.jit.interface` is deprecated"
+
+
 def command_line() -> argparse.ArgumentParser:
-    """The parser of all subcommands."""
+    """Return the parser of all subcommands."""
     parser = argparse.ArgumentParser(prog="nnssl_ext", description="Self-supervised pretraining for stock nnU-Net.")
     parser.add_argument("--version", action="version", version=f"nnssl_ext {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in COMMANDS:
         name = module.__name__.rpartition(".")[2]
-        summary = (module.__doc__ or "").splitlines()[0]
+        text = module.__doc__ or name  # python -OO has no docstrings
         command = commands.add_parser(
             name,
-            help=summary,
-            description=module.__doc__,
+            help=text.splitlines()[0],
+            description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
@@ -46,6 +55,16 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; 0 on success, 1 for unusable input, 2 for a wrong command line."""
+    """Run a subcommand and return its status.
+
+    0 is success, 1 unusable input, 2 a wrong command line.
+    """
+    if arguments is None:
+        use_utf8()
+        # for processes that are started, too
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), f"ignore:{NOT_OURS}"]))
+    warnings.filterwarnings("ignore", NOT_OURS)
     parsed = command_line().parse_args(arguments)
+    if parsed.command not in LIGHT:
+        check_processes()
     return parsed.run(parsed) or 0

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from nnssl_ext.commands import train_command
 from nnssl_ext.errors import UserError
 
 if TYPE_CHECKING:
@@ -176,12 +177,12 @@ def _report(corpus: Corpus, manifest: Manifest, not_read: dict[str, NotRead]) ->
     _note_foreign(corpus, manifest)
     _note_own(corpus, manifest)
     counts = ", ".join(f"{number} {status}" for status, number in manifest.counts().items() if number)
-    number = int(corpus.folder.name.removeprefix("Dataset").partition("_")[0])
-    plans = f" -p {corpus.plans}" if corpus.plans != "nnUNetPlans" else ""
     print(f"{corpus.folder}: {counts}")
     if (corpus.folder / "splits_final.json").is_file():
         print("note: new cases are not in splits_final.json; fold all takes every case", file=sys.stderr)
-    print(f"pretrain with: nnUNetv2_train {number} {corpus.configuration} all{plans} -tr nnsslTrainer_VolumeFusion")
+    trainer = "nnsslTrainer_VolumeFusion"
+    command = train_command(corpus.folder.name, corpus.configuration, "all", plans=corpus.plans, trainer=trainer)
+    print(f"pretrain with: {command}")
 
 
 def _list_passed_by(manifest: Manifest, not_read: dict[str, NotRead]) -> None:

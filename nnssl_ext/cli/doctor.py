@@ -1,6 +1,8 @@
-"""Look at the installation and at a data set, and say what to do about each problem.
+"""Check the installation and a data set, and say what to do about each problem.
 
-nnssl_ext doctor [-d DATASET]
+    nnssl_ext doctor [-d DATASET] [--report FILE]
+
+The report is for questions and bug reports. It holds no paths and no names of data sets or cases.
 """
 
 from __future__ import annotations
@@ -9,21 +11,28 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-d", metavar="DATASET", help="also look at this data set (name or ID)")
+    parser.add_argument("-d", metavar="DATASET", help="also check this data set (name or ID)")
+    parser.add_argument("--report", metavar="FILE", help="also write the findings to a file, without paths and names")
 
 
 def run(arguments: argparse.Namespace) -> int:
     import contextlib
     import io
 
-    from nnssl_ext.doctor import Finding, examine_dataset, examine_environment
+    from nnssl_ext.doctor import examine, write_report
 
-    findings: list[Finding] = []
-    with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net's look-up prints every module it meets
-        findings += examine_environment()
-        if arguments.d:
-            findings += examine_dataset(arguments.d)
-    print("\n".join(str(finding) for finding in findings))
+    findings = []
+    checks = examine(arguments.d)
+    while True:
+        with contextlib.redirect_stdout(io.StringIO()):  # what other modules print while they are imported
+            finding = next(checks, None)
+        if finding is None:
+            break
+        print(finding, flush=True)
+        findings.append(finding)
     troubles = sum(bool(finding.trouble) for finding in findings)
-    print(f"{troubles} trouble{'s' if troubles != 1 else ''}" if troubles else "all is well")
+    print(f"{troubles} problem{'s' * (troubles != 1)} found" if troubles else "all is well")
+    if arguments.report:
+        write_report(findings, arguments.report)
+        print(f"wrote {arguments.report}")
     return 1 if troubles else 0

@@ -16,17 +16,17 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.settings:
         print(settings_tables())
         return
-    from nnssl_ext.methods import METHODS, TRAINERS  # torch takes seconds to import
+    from nnssl_ext.catalog import catalog
     from nnssl_ext.recipe import available_recipes
 
-    for method in METHODS.values():
-        print(f"{method.title}\n  -tr {TRAINERS[method.name]}\n  settings: {method.name}.*\n  {method.citation}")
+    for entry in catalog():
+        print(f"{entry.title}\n  -tr {entry.trainer}\n  settings: {entry.name}.*\n  {entry.citation}")
     print(f"recipes: {', '.join(available_recipes())}")
 
 
 def settings_tables() -> str:
-    """Markdown: a table of the common settings and one of each method's."""
-    from nnssl_ext.methods import METHODS
+    """Return Markdown tables of the common settings, each method's and the fine-tuner's."""
+    from nnssl_ext.methods import METHODS  # imports torch
     from nnssl_ext.settings import CommonSettings, FinetuneSettings, settings_table
 
     head = ["| setting | type | default | what it is | source |", "|---|---|---|---|---|"]

@@ -96,13 +96,15 @@ def _check_number(dataset: str) -> None:
     """nnU-Net finds data sets by their number, which must be one's own."""
     from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
-    others = sorted(str(name) for name in find_candidate_datasets(int(dataset[7:10])) if name != dataset)
+    from nnssl_ext.commands import dataset_number
+
+    others = sorted(str(name) for name in find_candidate_datasets(dataset_number(dataset)) if name != dataset)
     if others:
         raise UserError(f"{dataset} cannot be made: its number is taken by {', '.join(others)}; rename or remove that")
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from nnssl_ext.environment import trainer_folders
+    from nnssl_ext.external_trainers import trainer_folders
     from nnssl_ext.study.decathlon.tasks import find_task, run_stock
 
     task = find_task(arguments.task)

@@ -1,16 +1,17 @@
-"""Write a phantom data set: a raw nnU-Net data set of synthetic cases, few of them labeled.
+"""Write a phantom, a raw nnU-Net data set of synthetic cases, few of them labeled.
 
     nnssl_ext phantom -d 900 -o "$nnUNet_raw" --cases 60 --labeled 6 --seed 0
 
-Unlabeled cases carry nnU-Net's ignore label. The splits_final.json that comes along is taken over by nnU-Net's
-planning: fold 0 trains on the labeled cases, fold 1 on all but the test cases (to pretrain on), both validate on the
-test cases.
+Unlabeled cases carry nnU-Net's ignore label. nnU-Net's planning takes over the splits_final.json that is written too:
+fold 0 trains on the labeled cases, fold 1 on all but the test cases (for pretraining), both validate on the test cases.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 from pathlib import Path
 
 from nnssl_ext.errors import UserError
@@ -40,14 +41,33 @@ def run(arguments: argparse.Namespace) -> None:
 
     from nnssl_ext.study.demo.phantom import PhantomOptions, write_phantom
 
+    folder = _folder(arguments)
+    test = arguments.test if arguments.test is not None else max(1, arguments.cases // 4)
+    spacing = (arguments.spacing[0], arguments.spacing[1], arguments.spacing[2])
+    if not all(map(math.isfinite, spacing)):
+        raise UserError(f"--spacing must be three lengths in mm, got {spacing}")
+    options = PhantomOptions(arguments.cases, arguments.labeled, test, arguments.seed, arguments.channels, spacing)
+    options.check()
+    # no bar where nobody watches, and none before an error
+    with tqdm(total=arguments.cases, desc="Making cases", disable=None) as bar:
+        write_phantom(folder, options, lambda done, _: bar.update(done - bar.n))
+    print(f"wrote {folder}; its folds: 0 trains on the labeled cases, 1 on all but the test cases")
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    """Return the folder of the data set.
+
+    Raises:
+        UserError: If nnU-Net could not find it by this name and number.
+    """
     if not arguments.o:
         raise UserError("nnUNet_raw is not set; export it, or name a folder with -o")
     if not 1 <= arguments.d <= 999:
         raise UserError(f"a data set's number has three digits, got {arguments.d}; give 1 to 999 with -d")
-    test = arguments.test if arguments.test is not None else max(1, arguments.cases // 4)
-    spacing = (arguments.spacing[0], arguments.spacing[1], arguments.spacing[2])
-    options = PhantomOptions(arguments.cases, arguments.labeled, test, arguments.seed, arguments.channels, spacing)
-    folder = Path(arguments.o) / f"Dataset{arguments.d:03d}_{arguments.n}"
-    with tqdm(total=arguments.cases, desc="Making cases") as bar:
-        write_phantom(folder, options, lambda done, _: bar.update(done - bar.n))
-    print(f"wrote {folder}; its folds: 0 trains on the labeled cases, 1 on all but the test cases")
+    if not re.fullmatch(r"[\w.-]+", arguments.n):
+        raise UserError(f"a data set's name has letters, digits, '_', '.' and '-', got '{arguments.n}'; correct -n")
+    root, name = Path(arguments.o), f"Dataset{arguments.d:03d}_{arguments.n}"
+    others = sorted(path.name for path in root.glob(f"Dataset{arguments.d:03d}*") if path.name != name)
+    if others:
+        raise UserError(f"{root} has {', '.join(others)}, which nnU-Net also finds as {arguments.d}; give another -d")
+    return root / name

@@ -1,32 +1,37 @@
 """Derive pretraining plans from a data set's own plans.
 
     nnssl_ext plan -d 4 -c 3d_fullres -o nnUNetPlans_vf volume_fusion epochs=200 volume_fusion.levels=4
+    nnssl_ext plan --rename-settings PLANS.json
 
-Recipes (names in plans/ or JSON files) and settings are laid over the plans in their order. The result shares the
-preprocessed data and is used by nnUNetv2_train ... -p nnUNetPlans_vf. What a training step needs of a GPU's memory is
-estimated and printed; with --gpu-memory-target the largest batch that fits is set.
+Recipes (names in plans/ or JSON files) and settings are merged into the plans in their order. The result shares the
+preprocessed data; nnUNetv2_train takes it with -p nnUNetPlans_vf. The memory of a training step on a GPU is estimated
+and printed. With --gpu-memory-target, the largest batch that fits is set.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from nnssl_ext.commands import train_command
+from nnssl_ext.configurations import configurations_3d
 from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
 from nnssl_ext.settings import PLANS_KEY
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(wrong_usage=parser.error)
     parser.add_argument("-d", metavar="DATASET", help="dataset name or ID")
     parser.add_argument(
         "-c",
         nargs="+",
         default=None,
         metavar="CONFIGURATION",
-        help="configurations whose batch, patch and network a recipe changes; default: all 3-D ones",
+        help="configurations whose batch, patch and network a recipe changes (all 3-D ones)",
     )
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans to start from (nnUNetPlans)")
     parser.add_argument("-o", metavar="NAME", help="name of the new plans")
@@ -35,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="methods whose memory is estimated; default: those whose settings are given, else volume_fusion",
+        help="methods whose memory is estimated (those whose settings are given, else volume_fusion)",
     )
     parser.add_argument(
         "--gpu-memory-target",
         type=float,
         metavar="GB",
-        help="set the largest batch that fits the memory of such a GPU; a batch that a recipe names is only lowered",
+        help="set the largest batch that fits this memory; a recipe's own batch is only lowered",
     )
     parser.add_argument(
         "--rename-settings",
@@ -49,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="only give settings of version 0.1 their new names in these plans or recipes",
     )
-    parser.add_argument("overlays", nargs="*", metavar="RECIPE|SETTING=VALUE", help="what to lay over, in order")
+    parser.add_argument(
+        "--like-source",
+        metavar="SOURCE",
+        help="take spacing, normalization and patch from pretrained weights; the data must be preprocessed again",
+    )
+    parser.add_argument("overlays", nargs="*", metavar="RECIPE|SETTING=VALUE", help="merged in their order")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -62,13 +72,20 @@ def run(arguments: argparse.Namespace) -> None:
         _rename_settings(arguments.rename_settings)
         return
     if not arguments.d or not arguments.o:
-        raise UserError("Expected -d DATASET and -o NAME. nnssl_ext plan --help lists the arguments")
+        arguments.wrong_usage("the following arguments are required: -d, -o")
     folder = dataset_folder(arguments.d)
     plans = read_json(folder / f"{arguments.p}.json")
     target = folder / f"{arguments.o}.json"
     _check_name(arguments.o, arguments.p, target)
     configurations = _configurations(plans, arguments.c, arguments.p)
 
+    alike: list[str] = []
+    if arguments.like_source:
+        from nnssl_ext.transfer.differences import plans_like
+        from nnssl_ext.transfer.read import read_source
+
+        geometry = read_source(arguments.like_source).geometry
+        plans, alike = plans_like(plans, geometry, arguments.o, configurations)
     recipes: list[Recipe] = [
         assignments_recipe([word]) if "=" in word else load_recipe(word) for word in arguments.overlays
     ]
@@ -82,7 +99,11 @@ def run(arguments: argparse.Namespace) -> None:
     lines = _plan_memory(arguments, derived, configurations, dataset_json)
     write_json(derived, target)
     print(f"wrote {target}\n" + "\n".join(lines))
-    print(f"use it with: nnUNetv2_train {arguments.d} {configurations[0]} FOLD -p {arguments.o} -tr ...")
+    if alike:
+        words = ["nnUNetv2_preprocess", "-d", arguments.d, "-plans_name", arguments.o, "-c", *configurations]
+        print("\n".join(alike) + f"\npreprocess the data again: {shlex.join(words)}")
+    command = train_command(folder.name, configurations[0], "FOLD", plans=arguments.o)
+    print(f"use it with: {command} -tr ...")
 
 
 def _rename_settings(files: Sequence[str]) -> None:
@@ -101,7 +122,7 @@ def _rename_settings(files: Sequence[str]) -> None:
 
 
 def _plan_memory(arguments: argparse.Namespace, plans: dict, configurations: list[str], dataset: dict) -> list[str]:
-    """Set the batch, if a target is given; what a step needs, in lines."""
+    """Set the batch if a target is given, and return lines about the memory of a step."""
     from nnssl_ext.training.memory.estimate import GIB
     from nnssl_ext.training.memory.plan import fitting_batch, needs_of, wanted_methods
 
@@ -141,14 +162,10 @@ def _check_name(name: str, source: str, target: Path) -> None:
 
 
 def _configurations(plans: dict, wanted: list[str] | None, name: str) -> list[str]:
-    own = [
-        key
-        for key, value in plans["configurations"].items()
-        if "architecture" in value and len(value.get("patch_size", ())) == 3
-    ]
-    if not own:
+    found = list(configurations_3d(plans))
+    if not found:
         raise UserError(f"plans {name} have no 3-D configuration; pretraining is 3-D")
     for configuration in wanted or ():
-        if configuration not in own:
-            raise UserError(f"plans {name} have no 3-D configuration '{configuration}'; they have {', '.join(own)}")
-    return wanted or own
+        if configuration not in found:
+            raise UserError(f"plans {name} have no 3-D configuration '{configuration}'; they have {', '.join(found)}")
+    return wanted or found

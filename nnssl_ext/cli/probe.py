@@ -1,9 +1,9 @@
-"""Compare pretrained encoders in minutes: each frozen, under a linear voxel-wise head.
+"""Compare frozen pretrained encoders in minutes, under a linear voxel-wise head.
 
     nnssl_ext probe vf=.../checkpoint_final.pth mae=.../checkpoint_final.pth -d 802 -c 3d_fullres -p PLANS -o PROBE
 
-PLANS are those that the checkpoints were trained with. An untrained encoder is probed beside them. What a probe ranks
-first need not be best after fine-tuning: nnssl_ext study answers that, on another fold than the one that was chosen by.
+PLANS are the plans of the checkpoints. An untrained encoder is probed too. The best encoder of a probe need not be the
+best after fine-tuning. nnssl_ext study answers that, on another fold than the one of the choice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-d", required=True, metavar="DATASET", help="dataset name or ID, planned and preprocessed")
     add("-c", required=True, metavar="CONFIGURATION", help="a 3-D configuration")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="the plans of the weights (nnUNetPlans)")
-    add("-o", required=True, metavar="PROBE", help="folder of the probes; all of it goes there")
+    add("-o", required=True, metavar="PROBE", help="folder of the probes")
     add("-device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     add("--labels", type=int, default=8, help="labelled cases of each run (8)")
     add("--runs", type=int, default=3, help="runs, each with other cases and another seed (3)")
@@ -32,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    import torch
-
-    from nnssl_ext.environment import dataset_folder
+    from nnssl_ext.environment import dataset_folder, default_device
     from nnssl_ext.study.analysis import Analysis, load_results
     from nnssl_ext.study.arms import arms_of
     from nnssl_ext.study.metrics import tolerance_of
@@ -43,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nnssl_ext.study.study import Study, locked
 
     folder, device = Path(arguments.o).resolve(), arguments.device
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     if min(arguments.labels, arguments.runs, arguments.steps, arguments.jobs) < 1 or arguments.rate <= 0:
         raise UserError("--labels, --runs, --steps and --jobs must be at least 1, --rate positive")
     dataset = dataset_folder(arguments.d).name

@@ -88,13 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    import torch
-
+    from nnssl_ext.environment import check_device, default_device
     from nnssl_ext.study.decathlon.tasks import find_task
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("No CUDA device was found. Use -device cpu.")
+    device = arguments.device or default_device()
+    check_device(device)
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs: expected at least 1, got {arguments.jobs}.")
     folder = Path(arguments.o).resolve()

@@ -1,8 +1,8 @@
-"""Like nnUNetv2_train, with the same arguments; finds our trainers without nnUNet_extTrainer, and errors are one line.
+"""Run nnUNetv2_train with the same arguments, find our trainers, and report errors in one line.
 
 nnssl_ext train 4 3d_fullres 0 -tr nnsslTrainer_VolumeFusion [--max-time HOURS]
 
-After --max-time hours a pretraining ends by itself, with a checkpoint from which --c goes on exactly.
+After --max-time hours, a pretraining stops with a checkpoint from which --c continues exactly.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Print the folder that nnU-Net's nnUNet_extTrainer must name.
+"""Print the folder for nnU-Net's variable nnUNet_extTrainer.
 
     export nnUNet_extTrainer="$(nnssl_ext trainers)"
 
-A value that is already set is kept in front of it with --append.
+With --append, folders that the variable names already stay in front.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from nnssl_ext.environment import trainer_folders
+from nnssl_ext.external_trainers import trainer_folders
 from nnssl_ext.resources import resource_folder
 
 

@@ -11,9 +11,9 @@ stand in docs/how-to/transfer.md.
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 
+from nnssl_ext.commands import train_command
 from nnssl_ext.environment import dataset_folder
 
 
@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
     from nnssl_ext.transfer.read import read_source
     from nnssl_ext.transfer.transfer import transfer
 
-    to = write.target_plans(dataset_folder(arguments.d), arguments.p, arguments.c, arguments.tr)
+    folder = dataset_folder(arguments.d)
+    to = write.target_plans(folder, arguments.p, arguments.c, arguments.tr)
     path = Path(arguments.o).expanduser()
     write.check_free(path)
     source = read_source(arguments.source)
@@ -65,11 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         allow_partial=arguments.allow_partial,
     )
     write.write(path, target, to, source, report, arguments.seed)
-    print(f"{source.path} ({source.kind})\n{report}\nwrote {path}; use it with\n  {_next_command(arguments)}")
-
-
-def _next_command(arguments: argparse.Namespace) -> str:
-    words = ["nnUNetv2_train", arguments.d, arguments.c, "FOLD"]
-    words += ["-p", arguments.p] * (arguments.p != "nnUNetPlans")
-    words += ["-tr", arguments.tr] * (arguments.tr != "nnUNetTrainer")
-    return shlex.join([*words, "-pretrained_weights", arguments.o])
+    command = train_command(
+        folder.name, arguments.c, "FOLD", plans=arguments.p, trainer=arguments.tr, weights=arguments.o
+    )
+    print(f"{source.path} ({source.kind})\n{report}\nwrote {path}; use it with\n  {command}")

@@ -1,5 +1,7 @@
-"""Preprocessed cases as nnU-Net stores them: <case>.b2nd, or <case>.npz with its unpacked <case>.npy. Labels are never
-opened, so a case without any is a case too."""
+"""List and open preprocessed cases.
+
+nnU-Net stores <case>.b2nd, or <case>.npz with its unpacked <case>.npy. Labels are never opened, so cases need none.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ SUFFIXES = (".b2nd", ".npy", ".npz")
 
 
 def list_cases(folder: Path) -> dict[str, tuple[int, int]]:
-    """Identifiers of the cases in a configuration's preprocessed folder, sorted, with size and mtime of their file."""
+    """List the cases of a preprocessed folder, sorted, with size and mtime of their file."""
     found: dict[str, tuple[int, int, int]] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -32,7 +34,12 @@ def list_cases(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def open_case(folder: Path, case: str) -> Any:
-    """The case's data (C, D, H, W), an array that reads only the part it is sliced by (.b2nd and .npy)."""
+    """Open a case (C, D, H, W). Slicing reads only the slice (.b2nd and .npy).
+
+    Raises:
+        FileNotFoundError: If there is no file of the case.
+        Exception: Of many kinds, for damaged files.
+    """
     for suffix in SUFFIXES:
         path = folder / f"{case}{suffix}"
         if path.is_file():
@@ -49,7 +56,7 @@ def open_case(folder: Path, case: str) -> Any:
 
 
 def shorten(names: Iterable[str], most: int = 5) -> str:
-    """A list of names in one line, cut after ``most``."""
+    """Join names in one line and cut them after ``most``."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,16 +1,17 @@
-"""Crops: what a method asks for, and the workers that read it, deterministic by counter.
+"""Crops: the request of a method, and a dataset that reads it.
 
-A sample is named by its global index; which case, where, and how it will be turned are pure functions of (seed, index).
-A worker reads the box that the crop reaches and nothing else, and augments nothing.
+Case, place and matrix of a sample are pure functions of (seed, global index). A worker reads only the box that a crop
+needs, and augments nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,15 +19,24 @@ from torch.utils.data import Dataset
 
 from nnssl_ext.data.cases import open_case
 from nnssl_ext.data.index import CaseIndex
+from nnssl_ext.views.multicrop import ViewKind, draw_view
 from nnssl_ext.views.random import CASES, CROPS, SUBSTITUTES, sample_generator
-from nnssl_ext.views.spatial import SourceBox, SpatialRange, half_extent, shrink_to_fit, source_range
+from nnssl_ext.views.spatial import (
+    SourceBox,
+    SpatialRange,
+    crop_box,
+    half_extent,
+    is_resampled,
+    shrink_to_fit,
+    source_range,
+)
 
-#: How often a crop is drawn again for more body, for body in each of its parts, or because it is constant.
-BODY_TRIES, PART_TRIES, CONSTANT_TRIES = 8, 24, 32
-#: The share of body in each part of a crop from which on it is looked for no further.
-MOSTLY = 0.5
-#: How many cases in a row may be unreadable for one sample.
-MOST_SUBSTITUTES = 8
+#: Most draws of a crop: for more body, for body in each of its patches, and because it is constant.
+BODY_TRIES, PATCH_TRIES, CONSTANT_TRIES = 8, 24, 32
+#: A share of body in each patch that ends the draws.
+ENOUGH_BODY = 0.5
+#: Most unreadable cases in a row for one sample.
+MAX_SUBSTITUTES = 8
 
 
 @dataclass(frozen=True)
@@ -35,12 +45,15 @@ class Crop:
 
     Attributes:
         size: Its edges in voxels.
-        spatial: What may be done to it.
+        spatial: Its spatial view.
         other_case: Whether it is from another case.
-        scale: Voxels of the case per voxel of the crop: 0.5 magnifies twofold.
-        fit: Whether a case that is smaller is magnified further, so that the crop is never padded.
+        scale: Voxels of the case per voxel of the crop; 0.5 magnifies twofold.
+        fit: Whether a smaller case is magnified along its short axes, so that the crop needs no padding.
+        isotropic: Whether ``fit`` magnifies all axes alike instead.
         centered: Whether it lies about the body's center.
-        parts: Lowest voxel and edges of what is looked at of it, each of which should be mostly body; () is all.
+        resampled_alike: Whether it is resampled exactly where the sample's first crop is.
+        parts: Lowest voxel and edges of each patch of it, which should be mostly body; () is the whole crop.
+        views: Views of the crop that are read one by one instead of the crop, for crops of many voxels.
     """
 
     size: tuple[int, int, int]
@@ -49,37 +62,46 @@ class Crop:
     scale: float = 1.0
     fit: bool = False
     centered: bool = False
+    resampled_alike: bool = False
+    isotropic: bool = False
     parts: tuple[tuple[tuple[int, int, int], tuple[int, int, int]], ...] = ()
+    views: tuple[ViewKind, ...] = ()
 
 
 @dataclass(frozen=True)
 class CropRequest:
-    """The crops that make one sample of a method, in order; the first is always from the sample's own case."""
+    """The crops of one sample, in order. The first is always from the sample's own case."""
 
     crops: tuple[Crop, ...]
 
     @property
     def fits_cases(self) -> bool:
-        """Whether the size of the cases decides about the crops."""
+        """Return whether the crops depend on the size of the cases."""
         return any(crop.fit for crop in self.crops)
 
     @property
     def min_cases(self) -> int:
+        """Return how many different cases a sample needs."""
         return 2 if any(crop.other_case for crop in self.crops) else 1
 
     def placeholder(self, channels: int, sample: int) -> list[SourceBox]:
         """Return boxes of noise in the place of one sample, to trace shapes."""
-        return [noise_box((channels, *crop.size), f"case {row} {sample}") for row, crop in enumerate(self.crops)]
+        sizes = [
+            size
+            for crop in self.crops
+            for size in ([kind.size for kind in crop.views for _ in range(kind.number)] or [crop.size])
+        ]
+        return [noise_box((channels, *size), f"case {row} {sample}") for row, size in enumerate(sizes)]
 
 
 class Sample(NamedTuple):
-    """What a worker read for one sample.
+    """One sample as a worker read it.
 
     Attributes:
         number: Its global index.
-        boxes: One for each crop of the request.
-        failure: Why there are none, '' if there are.
-        skipped: Names of what could not be read and was replaced.
+        boxes: One for each crop of the request, or for each view of a crop with views.
+        failure: Why there are no boxes; '' if there are.
+        skipped: Messages about cases that could not be read and were replaced.
     """
 
     number: int
@@ -90,7 +112,7 @@ class Sample(NamedTuple):
 
 @dataclass
 class CropBatch:
-    """B samples: their global indices, and for each crop of the request the B boxes that were read."""
+    """B samples: their global indices, and B boxes for each crop of the request."""
 
     indices: list[int]
     boxes: list[list[SourceBox]]
@@ -103,7 +125,7 @@ class CropBatch:
 
     @property
     def cases(self) -> list[str]:
-        """The case of each crop of each sample, for messages."""
+        """Return the names of all cases in the batch, for messages."""
         return sorted({box.case for row in self.boxes for box in row})
 
 
@@ -112,11 +134,11 @@ class CropDataset(Dataset):
     """Samples by global index, for ``torch.utils.data.DataLoader``.
 
     Args:
-        index: Where the cases are and what they are like.
+        index: Folder and properties of the cases.
         cases: The cases to draw from.
         request: The crops of a sample.
         seed: The run's seed.
-        stream: 0, or ``VALIDATION``: samples of different streams never share draws.
+        stream: 0, or ``VALIDATION``. Samples of different streams never share draws.
     """
 
     index: CaseIndex
@@ -134,7 +156,7 @@ class CropDataset(Dataset):
         return f"CropDataset({len(self.cases)} cases, {len(self.request.crops)} crops a sample)"
 
     def __getitem__(self, sample: int) -> Sample:
-        """A case that cannot be read is named, and another takes its place."""
+        """Read a sample. Another case replaces one that cannot be read."""
         drawn = list(self.draw_cases(sample))
         bad: dict[str, str] = {}
         substitutes = sample_generator(self.seed, self.stream + SUBSTITUTES, sample)
@@ -145,56 +167,114 @@ class CropDataset(Dataset):
             try:
                 for crop in self.request.crops:
                     case = drawn[1 if crop.other_case else 0]
-                    boxes.append(self._read(case, crop, generator))
+                    resample = is_resampled(boxes[0].matrix) if crop.resampled_alike else None
+                    boxes += self._read(case, crop, generator, resample)
             except Exception as error:  # damaged files raise anything
                 bad[case] = f"case '{case}' in {self.folder}: {type(error).__name__}: {error}"
                 good = [name for name in self.cases if name not in bad and name not in drawn]
-                if not good or len(bad) == MOST_SUBSTITUTES:
+                if not good or len(bad) == MAX_SUBSTITUTES:
                     return Sample(sample, [], "; ".join(bad.values()), tuple(bad.values()))
                 drawn[drawn.index(case)] = good[int(substitutes.integers(len(good)))]
                 continue
             return Sample(sample, boxes, "", tuple(bad.values()))
 
     def sources(self, sample: int) -> list[str]:
-        """The cases that a sample is read from, for messages."""
+        """Return the cases of a sample, for messages."""
         drawn = self.draw_cases(sample)
         return list(drawn[: self.request.min_cases])
 
+    def sample_bytes(self) -> int:
+        """Estimate the memory of a sample from a few draws of its crops."""
+        generator, channels = np.random.default_rng(0), int(self.index.channels().max())
+        voxels = 0
+        for crop in self.request.crops:
+            draws = [crop.spatial.draw(generator, crop.size) * crop.scale for _ in range(16)]
+            reach = np.max([half_extent(matrix, crop.size) for matrix in draws], axis=0)
+            voxels += int(np.prod(np.minimum(np.ceil(2 * reach) + 1, self.index.largest_size())))
+        return 4 * channels * voxels
+
     def draw_cases(self, sample: int) -> tuple[str, str]:
-        """A sample's own case, each case once before any comes again, and a partner that is another case."""
+        """Draw a sample's own case and another one. Each case comes once before any comes again."""
         number = len(self.cases)
         turn, place = divmod(sample, number)
         own = _shuffled(self.seed, self.stream, turn, number)[place]
         step = sample_generator(self.seed, self.stream + CASES, sample).integers(1, max(2, number))
         return self.cases[own], self.cases[(own + step) % number]
 
-    def _read(self, case: str, crop: Crop, generator: np.random.Generator) -> SourceBox:
+    def _read(self, case: str, crop: Crop, generator: np.random.Generator, resample: bool | None) -> list[SourceBox]:
         record = self.index[case]
         if record.problem:
             raise ValueError(record.problem)
         data = open_case(self.folder, case)
         if tuple(data.shape) != record.shape:
-            raise ValueError(f"has shape {tuple(data.shape)} now and had {record.shape} when the run began")
-        volume = np.asarray(data.shape[1:])
+            raise ValueError(f"expected shape {record.shape}, as when the run began, got {tuple(data.shape)}")
         for _ in range(CONSTANT_TRIES):
-            matrix, edges = crop.spatial.draw(generator, crop.size) * crop.scale, crop.size
-            if crop.fit:
-                matrix = shrink_to_fit(matrix, crop.size, (volume - 1) / 2)
-                edges = tuple(np.ceil(2 * half_extent(matrix, crop.size) - 1e-6).astype(int) + 1)
-            if crop.centered:
-                center = body_center(generator, volume, edges, record.body)
-            else:
-                parts = [np.asarray(part) / crop.size for part in crop.parts]
-                center = draw_center(generator, volume, edges, record.body, parts)
-            low, high = source_range(center, half_extent(matrix, crop.size), volume)
-            box = torch.from_numpy(np.ascontiguousarray(data[(slice(None), *map(slice, low, high))]))
-            # one pass over the voxels tells both; NaN is handed through
-            darkest, brightest = torch.stack([torch.stack(torch.aminmax(channel)) for channel in box], 1)
-            if not torch.equal(darkest, brightest):
+            region = _place(crop, generator, np.asarray(data.shape[1:]), record.body, case, resample)
+            if crop.views:
+                return [
+                    _read_view(data, region, crop, kind, generator) for kind in crop.views for _ in range(kind.number)
+                ]
+            box, constant = _read_box(data, region, crop.size)
+            if not constant:
                 break
-        if not (torch.isfinite(darkest).all() and torch.isfinite(brightest).all()):
-            raise ValueError("NaN or infinite values")
-        return SourceBox(box, matrix, center - low, case)
+        return [box]
+
+
+def _place(
+    crop: Crop,
+    generator: np.random.Generator,
+    volume: np.ndarray,
+    body: np.ndarray,
+    case: str,
+    resample: bool | None = None,
+) -> SourceBox:
+    """Draw the matrix of a crop and its center in a case, with no data yet.
+
+    Args:
+        crop: The crop.
+        generator: Source of the draws.
+        volume: (3,) edges of the case.
+        body: Body map of the case.
+        case: Name of the case.
+        resample: Whether the crop is rotated and zoomed. None decides by chance.
+    """
+    matrix, edges = crop.spatial.draw(generator, crop.size, resample=resample) * crop.scale, crop.size
+    if crop.fit:
+        matrix = shrink_to_fit(matrix, crop.size, (volume - 1) / 2, isotropic=crop.isotropic)
+        edges = tuple(np.ceil(2 * half_extent(matrix, crop.size) - 1e-6).astype(int) + 1)
+    if crop.centered:
+        center = body_center(generator, volume, edges, body)
+    else:
+        parts = [np.asarray(part) / crop.size for part in crop.parts]
+        center = draw_center(generator, volume, edges, body, parts)
+    return SourceBox(torch.empty(0), matrix, center, case)
+
+
+def _read_box(data: Any, place: SourceBox, size: Sequence[int]) -> tuple[SourceBox, bool]:
+    """Read what a crop with edges ``size`` needs, and whether it has only one value in each channel.
+
+    Raises:
+        ValueError: If it holds a value that is not finite.
+    """
+    low, high = source_range(place.center, half_extent(place.matrix, size), np.asarray(data.shape[1:]))
+    box = torch.from_numpy(np.ascontiguousarray(data[(slice(None), *map(slice, low, high))]))
+    # one pass finds constants and, as it propagates NaN, non-finite values
+    darkest, brightest = torch.stack([torch.stack(torch.aminmax(channel)) for channel in box], 1)
+    if not (torch.isfinite(darkest).all() and torch.isfinite(brightest).all()):
+        raise ValueError("NaN or infinite values")
+    return replace(place, data=box, center=place.center - low), torch.equal(darkest, brightest)
+
+
+def _read_view(data: Any, region: SourceBox, crop: Crop, kind: ViewKind, generator: np.random.Generator) -> SourceBox:
+    """Read the box of one view. A view that is smaller than its box is cut here, so that less is sent."""
+    for _ in range(CONSTANT_TRIES):
+        box, constant = _read_box(data, draw_view(region, crop.size, kind, generator), kind.size)
+        if not constant:
+            break
+    if math.prod(box.data.shape[1:]) <= math.prod(kind.size):
+        return box
+    view, _ = crop_box(box, kind.size, torch.device("cpu"))
+    return SourceBox(view, np.eye(3), (np.asarray(kind.size) - 1) / 2, box.case)
 
 
 def noise_box(shape: tuple[int, ...], case: str) -> SourceBox:
@@ -210,26 +290,26 @@ def draw_center(
     body: np.ndarray,
     parts: Sequence[np.ndarray] = (),
 ) -> np.ndarray:
-    """The center (3,) of a crop in voxels, where nnU-Net could have put it, preferring places with body.
+    """Draw the center (3,) of a crop in voxels from nnU-Net's places, preferring those with body.
 
-    A crop lies within the volume; along an axis where the volume is smaller it is centered and will be padded on both
-    sides. Of several places the first is taken that shows at least half as much body as the case does on average; with
-    parts, the first where each of them is mostly body, or that whose emptiest part shows most.
+    A crop lies within the volume. Along an axis where the volume is smaller it is centered and padded on both sides.
+    The first of several places is taken that has at least half the case's mean share of body. With patches it is the
+    first where each patch is mostly body, or else the one whose emptiest patch has the largest share.
 
     Args:
-        generator: Where draws come from.
+        generator: The sample's random generator.
         volume: Edges of the case in voxels.
         size: Edges of the crop.
         body: The case's body map.
-        parts: (2, 3) each, lowest corner and edges as shares of the crop's edges.
+        parts: (2, 3) for each patch, lowest corner and edges as shares of the crop's edges.
     """
     edges = np.asarray(size)
     room = volume - edges
     # the lowest and highest corner; negative room is shared by both sides, an odd voxel by chance
     lowest, highest = np.where(room > 0, 0, room // 2), np.where(room > 0, room, -(-room // 2))
-    wanted = MOSTLY if parts else body.mean() / 2
+    wanted = ENOUGH_BODY if parts else body.mean() / 2
     best, best_share = lowest, -1.0
-    for _ in range(PART_TRIES if parts else BODY_TRIES):
+    for _ in range(PATCH_TRIES if parts else BODY_TRIES):
         low = generator.integers(lowest, highest + 1)
         places = [(low + part[0] * edges, part[1] * edges) for part in parts] or [(low, edges)]
         share = min(_body_share(body, volume, first, extent) for first, extent in places)
@@ -243,7 +323,7 @@ def draw_center(
 def body_center(
     generator: np.random.Generator, volume: np.ndarray, size: Sequence[int], body: np.ndarray
 ) -> np.ndarray:
-    """The center (3,) of a crop about the body's center, off by up to an eighth of the crop, within the volume."""
+    """Draw the center (3,) of a crop up to an eighth of its edges from the body's center, within the volume."""
     edges = np.asarray(size)
     middle = np.argwhere(body).mean(0) + 0.5 if body.any() else np.asarray(body.shape) / 2
     wanted = middle / body.shape * volume - edges / 2 + generator.uniform(-0.125, 0.125, 3) * edges
@@ -252,7 +332,7 @@ def body_center(
 
 
 def collate(samples: list[Sample]) -> CropBatch:
-    """Samples to a batch; boxes keep their own sizes. One failure makes the batch a failure."""
+    """Collate samples to a batch. Boxes keep their sizes. One failure makes the batch a failure."""
     failure = next((sample.failure for sample in samples if sample.failure), "")
     boxes = [] if failure else [list(row) for row in zip(*(sample.boxes for sample in samples), strict=True)]
     skipped = tuple(name for sample in samples for name in sample.skipped)
@@ -260,9 +340,9 @@ def collate(samples: list[Sample]) -> CropBatch:
 
 
 def _body_share(body: np.ndarray, volume: np.ndarray, low: np.ndarray, edges: np.ndarray) -> float:
-    cells = np.asarray(body.shape)
-    first = np.clip(np.floor(low / volume * cells), 0, cells - 1).astype(int)
-    last = np.clip(np.ceil((low + edges) / volume * cells), first + 1, cells).astype(int)
+    bins = np.asarray(body.shape)
+    first = np.clip(np.floor(low / volume * bins), 0, bins - 1).astype(int)
+    last = np.clip(np.ceil((low + edges) / volume * bins), first + 1, bins).astype(int)
     return float(body[tuple(slice(a, b) for a, b in zip(first, last, strict=True))].mean())
 
 

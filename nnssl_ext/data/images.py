@@ -174,6 +174,10 @@ class ImageDataset(Dataset):
         turn, place = divmod(sample, len(self.names))
         return [self.names[int(_shuffled(self.seed, self.stream, turn, len(self.names))[place])]]
 
+    def sample_bytes(self) -> int:
+        """Estimate the memory of a sample: images are reduced to less than twice the crop's edges."""
+        return 4 * 3 * self.request.size[0] * self.request.size[1]
+
     def _read(self, name: str, sample: int) -> SourceBox:
         generator = sample_generator(self.seed, self.stream + CROPS, sample)
         with Image.open(self.images.folder / name) as image:

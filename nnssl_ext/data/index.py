@@ -1,8 +1,7 @@
-"""The case index: what is known of every preprocessed case without opening it.
+"""Index preprocessed cases, so that a start opens none of them.
 
-Per case its shape, a coarse map of where the body is, and what is wrong with it. A case is read once, when the index
-first meets it or its file has changed; afterwards a start costs one file, however large the data set. The index lies
-beside the configuration's folder, never in it (nnU-Net refuses unknown files there).
+The index holds the shape of each case, a coarse map of the body, and problems. A case is read once: when it is new or
+its file has changed. The index lies beside the configuration's folder, because nnU-Net refuses unknown files in it.
 """
 
 from __future__ import annotations
@@ -22,17 +21,23 @@ from tqdm import tqdm
 from nnssl_ext.data.cases import list_cases, open_case
 from nnssl_ext.files import replaced_on_success
 
-#: The body map has this many cells per axis at most.
-CELLS = 16
-#: Part of a cell's voxels that must be body for the cell to be.
+#: Most bins of the body map per axis.
+BINS = 16
+#: Share of body voxels from which a bin is body.
 BODY_SHARE = 0.25
-#: Raised when what the index stores changes its meaning.
+#: Raised when stored values change their meaning.
 VERSION = 1
 
 
 @dataclass
 class CaseRecord:
-    """One case: ``shape`` (C, D, H, W), ``body`` (cells, cells, cells) bool, ``problem`` '' if it is usable."""
+    """One case.
+
+    Attributes:
+        shape: (C, D, H, W).
+        body: Body map, (bins, bins, bins) bool.
+        problem: Empty if the case is usable.
+    """
 
     shape: tuple[int, ...]
     body: np.ndarray
@@ -40,7 +45,7 @@ class CaseRecord:
 
 
 class CaseIndex:
-    """The records of all cases in a folder; see ``build``."""
+    """Records of all cases in a folder. Make one with ``build``."""
 
     def __init__(self, folder: Path, cases: list[str], keys: np.ndarray, table: dict[str, Any]) -> None:
         self.folder = folder
@@ -48,7 +53,7 @@ class CaseIndex:
         self._keys = keys
         self._table = table
         self._row = {case: row for row, case in enumerate(cases)}
-        #: Cases that this run does without, and why.
+        #: Cases that a run excludes, and why.
         self.left_out: dict[str, str] = {}
 
     def __repr__(self) -> str:
@@ -57,28 +62,33 @@ class CaseIndex:
     def __getitem__(self, case: str) -> CaseRecord:
         row = self._row[case]
         shape = tuple(int(n) for n in self._table["shape"][row])
-        bits = np.unpackbits(self._table["body"][row], count=CELLS**3).astype(bool).reshape((CELLS,) * 3)
-        used = tuple(min(CELLS, edge) for edge in shape[1:])
+        bits = np.unpackbits(self._table["body"][row], count=BINS**3).astype(bool).reshape((BINS,) * 3)
+        used = tuple(min(BINS, edge) for edge in shape[1:])
         problem = self.left_out.get(case, str(self._table["problem"][row]))
         return CaseRecord(shape, bits[: used[0], : used[1], : used[2]], problem)
 
     def problems(self) -> dict[str, str]:
-        """The cases that cannot be used, and why."""
+        """Return unusable cases with their problems."""
         rows = np.flatnonzero(self._table["problem"] != "")
         return {self.cases[row]: str(self._table["problem"][row]) for row in rows}
 
     def channels(self) -> np.ndarray:
-        """(cases,) number of channels; 0 where the case cannot be read."""
+        """Return the number of channels per case; 0 for unreadable ones."""
         return self._table["shape"][:, 0]
 
     def common_size(self) -> tuple[int, int, int]:
-        """Edges in voxels, per axis, that at least nine in ten usable cases have."""
+        """Return the 10th percentile of edges per axis, in voxels."""
         rows = [row for row, case in enumerate(self.cases) if case not in self.left_out]
         depth, height, width = np.percentile(self._table["shape"][rows, 1:], 10, axis=0, method="lower").tolist()
         return depth, height, width
 
+    def largest_size(self) -> tuple[int, int, int]:
+        """Edges in voxels, per axis, of the largest case."""
+        depth, height, width = self._table["shape"][:, 1:].max(axis=0).tolist()
+        return depth, height, width
+
     def fingerprint(self) -> dict[str, str]:
-        """Per case a digest of its shape, file size and body map, '' where it is left out; copying changes none."""
+        """Digest shape, file size and body map per case; '' for excluded cases. Copies have equal digests."""
         rows = zip(self._table["shape"], self._keys[:, 0], self._table["body"], strict=True)
         digests = (crc32(body.tobytes(), crc32(f"{shape.tolist()} {size}".encode())) for shape, size, body in rows)
         return {
@@ -95,13 +105,13 @@ class CaseIndex:
         show_progress: bool = False,
         known: Mapping[str, CaseRecord] | None = None,
     ) -> CaseIndex:
-        """The index of a configuration's preprocessed folder, reading only the cases it does not know yet.
+        """Index a preprocessed folder and read only new or changed cases.
 
         Args:
             folder: ``nnUNet_preprocessed/DatasetXXX_NAME/PLANS_CONFIGURATION``.
             workers: Threads that read.
             show_progress: Draw a progress bar when there is something to read.
-            known: Records of cases that whoever has just written them knows; they are not read.
+            known: Records of cases that were just written; these are not read.
         """
         known = known or {}
         stats = list_cases(folder)
@@ -118,7 +128,7 @@ class CaseIndex:
             records = pool.map(lambda row: known.get(cases[row]) or examine(folder, cases[row]), unknown)
             progress = tqdm(records, "Looking at new cases", len(unknown), disable=not show_progress or not unknown)
             for row, record in zip(unknown, progress, strict=True):
-                body = np.zeros((CELLS,) * 3, dtype=bool)
+                body = np.zeros((BINS,) * 3, dtype=bool)
                 body[tuple(slice(0, n) for n in record.body.shape)] = record.body
                 table["shape"][row] = record.shape
                 table["body"][row] = np.packbits(body)
@@ -145,13 +155,13 @@ class CaseIndex:
 def _empty_table(cases: int) -> dict[str, Any]:
     return {
         "shape": np.zeros((cases, 4), dtype=np.int64),
-        "body": np.zeros((cases, CELLS**3 // 8), dtype=np.uint8),
+        "body": np.zeros((cases, BINS**3 // 8), dtype=np.uint8),
         "problem": np.full(cases, "", dtype=object),
     }
 
 
 def _take_over(path: Path, cases: list[str], keys: np.ndarray, table: dict[str, Any]) -> list[int]:
-    """Copy the rows of unchanged cases from an earlier index; returns the rows that are not known yet."""
+    """Copy the rows of unchanged cases from an earlier index; return the other rows."""
     with np.load(path, allow_pickle=False) as stored:
         if int(stored["version"]) != VERSION:
             return list(range(len(cases)))
@@ -171,7 +181,7 @@ def _take_over(path: Path, cases: list[str], keys: np.ndarray, table: dict[str, 
 
 
 def examine(folder: Path, case: str) -> CaseRecord:
-    """Read one case whole: its shape, its body map, and what is wrong with it, if anything is."""
+    """Read a whole case and find its shape, body map and problem."""
     nothing = CaseRecord((0, 0, 0, 0), np.zeros((0, 0, 0), dtype=bool))
     try:
         data = np.asarray(open_case(folder, case)[:])
@@ -182,11 +192,11 @@ def examine(folder: Path, case: str) -> CaseRecord:
 
 
 def record_of(data: np.ndarray) -> CaseRecord:
-    """The record of a case's data (C, D, H, W)."""
+    """Make the record of a case's data (C, D, H, W)."""
     if data.ndim != 4 or 0 in data.shape:
         problem = f"has shape {data.shape}, expected (channels, depth, height, width)"
         return CaseRecord((0, 0, 0, 0), np.zeros((0, 0, 0), dtype=bool), problem)
-    record = CaseRecord(data.shape, np.zeros(tuple(min(CELLS, n) for n in data.shape[1:]), dtype=bool))
+    record = CaseRecord(data.shape, np.zeros(tuple(min(BINS, n) for n in data.shape[1:]), dtype=bool))
     if not np.isfinite(data).all():
         record.problem = "holds NaN or infinite values"
     elif (data == data[:, :1, :1, :1]).all():
@@ -197,7 +207,7 @@ def record_of(data: np.ndarray) -> CaseRecord:
 
 
 def body_map(data: np.ndarray) -> np.ndarray:
-    """Where the body is, on a grid of at most ``CELLS`` cells per axis: bool, from the image alone.
+    """Map the body on a grid of at most ``BINS`` bins per axis: bool, from the image alone.
 
     A voxel is body when its mean over channels exceeds Li's minimum cross-entropy threshold (Li and Tam 1998).
     """
@@ -205,7 +215,7 @@ def body_map(data: np.ndarray) -> np.ndarray:
     sample = image.ravel()[:: max(1, image.size // 100_000)]
     body = (image > threshold_li(sample)).astype(np.float32)
     for axis, edge in enumerate(image.shape):
-        starts = np.linspace(0, edge, min(CELLS, edge), endpoint=False).astype(int)
+        starts = np.linspace(0, edge, min(BINS, edge), endpoint=False).astype(int)
         widths = np.diff([*starts, edge]).reshape([-1 if a == axis else 1 for a in range(3)])
         body = np.add.reduceat(body, starts, axis=axis) / widths
     return body >= BODY_SHARE

@@ -1,74 +1,92 @@
-"""Batches whatever becomes of the workers: one that was killed or hangs is named and replaced, nothing waits for ever.
+"""A data loader that replaces dead or hung workers, limits what is prefetched, and always ends.
 
-Samples are pure functions of their number, so that new workers go on with the very batch that was due.
+Samples are pure functions of their number, so new workers continue with the batch that is due.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from typing import Any
 
-from torch.utils.data import Dataset, get_worker_info
+import blosc2
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from nnssl_ext.data.crops import CropBatch, Sample
-from nnssl_ext.data.samples import SampleDataset
-from nnssl_ext.data.shard import Shard, crop_loader
+from nnssl_ext.data.crops import collate
 from nnssl_ext.errors import UserError
+from nnssl_ext.signals import ignore_in_worker
 
-#: How often a wait for a batch looks about, and after how long without any a worker counts as hanging.
+#: Seconds between two looks at the workers while there is no batch, and without progress until one counts as hung.
 POLL_SECONDS, HANG_SECONDS = 5, 45
-#: So often in a row workers are replaced without a batch in between.
+#: Replacements in a row without a batch in between.
 REPLACEMENTS = 3
+#: Seconds that the end of the workers may take before they are left alone.
+END_SECONDS = 10
+#: Batches that a worker prefetches, and bytes that all of them prefetch together; half of the shared memory at most.
+PREFETCHED, PREFETCHED_BYTES = 3, 4 * 2**30
 _IDLE = -1
 
 
-@contextmanager
-def unanswered(give_up: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Call ``give_up`` from another thread if what is within takes longer.
+@dataclass
+class Shard(Sampler[list[int]]):
+    """The sample indices of one rank, batch by batch: of each global batch every ``world``-th, from ``rank`` on.
 
-    A batch is fetched from the worker that made it. Where that one is stopped, the wait for its answer has no limit of
-    its own, and only the worker's death ends it.
+    Args:
+        first, last: Global batches first..last-1.
+        batch_size: Samples of a global batch.
+        rank, world: This process and how many there are.
     """
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+
+    first: int
+    last: int
+    batch_size: int
+    rank: int = 0
+    world: int = 1
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(self.first, self.last):
+            begin = batch * self.batch_size
+            yield list(range(begin + self.rank, begin + self.batch_size, self.world))
+
+    def __len__(self) -> int:
+        return max(0, self.last - self.first)
 
 
 class SteadyLoader:
     """The batches of a shard, as often as one iterates.
 
     Args:
-        dataset: Samples by number; ``sources(sample)`` says what a sample is read from.
-        shard: Which numbers.
-        workers: Processes that read; with 0 this process does.
+        dataset: Samples by number. ``sources(sample)`` names what a sample is read from, and ``sample_bytes()``
+            estimates the memory of a sample.
+        shard: The numbers.
+        workers: Processes that read; with 0 this process does. The order of batches does not depend on it.
         pin_memory: As for torch's DataLoader.
-        tell: Called with a line for each replacement.
+        log: Called with a line for each replacement.
         waiting: Called every few seconds while there is no batch; may raise.
+        join: Makes a batch of samples.
     """
 
     def __init__(
         self,
-        dataset: SampleDataset,
+        dataset: Any,
         shard: Shard,
         *,
         workers: int,
         pin_memory: bool,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
         waiting: Callable[[], None],
+        join: Callable[[list], Any] = collate,
     ) -> None:
         self.dataset, self.shard, self.workers, self.pin_memory = dataset, shard, workers, pin_memory
-        self.tell, self.waiting = tell, waiting
+        self.log, self.waiting, self.join = log, waiting, join
 
     def __repr__(self) -> str:
         return f"SteadyLoader({self.dataset!r}, batches {self.shard.first} to {self.shard.last})"
@@ -76,13 +94,13 @@ class SteadyLoader:
     def __len__(self) -> int:
         return len(self.shard)
 
-    def __iter__(self) -> Iterator[CropBatch]:
+    def __iter__(self) -> Iterator[Any]:
         at, failures = self.shard.first, 0
         while at < self.shard.last:
-            with _Crew(self.dataset, replace(self.shard, first=at), self.workers, self.pin_memory) as crew:
+            with _Crew(self, replace(self.shard, first=at)) as crew:
                 while at < self.shard.last:
                     batch = crew.next(self.waiting)
-                    if batch is None:
+                    if crew.problem:
                         break
                     at, failures = at + 1, 0
                     yield batch
@@ -94,52 +112,113 @@ class SteadyLoader:
                     f"loader: {crew.problem}, {failures} times in a row: these cases are damaged or too large for the "
                     f"memory (fewer workers need less: nnUNet_n_proc_DA). Look at them, then go on with --c"
                 )
-            self.tell(f"WARNING: loader: {crew.problem}; it is replaced, and no batch is lost")
+            self.log(f"WARNING: loader: {crew.problem}; it is replaced, and no batch is lost")
+
+
+class Progress:
+    """Counts what workers have read, in memory that all processes share.
+
+    Args:
+        workers: How many there are.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._counts = multiprocessing.Array("q", max(1, workers), lock=False)
+
+    def __repr__(self) -> str:
+        return f"Progress({self.total})"
+
+    def tick(self) -> None:
+        """Count one step of this worker."""
+        self._counts[_place()] += 1
+
+    @property
+    def total(self) -> int:
+        return sum(self._counts)
+
+
+def prefetching(batch_bytes: int, workers: int) -> tuple[int, int]:
+    """Limit what is prefetched.
+
+    Args:
+        batch_bytes: Estimated memory of a batch.
+        workers: Workers that are wanted.
+
+    Returns:
+        Workers, and batches that each of them prefetches.
+    """
+    limit = PREFETCHED_BYTES
+    with suppress(OSError):  # no such folder on this system
+        limit = min(limit, shutil.disk_usage("/dev/shm").free // 2)
+    batches = max(1, limit // max(1, batch_bytes))
+    workers = min(workers, batches)
+    return workers, min(PREFETCHED, batches // workers) if workers else 0
 
 
 class _Crew:
     """The workers of one DataLoader, from its first batch to its end."""
 
-    def __init__(self, dataset: SampleDataset, shard: Shard, workers: int, pin_memory: bool) -> None:
-        self.dataset, self.workers = dataset, workers
+    def __init__(self, loader: SteadyLoader, shard: Shard) -> None:
+        samples = -(-shard.batch_size // shard.world)
+        self.dataset = loader.dataset
+        self.workers, prefetched = prefetching(samples * loader.dataset.sample_bytes(), loader.workers)
         #: The sample that each worker reads now.
-        self.reading = multiprocessing.Array("q", [_IDLE] * max(1, workers), lock=False)
+        self.reading = multiprocessing.Array("q", [_IDLE] * max(1, self.workers), lock=False)
+        self.progress = Progress(self.workers)
         before = set(multiprocessing.active_children())
-        noting: Any = _Noting(dataset, self.reading) if workers else dataset
-        loader = crop_loader(noting, shard, workers=workers, pin_memory=pin_memory, timeout=POLL_SECONDS)
-        self.batches: Any = iter(loader)
+        self.batches: Any = iter(
+            DataLoader(
+                _Watched(loader.dataset, self.reading, self.progress) if self.workers else loader.dataset,
+                batch_sampler=shard,
+                collate_fn=loader.join,
+                num_workers=self.workers,
+                pin_memory=loader.pin_memory,
+                prefetch_factor=prefetched or None,
+                timeout=POLL_SECONDS if self.workers else 0,
+                worker_init_fn=_start_worker,
+            )
+        )
         self.processes = sorted(set(multiprocessing.active_children()) - before, key=lambda p: p.pid or 0)
         #: Which worker was lost, how, and what it was reading.
         self.problem = ""
-        if workers and threading.current_thread() is threading.main_thread():
-            # torch's handler would raise amid an optimiser step; deaths are noticed where a batch is waited for
+        if self.workers and threading.current_thread() is threading.main_thread():
+            # torch's handler would raise within an optimizer step; deaths are noticed while waiting for a batch
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def __enter__(self) -> _Crew:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # torch asks its workers to end and waits, for ever where one is stopped or hangs
+        # torch asks its workers to end and waits, without end where one is stopped or hangs
         if self.problem or kind is not None:
             self._kill()
-        self.batches = None
+        end, self.batches = getattr(self.batches, "_shutdown_workers", None), None
+        if end is None:
+            return
+        # it also waits for its pinning thread, without end where that waits for a dead worker (pytorch#21554)
+        ending = threading.Thread(target=end, name="end of workers", daemon=True)
+        ending.start()
+        ending.join(END_SECONDS)
+        if ending.is_alive():
+            self._kill()
+            ending.join(END_SECONDS)
 
-    def next(self, waiting: Callable[[], None]) -> CropBatch | None:
-        """The next batch; None if a worker is dead or hangs."""
-        begin = time.monotonic()
+    def next(self, waiting: Callable[[], None]) -> Any:
+        """Return the next batch, or note in ``problem`` that a worker is dead or hangs."""
+        begin, count = time.monotonic(), self.progress.total
         while True:
+            asked = time.monotonic()
             try:
                 with unanswered(self._give_up, HANG_SECONDS):
                     return next(self.batches)
             except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
                 if not isinstance(error, RuntimeError) and not self.problem:
                     # it died while handing over a batch, which shows before its death does
-                    ending = wait([process.sentinel for process in self.processes], timeout=POLL_SECONDS)
-                    for process in self.processes:
-                        if process.sentinel in ending:
-                            process.join(POLL_SECONDS)
+                    self._reap()
                 if self.problem:
                     return None
+                if self.progress.total != count:  # slow is not hung
+                    begin, count = time.monotonic(), self.progress.total
                 waited = time.monotonic() - begin
                 if any(not process.is_alive() for process in self.processes):
                     self.problem = self._lost("was killed")
@@ -147,11 +226,17 @@ class _Crew:
                     self.problem = self._lost(f"gave no batch for {waited:.0f} s")
                 elif isinstance(error, RuntimeError) and not str(error).startswith("DataLoader "):
                     raise  # a batch that could not be made, which no wait brings back
-                elif not self.workers or waited < POLL_SECONDS - 1:
+                elif not self.workers or time.monotonic() - asked < POLL_SECONDS - 1:
                     raise  # not the end of a wait
                 if self.problem:
                     return None
                 waiting()
+
+    def _reap(self) -> None:
+        ending = wait([process.sentinel for process in self.processes], timeout=POLL_SECONDS)
+        for process in self.processes:
+            if process.sentinel in ending:
+                process.join(POLL_SECONDS)
 
     def _give_up(self) -> None:
         if not self.processes:
@@ -165,7 +250,7 @@ class _Crew:
                 process.kill()
 
     def _lost(self, how: str) -> str:
-        """Which worker it was and what it was reading."""
+        """Name the worker and what it was reading."""
         dead = [place for place, process in enumerate(self.processes) if not process.is_alive()]
         places = dead or [place for place, sample in enumerate(self.reading) if sample != _IDLE]
         samples = [self.reading[place] for place in places if self.reading[place] != _IDLE]
@@ -176,16 +261,46 @@ class _Crew:
         return f"worker {pids} {how} while reading {what}"
 
 
-class _Noting(Dataset):
-    """A dataset that writes down which sample it is reading, where the main process can see it."""
+@contextmanager
+def unanswered(give_up: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Call ``give_up`` from another thread if the block takes longer.
 
-    def __init__(self, dataset: SampleDataset, reading: Any) -> None:
-        self.dataset, self.reading = dataset, reading
+    A batch is fetched from the worker that made it. If that one is stopped, the fetch has no time limit of its own, and
+    only the worker's death ends it.
+    """
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
-    def __getitem__(self, sample: int) -> Sample:
-        info = get_worker_info()
-        place = info.id if info is not None else 0
+
+class _Watched(Dataset):
+    """A dataset that shows the main process what it is reading and that it proceeds."""
+
+    def __init__(self, dataset: Any, reading: Any, progress: Progress) -> None:
+        self.dataset, self.reading, self.progress = dataset, reading, progress
+        watch = getattr(dataset, "watch", None)
+        if watch is not None:  # a sample that takes long has steps of its own
+            watch(progress.tick)
+
+    def __getitem__(self, sample: int) -> Any:
+        place = _place()
         self.reading[place] = sample
         result = self.dataset[sample]
+        self.progress.tick()
         self.reading[place] = _IDLE
         return result
+
+
+def _place() -> int:
+    info = get_worker_info()
+    return info.id if info is not None else 0
+
+
+def _start_worker(_: int) -> None:
+    ignore_in_worker()
+    torch.set_num_threads(1)
+    blosc2.set_nthreads(1)

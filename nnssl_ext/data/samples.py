@@ -51,6 +51,9 @@ class SampleDataset(Protocol):
     def sources(self, sample: int) -> list[str]:
         """Return the names of what a sample is read from, for messages."""
 
+    def sample_bytes(self) -> int:
+        """Estimate the memory of a sample."""
+
 
 #: A training and a validation data set.
 Datasets = tuple[SampleDataset, SampleDataset]

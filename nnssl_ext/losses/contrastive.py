@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def info_nce(predictions: Tensor, candidates: Tensor, right: Tensor, temperature: float) -> Tensor:
+def info_nce(
+    predictions: Tensor, candidates: Tensor, right: Tensor, temperature: float, excluded: Tensor | None = None
+) -> Tensor:
     """Compute InfoNCE on cosine similarities.
 
     van den Oord et al., "Representation Learning with Contrastive Predictive Coding", arXiv 1807.03748.
@@ -20,11 +22,15 @@ def info_nce(predictions: Tensor, candidates: Tensor, right: Tensor, temperature
         candidates: (K, F).
         right: (P,) position of the right candidate of each prediction.
         temperature: Temperature of the softmax.
+        excluded: (P, K) bool, candidates that do not count as negatives.
 
     Returns:
         (P,); log K at chance.
     """
-    return F.cross_entropy(similarities(predictions, candidates) / temperature, right, reduction="none")
+    logits = similarities(predictions, candidates) / temperature
+    if excluded is not None:
+        logits = logits.masked_fill(excluded, -torch.inf)
+    return F.cross_entropy(logits, right, reduction="none")
 
 
 def paired_bce(predictions: Tensor, candidates: Tensor, right: Tensor, draw: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """Registry of methods. A new method is its file and a line here."""
 
+from nnssl_ext.catalog import trainer_of
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, ParameterGroup, Readable, ValidationCheck
 from nnssl_ext.methods.contrastive_predictive_coding import ContrastivePredictiveCoding
 from nnssl_ext.methods.dino.dino import DINO
 from nnssl_ext.methods.exemplar import Exemplar
 from nnssl_ext.methods.jigsaw import Jigsaw
 from nnssl_ext.methods.masked_autoencoder import MaskedAutoencoder
+from nnssl_ext.methods.models_genesis import ModelsGenesis
 from nnssl_ext.methods.relative_patch_location import RelativePatchLocation
 from nnssl_ext.methods.rotation import Rotation
 from nnssl_ext.methods.variable_dimension_transform import VariableDimensionTransform
@@ -17,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         VolumeFusion,
         MaskedAutoencoder,
+        ModelsGenesis,
         ContrastivePredictiveCoding,
         Rotation,
         Jigsaw,
@@ -31,11 +34,8 @@ METHODS: dict[str, type[Method]] = {
 SCHEMAS: dict[str, type] = {name: method.Settings for name, method in METHODS.items()}
 SCHEMAS["finetune"] = FinetuneSettings
 
-#: The trainer of each method, which stock's ``-tr`` names: from its title.
-TRAINERS: dict[str, str] = {
-    name: "nnsslTrainer_" + "".join(word[0].upper() + word[1:] for word in method.title.split())
-    for name, method in METHODS.items()
-}
+#: The trainer of each method, which stock's ``-tr`` names.
+TRAINERS: dict[str, str] = {name: trainer_of(method.title) for name, method in METHODS.items()}
 
 __all__ = [
     "METHODS",

@@ -51,6 +51,7 @@ class OptimizerRecipe:
         learning_rate: Peak, after the warmup.
         weight_decay: Weight decay of every group whose scale is 1.
         schedule: ``constant``, ``poly`` (exponent 0.9, as nnU-Net) or ``cosine``, to zero at the end.
+            ``step`` halves it after each fifth of the steps.
         warmup: Share of all steps over which the rate rises linearly.
         max_grad_norm: Largest gradient norm of each of ``Method.clipped_modules``.
         final_weight_decay: Weight decay at the end, reached along a cosine. None keeps it constant.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe
+from nnssl_ext.networks.base import Triple
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensitySettings
+from nnssl_ext.views.rotations import rotatable_size
 from nnssl_ext.views.spatial import SpatialRange
 
 
@@ -18,7 +23,11 @@ class TrainingSettings:
     intensity: IntensitySettings = field(default_factory=IntensitySettings)
     optimizer: str = setting("adamw", "Optimizer.", choices=("adam", "adamw", "sgd"))
     weight_decay: float = setting(1e-5, "Weight decay.", low=0)
-    schedule: str = setting("cosine", "Decay of the learning rate.", choices=("constant", "poly", "cosine"))
+    schedule: str = setting(
+        "cosine",
+        "Decay of the learning rate. step halves it after each fifth of the steps.",
+        choices=("constant", "poly", "cosine", "step"),
+    )
     warmup: float = setting(0.02, "Share of the steps with a rising learning rate.", low=0, high=0.9)
 
     def heaviest(self) -> Any:
@@ -28,6 +37,38 @@ class TrainingSettings:
     def recipe(self, learning_rate: float) -> OptimizerRecipe:
         """Build the optimizer recipe with the method's peak learning rate."""
         return OptimizerRecipe(self.optimizer, learning_rate, self.weight_decay, self.schedule, self.warmup)
+
+
+def view_size(geometry: DataGeometry, margin: float, alike: np.ndarray | None = None) -> Triple:
+    """Compute the edges of rotated views that show the plan's resolution in most cases.
+
+    A rotated view reaches beyond its edges. In cases that are hardly larger than the crop, a smaller view is taken
+    rather than a magnified one.
+
+    Args:
+        geometry: The data and the network's strides.
+        margin: Extent of a typical rotated view as a multiple of its edge.
+        alike: (3, 3) bool, axes whose edges must be equal. None leaves them independent.
+    """
+    cases = geometry.case_size or (math.inf,) * 3
+    limits = [math.floor(min(edge, 1e9) / margin) for edge in cases]
+    size = [min(pair) for pair in zip(geometry.crop_size, limits, strict=True)]
+    return rotatable_size(size, geometry.strides[-1], np.eye(3, dtype=bool) if alike is None else alike)
+
+
+def region_size(geometry: DataGeometry, view: Triple, extent: float) -> Triple:
+    """Compute the region to read for rotated views, within the cases.
+
+    Args:
+        geometry: The data and the network's strides.
+        view: Edges of the views.
+        extent: Largest extent of a view as a multiple of its edge.
+    """
+    cases = geometry.case_size or (math.inf,) * 3
+    depth, height, width = (
+        int(max(edge, min(math.ceil(extent * edge), case))) for edge, case in zip(view, cases, strict=True)
+    )
+    return depth, height, width
 
 
 @dataclass(frozen=True)

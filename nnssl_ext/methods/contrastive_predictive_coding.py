@@ -81,6 +81,7 @@ class ContrastivePredictiveCoding(PatchMethod):
 
     settings: ContrastivePredictiveCodingSettings
     layout: RowLayout
+    overlaps: Tensor
 
     def __init__(
         self, backbone: Backbone, settings: ContrastivePredictiveCodingSettings, geometry: DataGeometry
@@ -98,6 +99,10 @@ class ContrastivePredictiveCoding(PatchMethod):
             self.context = ConvolutionalContext(
                 columns=self.columns, embedding_dim=s.embedding_dim, context_dim=s.context_dim
             )
+        overlaps = torch.from_numpy(self.layout.overlaps()[-self.targets :])  # (T, N)
+        self.register_buffer("overlaps", overlaps, persistent=False)
+        # a guess among the targets of a window that do not overlap the right one
+        self.chance = (1 / (self.targets - overlaps[:, -self.targets :].sum(1))).mean().item()
         self.predict = nn.Linear(s.context_dim, self.targets * s.embedding_dim)
 
     @classmethod
@@ -142,19 +147,25 @@ class ContrastivePredictiveCoding(PatchMethod):
         target = torch.arange(number - self.targets, number, device=place.device)
         positive = (place[:, None] * number + target).flatten()
         candidates = gathered.flatten(0, 1)
+        # patches of the own window that overlap a target show the same voxels: they are no negatives
+        own = place[:, None] == torch.arange(len(gathered), device=place.device)  # (B, G)
+        excluded = (own[:, None, :, None] & self.overlaps[None, :, None]).flatten(2).flatten(0, 1)  # (B T, G N)
         if self.settings.loss == "infonce":
-            loss = info_nce(predicted, candidates, positive, self.settings.temperature)
+            loss = info_nce(predicted, candidates, positive, self.settings.temperature, excluded)
         else:
             loss = paired_bce(predicted, candidates, positive, views["negative"].flatten())
-        measures = {} if self.training else self._accuracies(predicted, candidates, positive, number)
-        return self.result(loss.view(-1, self.targets).mean(1), features, 1 / self.targets, **measures)
+        measures = {} if self.training else self._accuracies(predicted, candidates, positive, excluded)
+        return self.result(loss.view(-1, self.targets).mean(1), features, self.chance, **measures)
 
-    def _accuracies(self, predicted: Tensor, candidates: Tensor, positive: Tensor, number: int) -> dict[str, Tensor]:
+    def _accuracies(
+        self, predicted: Tensor, candidates: Tensor, positive: Tensor, excluded: Tensor
+    ) -> dict[str, Tensor]:
         """Measure the accuracy among a window's targets and among all patches of the batch: (B,) each."""
         score = similarities if self.settings.loss == "infonce" else products
-        scores = score(predicted, candidates)
+        scores = score(predicted, candidates).masked_fill(excluded, -torch.inf)
+        number = self.overlaps.shape[1]
         place = torch.arange(len(candidates), device=positive.device)
-        # patches of the context are never targets: without them chance is one in T
+        # patches of the context are never targets
         among_targets = scores.masked_fill(place[None] % number < number - self.targets, -torch.inf)
         accuracy = hits(within_sample(among_targets, positive, place // number), positive)
         batch_accuracy = hits(scores, positive)

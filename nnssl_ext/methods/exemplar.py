@@ -22,7 +22,7 @@ from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.losses.triplet import plain_triplet, semi_hard_triplet, squared_distances
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
-from nnssl_ext.methods.common import SharedSettings
+from nnssl_ext.methods.common import SharedSettings, region_size, view_size
 from nnssl_ext.methods.encoder_only import EncoderMethod
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead
@@ -33,6 +33,8 @@ from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_batch, subview
 
 TALEB = "Taleb et al. 2020"
+#: Extent of a view rotated by up to 15 degrees about each axis, as a multiple of its edge: median, and largest.
+MEDIAN_EXTENT, MAX_EXTENT = 1.25, 1.5
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,6 @@ class ExemplarSettings(SharedSettings):
     flip: float = setting(0.0, "Chance of a mirror, per axis and view.", low=0, high=1)
     rot90: float = setting(0.0, "Chance of quarter turns in a plane of equal edges and spacing.", low=0, high=1)
     affine: float = setting(1.0, "Chance of a rotation and zoom, per view.", low=0, high=1)
-    zoom: list[float] = setting(
-        [1.0, 1.4], "Range of the magnification; the view is a part of the crop.", low=1, high=10, length=2
-    )
     intensity: ExemplarIntensitySettings = field(default_factory=ExemplarIntensitySettings)
     standardize: bool = setting(True, "Zero mean and unit deviation per view.")
     margin: float = setting(1.0, "Margin in squared distance.", source=TALEB, low=0.01)
@@ -97,6 +96,8 @@ class Exemplar(EncoderMethod):
 
     def __init__(self, backbone: Backbone, settings: ExemplarSettings, geometry: DataGeometry) -> None:
         super().__init__(backbone, settings, geometry)
+        self.size = view_size(geometry, MEDIAN_EXTENT)
+        self.region = region_size(geometry, self.size, MAX_EXTENT)
         self.heads = nn.ModuleList(
             GridHead(channels=self.channels, hidden=settings.hidden_dims, outputs=settings.embedding_dim)
             for _ in range(1 if settings.shared_head else 3)
@@ -104,7 +105,8 @@ class Exemplar(EncoderMethod):
 
     @classmethod
     def crops(cls, settings: ExemplarSettings, geometry: DataGeometry) -> CropRequest:
-        crop = Crop(geometry.crop_size, SpatialRange(geometry.spacing), fit=True)
+        region = region_size(geometry, view_size(geometry, MEDIAN_EXTENT), MAX_EXTENT)
+        crop = Crop(region, SpatialRange(geometry.spacing), fit=True)
         return CropRequest((crop, Crop(crop.size, crop.spatial, other_case=True, fit=True)))
 
     def optimizer(self) -> OptimizerRecipe:
@@ -152,20 +154,20 @@ class Exemplar(EncoderMethod):
 
     def _images(self, own: list[SourceBox], other: list[SourceBox], random: BatchRandom) -> Tensor:
         """Cut and augment anchor, positive and crop of another case: (B, 3, C, D, H, W)."""
-        size, spacing, clean = self.geometry.crop_size, self.geometry.spacing, self.settings.clean_positive
+        size, spacing, clean = self.size, self.geometry.spacing, self.settings.clean_positive
         spatial = self.settings.spatial(self.geometry)
         boxes = []
         for b, (mine, others) in enumerate(zip(own, other, strict=True)):
             generator = random.generator(b)
             for place, box in enumerate((mine, mine, others)):
-                if clean and place == 1:
-                    boxes.append(subview(box, size, np.eye(3)))
-                else:
-                    boxes.append(subview(box, size, spatial.draw(generator, size), generator.uniform(-1, 1, 3)))
+                untouched = clean and place == 1
+                matrix = np.eye(3) if untouched else spatial.draw(generator, size)
+                where = np.zeros(3) if untouched else generator.uniform(-1, 1, 3)
+                boxes.append(subview(box, self.region, matrix, where, view_size=size, isotropic=False))
         crops, _ = crop_batch(boxes, size, random.device)
         images = crops.unflatten(0, (len(own), 3))
-        untouched = images[:, 1].clone() if clean else None
+        original = images[:, 1].clone() if clean else None
         IntensityDraw.draw(self.settings.intensity, random, images.shape[2], spacing, views=3).apply(images)
-        if untouched is not None:
-            images[:, 1] = untouched
+        if original is not None:
+            images[:, 1] = original
         return standardize(images) if self.settings.standardize else images

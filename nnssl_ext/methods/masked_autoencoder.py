@@ -14,18 +14,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
+from nnssl_ext.losses.reconstruction import MIN_VARIANCE, explained_variance, squared_error
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.networks.base import Backbone
+from nnssl_ext.networks.visible_norms import VisibleNorms
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
 from nnssl_ext.views.masking import block_moments, draw_block_mask, expand_blocks
-from nnssl_ext.views.random import BatchRandom
+from nnssl_ext.views.random import BatchRandom, shuffle_voxels
 from nnssl_ext.views.spatial import crop_batch
 
 HE, WALD = "He et al. 2022", "arXiv 2410.23132"
-#: Blocks of lower variance are no targets.
-MIN_VARIANCE = 1e-6
+#: Edge of a block in voxels of the finest axis.
+EDGE = 16
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,15 @@ class MaskedAutoencoderSettings(SharedSettings):
     mask_ratio: float = setting(0.75, "Share of masked blocks.", source=f"{HE}, {WALD}", low=0.01, high=0.99)
     block_size: list[int] | None = setting(
         None,
-        "Edges of a block in voxels. null is an eighth of the crop's.",
-        source="16 of 128 in both papers",
+        "Edges of a block in voxels. null is 16 voxels of the finest axis in mm, at most a quarter of the crop.",
+        source=f"16 in {HE}, {WALD}",
         low=1,
         length=3,
+    )
+    visible_norms: bool = setting(
+        False,
+        "Instance norms take their statistics from visible voxels only.",
+        source=f"masked voxels shift them; {WALD} uses sparse convolutions",
     )
     normalize_target: bool = setting(
         False, "Predict voxels normalized by their block's mean and deviation.", source=f"an option of {HE}"
@@ -65,7 +72,8 @@ class MaskedAutoencoder(Method):
         super().__init__(backbone, settings, geometry)
         backbone.set_deep_supervision(False)
         backbone.freeze_coarse_heads()
-        self.block_size = settings.block_size or [max(1, round(edge / 8)) for edge in geometry.crop_size]
+        self.block_size = settings.block_size or default_block(geometry)
+        self.visible = VisibleNorms(self.network) if settings.visible_norms else None
 
     @classmethod
     def output_channels(cls, settings: MaskedAutoencoderSettings, geometry: DataGeometry) -> int:
@@ -81,7 +89,8 @@ class MaskedAutoencoder(Method):
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Return ``image`` with masked voxels at zero, ``target``, and ``weight`` 1 for target voxels.
 
-        Each is (B, C, D, H, W). Zero is about the mean of normalized intensities, and nnU-Net's padding.
+        Each is (B, C, D, H, W). Zero is about the mean of normalized intensities, and nnU-Net's padding. In evaluation
+        also ``shuffled``, the same crop with its voxels shuffled before they were masked, and ``shuffled_target``.
         """
         size = self.geometry.crop_size
         image, inside = crop_batch(batch.boxes[0], size, random.device)
@@ -100,19 +109,35 @@ class MaskedAutoencoder(Method):
             deviation = variance.clamp_min(MIN_VARIANCE).sqrt()
             mean, deviation = (expand_blocks(values, size, self.block_size) for values in (mean, deviation))
             target = (image - mean) / deviation
-        return {"image": image * ~masked, "target": target, "weight": weight.to(image.dtype)}
+        views = {"image": image * ~masked, "target": target, "weight": weight.to(image.dtype)}
+        if self.visible:
+            views["visible"] = ~masked
+        if not self.training:
+            shuffled = shuffle_voxels(target, random)
+            views |= {"shuffled": shuffled * ~masked, "shuffled_target": shuffled}
+        return views
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``loss``, the error of masked voxels. In evaluation also ``explained_variance``. Each is (B,)."""
-        target, weight = views["target"], views["weight"]
-        prediction = self.network(views["image"]).float()
-        count = weight.sum((1, 2, 3, 4)).clamp_min(1)
-        error = ((prediction - target) ** 2 * weight).sum((1, 2, 3, 4)) / count
+        """Return ``loss``, the mean squared error of masked voxels: (B,).
+
+        In evaluation also ``explained_variance`` and, as its control, ``shuffled_variance`` on shuffled voxels.
+        """
+        weight = views["weight"]
+        if self.visible:
+            self.visible.mask = views["visible"]
+        error = squared_error(self.network(views["image"]), views["target"], weight)
         result = {"loss": error}
         if not self.training:
-            # predicting the mean of the masked voxels of each channel scores 0
-            per_channel = weight.sum((2, 3, 4), keepdim=True).clamp_min(1)
-            mean = (target * weight).sum((2, 3, 4), keepdim=True) / per_channel
-            variance = ((target - mean) ** 2 * weight).sum((1, 2, 3, 4)) / count
-            result["explained_variance"] = 1 - error / variance.clamp_min(MIN_VARIANCE)
+            shuffled = squared_error(self.network(views["shuffled"]), views["shuffled_target"], weight)
+            result["explained_variance"] = explained_variance(error, views["target"], weight)
+            result["shuffled_variance"] = explained_variance(shuffled, views["shuffled_target"], weight)
         return result
+
+
+def default_block(geometry: DataGeometry) -> list[int]:
+    """Compute block edges of equal length in mm: 16 voxels of the finest axis, at most a quarter of the crop."""
+    length = EDGE * min(geometry.spacing)
+    return [
+        max(1, min(round(length / spacing), edge // 4))
+        for spacing, edge in zip(geometry.spacing, geometry.crop_size, strict=True)
+    ]

@@ -8,6 +8,7 @@ B batch, N rotated copies of a crop, C channel, D H W voxels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,15 +17,15 @@ from torch import Tensor, nn
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
-from nnssl_ext.methods.common import TrainingSettings
+from nnssl_ext.methods.common import TrainingSettings, region_size, view_size
 from nnssl_ext.methods.encoder_only import EncoderMethod, classification
-from nnssl_ext.networks.base import Backbone
+from nnssl_ext.networks.base import Backbone, Triple
 from nnssl_ext.networks.heads import GridHead, layers
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
 from nnssl_ext.views.filters import simulate_thick_slices
 from nnssl_ext.views.random import BatchRandom, to_device
-from nnssl_ext.views.rotations import cube_group, grid_rotations, published_rotations, rotatable_size, same_spacing
+from nnssl_ext.views.rotations import cube_group, grid_rotations, published_rotations, same_spacing
 from nnssl_ext.views.spatial import SpatialRange, crop_batch, rotation_matrix, subview
 
 TALEB = "Taleb et al. 2020"
@@ -78,7 +79,7 @@ class Rotation(EncoderMethod):
     def __init__(self, backbone: Backbone, settings: RotationSettings, geometry: DataGeometry) -> None:
         super().__init__(backbone, settings, geometry)
         self.rotations = allowed_rotations(settings, geometry)
-        self.size = self.box(settings, geometry)
+        self.size, self.read_size = self.box(settings, geometry), self.region(settings, geometry)
         self.head = GridHead(channels=self.channels, hidden=settings.hidden_dims, outputs=len(self.rotations))
         self.spacing_classifier = SpacingClassifier(classes=len(self.rotations))
 
@@ -86,12 +87,21 @@ class Rotation(EncoderMethod):
     def box(cls, settings: RotationSettings, geometry: DataGeometry) -> tuple[int, int, int]:
         """Compute the crop's edges, equal along axes that rotations exchange."""
         alike = same_spacing(geometry.spacing) if settings.keep_grid else np.ones((3, 3), bool)
-        return rotatable_size(geometry.crop_size, geometry.strides[-1], alike)
+        return view_size(geometry, extent_of(settings.jitter_angle / 2), alike)
 
     @classmethod
     def crops(cls, settings: RotationSettings, geometry: DataGeometry) -> CropRequest:
-        spatial = SpatialRange(geometry.spacing)
-        return CropRequest((Crop(cls.box(settings, geometry), spatial, fit=True, centered=True),))
+        region, spatial = cls.region(settings, geometry), SpatialRange(geometry.spacing)
+        # magnified alike along all axes: a single stretched axis would reveal the rotation
+        return CropRequest((Crop(region, spatial, fit=True, centered=True, isotropic=True),))
+
+    @classmethod
+    def region(cls, settings: RotationSettings, geometry: DataGeometry) -> Triple:
+        """Compute the region to read, equal along axes with equal edges of the crop."""
+        box = cls.box(settings, geometry)
+        region = region_size(geometry, box, extent_of(settings.jitter_angle))
+        depth, height, width = (min(r for r, b in zip(region, box, strict=True) if b == edge) for edge in box)
+        return depth, height, width
 
     def clipped_modules(self) -> list[nn.Module]:
         """Clip the spacing classifier's gradient apart from the task's."""
@@ -112,11 +122,11 @@ class Rotation(EncoderMethod):
         # thick slices rotate in their plane alone, as in nnU-Net
         free = SpatialRange(spacing).turning_axes()
         # the small rotation is one of the rotated crop, so it reveals nothing; one resampling does both
-        boxes = [
-            subview(box, self.size, self.rotations[label[b, copy]] @ rotation_matrix(angles[b, copy] * free, spacing))
-            for b, box in enumerate(batch.boxes[0])
-            for copy in range(copies)
-        ]
+        boxes = []
+        for b, box in enumerate(batch.boxes[0]):
+            for copy in range(copies):
+                matrix = self.rotations[label[b, copy]] @ rotation_matrix(angles[b, copy] * free, spacing)
+                boxes.append(subview(box, self.read_size, matrix, view_size=self.size))
         crops, _ = crop_batch(boxes, self.size, random.device)
         images = crops.unflatten(0, (-1, copies))
         IntensityDraw.draw(s.intensity, random, images.shape[2], spacing, views=copies).apply(images)
@@ -160,6 +170,11 @@ def roughness(image: Tensor) -> Tensor:
     steps = [image.diff(dim=axis).abs().mean((1, 2, 3, 4)) for axis in (2, 3, 4)]
     logarithms = torch.stack(steps, 1).clamp_min(1e-6).log()
     return logarithms - logarithms.mean(1, keepdim=True)
+
+
+def extent_of(angle: float) -> float:
+    """Compute the extent of a cube rotated by this angle in degrees about each axis, as a multiple of its edge."""
+    return 1 + 2 * math.sin(math.radians(angle))
 
 
 def allowed_rotations(settings: RotationSettings, geometry: DataGeometry) -> list[np.ndarray]:

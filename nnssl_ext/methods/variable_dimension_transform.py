@@ -79,7 +79,7 @@ class VariableDimensionTransform(EncoderMethod):
         # estimates of memory may come before the folder is known
         self.classes = geometry.classes or UNKNOWN
         backbone.drop_depth_strides()
-        backbone.equalise_input_channels()
+        backbone.equalize_input_channels()
         self.head = VoxelHead(channels=self.channels, hidden=settings.hidden_dim, outputs=len(self.classes.names))
 
     @classmethod

@@ -8,7 +8,9 @@ B batch, C channel, D H W voxels, K levels above the background.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +21,16 @@ from nnssl_ext.losses.fused import dice_cross_entropy
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.settings import setting
-from nnssl_ext.views.appearance import IntensityDraw
+from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
 from nnssl_ext.views.cpu.chunks import sample_chunks, scratch
-from nnssl_ext.views.fusion import MOST_BOXES, BoxLayout, GridLayout, fuse
+from nnssl_ext.views.fusion import MAX_BOXES, BoxLayout, GridLayout, fuse, missing_noise
 from nnssl_ext.views.intensity import remap_percentiles
-from nnssl_ext.views.random import BatchRandom
+from nnssl_ext.views.random import BatchRandom, shuffle_voxels
 from nnssl_ext.views.spatial import crop_batch
 
 ARXIV, TIP = "arXiv 2306.16925", "IEEE TIP 34:6041"
+#: Views that change local noise or sharpness, and so could reveal the level of a crop.
+FILTERS = ("noise", "blur", "low_resolution", "sharpen", "gibbs")
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class VolumeFusionSettings(SharedSettings):
         choices=("other", "same"),
     )
     layout: str = setting("boxes", "Overlapping boxes, or a grid of blocks.", source=ARXIV, choices=("boxes", "grid"))
-    boxes: list[int] = setting([10, 40], "Number of boxes.", source=ARXIV, low=1, high=MOST_BOXES, length=2)
+    boxes: list[int] = setting([10, 40], "Number of boxes.", source=ARXIV, low=1, high=MAX_BOXES, length=2)
     box_edge: list[float] = setting(
         [0.0625, 0.625],
         "Range of a box's edge, as a share of the crop's edge.",
@@ -59,6 +63,19 @@ class VolumeFusionSettings(SharedSettings):
         length=2,
     )
     foreground_share: float = setting(0.7, "Share of a grid's blocks that are foreground.", source=TIP, low=0, high=1)
+    whole_blocks: bool = setting(
+        False, "A grid of whole blocks only. The border that is left is background.", source=f"true in {TIP}"
+    )
+    degrade_fused: bool = setting(
+        True,
+        "Noise, blur, low resolution and ringing of the fused image instead of each crop.",
+        source="filters of one crop reveal its level",
+    )
+    match_noise: bool = setting(
+        True,
+        "Add noise where the fusion lowers it.",
+        source="noise of a F + (1 - a) B has variance a^2 + (1 - a)^2",
+    )
     ignore_below: float = setting(
         0.05,
         "Voxels whose two sources differ by less, in normalized intensities, are ignored. 0 keeps all.",
@@ -96,50 +113,73 @@ class VolumeFusion(Method):
 
     @classmethod
     def crops(cls, settings: VolumeFusionSettings, geometry: DataGeometry) -> CropRequest:
-        spatial = settings.spatial(geometry)
-        return CropRequest(
-            (
-                Crop(geometry.crop_size, spatial),
-                Crop(geometry.crop_size, spatial, other_case=settings.foreground_case == "other"),
-            )
-        )
+        background = Crop(geometry.crop_size, settings.spatial(geometry))
+        # interpolation smooths: where one crop alone is resampled, its sharpness reveals the level
+        other = settings.foreground_case == "other"
+        return CropRequest((background, replace(background, other_case=other, resampled_alike=True)))
 
     def optimizer(self) -> OptimizerRecipe:
         return self.settings.recipe(1e-3)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """Return ``image`` (B, C, D, H, W) and ``level`` (B, D, H, W) uint8 with ``IGNORE``."""
-        s, size, device = self.settings, self.geometry.crop_size, random.device
+        """Return ``image`` (B, C, D, H, W) and ``level`` (B, D, H, W) uint8 with ``IGNORE``.
+
+        In evaluation also ``shuffled``, the same fusion of the crops' shuffled voxels.
+        """
+        s, size, spacing = self.settings, self.geometry.crop_size, self.geometry.spacing
         channels = len(batch.boxes[0][0].data)
-        draws = [IntensityDraw.draw(s.intensity, random, channels, self.geometry.spacing) for _ in batch.boxes]
+        of_crops, of_fused = split_filters(s.intensity) if s.degrade_fused else (s.intensity, None)
+        draws = [IntensityDraw.draw(of_crops, random, channels, spacing) for _ in batch.boxes]
+        filters = IntensityDraw.draw(of_fused, random, channels, spacing) if of_fused else None
         level = self._draw_levels(random)
-        image = torch.empty((len(random), channels, *size), device=device)
+        image = torch.empty((len(random), channels, *size), device=random.device)
+        shuffled = None if self.training else torch.empty_like(image)
         for samples in sample_chunks(image):
-            levels = level[samples]
-            background, foreground = image[samples], scratch(image[samples].shape, device)
+            own, levels = random.of(samples), level[samples]
+            background, foreground = image[samples], scratch(image[samples].shape, random.device)
             valid = []
             for crop, boxes, draw in zip((background, foreground), batch.boxes, draws, strict=True):
-                _, inside = crop_batch(boxes[samples], size, device, out=crop)
+                _, inside = crop_batch(boxes[samples], size, random.device, out=crop)
                 if s.remap == "percentile":
                     remap_percentiles(crop)
                 draw.of(samples).apply(crop)
                 if inside is not None:
                     crop.mul_(inside)
                     valid.append(inside)
-            fuse(foreground, background, levels, s.levels, s.ignore_below)
+            if shuffled is not None:
+                front, back = shuffle_voxels(foreground, own), shuffle_voxels(background, own)
+                shuffled[samples] = self._fuse(front, back, levels.clone(), own)
+            self._fuse(foreground, background, levels, own)
+            if filters is not None:
+                filters.of(samples).apply(background)
             for inside in valid:
+                background.mul_(inside)
                 levels.masked_fill_(~inside[:, 0], IGNORE)
-        return {"image": image, "level": level}
+        views = {"image": image, "level": level}
+        return views if shuffled is None else {**views, "shuffled": shuffled}
+
+    def _fuse(self, foreground: Tensor, background: Tensor, level: Tensor, random: BatchRandom) -> Tensor:
+        """Fuse in place of ``background``, with the noise of an unmixed crop everywhere."""
+        s = self.settings
+        missing = missing_noise(foreground, background, level, s.levels) if s.match_noise else None
+        fuse(foreground, background, level, s.levels, s.ignore_below)
+        if missing is not None:
+            for sample, deviation in enumerate(missing):
+                background[sample].addcmul_(deviation, random.normal(sample, deviation.shape))
+        return background
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``loss``, ``dice_loss`` and ``cross_entropy``. In evaluation also ``fusion_dice``. Each is (B,)."""
-        outputs = self.network(views["image"])
-        outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+        """Return ``loss``, ``dice_loss`` and ``cross_entropy``, each (B,).
+
+        In evaluation also ``fusion_dice`` and, as its control, ``shuffled_dice`` on shuffled voxels.
+        """
+        outputs = self._outputs(views["image"])
         loss = dice_total = entropy_total = views["image"].new_zeros(len(views["image"]), dtype=torch.float32)
         for output, weight in zip(outputs, deep_supervision_weights(len(outputs)), strict=True):
             if not weight:
                 # keeps the coarsest head in the graph: DDP waits for every parameter's gradient
-                loss = loss + 0.0 * output.float().mean((1, 2, 3, 4))
+                # it is never trained, and in float16 its output may overflow
+                loss = loss + 0.0 * output.float().nan_to_num(0.0, 0.0, 0.0).mean((1, 2, 3, 4))
                 continue
             dice, entropy = dice_cross_entropy(output, downsample_labels(views["level"], output.shape[2:]))
             dice_total, entropy_total = dice_total + weight * dice, entropy_total + weight * entropy
@@ -148,7 +188,13 @@ class VolumeFusion(Method):
         result = {"loss": loss, "dice_loss": dice_total.detach(), "cross_entropy": entropy_total.detach()}
         if not self.training:
             result["fusion_dice"] = hard_dice(outputs[0], views["level"])
+            result["shuffled_dice"] = hard_dice(self._outputs(views["shuffled"])[0], views["level"])
         return result
+
+    def _outputs(self, image: Tensor) -> Sequence[Tensor]:
+        """Return all outputs, the finest first."""
+        outputs = self.network(image)
+        return outputs if isinstance(outputs, (list, tuple)) else [outputs]
 
     def _draw_levels(self, random: BatchRandom) -> Tensor:
         """Draw and paint the level of every voxel: (B, D, H, W) uint8."""
@@ -161,7 +207,17 @@ class VolumeFusion(Method):
             layout = BoxLayout.draw(random, size, s.levels, sorted(s.boxes), sorted(s.box_edge), min_edge)
         else:
             edges = [[max(1, round(edge / ratio)) for edge in sorted(s.block_edge)] for ratio in anisotropy]
-            layout = GridLayout.draw(random, size, s.levels, edges, s.foreground_share)
+            layout = GridLayout.draw(random, size, s.levels, edges, s.foreground_share, s.whole_blocks)
         # boxes are painted with doubles, which mps lacks
         canvas = torch.device("cpu") if random.device.type == "mps" else random.device
         return layout.paint(size, canvas).to(random.device)
+
+
+def split_filters(settings: IntensitySettings) -> tuple[IntensitySettings, IntensitySettings]:
+    """Split intensity views into those of each crop and those of the fused image."""
+    chances = {f.name for f in fields(settings) if f.name.endswith("_probability")}
+    chances -= {name for name in chances if name.endswith("_channel_probability")}
+    of_fused = {f"{name}_probability" for name in FILTERS}
+    of_crops: dict[str, Any] = dict.fromkeys(of_fused, 0.0)
+    others: dict[str, Any] = dict.fromkeys(chances - of_fused, 0.0)
+    return replace(settings, **of_crops), replace(settings, **others)

@@ -1,8 +1,8 @@
-"""Activation checkpointing: parts of a network keep only what goes into them, and compute the rest again when its
-gradient is wanted (Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174).
+"""Recompute activations in the backward pass to save memory.
 
-Neither modules nor tensors change their names, and neither loss nor gradients their values: dropout and drop-path draw
-the same again, and running statistics see each batch once.
+Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174. Names of modules and tensors stay the
+same, and so do loss and gradients: dropout and drop-path repeat their draws, and running
+statistics see each batch once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def checkpoint_activations(parts: Iterable[nn.Module]) -> None:
-    """Let parts of a network compute what is within them twice; a part that does so already stays as it is."""
+    """Checkpoint the given modules. A module that is checkpointed already stays as it is."""
     for part in parts:
         # an attribute of the instance: a wrapper would change the names of all tensors
         part.__dict__["forward"] = partial(_computed_twice, part)
@@ -39,7 +39,7 @@ def _computed_twice(part: nn.Module, *inputs: Any, **options: Any) -> Any:
 
 @contextmanager
 def _buffers_kept(part: nn.Module) -> Iterator[None]:
-    """What happens to buffers within it happens to copies: a batch norm has counted this batch already."""
+    """Redirect buffer updates to copies, since a batch norm has counted this batch already."""
     kept = [(module, name, buffer) for module in part.modules() for name, buffer in module._buffers.items()]
     for module, name, buffer in kept:
         module._buffers[name] = None if buffer is None else buffer.clone()

@@ -1,4 +1,4 @@
-"""The contract by which nnU-Net's nnUNetv2_train_pretrained and nnssl read a pretrained checkpoint."""
+"""Build the adaptation plan that nnU-Net's nnUNetv2_train_pretrained and nnssl read."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def adaptation_plan(
     Args:
         network: The network whose weights are written.
         plans_name, configuration_name, configuration: The plans it was built from.
-        patch_size: Edges in voxels of the crops that it was trained on.
-        spacing: Millimeters per voxel of the same.
-        channels: Number of the image's channels.
+        patch_size: Edges of the training crops in voxels.
+        spacing: Voxel edges of the training crops in mm.
+        channels: Channels of the image.
     """
     architecture = _architecture(network, configuration["architecture"])
     return {

@@ -1,4 +1,4 @@
-"""How a method sees a segmentation network that plans can build: its encoder's features and the crops it can take.
+"""Find the backbone of a network that plans can build.
 
 B batch, C channel, D H W voxels.
 """
@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dynamic_network_architectures.architectures.primus import Primus
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet, ResidualUNet
 from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
 from torch import Tensor, nn
 
 from nnssl_ext.networks.architectures.pct_net import PCTNet
 from nnssl_ext.networks.architectures.vit import ViTUNETR
-from nnssl_ext.networks.base import HEADS, Backbone, cumulative, drop_depth_strides, edges_problem
+from nnssl_ext.networks.base import HEADS, Backbone, cumulative, drop_depth_strides, edges_problem, is_primus
 from nnssl_ext.networks.pct_net_backbone import PCTNetBackbone
-from nnssl_ext.networks.primus_backbone import PrimusBackbone
 from nnssl_ext.networks.vit_backbone import ViTBackbone
 
 __all__ = ["HEADS", "Backbone", "UNetBackbone", "backbone_of"]
@@ -27,7 +25,7 @@ class UNetBackbone(Backbone):
     """A plain or residual U-Net of dynamic-network-architectures.
 
     Args:
-        network: The network; it is looked at, not owned.
+        network: The network. It is not owned.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -73,11 +71,11 @@ class UNetBackbone(Backbone):
             head.requires_grad_(False)
 
     def crop_problem(self, size: Sequence[int]) -> str:
-        """Why the whole network cannot take a crop with these edges; '' if it can.
+        """Explain why the network cannot take a crop with these edges, '' if it can.
 
-        Up-sampled maps meet the skips only where edges are multiples of the total stride. A residual encoder needs
-        twice that: at once it, its average-pooled skip is broadcast onto a larger map without any error. And an
-        instance norm needs more than one voxel at the bottleneck.
+        Upsampled maps fit the skips only if edges are multiples of the total stride. A residual encoder needs twice
+        that, because at once the stride its average-pooled skip is broadcast without an error. An instance norm
+        needs more than one voxel at the bottleneck.
         """
         total = self.strides[-1]
         least = [2 * stride if self.residual and stride > 1 else stride for stride in total]
@@ -85,10 +83,10 @@ class UNetBackbone(Backbone):
 
 
 def backbone_of(network: nn.Module) -> Backbone:
-    """The view of a network.
+    """Return the backbone of a network.
 
     Raises:
-        ValueError: For a network of a kind that is not known.
+        ValueError: For a network of an unknown kind.
     """
     if isinstance(network, (PlainConvUNet, ResidualEncoderUNet, ResidualUNet)):
         return UNetBackbone(network)
@@ -96,7 +94,9 @@ def backbone_of(network: nn.Module) -> Backbone:
         return ViTBackbone(network)
     if isinstance(network, PCTNet):
         return PCTNetBackbone(network)
-    if isinstance(network, Primus):
+    if is_primus(network):
+        from nnssl_ext.networks.primus_backbone import PrimusBackbone
+
         return PrimusBackbone(network)
     raise ValueError(
         f"cannot pretrain a network of type {type(network).__module__}.{type(network).__name__}; "

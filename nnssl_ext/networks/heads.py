@@ -50,7 +50,7 @@ class VoxelHead(nn.Module):
         self.linear = nn.Linear(GRID**3 * hidden, outputs)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, D, H, W) -> (B, outputs), and the pooled features (B, 8 hidden)."""
+        """Return (B, outputs) of (B, C, D, H, W), and the pooled features (B, 8 hidden)."""
         pooled = grid_features(self.voxel(features))
         return self.linear(pooled), pooled
 

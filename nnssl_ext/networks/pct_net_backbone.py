@@ -1,4 +1,4 @@
-"""How a method sees PCT-Net.
+"""Define the backbone of PCT-Net.
 
 B batch, C channel, D H W voxels.
 """
@@ -14,10 +14,10 @@ from nnssl_ext.networks.base import Backbone, cumulative, drop_depth_strides, ed
 
 
 class PCTNetBackbone(Backbone):
-    """A ``PCTNet``; its encoder has five stages.
+    """Backbone of a ``PCTNet``, whose encoder has five stages.
 
     Args:
-        network: The network; it is looked at, not owned.
+        network: The network. It is not owned.
     """
 
     network: PCTNet
@@ -56,16 +56,16 @@ class PCTNetBackbone(Backbone):
             layer.requires_grad_(False)
 
     def crop_problem(self, size: Sequence[int]) -> str:
-        """Why the whole network cannot take a crop with these edges; '' if it can.
+        """Explain why the network cannot take a crop with these edges, '' if it can.
 
-        Up-sampled maps meet the skips only where edges are multiples of the total stride, and a batch norm needs more
-        than one voxel at the bottleneck.
+        Upsampled maps fit the skips only if edges are multiples of the total stride. A batch norm needs more than one
+        voxel at the bottleneck.
         """
         total = self.strides[-1]
         return edges_problem(size, total, total)
 
     def _stages(self) -> list[list[nn.Module]]:
-        """The modules of each stage of the encoder."""
+        """Return the modules of each encoder stage."""
         embedding, pyramid = self.network.embedding, self.network.pyramid_ct
         return [
             [embedding.proj, embedding.conv0],

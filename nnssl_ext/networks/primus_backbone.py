@@ -1,7 +1,7 @@
-"""How a method sees Primus, the transformer that nnU-Net's own trainers build.
+"""Define the backbone of Primus, the transformer that nnU-Net's own trainers build.
 
-Wald et al., "Primus: Enforcing Attention Usage for 3D Medical Image Segmentation", arXiv 2503.01835. Its plans say
-nothing of it: the plans' ``nnssl_ext.target_trainer`` names the trainer that builds it.
+Wald et al., "Primus: Enforcing Attention Usage for 3D Medical Image Segmentation", arXiv 2503.01835. The
+setting ``nnssl_ext.target_trainer`` names the trainer that builds it.
 
 B batch, C channel, D H W voxels, d h w tokens per axis, N = d h w tokens, E width of a token.
 """
@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from nnssl_ext.networks.base import Backbone, LearnedPositions, edges_problem
 from nnssl_ext.networks.positions import resize_positions
 
-#: Edges of an image from which a token's edges are measured; every published token divides it.
+#: Image edges from which a token's edges are measured. Every published token divides them.
 PROBE = 32
 
 
 class PrimusBackbone(Backbone):
-    """A ``Primus`` of any version; its encoder has one stage, the tokens. Images may have another grid than its own.
+    """Backbone of a ``Primus`` of any version, whose encoder has one stage, the tokens.
+
+    Images may have another grid than the network's own.
 
     Args:
-        network: The network; it is looked at, not owned.
+        network: The network. It is not owned.
     """
 
     network: Primus
@@ -51,7 +53,7 @@ class PrimusBackbone(Backbone):
         return next(module for module in self.network.down_projection.modules() if isinstance(module, nn.Conv3d))
 
     def features(self, image: Tensor, stages: int | None = None) -> list[Tensor]:
-        """The normed tokens as a map, [(B, E, d, h, w)]; positions are resized to the image's grid."""
+        """Return the normed tokens as a map, [(B, E, d, h, w)]. Positions are resized to the image's grid."""
         network, eva = self.network, self.network.eva
         tokens = network.down_projection(image)
         grid = tokens.shape[2:]
@@ -69,7 +71,7 @@ class PrimusBackbone(Backbone):
 
     def learned_positions(self) -> LearnedPositions | None:
         eva, registers = self.network.eva, self.network.register_tokens
-        if eva.pos_embed is None or eva.rope is None:  # without rotary positions it does not say its grid
+        if eva.pos_embed is None or eva.rope is None:  # without rotary positions its grid is unknown
             return None
         return LearnedPositions(
             eva.pos_embed, tuple(eva.rope.ref_feat_shape), 0 if registers is None else registers.shape[1]
@@ -79,7 +81,7 @@ class PrimusBackbone(Backbone):
         return [parameter for layer in self.layers() for parameter in layer]
 
     def layers(self) -> list[list[nn.Parameter]]:
-        """What makes tokens, then block by block; the last norm belongs to the last block."""
+        """Return the parameters of the embedding, then block by block. The last norm belongs to the last block."""
         network, eva = self.network, self.network.eva
         first = [*network.down_projection.parameters(), eva.pos_embed, network.register_tokens]
         blocks = [list(block.parameters()) for block in eva.blocks]
@@ -90,29 +92,29 @@ class PrimusBackbone(Backbone):
         return [*self.network.eva.blocks, self.network.up_projection]
 
     def is_head(self, name: str) -> bool:
-        """Its whole decoder: the widths depend on the number of classes."""
+        """Return whether a tensor belongs to the decoder, whose widths depend on the classes."""
         return name.startswith("up_projection.")
 
     def crop_problem(self, size: Sequence[int]) -> str:
         return edges_problem(size, self.token, self.token, "token grid")
 
     def freeze_coarse_heads(self) -> None:
-        """There is one output."""
+        """Do nothing: there is one output."""
 
     def set_deep_supervision(self, enabled: bool) -> None:
-        """There is one output."""
+        """Do nothing: there is one output."""
 
     def drop_depth_strides(self) -> None:
-        raise ValueError("Primus's tokens have fixed edges: its strides cannot be dropped; use a U-Net")
+        raise ValueError("Primus has tokens of fixed edges, so its strides cannot be dropped. Use a U-Net.")
 
     def _positions(self, grid: Sequence[int], registers: int) -> Tensor:
-        """(1, registers + N, E) learned positions of a token grid; as they are on the network's own."""
+        """Return learned positions (1, registers + N, E), resized to a token grid."""
         eva = self.network.eva
         own = tuple(grid) if eva.rope is None else tuple(eva.rope.ref_feat_shape)
         return resize_positions(eva.pos_embed, own, grid, registers)
 
     def _rotary(self, grid: Sequence[int]) -> Tensor | None:
-        """Rotary positions of a grid, stretched to the extent of the network's own."""
+        """Return rotary positions of a grid, stretched to the extent of the network's own."""
         rope = self.network.eva.rope
         if rope is None or tuple(grid) == tuple(rope.ref_feat_shape):
             return None if rope is None else rope.get_embed()

@@ -1,19 +1,21 @@
-"""Strides of networks whose number of stages is their own choice, from the spacing of the data."""
+"""Choose strides from the spacing of the data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-#: An axis whose voxels are this many times as long as the shortest is not halved yet, as in nnU-Net's planning.
+#: Ratio to the shortest voxel edge from which an axis is not halved, as in nnU-Net's planning.
 THICK = 2.0
 
 
 def halving_strides(spacing: Sequence[float], levels: int) -> list[list[int]]:
-    """Strides from stage to stage that halve an axis once its voxels are no longer much longer than the others.
+    """Halve an axis only once its voxels are about as long as the others.
+
+    Returns the strides from stage to stage.
 
     Args:
         spacing: Voxel edges in mm.
-        levels: How many halvings the axes with the shortest voxels get.
+        levels: Halvings of the axes with the shortest voxels.
 
     Example:
         ``halving_strides((5, 1, 1), 3)`` is ``[[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2]]``.

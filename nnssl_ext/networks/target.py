@@ -1,12 +1,19 @@
-"""The network that a trainer builds from a data set's plans."""
+"""Build the network that a trainer builds from a data set's plans."""
 
 from __future__ import annotations
 
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import nn
+from torch import Tensor, nn
 
 from nnssl_ext.errors import UserError
+from nnssl_ext.external_trainers import find_trainer
+from nnssl_ext.foreign import load_tensors
+from nnssl_ext.networks.base import HEADS
 from nnssl_ext.settings import PLANS_KEY
 
 
@@ -18,7 +25,15 @@ def target_network(
     deep_supervision: bool = True,
     trainer: str | None = None,
 ) -> nn.Module:
-    """The network that ``trainer`` builds, or the plans' target trainer if None.
+    """Build the network of a trainer.
+
+    Args:
+        plans_manager: The plans.
+        configuration_manager: The configuration.
+        input_channels: Channels of the input.
+        outputs: Channels of the output.
+        deep_supervision: Whether the network returns its coarser outputs too.
+        trainer: Name of the trainer; None takes the plans' target trainer.
 
     Raises:
         UserError: If nnU-Net does not find the trainer.
@@ -26,9 +41,61 @@ def target_network(
     name = trainer or plans_manager.plans.get(PLANS_KEY, {}).get("target_trainer", "nnUNetTrainer")
     where = "-tr" if trainer else f"plans {plans_manager.plans_name}: target_trainer"
     try:
-        target = recursive_find_trainer_class_by_name(name)
-    except RuntimeError as error:
-        raise UserError(f"{where} '{name}' was not found by nnU-Net; is its folder in nnUNet_extTrainer?") from error
+        target: Any = find_trainer(name)
+    except UserError as error:
+        raise UserError(f"{where}: {error.line}") from error
     return target.build_network_architecture(
         plans_manager, configuration_manager, input_channels, outputs, deep_supervision
     )
+
+
+def check_stock_weights(file: Path, trainer_class: Any, plans: dict, configuration: str, dataset_json: dict) -> None:
+    """Refuse a file of ``-pretrained_weights`` that stock's loader cannot fit to the trainer's network.
+
+    Files that only an unsafe unpickler opens, and networks that cannot be built on the meta device, are left to stock.
+
+    Args:
+        file: The weights.
+        trainer_class: The trainer's class.
+        plans: The plans.
+        configuration: Name of the configuration.
+        dataset_json: Content of dataset.json.
+
+    Raises:
+        UserError: For what is no checkpoint, and for missing or differing tensors.
+    """
+    try:
+        content = load_tensors(file)
+    except Exception as error:
+        if "weights_only" in str(error).lower() and "unsupported global" in str(error).lower():
+            return
+        raise UserError(
+            f"{file} is no checkpoint that can be read ({type(error).__name__}); give a .pth file"
+        ) from error
+    weights = content.get("network_weights") if isinstance(content, dict) else None
+    advice = f"fit it with nnssl_ext transfer {file} -d DATASET -c {configuration} -o FILE"
+    if not isinstance(weights, dict):
+        raise UserError(f"{file} has no 'network_weights', which nnU-Net expects; {advice}")
+    manager = PlansManager(plans)
+    config = manager.get_configuration(configuration)
+    try:
+        channels = determine_num_input_channels(manager, config, dataset_json)
+        outputs = manager.get_label_manager(dataset_json).num_segmentation_heads
+        with torch.device("meta"):
+            network = trainer_class.build_network_architecture(manager, config, channels, outputs, True)
+    except Exception:  # a user's own trainer may need a real device
+        return
+    wrong = [line for name, tensor in network.state_dict().items() if (line := _misfit(name, tensor, weights))]
+    if wrong:
+        more = f" and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
+        raise UserError(f"{file} does not fit the network of plans {manager.plans_name}: {wrong[0]}{more}; {advice}")
+
+
+def _misfit(name: str, tensor: Tensor, weights: dict[str, Any]) -> str:
+    if HEADS in name:  # stock leaves them as they are
+        return ""
+    if not isinstance(weights.get(name), Tensor):
+        return f"'{name}' is missing"
+    if weights[name].shape != tensor.shape:
+        return f"'{name}' is {tuple(weights[name].shape)} there, expected {tuple(tensor.shape)}"
+    return ""

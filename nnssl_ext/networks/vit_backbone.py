@@ -1,4 +1,4 @@
-"""How a method sees the vision transformer: one map of tokens, and the tokens themselves.
+"""Define the backbone of the vision transformer.
 
 B batch, C channel, D H W voxels, d h w tokens per axis, N = d h w tokens, E width of a token.
 """
@@ -14,10 +14,10 @@ from nnssl_ext.networks.base import Backbone, LearnedPositions, edges_problem
 
 
 class ViTBackbone(Backbone):
-    """A ``ViTUNETR``; its encoder has one stage, the tokens.
+    """Backbone of a ``ViTUNETR``, whose encoder has one stage, the tokens.
 
     Args:
-        network: The network; it is looked at, not owned.
+        network: The network. It is not owned.
     """
 
     network: ViTUNETR
@@ -39,21 +39,21 @@ class ViTBackbone(Backbone):
         return self.encoder.patch_embed.proj
 
     def features(self, image: Tensor, stages: int | None = None) -> list[Tensor]:
-        """The normed tokens without CLS as a map, [(B, E, d, h, w)]."""
+        """Return the normed tokens without CLS as a map, [(B, E, d, h, w)]."""
         tokens = self.tokens(image)[:, 1:]
         return [as_map(tokens, self.encoder.grid(image.shape[2:]))][:stages]
 
     def tokens(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The normed tokens, CLS first: (B, C, D, H, W) -> (B, 1 + N, E).
+        """Compute the normed tokens, CLS first: (B, C, D, H, W) -> (B, 1 + N, E).
 
         Args:
-            image: Edges are multiples of the token's; positions are resized to its grid.
-            mask: (B, N) bool; where true, the mask token takes the place of the voxels. None hides nothing.
+            image: Its edges are multiples of the token's. Positions are resized to its grid.
+            mask: (B, N) bool. Where true, the mask token replaces a patch. None masks nothing.
         """
         return self.encoder(image, mask)
 
     def train_mask_token(self) -> None:
-        """Put the mask token into the training, for an objective that hides tokens."""
+        """Train the mask token, for an objective that masks tokens."""
         self.encoder.mask_token.requires_grad_(True)
 
     def learned_positions(self) -> LearnedPositions:
@@ -63,7 +63,7 @@ class ViTBackbone(Backbone):
         return self.encoder.parameters()
 
     def layers(self) -> list[list[nn.Parameter]]:
-        """What makes tokens, then block by block; the last norm belongs to the last block."""
+        """Return the parameters of the embedding, then block by block. The last norm belongs to the last block."""
         encoder = self.encoder
         blocks = [list(block.parameters()) for block in encoder.blocks]
         blocks[-1] += list(encoder.norm.parameters())
@@ -82,4 +82,4 @@ class ViTBackbone(Backbone):
             head.requires_grad_(False)
 
     def drop_depth_strides(self) -> None:
-        raise ValueError("a vision transformer's tokens have fixed edges: its strides cannot be dropped; use a U-Net")
+        raise ValueError("A vision transformer has tokens of fixed edges: its strides cannot be dropped. Use a U-Net.")

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 
 import torch
-from dynamic_network_architectures.architectures.primus import Primus
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -21,6 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from nnssl_ext.networks.architectures.pct_net import PCTNet
 from nnssl_ext.networks.architectures.unetr import ResidualBlock
+from nnssl_ext.networks.base import is_primus
 
 #: A convolution, and the norms whose first channels its output becomes.
 NormedConvolution = tuple[_ConvNd, tuple[nn.Module, ...]]
@@ -34,7 +34,7 @@ def normed_convolutions(network: nn.Module) -> list[NormedConvolution]:
     """Find the convolutions whose whole output goes into norms, in the network's order."""
     found: dict[int, NormedConvolution] = {}
     # Primus V2's stem has kernels of one value, some so small that the norm's epsilon matters
-    for module in () if isinstance(network, Primus) else network.modules():
+    for module in () if is_primus(network) else network.modules():
         for convolution, norms in chain(_in_sequence(module), _in_residual_block(module), _in_pct_net(module)):
             found.setdefault(id(convolution), (convolution, norms))
     return list(found.values())
@@ -127,7 +127,7 @@ def _in_pct_net(module: nn.Module) -> Iterator[NormedConvolution]:
 
 
 def _names(network: nn.Module) -> dict[int, list[str]]:
-    """All names of each module: U-Nets of dynamic-network-architectures have up to four for one."""
+    """Return all names of each module. U-Nets of dynamic-network-architectures have up to four for one."""
     names: dict[int, list[str]] = {}
     for name, module in network.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)

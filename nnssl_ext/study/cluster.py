@@ -122,7 +122,7 @@ def _conclude(grid: Grid, run: Run, job: Any) -> None:
         grid.failed[run] = log = grid.log_file(run)
         log.parent.mkdir(parents=True, exist_ok=True)
         if job.exception() is not None:  # the job itself failed: out of time or memory, or a lost node
-            with log.open("a") as file:
+            with log.open("a", encoding="utf-8") as file:
                 file.write(f"Job {job.job_id} failed: {job.exception()}\n")
         grid.failure_mark(run).touch()
     runs = grid.all_runs()

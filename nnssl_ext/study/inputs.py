@@ -11,8 +11,8 @@ from typing import Any
 
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnssl_ext.configurations import configuration_of
 from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import file_digest, replaced_on_success
@@ -104,11 +104,7 @@ def data_folder(source: Path, plans: str, configuration: str) -> Path:
     file = source / f"{plans}.json"
     if not file.is_file():
         raise UserError(f"{source.name} has no plans '{plans}'. Plan it first, or name others with -p.")
-    manager = PlansManager(read_json(file))
-    known = manager.available_configurations
-    if configuration not in known:
-        raise UserError(f"Plans {plans} have no configuration '{configuration}'. They have {', '.join(known)}.")
-    return source / manager.get_configuration(configuration).data_identifier
+    return source / configuration_of(read_json(file), configuration)["data_identifier"]
 
 
 def pool_size(dataset: str, plans: str, configuration: str, fold: int, group_by: str = "") -> int:

@@ -18,7 +18,8 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from nnssl_ext.environment import commands_path, cores, trainer_folders
+from nnssl_ext.environment import commands_path, cores
+from nnssl_ext.external_trainers import trainer_folders
 from nnssl_ext.files import replaced_on_success
 from nnssl_ext.provenance import revision, versions
 from nnssl_ext.recipe import read_json, write_json
@@ -193,7 +194,7 @@ def perform(grid: Grid, run: Run, execute: Callable[[_Clock], int | None]) -> fl
         try:
             keep_metrics(grid, run, clock.note())
         except Exception:  # an unreadable prediction raises anything
-            with grid.log_file(run).open("a") as log:
+            with grid.log_file(run).open("a", encoding="utf-8") as log:
                 log.write(f"The predictions could not be measured:\n{traceback.format_exc()}")
             drop_predictions(grid, run)  # the next call predicts again, from the checkpoints
             grid.failure_mark(run).touch()
@@ -236,14 +237,14 @@ class _Clock:
 
     def __init__(self, file: Path) -> None:
         self.file, self.begin = file, time.monotonic()
-        text = file.read_text() if file.is_file() else ""
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
         self.before = float(text) if text else 0.0
 
     def note(self) -> float:
         seconds = self.before + time.monotonic() - self.begin
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with replaced_on_success(self.file) as temporary:
-            temporary.write_text(f"{seconds:.1f}")
+            temporary.write_text(f"{seconds:.1f}", encoding="utf-8")
         return seconds
 
 

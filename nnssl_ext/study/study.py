@@ -11,8 +11,10 @@ from filelock import FileLock
 
 from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
+from nnssl_ext.external_trainers import find_trainer, trainer_folders
 from nnssl_ext.files import lock_file
 from nnssl_ext.methods import METHODS, SCHEMAS
+from nnssl_ext.networks.target import check_stock_weights
 from nnssl_ext.recipe import Recipe, assignments_recipe, derive_plans, load_recipe, read_json, write_json
 from nnssl_ext.settings import PLANS_KEY, FinetuneSettings, split_sections
 from nnssl_ext.study.arms import Arm
@@ -144,6 +146,10 @@ class Study:
         for arm in self.arms:
             if arm.method:
                 check_plans(METHODS[arm.method], derived, p.configuration, dataset_json)
+            if arm.init:
+                os.environ["nnUNet_extTrainer"] = trainer_folders()
+                trainer = find_trainer(self.finetuner)
+                check_stock_weights(Path(arm.init), trainer, derived, p.configuration, dataset_json)
         own = {"steps": p.steps, "snapshots": p.snapshots}
         section = derived.get(PLANS_KEY, {})
         for arm in self.arms:

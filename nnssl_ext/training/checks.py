@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnssl_ext.configurations import configuration_of, unusable
 from nnssl_ext.data.cases import shorten
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.data.samples import SampleSource
-from nnssl_ext.environment import worker_count
+from nnssl_ext.environment import check_device, check_processes, check_shared_memory, check_split, worker_count
 from nnssl_ext.errors import UserError
+from nnssl_ext.files import check_writable
 from nnssl_ext.methods import SCHEMAS, DataGeometry, Method
 from nnssl_ext.networks.backbone import Backbone, backbone_of
 from nnssl_ext.networks.base import triple
@@ -68,8 +69,8 @@ def check_run(
     Raises:
         UserError: One line about the first thing that cannot work.
     """
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device was found; use -device cpu")
+    check_device(device.type)
+    check_processes()
     common, settings, geometry, batch_size = check_plans(method, plans, configuration, dataset_json)
     if batch_size < world():
         raise UserError(
@@ -79,6 +80,9 @@ def check_run(
 
     manager = PlansManager(plans)
     base = Path(str(nnUNet_preprocessed)) / manager.dataset_name
+    check_split(base, fold)
+    crop_bytes = math.prod(geometry.crop_size) * geometry.channels * 4  # float32
+    check_shared_memory(batch_size // world() * crop_bytes, worker_count())
     folder = base / manager.get_configuration(configuration).data_identifier
     index = _index(folder, geometry.channels, common.max_unreadable_fraction)
     geometry = replace(geometry, case_size=index.common_size())
@@ -92,10 +96,10 @@ def check_run(
             f"{method.title} with these settings needs at least {fewest} training cases, fold {fold} of "
             f"{manager.dataset_name} has {cases}"
         )
-    if not nnUNet_results.is_set():
+    if not nnUNet_results.get():
         raise UserError("nnUNet_results is not set; export it as nnU-Net's documentation says")
     if rank() == 0:
-        _check_results_folder(Path(str(nnUNet_results)))
+        check_writable(Path(str(nnUNet_results)), "nnUNet_results")
     if world() > 1:
         dist.barrier()  # nothing is written before all have found everything right
     return Checked(common, settings, geometry, batch_size, index, cases, samples)
@@ -106,18 +110,10 @@ def check_plans(
 ) -> tuple[CommonSettings, Any, DataGeometry, int]:
     """The part of ``check_run`` that needs only the plans: settings, geometry and batch size, the network's limits."""
     where = f"plans {plans['plans_name']}"
-    if configuration not in plans["configurations"]:
-        known = ", ".join(plans["configurations"])
-        raise UserError(f"{where}: unknown configuration '{configuration}'; known: {known}")
+    if reason := unusable(configuration, configuration_of(plans, configuration), "pretrain"):
+        raise UserError(reason)
     manager = PlansManager(plans)
     config = manager.get_configuration(configuration)
-    if len(config.patch_size) != 3:
-        raise UserError(f"configuration '{configuration}' is 2-D; pretraining is 3-D: use 3d_fullres or 3d_lowres")
-    if config.previous_stage_name is not None:
-        raise UserError(
-            f"configuration '{configuration}' is a cascade stage, whose input holds predictions; pretrain 3d_fullres "
-            f"or 3d_lowres instead"
-        )
     common, sections = split_sections(plans.get(PLANS_KEY, {}), SCHEMAS, where)
     settings = sections[method.name]
     channels = determine_num_input_channels(manager, config, dataset_json)
@@ -211,18 +207,3 @@ def _known(wanted: list[str], cases: list[str], splits: Path) -> list[str]:
     if missing:
         raise UserError(f"{splits} names cases that are not preprocessed: {shorten(missing)}")
     return wanted
-
-
-def _check_results_folder(folder: Path) -> None:
-    """Fails when nothing could be written there; leaves nothing behind."""
-    nearest = folder
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    try:
-        if not nearest.is_dir():
-            raise NotADirectoryError(20, "is not a folder", str(nearest))
-        handle, name = tempfile.mkstemp(dir=nearest, prefix=".nnssl_ext_")
-        os.close(handle)
-        os.unlink(name)
-    except OSError as error:
-        raise UserError(f"nnUNet_results={folder} cannot be written: {nearest}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""A method as it is trained: compiled, wrapped for several processes, in mixed precision where the device has it."""
+"""Compile a method, wrap it for several processes, and choose precision and memory format."""
 
 from __future__ import annotations
 
@@ -8,57 +8,41 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
-from nnssl_ext.training.distributed.batch_norm import synchronise
+from nnssl_ext.training.distributed.batch_norm import synchronize
 from nnssl_ext.training.distributed.ranks import world
 
 
-def engine(method: Method, device: torch.device, compile_it: bool) -> nn.Module:
-    """The callable that a training step runs; its parameters are the method's own."""
+def wrap_for_training(method: Method, device: torch.device, compiled: bool) -> nn.Module:
+    """Return the callable that a training step runs. Its parameters are the method's own."""
     if world() > 1:
         # in place, so that the method keeps its parameters; batch statistics are those of the global batch
-        (nn.SyncBatchNorm.convert_sync_batchnorm if device.type == "cuda" else synchronise)(method)
+        (nn.SyncBatchNorm.convert_sync_batchnorm if device.type == "cuda" else synchronize)(method)
     trained: nn.Module = method
-    if compile_it:
+    if compiled:
         if world() > 1:
             # it splits graphs between gradient buckets, which older torch cannot do around an autograd.Function
             torch._dynamo.config.optimize_ddp = False
         trained = torch.compile(method)  # type: ignore[assignment]
     if world() > 1:
-        trained = DistributedDataParallel(trained, device_ids=[device.index] if device.type == "cuda" else None)
+        # every process computes the same buffers: statistics and centers are those of the global batch
+        devices = [device.index] if device.type == "cuda" else None
+        trained = DistributedDataParallel(trained, device_ids=devices, broadcast_buffers=False)
     return trained
 
 
-class TwoSliceConv3d(nn.Conv3d):
-    """A convolution whose gradient is right on CPUs in bfloat16 for maps of two slices, too.
+def set_memory_format(
+    method: nn.Module, memory_format: str, device: torch.device, precision: torch.dtype | None
+) -> None:
+    """Set the memory format of convolution weights. Values are equal in either format, up to rounding.
 
-    Where a kernel of three slides along two slices, oneDNN (3.13, in torch 2.15) computes the gradient of its weights
-    from memory that was never written: wrong by as much as it is large, and not always finite. Such maps are small, so
-    float32 costs nothing.
+    Call this before the optimizer is made and the method is wrapped.
+
+    Args:
+        method: Module with the convolutions.
+        memory_format: ``contiguous``, ``channels_last``, or ``auto``, which is the faster one.
+        device: Device of the training.
+        precision: Type of autocast; None is float32.
     """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        kind = input.device.type
-        if input.shape[2] != 2 or self.kernel_size[0] == 1 or not torch.is_autocast_enabled(kind):
-            return super().forward(input)
-        dtype = torch.get_autocast_dtype(kind)
-        with torch.autocast(kind, enabled=False):
-            return super().forward(input.float()).to(dtype)
-
-
-def right_in_bfloat16(network: nn.Module, device: torch.device, precision: torch.dtype | None) -> None:
-    """Make a network's convolutions ``TwoSliceConv3d`` where that matters: same parameters, same names."""
-    if device.type == "cpu" and precision is torch.bfloat16:
-        for module in network.modules():
-            if type(module) is nn.Conv3d:
-                module.__class__ = TwoSliceConv3d
-
-
-def arrange(method: Method, memory_format: str, device: torch.device, precision: torch.dtype | None) -> None:
-    """Make convolutions right in bfloat16, and lay their weights out in memory as the setting says.
-
-    Before the optimiser is made and the method wrapped. Values are the same in either format, up to rounding.
-    """
-    right_in_bfloat16(method, device, precision)
     faster = device.type == "cpu" and precision is torch.bfloat16
     if memory_format == "contiguous" or (memory_format == "auto" and not faster):
         return
@@ -67,16 +51,16 @@ def arrange(method: Method, memory_format: str, device: torch.device, precision:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
 
 
-def lay_out_as_weights(optimiser: torch.optim.Optimizer) -> None:
-    """Averages of a loaded state in their weights' memory format: fused optimisers go through both as they lie."""
-    for weight, values in optimiser.state.items():
+def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
+    """Give a loaded optimizer state its weights' memory format. Fused optimizers read both in memory order."""
+    for weight, values in optimizer.state.items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
                 values[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def mixed_precision(device: torch.device, precision: str = "auto") -> torch.dtype | None:
-    """The type for autocast; None is float32.
+    """Return the type for autocast; None is float32.
 
     ``auto``: bfloat16 on GPUs and CPUs that compute in it, float16 on other GPUs, else float32.
 
@@ -94,7 +78,7 @@ def mixed_precision(device: torch.device, precision: str = "auto") -> torch.dtyp
 
 
 def computes_in_bfloat16(device: torch.device | None = None) -> bool:
-    """Whether a GPU computes in bfloat16; torch's own answer counts those that only emulate it."""
+    """Check that a GPU computes in bfloat16. torch's own check counts those that only emulate it."""
     return bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
 
 

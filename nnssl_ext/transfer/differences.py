@@ -1,7 +1,13 @@
-"""Compare the data of a source with the data of a target."""
+"""Compare the data of a source with the data of a target, and plan like the source."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+from nnssl_ext.errors import UserError
+from nnssl_ext.recipe import legal_patch
 from nnssl_ext.transfer.source import SourceGeometry
 
 #: Spacings that differ by less than this factor are called equal.
@@ -20,7 +26,7 @@ def differences(source: SourceGeometry, target: SourceGeometry) -> list[str]:
     if source.spacing and target.spacing and len(source.spacing) == len(target.spacing):
         factors = tuple(here / there for here, there in zip(target.spacing, source.spacing, strict=True))
         if max(*factors, *(1 / factor for factor in factors)) >= EQUAL_SPACING:
-            there, here, times = (" x ".join(f"{n:.3g}" for n in v) for v in (source.spacing, target.spacing, factors))
+            there, here, times = map(_product, (source.spacing, target.spacing, factors))
             found.append(f"Spacing differs: {there} mm in the source, {here} mm here, factors {times}.")
     if source.modalities and target.modalities:
         theirs, ours = ({name.upper() for name in names} for names in (source.modalities, target.modalities))
@@ -32,5 +38,56 @@ def differences(source: SourceGeometry, target: SourceGeometry) -> list[str]:
     return found
 
 
-def _listed(values: tuple[str, ...]) -> str:
+def _listed(values: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(values))
+
+
+def plans_like(
+    plans: Mapping[str, Any], geometry: SourceGeometry, name: str, configurations: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Give plans the spacing, normalization and patch of a source. The data must be preprocessed again.
+
+    Args:
+        plans: A data set's plans.
+        geometry: The source's. What it does not record stays as it is.
+        name: Name of the new plans, which their preprocessed data gets too.
+        configurations: The configurations to change.
+
+    Returns:
+        The new plans, and lines about the changes.
+
+    Raises:
+        UserError: If the source records none of the three, or a patch that the network cannot take.
+    """
+    if not (geometry.spacing or geometry.normalization or geometry.patch_size):
+        raise UserError("Expected a source that records spacing, normalization or patch, got one that records none")
+    result, lines = deepcopy(dict(plans)), []
+    for configuration in configurations:
+        target = result["configurations"][configuration]
+        axes = len(target["spacing"])
+        if geometry.spacing and len(geometry.spacing) == axes:
+            sizes = zip(target["median_image_size_in_voxels"], target["spacing"], geometry.spacing, strict=True)
+            target["median_image_size_in_voxels"] = [size * old / new for size, old, new in sizes]
+            target["spacing"] = list(geometry.spacing)
+        if geometry.patch_size and len(geometry.patch_size) == axes:
+            wanted = {**target, "patch_size": list(geometry.patch_size)}
+            target["patch_size"] = legal_patch(wanted, None)
+        if geometry.normalization:
+            channels = len(target["normalization_schemes"])
+            alike = len(set(geometry.normalization)) == 1 or len(geometry.normalization) == channels
+            if not alike:
+                raise UserError(
+                    f"Expected one normalization or {channels}, got {_listed(geometry.normalization)}. Plan without "
+                    f"--like-source and set normalization_schemes by hand"
+                )
+            target["normalization_schemes"] = list((geometry.normalization * channels)[:channels])
+        target["data_identifier"] = f"{name}_{configuration}"
+        lines.append(
+            f"{configuration}: spacing {_product(target['spacing'])} mm, {_listed(target['normalization_schemes'])}, "
+            f"patch {_product(target['patch_size'])}"
+        )
+    return result, lines
+
+
+def _product(values: Sequence[float]) -> str:
+    return " x ".join(f"{value:.3g}" for value in values)

@@ -15,6 +15,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_ext import checkpoint
+from nnssl_ext.commands import dataset_word
 from nnssl_ext.errors import UserError
 from nnssl_ext.networks.target import target_network
 from nnssl_ext.recipe import read_json, write_json
@@ -77,7 +78,7 @@ def export_folder(content: Mapping[str, Any], folder: Path, name: str, license_n
         plan = {**content["nnssl_adaptation_plan"], "citations": content["citations"]}
         write_json(plan, temporary / PLAN)
         write_json(_config(content), temporary / CONFIG)
-        (temporary / "README.md").write_text(model_card(content, name, license_name))
+        (temporary / "README.md").write_text(model_card(content, name, license_name), encoding="utf-8")
         if safetensors:
             _save_safetensors(content, temporary / SAFETENSORS)
         temporary.chmod(0o755)
@@ -94,7 +95,8 @@ def model_card(content: Mapping[str, Any], name: str, license_name: str) -> str:
     own, plan, arguments = content["nnssl_ext"], content["nnssl_adaptation_plan"], content["init_args"]
     configuration = _configuration(plan)
     weights = canonical_weights(content["network_weights"])
-    template = Template((Path(__file__).parent / "model_card.md.j2").read_text(), keep_trailing_newline=True)
+    card = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
+    template = Template(card, keep_trailing_newline=True)
     return template.render(
         name=name,
         license=license_name,
@@ -153,8 +155,7 @@ def prepare_zip(file: Path, content: Mapping[str, Any]) -> str:
 def _identity(content: Mapping[str, Any]) -> tuple[str, str, str]:
     """List data set, configuration and fold, as the command line names them."""
     arguments = content["init_args"]
-    number = int(arguments["plans"]["dataset_name"][len("Dataset") :].split("_")[0])
-    return str(number), arguments["configuration"], str(arguments["fold"])
+    return dataset_word(arguments["plans"]["dataset_name"]), arguments["configuration"], str(arguments["fold"])
 
 
 def _plans_option(content: Mapping[str, Any]) -> list[str]:

@@ -50,7 +50,7 @@ def by_name(targets: Iterable[str], sources: Iterable[str]) -> dict[str, Match]:
 
 
 def heads(targets: Iterable[str], sources: Iterable[str], labels: bool) -> dict[str, Match]:
-    """Match segmentation heads: by the labels of their outputs where both sides know them, else not at all."""
+    """Match segmentation heads, where both sides know the labels of their outputs."""
     present, result = set(sources), {}
     for name in targets:
         if HEADS in f".{name}":

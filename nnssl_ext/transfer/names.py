@@ -34,7 +34,10 @@ _FAMILIES = {
 
 
 def canonical_name(name: str) -> str:
-    """Reduce a tensor's name to its first alias: nnU-Net's networks have up to four names for one tensor."""
+    """Reduce a tensor's name to its first alias.
+
+    nnU-Net's networks have up to four names for one tensor.
+    """
     name = name.replace("_orig_mod.", "")
     while name.startswith("module."):
         name = name.removeprefix("module.")
@@ -69,7 +72,7 @@ def differing_aliases(weights: Mapping[str, Tensor]) -> list[str]:
 
 
 def family_of(names: Iterable[str]) -> str:
-    """Recognize the family of networks that names without wrappers belong to; '' for an unknown one."""
+    """Recognize the family of a network by its names without wrappers. '' for an unknown one."""
     names = list(names)
     return next((family for family, known in _FAMILIES.items() if any(map(known.match, names))), "")
 
@@ -91,7 +94,7 @@ def _unwrapped(name: str) -> str:
 
 @dataclass
 class UNet:
-    """The layers of a U-Net of dynamic-network-architectures, by the names of its tensors.
+    """Layers of a U-Net of dynamic-network-architectures, by the names of its tensors.
 
     Attributes:
         stem: The convolution that reads the image.
@@ -108,7 +111,7 @@ class UNet:
     residual: bool = False
 
     def path(self, stage: int) -> list[str]:
-        """The layers of a stage that its features pass one after the other, in order."""
+        """List the layers of a stage that its features pass one after the other."""
         return [layer for part, layer in self.stages[stage].items() if not part.endswith("skip")]
 
     @property
@@ -117,7 +120,7 @@ class UNet:
 
 
 def unet_of(names: Iterable[str]) -> UNet | None:
-    """The U-Net that canonical names speak of; None if they speak of something else."""
+    """Find the U-Net that canonical names describe. None for other networks."""
     names = list(names)
     layers = [name.removesuffix(".conv.weight") for name in names if name.endswith(".conv.weight")]
     result, last = UNet(), -1

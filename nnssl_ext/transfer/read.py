@@ -13,13 +13,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
 from nnssl_ext import checkpoint
-from nnssl_ext.errors import UserError
-from nnssl_ext.foreign import RefusedError, load_tensors
+from nnssl_ext.errors import RefusedError, UserError
+from nnssl_ext.foreign import load_tensors
 from nnssl_ext.networks.architectures import pct_net, vit
 from nnssl_ext.transfer import names, resnet
 from nnssl_ext.transfer.heads import output_names
 from nnssl_ext.transfer.locate import NOTE, Located, locate
-from nnssl_ext.transfer.source import PretrainedWeights, geometry, planned_geometry
+from nnssl_ext.transfer.source import PUBLISHED_PCT_NET, PretrainedWeights, geometry, planned_geometry
 
 #: Recognizes a kind of file and reads it: content, file and plan -> weights, or None for another kind.
 Reader = Callable[[dict[str, Any], Path, dict[str, Any]], "PretrainedWeights | None"]
@@ -119,13 +119,13 @@ def _untrained(weights: Mapping[str, Tensor], trained: Any) -> frozenset[str]:
 
 
 def _own_safetensors(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> PretrainedWeights | None:
-    """Read a file of ``nnssl_ext export --safetensors``. The rest of what is known stands in the plan beside it."""
+    """Read a file of ``nnssl_ext export --safetensors``, and the plan beside it."""
     own, raw = content.get(NOTE), content.get("network_weights")
     if not isinstance(own, dict) or not _is_state_dict(raw):
         return None
     read = _renamed(raw)
     if checkpoint.digest(read["weights"]) != own.get("weights_sha256"):
-        raise UserError(f"{path} is damaged: its weights do not match its sha256")
+        raise UserError(f"{path} is damaged: its content does not match its sha256")
     read["untrained"] = _untrained(read["weights"], own.get("trained"))
     read["geometry"], read["citations"] = planned_geometry(plan, read["weights"]), plan.get("citations") or []
     return PretrainedWeights(path, f"nnssl_ext, {own.get('title') or 'unknown origin'}", **read)
@@ -216,7 +216,10 @@ def _bare(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Pretrain
 
 
 def _pct_net(raw: Mapping[str, Tensor], path: Path) -> PretrainedWeights:
-    """Read MIS-FM's file. Its norms count batches, which tells the resolution modes that were trained."""
+    """Read MIS-FM's file.
+
+    Its norms have counted batches in the resolution modes that were trained.
+    """
     read = _renamed(raw, pct_net.published_name)
     trained = pct_net.trained_modes(read["weights"])
     if trained:
@@ -226,11 +229,11 @@ def _pct_net(raw: Mapping[str, Tensor], path: Path) -> PretrainedWeights:
         read["notes"] += (
             f"Of the file's {len(pct_net.FLAT)} resolution modes, {', '.join(map(str, trained))} was trained.",
         )
-    return PretrainedWeights(path, "MIS-FM's PCT-Net", **read)
+    return PretrainedWeights(path, PUBLISHED_PCT_NET, **read)
 
 
 def _vision_transformer(raw: Mapping[str, Tensor], path: Path) -> PretrainedWeights:
-    """Read the encoder of 3DINO's vision transformer. Other tensors, the objective's heads, are left out."""
+    """Read the encoder of 3DINO's vision transformer, without the objective's heads."""
     inside = any(_bare_name(name).startswith("backbone.") for name in raw)
     encoder = {name: tensor for name, tensor in raw.items() if not inside or "backbone." in name}
     note = "The source is an encoder: the decoder stays at its initial values."

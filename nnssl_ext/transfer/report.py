@@ -37,7 +37,7 @@ class Row:
 
 @dataclass
 class Report:
-    """Every tensor of the target, what of the source was not used, factors of scaled weights, and remarks."""
+    """Rows of all tensors, unused tensors of the source, factors of scaled weights, and remarks."""
 
     rows: list[Row]
     unused: dict[str, int] = field(default_factory=dict)

@@ -22,7 +22,10 @@ NOTE = (
 
 
 def renamed(name: str) -> str:
-    """Rename a tensor as in a residual encoder: layer L is stage L, there is no stage 0. Others keep their names."""
+    """Rename a tensor as in a residual encoder.
+
+    Layer L is stage L, and there is no stage 0. Other tensors keep their names.
+    """
     name = re.sub(r"^(?:module\.|backbone\.)+", "", name)
     if found := _BLOCK.match(name):
         stage, kind = f"encoder.stages.{found['layer']}.blocks.{found['block']}", _KINDS[found["kind"]]

@@ -63,7 +63,8 @@ def fit(tensor: Tensor, initial: Tensor, rule: str, context: Context) -> Fitted:
     if not torch.isfinite(tensor).all():
         raise MisfitError("the source's values are not finite")
     fitted = RULES[rule](tensor.to(initial.dtype), initial, context)
-    assert fitted.tensor.shape == initial.shape
+    if fitted.tensor.shape != initial.shape:
+        raise ValueError(f"rule {rule} made {tuple(fitted.tensor.shape)}, expected {tuple(initial.shape)}")
     return fitted
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from nnssl_ext.transfer.names import UNet, unet_of
 
+#: Kind of MIS-FM's files.
+PUBLISHED_PCT_NET = "MIS-FM's PCT-Net"
 #: Published architectures that an adaptation plan may name without their strides: two at every stage but the first.
 HALVING = ("ResEncL", "NoSkipResEncL")
 

@@ -1,4 +1,4 @@
-"""Build the target network of a data set's plans, and write the file that ``-pretrained_weights`` loads into it."""
+"""Build the network of a data set's plans, and write the filled network."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnssl_ext import checkpoint
+from nnssl_ext.configurations import configuration_of, unusable
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import file_digest
 from nnssl_ext.networks.adaptation_plan import adaptation_plan
@@ -50,20 +51,16 @@ def target_plans(folder: Path, plans_name: str, configuration: str, trainer: str
         UserError: If plans or configuration are missing, or the configuration is a cascade stage.
     """
     plans = read_json(folder / f"{plans_name}.json")
-    if configuration not in plans.get("configurations", {}):
-        known = ", ".join(plans.get("configurations", {})) or "none"
-        raise UserError(f"plans {plans_name} have no configuration '{configuration}'; they have {known}")
+    if reason := unusable(configuration, configuration_of(plans, configuration), "transfer to", flat=True):
+        raise UserError(reason)
     manager = PlansManager(plans)
-    if manager.get_configuration(configuration).previous_stage_name is not None:
-        raise UserError(
-            f"configuration '{configuration}' is a cascade stage, whose input holds predictions; transfer to "
-            f"3d_fullres or 3d_lowres instead"
-        )
     return TargetPlans(manager, configuration, read_json(folder / "dataset.json"), trainer)
 
 
 def build_target(to: TargetPlans, seed: int) -> TargetNetwork:
-    """Build the network at initial values that follow from the seed. The caller's generator is not touched.
+    """Build the network at initial values.
+
+    They follow from the seed. The caller's generator is not touched.
 
     Raises:
         UserError: If the trainer is not found or cannot build its network from these plans.

@@ -23,7 +23,7 @@ from nnssl_ext.transfer.matching import Match
 from nnssl_ext.transfer.names import UNet, canonical_name, unet_of
 from nnssl_ext.transfer.report import ADAPTED, COPIED, LEFT, Report, Row
 from nnssl_ext.transfer.rules import Context, Fitted, fit
-from nnssl_ext.transfer.source import PretrainedWeights, SourceGeometry
+from nnssl_ext.transfer.source import PUBLISHED_PCT_NET, PretrainedWeights, SourceGeometry
 
 #: Stages of like resolution, of like number, or by number where both encoders are of one family.
 PHYSICAL, INDEX, AUTO = "resolution", "index", "auto"
@@ -81,13 +81,13 @@ class TargetNetwork:
 
     @property
     def strides(self) -> list[Sequence[int]] | None:
-        """Return the strides of each encoder stage, or None for a network without stages."""
+        """Return the strides of each encoder stage. None for a network without stages."""
         encoder: Any = getattr(self.network, "encoder", None)
         return getattr(encoder, "strides", None)
 
     @property
     def backbone(self) -> Backbone | None:
-        """Return the uniform access to the network; None for a network of an unknown kind."""
+        """Return uniform access to the network. None for a network of an unknown kind."""
         try:
             return backbone_of(self.network)
         except ValueError:
@@ -148,7 +148,11 @@ _WORDS = {INDEX: "number", PHYSICAL: "resolution"}
 def _fitted(
     source: PretrainedWeights, target: TargetNetwork, alignment: str, context: Context
 ) -> tuple[dict[str, Fitted], Report, str]:
-    """Fit what can be fitted. The last of the result is how stages were matched: '' where there is no choice."""
+    """Fit all tensors that can be fitted.
+
+    Returns:
+        The fitted tensors, the report, and the way stages were matched: '' where both ways lead to the same.
+    """
     matches, remarks, aligned = match(source, target, alignment)
     fitted, rows = _fit_all(source, target, matches, context)
     return fitted, Report(rows, _unused(source, rows), [*source.notes, *remarks]), aligned
@@ -174,7 +178,11 @@ def _refuse_unfilled(source: PretrainedWeights, target: TargetNetwork, report: R
 
 
 def match(source: PretrainedWeights, target: TargetNetwork, alignment: str) -> tuple[dict[str, Match], list[str], str]:
-    """Match each of the target's tensors. Returns the matches, remarks, and how stages were matched."""
+    """Match each of the target's tensors.
+
+    Returns:
+        The matches, remarks, and the way stages were matched.
+    """
     ours, theirs = unet_of(target.tensors), unet_of(source.weights)
     remarks, aligned = [], ""
     if ours and theirs:
@@ -216,7 +224,11 @@ def _aligned_heads(
 def _stages(
     source: PretrainedWeights, target: TargetNetwork, ours: UNet, theirs: UNet, alignment: str
 ) -> tuple[dict[int, int | None], str, str]:
-    """Match stages. Returns the matches, a remark, and the way that was taken: '' where both lead to the same."""
+    """Match stages of the two encoders.
+
+    Returns:
+        The matches, a remark, and the way that was taken: '' where both ways lead to the same.
+    """
     spacing, strides = source.geometry.spacing, source.geometry.strides
     by_index = align_by_index(list(theirs.stages), list(ours.stages))
     if not (spacing and strides and target.strides) or len(spacing) != len(target.spacing):
@@ -261,7 +273,7 @@ def _fit_all(
 
 
 def _encoder_tensors(target: TargetNetwork) -> set[int]:
-    """Collect the encoder's parameters; all but the heads' of a network of an unknown kind."""
+    """Collect the encoder's parameters. Of a network of an unknown kind: all but those of the heads."""
     if target.backbone is not None:
         return {id(parameter) for parameter in target.backbone.encoder_parameters()}
     return {id(tensor) for name, tensor in target.tensors.items() if HEADS not in f".{name}"}
@@ -295,7 +307,10 @@ def _context(source: PretrainedWeights, target: TargetNetwork, overlap: bool) ->
 def _grid(
     weights: Mapping[str, Tensor], first_layers: Sequence[str], patch_size: Sequence[int] | None, prefix: int
 ) -> tuple[int, ...] | None:
-    """Compute the tokens per axis from the edges of a token; the cube root of their number where those do not fit."""
+    """Compute the tokens per axis.
+
+    They follow from the edges of a token, or are the cube root of their number where those do not fit.
+    """
     edges = _token_edges(weights, first_layers)
     table = next((tensor for name, tensor in weights.items() if name.endswith("pos_embed")), None)
     if table is None or not edges:
@@ -310,7 +325,10 @@ def _grid(
 
 
 def _token_edges(weights: Mapping[str, Tensor], first_layers: Sequence[str]) -> tuple[int, ...]:
-    """Compute a token's edges: the patch embedding's kernel, or two for each stage of a convolutional stem."""
+    """Compute the edges of a token.
+
+    They are those of the patch embedding's kernel, or two for each stage of a convolutional stem.
+    """
     stages = {int(found[1]) for name in weights if (found := re.match(r"down_projection\.stages\.(\d+)\.", name))}
     if stages:
         return (2 ** len(stages),) * 3
@@ -329,9 +347,9 @@ def _remarks(source: PretrainedWeights, target: TargetNetwork, context: Context)
         if hasattr(getattr(target.network, "backbone", None), "position_grid"):
             advice = f" To keep them, plan with architecture.arch_kwargs.position_grid={list(grids[0] or ())}."
         remarks.append(f"The source's positions belong to {own} tokens and were interpolated.{advice}")
-    if isinstance(target.network, PCTNet) and names.family_of(source.names or source.weights) == names.PCT_NET:
+    if isinstance(target.network, PCTNet) and source.kind == PUBLISHED_PCT_NET:
         attention: Any = target.network.pyramid_ct.convtrans_e2.trans.blocks[0]
-        if attention.mask_padding and "MIS-FM" in source.kind:
+        if attention.mask_padding:
             remarks.append(
                 "The published weights were trained with visible padding, these plans hide it (mask_padding): outputs "
                 "differ where a map is no multiple of the window. The recipe mis_fm keeps it visible."

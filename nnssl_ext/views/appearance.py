@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nnssl_ext.settings import setting
 from nnssl_ext.views.augmentations import Augmentation, Chosen, IntensitySettings, Noise
+from nnssl_ext.views.cpu.chunks import has_kernels
 from nnssl_ext.views.random import BatchRandom, pack_to_device
 
 __all__ = ["CustomIntensitySettings", "IntensityDraw", "IntensitySettings", "default"]
@@ -70,17 +71,22 @@ class IntensityDraw:
             spacing: Voxel edges in mm.
             views: V; each view of a sample is an image of its own.
         """
+        if not settings.in_use:
+            return cls([], views * channels, len(random))
         numbers = [1 + channels * (1 + kind.strengths) for kind in settings.in_use]
         # all random numbers of a sample at once; numpy is faster than torch with small arrays
         uniform = random.uniform(0.0, 1.0, (views, sum(numbers))).numpy().reshape(len(random) * views, sum(numbers))
         noisy = Noise in settings.in_use
         seeds = random.integers(0, (1 << 62) - 1) if noisy else torch.zeros(len(random), dtype=torch.int64)
+        chances = np.array([getattr(settings, f"{kind.name}_probability") for kind in settings.in_use])
+        ends = np.cumsum(numbers, dtype=int)
+        chosen_images = uniform[:, ends - numbers] < chances  # (B V, kinds): most kinds change nothing in a batch
         steps = []
-        for kind, end, number in zip(settings.in_use, np.cumsum(numbers), numbers, strict=True):
-            part = uniform[:, end - number : end]
-            chance = getattr(settings, f"{kind.name}_probability")
+        for n in np.flatnonzero(chosen_images.any(0)).tolist():
+            kind = settings.in_use[n]
+            part = uniform[:, ends[n] - numbers[n] : ends[n]]
             of_channels = getattr(settings, f"{kind.name}_channel_probability", 1.0)
-            rows = np.flatnonzero((part[:, :1] < chance) & (part[:, 1 : 1 + channels] < of_channels))
+            rows = np.flatnonzero(chosen_images[:, n, None] & (part[:, 1 : 1 + channels] < of_channels))
             if not len(rows):
                 continue
             strength = part[:, 1 + channels :].reshape(len(part), channels, kind.strengths)
@@ -109,10 +115,15 @@ class IntensityDraw:
     def apply(self, batch: Tensor) -> Tensor:
         """Apply all augmentations to (B, C, D, H, W) or (B, V, C, D, H, W) in place."""
         volumes = batch.view(-1, *batch.shape[-3:])
-        if volumes.device.type == "cpu":
+        if has_kernels(volumes.device, volumes.shape[1:]):
             for kind, chosen in self.steps:
                 for n, row in enumerate(chosen.rows.tolist()):
                     kind.apply_on_cpu(volumes[row], chosen.part(slice(n, n + 1)))
+        elif volumes.device.type == "cpu":
+            # one sample after the other, so that rounding does not depend on the rest of the batch
+            for b in range(self.samples):
+                first = b * self.volumes
+                self.of(slice(b, b + 1)).apply_definition(volumes[first : first + self.volumes])
         else:
             self.apply_definition(volumes)
         return batch

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_ext.views.random import pack_to_device
+from nnssl_ext.views.random import pack_to_device, to_device
 
 #: A Gaussian is cut off after this many standard deviations, less a quarter of a voxel, as in nnU-Net.
 TRUNCATE = 3.0
@@ -31,13 +31,16 @@ def blur(volumes: Tensor, deviation: Tensor, spacing: Sequence[float]) -> Tensor
         deviation: (N, 3) standard deviation along each axis, in edges of the finest voxel axis.
         spacing: Voxel edges in mm.
     """
-    result = volumes
-    for axis, edge in enumerate(spacing):
-        matrices = gaussian_matrices(deviation[:, axis] * (min(spacing) / edge), volumes.shape[1 + axis])
-        moved = result.movedim(1 + axis, 1)
-        product = torch.bmm(matrices, moved.flatten(2)).view(moved.shape)
-        result = product.movedim(1, 1 + axis)
-    return volumes.copy_(result)
+    number, depth, height, width = volumes.shape
+    ratios = torch.tensor([min(spacing) / edge for edge in spacing])
+    scaled, edges = deviation * to_device(ratios, deviation.device), (depth, height, width)
+    if depth == height == width:
+        along_depth, along_height, along_width = gaussian_matrices(scaled.T.flatten(), depth).chunk(3)
+    else:
+        along_depth, along_height, along_width = map(gaussian_matrices, scaled.unbind(1), edges)
+    result = torch.bmm(volumes.reshape(number, -1, width), along_width.transpose(1, 2)).view(volumes.shape)
+    result = torch.matmul(along_height[:, None], result)
+    return volumes.copy_(torch.bmm(along_depth, result.flatten(2)).view(volumes.shape))
 
 
 def sharpen(volumes: Tensor, amount: Tensor, spacing: Sequence[float], deviation: float = 1.0) -> Tensor:

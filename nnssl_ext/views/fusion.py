@@ -1,7 +1,9 @@
-"""Fusion maps of VolumeFusion: per voxel an integer level 0..K that says how much of the foreground crop it shows.
+"""Fusion maps of VolumeFusion: for each voxel a level 0..K, the share of the foreground crop.
 
-B batch, D H W voxels, K levels. Drawn apart from painted, painted on the device for the whole batch at once.
-Wang et al., arXiv 2306.16925 (boxes) and IEEE TIP 34:6041 (grid).
+A layout is drawn on the CPU and painted on the device for the whole batch. Boxes are those of Wang et al.,
+arXiv 2306.16925, the grid that of IEEE TIP 34:6041.
+
+B batch, D H W voxels, K levels, M boxes.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ from nnssl_ext.views.cpu.chunks import voxel_chunks
 from nnssl_ext.views.random import BatchRandom, to_device
 
 #: Boxes are painted by the highest set bit of a 64-bit word read as a double, which is exact up to 2**52.
-MOST_BOXES = 52
+MAX_BOXES = 52
 
 
 @dataclass
 class BoxLayout:
-    """Overlapping boxes, later ones over earlier ones: ``low`` and ``high`` (B, M, 3), ``level`` (B, M), 0 = absent."""
+    """Boxes: ``low`` and ``high`` (B, M, 3), ``level`` (B, M), 0 where absent. Later ones cover earlier ones."""
 
     low: Tensor
     high: Tensor
@@ -37,7 +39,7 @@ class BoxLayout:
         levels: int,
         count: Sequence[int],
         edge: Sequence[float],
-        thinnest: Sequence[int],
+        min_edge: Sequence[int],
     ) -> BoxLayout:
         """Draw boxes.
 
@@ -45,9 +47,9 @@ class BoxLayout:
             random: One stream per sample.
             size: Edges of the crop in voxels.
             levels: K; each box gets a level from 1..K.
-            count: Least and most boxes.
-            edge: Least and largest box edge as a share of the crop's edge.
-            thinnest: Least box edge in voxels, per axis.
+            count: Smallest and largest number of boxes.
+            edge: Range of a box's edge, as a share of the crop's edge.
+            min_edge: Smallest box edge in voxels, per axis.
         """
         most = count[1]
         draws = random.uniform(0.0, 1.0, (1 + 7 * most,)).numpy()  # whose small arrays are faster than torch's
@@ -55,7 +57,7 @@ class BoxLayout:
         share, *rest = draws[:, 1:].reshape(-1, 7, most).swapaxes(0, 1)  # (B, M) each
         level = (1 + np.minimum((share * levels).astype(int), levels - 1)) * (np.arange(most) < boxes)
         # an edge and a place along each axis; boxes stay within the crop
-        shortest = [min(max(round(edge[0] * n), least), n) for n, least in zip(size, thinnest, strict=True)]
+        shortest = [min(max(round(edge[0] * n), least), n) for n, least in zip(size, min_edge, strict=True)]
         longest = [min(max(round(edge[1] * n), short), n) for n, short in zip(size, shortest, strict=True)]
         span = np.subtract(longest, shortest)
         box_edge = shortest + np.minimum((np.stack(rest[:3], -1) * (span + 1)).astype(int), span)
@@ -64,11 +66,11 @@ class BoxLayout:
         return cls(*map(torch.from_numpy, (low, low + box_edge, level)))
 
     def paint(self, size: Sequence[int], device: torch.device) -> Tensor:
-        """The map (B, D, H, W) uint8."""
+        """Paint the map (B, D, H, W) uint8."""
         return self._paint_boxes(size) if device.type == "cpu" else self._paint_bits(size, device)
 
     def _paint_boxes(self, size: Sequence[int]) -> Tensor:
-        """Box by box: on the CPU, where each is a fast fill."""
+        """Fill box by box, which is fastest on the CPU."""
         result = np.zeros((len(self.level), *size), np.uint8)
         boxes = zip(result, self.low.tolist(), self.high.tolist(), self.level.tolist(), strict=True)
         for canvas, lows, highs, levels in boxes:
@@ -78,7 +80,7 @@ class BoxLayout:
         return torch.from_numpy(result)
 
     def _paint_bits(self, size: Sequence[int], device: torch.device) -> Tensor:
-        """All boxes of all samples at once: on a GPU, where a thousand small fills would take longer."""
+        """Paint all boxes of all samples at once, which is fastest on a GPU."""
         present = to_device(self.level > 0, device)
         bit = torch.ones((), dtype=torch.int64, device=device) << torch.arange(self.level.shape[1], device=device)
         words = []
@@ -86,7 +88,7 @@ class BoxLayout:
             place = torch.arange(length, device=device)
             low, high = to_device(self.low[..., axis], device), to_device(self.high[..., axis], device)
             within = (place >= low[..., None]) & (place < high[..., None]) & present[..., None]  # (B, M, length)
-            words.append((within * bit[:, None]).sum(1))  # bit m says: box m reaches this plane
+            words.append((within * bit[:, None]).sum(1))  # bit m is set where box m reaches this plane
         covered = words[0][:, :, None, None] & words[1][:, None, :, None] & words[2][:, None, None, :]
 
         # the last box wins: frexp's exponent is the place of the highest set bit, counted from 1; 0 where no box is
@@ -97,7 +99,7 @@ class BoxLayout:
 
 @dataclass
 class GridLayout:
-    """Blocks of one size per sample: ``edge`` and ``offset`` (B, 3), ``level`` (B, cells D, cells H, cells W)."""
+    """Blocks of one size per sample: ``edge`` and ``offset`` (B, 3), ``level`` (B, blocks D, blocks H, blocks W)."""
 
     edge: Tensor
     offset: Tensor
@@ -111,6 +113,7 @@ class GridLayout:
         levels: int,
         edges: Sequence[Sequence[int]],
         share: float,
+        whole: bool = False,
     ) -> GridLayout:
         """Draw blocks.
 
@@ -118,41 +121,50 @@ class GridLayout:
             random: One stream per sample.
             size: Edges of the crop in voxels.
             levels: K; each foreground block gets a level from 1..K.
-            edges: Least and largest block edge in voxels, per axis.
+            edges: Range of a block's edge in voxels, per axis.
             share: Share of blocks that are foreground.
+            whole: Take whole blocks only. The border that is left is background.
         """
         edge = torch.stack([random.integers(low, high) for low, high in edges], -1)
-        offset = (random.uniform(0, 1, (3,)) * edge).long()
+        place = random.uniform(0, 1, (3,))
+        lengths = torch.tensor(size)
+        # of whole blocks the first begins within the remainder, behind one block of border
+        offset = edge - (place * (lengths % edge + 1)).long() if whole else (place * edge).long()
         cells = tuple(length // low + 2 for length, (low, _) in zip(size, edges, strict=True))
         level = random.integers(1, levels, cells) * random.chance(share, cells)
+        if whole:
+            for axis, number in enumerate(cells):
+                index = torch.arange(number)
+                inside = (index >= 1) & (index <= (lengths[axis] // edge[:, axis])[:, None])  # (B, cells)
+                level = level * inside.view(len(edge), *(number if a == axis else 1 for a in range(3)))
         return cls(edge, offset, level)
 
     def paint(self, size: Sequence[int], device: torch.device) -> Tensor:
-        """The map (B, D, H, W) uint8."""
+        """Paint the map (B, D, H, W) uint8."""
         edge, offset = to_device(self.edge, device), to_device(self.offset, device)
-        cell = [
+        block = [
             (torch.arange(length, device=device) + offset[:, axis, None]) // edge[:, axis, None]
             for axis, length in enumerate(size)
         ]
         sample = torch.arange(len(edge), device=device)[:, None, None, None]
         level = to_device(self.level, device, torch.uint8)
-        return level[sample, cell[0][:, :, None, None], cell[1][:, None, :, None], cell[2][:, None, None, :]]
+        return level[sample, block[0][:, :, None, None], block[1][:, None, :, None], block[2][:, None, None, :]]
 
 
 def fuse(
     foreground: Tensor, background: Tensor, level: Tensor, levels: int, ignore_below: float = 0.0, ignored: int = IGNORE
 ) -> Tensor:
-    """a * foreground + (1 - a) * background with a = level / K, in place of ``background``.
+    """Mix ``foreground`` into ``background`` in place, with weight level / K.
 
     Args:
         foreground: (B, C, D, H, W).
         background: The same.
-        level: (B, D, H, W) uint8; ``ignored`` is written where the two are alike.
+        level: (B, D, H, W) uint8; ``ignored`` is written where the crops are alike.
         levels: K.
-        ignore_below: Alike is what differs by less in every channel.
-        ignored: The level of voxels that do not count.
+        ignore_below: Crops are alike where they differ by less in every channel.
+        ignored: Level of voxels without a target.
     """
-    # views of what is written to: a copy would be lost
+    # views, not copies: both are written to
     flat, over = level.view(len(level), -1), foreground.flatten(2)
     under = background.view(*background.shape[:2], -1)
     for samples, voxels in voxel_chunks(under):
@@ -163,3 +175,36 @@ def fuse(
             share.masked_fill_(alike, ignored)
         back.lerp_(front, weight)
     return background
+
+
+def missing_noise(foreground: Tensor, background: Tensor, level: Tensor, levels: int) -> Tensor:
+    """Compute the deviation of noise that hides the level: (B, C, D, H, W).
+
+    The mixture a F + (1 - a) B has less noise than F or B, so local noise would reveal min(a, 1 - a). The result fills
+    the variance up to that of the noisier crop.
+
+    Args:
+        foreground: F, (B, C, D, H, W).
+        background: B, the same.
+        level: (B, D, H, W), K a.
+        levels: K.
+    """
+    front, back = noise_variance(foreground), noise_variance(background)  # (B, C, 1, 1, 1)
+    weight = level[:, None].to(foreground.dtype) / levels
+    mixed = weight.square() * front + (1 - weight).square() * back
+    return (torch.maximum(front, back) - mixed).clamp_min_(0).sqrt_()
+
+
+def noise_variance(image: Tensor) -> Tensor:
+    """Estimate the variance of white noise per sample and channel: (B, C, D, H, W) -> (B, C, 1, 1, 1).
+
+    The median absolute second difference along the last axis is robust to edges. Constant regions, such as air that
+    was set to zero, are left out.
+    """
+    rows = image[..., ::2, ::2, :]  # a quarter of the rows is plenty
+    if rows.shape[-1] < 3:
+        return image.new_zeros((*image.shape[:2], 1, 1, 1))
+    second = (rows[..., 2:] - 2 * rows[..., 1:-1] + rows[..., :-2]).abs().flatten(2)
+    median = torch.where(second > 0, second, torch.nan).nanmedian(2).values.nan_to_num(0.0)
+    # the median of |N(0, 1)| is 0.6745, and 1, -2, 1 multiply the variance by 6
+    return ((median / 0.6745) ** 2 / 6)[..., None, None, None]

@@ -2,8 +2,8 @@
 
 A method reads one window and cuts its patches out of it. A patch has two voxels per axis at the deepest encoder stage
 that is run. Every encoder can take that. At one voxel an instance norm and a residual skip fail or are silently wrong.
-The deepest stage is preferred. A window that is larger than the cases is magnified, up to a limit. It is never padded,
-because padding reveals a patch's place.
+The deepest stage whose window fits into the cases is taken, so that the network sees the plan's resolution. Only where
+no stage fits is the window magnified, up to a limit. It is never padded, because padding reveals a patch's place.
 
 B batch, N patches, C channel, D H W voxels.
 """
@@ -155,7 +155,7 @@ def solve_layout(
     max_voxels: float = math.inf,
     choices: Sequence[int] = (1, 2, 3),
 ) -> Layout:
-    """Find the layout with most patches at the deepest stage at which any fits.
+    """Find the layout with the least magnification, at the deepest stage, with most patches.
 
     Args:
         strides: Cumulative stride of each encoder stage.
@@ -171,6 +171,7 @@ def solve_layout(
         UserError: If nothing fits.
     """
     windows: list[Edges] = []
+    candidates: list[Layout] = []
     for stages, patch in patch_sizes(strides):
         found: list[Layout] = []
         gaps, jitters = _edges(math.ceil(gap * p) for p in patch), _edges(math.ceil(jitter * p) for p in patch)
@@ -183,10 +184,9 @@ def solve_layout(
             if layout.zoom <= max_zoom:
                 found.append(layout)
         affordable = [layout for layout in found if math.prod(layout.grid + patch) <= max_voxels]
-        if affordable:
-            return max(affordable, key=lambda layout: (math.prod(layout.grid), -layout.zoom, layout.grid))
-        if found:
-            return min(found, key=lambda layout: (math.prod(layout.grid), layout.zoom))
+        candidates += affordable or sorted(found, key=lambda layout: (math.prod(layout.grid), layout.zoom))[:1]
+    if candidates:
+        return max(candidates, key=lambda layout: (-layout.zoom, layout.stages, math.prod(layout.grid), layout.grid))
     raise nothing_fits(title, f"{min_patches} patches", strides, case_size, max_zoom, windows)
 
 

@@ -1,6 +1,6 @@
 """Masks of input blocks, and statistics over blocks.
 
-B batch, C channel, D H W voxels. Blocks at the far border may be cut off.
+B batch, C channel, D H W voxels. Blocks at the far border may be smaller.
 """
 
 from __future__ import annotations
@@ -16,27 +16,36 @@ from nnssl_ext.views.random import BatchRandom, to_device
 
 
 def draw_block_mask(random: BatchRandom, size: Sequence[int], block: Sequence[int], ratio: float) -> Tensor:
-    """Hide a share of the blocks of each sample: (B, D, H, W) bool on the device, True = hidden.
+    """Mask a share of the blocks of each sample.
 
-    The number of hidden blocks is the nearest to ``ratio`` that leaves at least one hidden and one visible.
+    The number of masked blocks is the nearest to ``ratio`` that leaves at least one masked and one visible.
+
+    Args:
+        random: One stream per sample.
+        size: Edges of the crop in voxels.
+        block: Edges of a block in voxels.
+        ratio: Share of masked blocks.
+
+    Returns:
+        (B, D, H, W) bool on the device, True where masked.
     """
-    cells = tuple(math.ceil(n / edge) for n, edge in zip(size, block, strict=True))
-    total = math.prod(cells)
-    hidden = min(max(1, round(ratio * total)), max(1, total - 1))
+    grid = tuple(math.ceil(n / edge) for n, edge in zip(size, block, strict=True))
+    total = math.prod(grid)
+    masked = min(max(1, round(ratio * total)), max(1, total - 1))
     order = random.uniform(0, 1, (total,)).argsort(1)
-    mask = torch.zeros(len(random), total, dtype=torch.bool).scatter_(1, order[:, :hidden], True)
-    return expand_blocks(to_device(mask.view(-1, *cells), random.device), size, block)
+    mask = torch.zeros(len(random), total, dtype=torch.bool).scatter_(1, order[:, :masked], True)
+    return expand_blocks(to_device(mask.view(-1, *grid), random.device), size, block)
 
 
 def expand_blocks(values: Tensor, size: Sequence[int], block: Sequence[int]) -> Tensor:
-    """Values per block to values per voxel: (..., cells D, cells H, cells W) -> (..., *size)."""
+    """Repeat values of blocks for their voxels: (..., blocks D, blocks H, blocks W) -> (..., *size)."""
     for axis, edge in zip((-3, -2, -1), block, strict=True):
         values = values.repeat_interleave(edge, dim=axis)
     return values[..., : size[0], : size[1], : size[2]]
 
 
 def block_moments(image: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each block and channel: (B, C, D, H, W) -> twice (B, C, cells D, cells H, cells W)."""
+    """Return mean and variance of each block: (B, C, D, H, W) -> (B, C, blocks D, blocks H, blocks W) each."""
 
     def pooled(values: Tensor) -> Tensor:
         return F.avg_pool3d(values, tuple(block), ceil_mode=True, count_include_pad=False)

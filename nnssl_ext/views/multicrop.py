@@ -85,6 +85,13 @@ def crop_views(
     return look_at(views, kind, intensity, random)
 
 
+def crop_read_views(
+    rows: Sequence[Sequence[SourceBox]], kind: ViewKind, intensity: IntensitySettings, random: BatchRandom
+) -> Tensor:
+    """Cut views whose boxes were read one by one, V rows of B boxes: (B, V, C, D, H, W)."""
+    return look_at([row[b] for b in range(len(random)) for row in rows], kind, intensity, random)
+
+
 def look_at(views: Sequence[SourceBox], kind: ViewKind, intensity: IntensitySettings, random: BatchRandom) -> Tensor:
     """Cut placed views, those of a sample in a row, and apply intensity views: (B V) boxes -> (B, V, C, D, H, W)."""
     crops, _ = crop_batch(views, kind.size, random.device)

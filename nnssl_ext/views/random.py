@@ -111,3 +111,10 @@ class BatchRandom:
     def normal(self, sample: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Draw standard normal noise for one sample on the device."""
         return torch.randn(*shape, generator=self.noise(sample), device=self.device, dtype=dtype)
+
+
+def shuffle_voxels(image: Tensor, random: BatchRandom) -> Tensor:
+    """Shuffle the voxels of each sample, channels together: (B, C, D, H, W)."""
+    flat = image.flatten(2)
+    orders = [torch.randperm(flat.shape[2], generator=random.noise(b), device=image.device) for b in range(len(flat))]
+    return torch.stack([row[:, order] for row, order in zip(flat, orders, strict=True)]).view_as(image)

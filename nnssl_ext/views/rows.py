@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,6 +98,17 @@ class RowLayout:
         """Count the columns of a row along ``axis``."""
         return math.prod(self.columns) // self.columns[axis]
 
+    def overlaps(self) -> np.ndarray:
+        """Find pairs of different patches that share voxels: (R Q, R Q) bool."""
+        columns = self.columns_of(self.axes[0])
+        row, column = np.divmod(np.arange(len(self.rows.read) * columns), columns)
+        shared = np.zeros((len(row), len(row)), bool)
+        for axis in self.axes:
+            edge = self.patch[axis]
+            begin = np.array([self.rows.begin(number, edge) for number in self.rows.read])[row]
+            shared |= abs(begin[:, None] - begin) < edge
+        return shared & (column[:, None] == column) & (row[:, None] != row)
+
     def starts(self, direction: Tensor, place: Tensor) -> Tensor:
         """Compute the lowest voxel of each patch, row by row.
 
@@ -135,7 +147,9 @@ def solve_rows(
     max_zoom: float,
     max_voxels: float,
 ) -> RowLayout:
-    """Find the layout at the deepest stage at which rows fit, with as many columns as possible.
+    """Find the layout at the deepest stage whose rows fit, with as many columns as possible.
+
+    Rows are magnified only where they fit at no stage.
 
     Args:
         strides: Cumulative stride of each encoder stage.
@@ -149,14 +163,17 @@ def solve_rows(
     Raises:
         UserError: If nothing fits.
     """
+    candidates = []
     for stages, patch in patch_sizes(strides):
-        for columns in range(max_columns, 0, -1):
-            layout = _magnify(rows, patch, stages, columns, case_size, max_zoom)
+        for columns, zoom in product(range(max_columns, 0, -1), (1.0, max_zoom)):
+            layout = _magnify(rows, patch, stages, columns, case_size, zoom)
             if layout is None:
                 continue
             voxels = len(rows.read) * layout.columns_of(layout.axes[0]) * math.prod(patch)
             if columns == 1 or voxels <= max_voxels:
-                return layout
+                candidates.append(layout)
+    if candidates:
+        return max(candidates, key=lambda layout: (-layout.zoom, layout.stages, math.prod(layout.columns)))
     windows = []
     for _, patch in patch_sizes(strides):
         for axis in range(3):

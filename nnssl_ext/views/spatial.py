@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl_ext.views.cpu.chunks import has_kernels
 from nnssl_ext.views.cpu.crops import copy_crop, interpolate_crop, source_axes
 from nnssl_ext.views.random import pack_to_device, to_device
 
@@ -44,8 +46,14 @@ class SpatialRange:
     rotation: float = 0.0
     zoom: tuple[float, float] = (1.0, 1.0)
 
-    def draw(self, generator: np.random.Generator, size: Sequence[int]) -> np.ndarray:
-        """Draw one matrix (3, 3) for a crop with edges ``size``."""
+    def draw(self, generator: np.random.Generator, size: Sequence[int], *, resample: bool | None = None) -> np.ndarray:
+        """Draw one matrix (3, 3) for a crop.
+
+        Args:
+            generator: Source of the draws.
+            size: Edges of the crop.
+            resample: Take the rotation and zoom, or leave them out. None decides by their chance.
+        """
         matrix = np.diag(np.where(generator.random(3) < self.flip, -1.0, 1.0))
         quarter, plane_at, quarters = generator.random(), generator.random(), int(generator.integers(1, 4))
         planes = self._square_planes(size)
@@ -53,7 +61,7 @@ class SpatialRange:
             matrix = matrix @ _quarter_turn(planes[int(plane_at * len(planes))], quarters)
         bend, zoom = generator.random(), generator.uniform(*self.zoom)
         angles = generator.uniform(-self.rotation, self.rotation, 3)
-        if bend < self.affine and (self.rotation or self.zoom != (1.0, 1.0)):
+        if (bend < self.affine if resample is None else resample) and (self.rotation or self.zoom != (1.0, 1.0)):
             matrix = rotation_matrix(np.where(self.turning_axes(), angles, 0.0), self.spacing) @ matrix / zoom
         return matrix
 
@@ -97,11 +105,18 @@ def half_extent(matrix: np.ndarray, size: Sequence[int]) -> np.ndarray:
     return np.abs(matrix) @ ((np.asarray(size) - 1) / 2)
 
 
-def shrink_to_fit(matrix: np.ndarray, size: Sequence[int], room: np.ndarray) -> np.ndarray:
-    """Shrink ``matrix`` alike along all axes until the half extent of a crop fits in ``room`` (3,)."""
+def shrink_to_fit(matrix: np.ndarray, size: Sequence[int], room: np.ndarray, *, isotropic: bool = True) -> np.ndarray:
+    """Shrink a crop's matrix until the crop reaches no farther than ``room``.
+
+    Args:
+        matrix: (3, 3).
+        size: Edges of the crop.
+        room: (3,) half extents that are allowed, along the axes of the source.
+        isotropic: Shrink all axes alike, or each axis of the source that is too short by itself.
+    """
     half = half_extent(matrix, size)
-    wanted = half > room
-    return matrix * (room[wanted] / half[wanted]).min(initial=1.0)
+    shrink = np.minimum(room / np.maximum(half, 1e-9), 1.0)
+    return matrix * (shrink.min() if isotropic else shrink[:, None])
 
 
 def subview(
@@ -111,6 +126,7 @@ def subview(
     place: Sequence[float] | np.ndarray = (0.0, 0.0, 0.0),
     *,
     view_size: Sequence[int] | None = None,
+    isotropic: bool = True,
 ) -> SourceBox:
     """Place a view within the region of a crop, so that it needs no padding.
 
@@ -120,10 +136,11 @@ def subview(
         view: (3, 3), from voxels of the view to voxels of the crop. It is shrunk where it would leave the crop.
         place: Position within the room that is left, in [-1, 1] per axis; 0 is the middle.
         view_size: Edges of the view; None for those of the crop.
+        isotropic: Shrink all axes alike, or each axis that is too short by itself.
     """
     edges = size if view_size is None else view_size
     room = half_extent(box.matrix, size)
-    matrix = shrink_to_fit(box.matrix @ view, edges, room)
+    matrix = shrink_to_fit(box.matrix @ view, edges, room, isotropic=isotropic)
     left = np.maximum(room - half_extent(matrix, edges), 0)
     return SourceBox(box.data, matrix, box.center + np.asarray(place) * left, box.case)
 
@@ -142,6 +159,11 @@ def is_constant(box: SourceBox, size: Sequence[int]) -> bool:
     if not torch.equal(region[:, 0, 0, 0], region[:, -1, -1, -1]):
         return False
     return torch.equal(region.amin((1, 2, 3)), region.amax((1, 2, 3)))
+
+
+def is_resampled(matrix: np.ndarray) -> bool:
+    """Tell whether a crop with this matrix interpolates, rather than copying voxels."""
+    return source_axes(matrix) is None or bool((np.abs(matrix).sum(0) != 1).any())
 
 
 def rotation_matrix(angles: Sequence[float] | np.ndarray, spacing: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -177,24 +199,41 @@ def crop_batch(
         crops, inside = resample_batch(boxes, size, device)
         return (crops if out is None else out.copy_(crops)), inside
     crops = torch.empty((len(boxes), len(boxes[0].data), *size)) if out is None else out
-    insides = [_crop_on_cpu(box, crop) for box, crop in zip(boxes, crops, strict=True)]
+    insides: list[Tensor | None] = []
+    for _, group in groupby(zip(boxes, crops, strict=True), key=lambda pair: id(pair[0].data)):
+        insides += _crop_on_cpu(*zip(*group, strict=True))
     if all(inside is None for inside in insides):
         return crops, None
     whole = torch.ones((1, 1, 1, 1), dtype=torch.bool).expand(1, *size)
     return crops, torch.stack([whole if inside is None else inside for inside in insides])
 
 
-def _crop_on_cpu(box: SourceBox, crop: Tensor) -> Tensor | None:
-    """Fill ``crop`` in the fastest way that its matrix allows, and return ``inside``."""
-    data, size = box.data.to(torch.float32), crop.shape[1:]
-    axes = source_axes(box.matrix)
-    if axes is not None and (np.abs(box.matrix).sum(0) == 1).all():
-        return copy_crop(data, box.matrix, box.center, axes, crop)
-    if axes is not None:
-        return interpolate_crop(data, box.matrix, box.center, axes, crop)
-    found, inside = resample_batch([replace(box, data=data)], size, crop.device)
-    crop.copy_(found[0])
-    return None if inside is None else inside[0]
+def _is_copy(box: SourceBox) -> bool:
+    """Return whether a crop only moves voxels: its matrix is a signed permutation."""
+    return source_axes(box.matrix) is not None and all(abs(sum(row)) == 1 for row in box.matrix.tolist())
+
+
+def _crop_on_cpu(boxes: Sequence[SourceBox], crops: Sequence[Tensor]) -> list[Tensor | None]:
+    """Fill the crops of one box in the fastest way that their matrices allow, and return ``inside`` of each."""
+    data, size = boxes[0].data.to(torch.float32), crops[0].shape[1:]
+    insides: list[Tensor | None] = [None] * len(boxes)
+    left = []
+    for n, (box, crop) in enumerate(zip(boxes, crops, strict=True)):
+        axes = source_axes(box.matrix)
+        if axes is not None and all(abs(sum(row)) == 1 for row in box.matrix.tolist()):
+            insides[n] = copy_crop(data, box.matrix, box.center, axes, crop)
+        elif axes is not None and has_kernels(crop.device, size):
+            insides[n] = interpolate_crop(data, box.matrix, box.center, axes, crop)
+        else:
+            left.append(n)
+    # many small crops are one resampling; a large one has the memory of a grid for itself
+    runs = [[n] for n in left] if has_kernels(crops[0].device, size) else [left] if left else []
+    for run in runs:
+        found, inside = resample_batch([replace(boxes[n], data=data) for n in run], size, data.device)
+        for n, crop, within in zip(run, found, [None] * len(run) if inside is None else inside, strict=True):
+            crops[n].copy_(crop)
+            insides[n] = within
+    return insides
 
 
 def resample_batch(

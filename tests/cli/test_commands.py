@@ -104,3 +104,34 @@ def test_dataset_is_looked_up_by_number_and_name(with_data: Data, monkeypatch: p
     monkeypatch.delenv("nnUNet_preprocessed")
     with pytest.raises(UserError, match="nnUNet_preprocessed is not set"):
         main(["plan", "-d", "811", "-o", "new"])
+
+
+def test_plan_takes_what_stock_takes_and_prints_what_can_be_pasted(
+    with_data: Data, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = with_data("plain")
+
+    def inherit(plans: dict) -> None:
+        plans["configurations"]["mine"] = {"inherits_from": "3d_fullres", "batch_size": 4}
+
+    environment.write_plans("plain", "own", {}, inherit)
+    assert main(["plan", "-d", "811", "-p", "own", "-c", "mine", "-o", "my plans", "epochs=1"]) == 0
+    assert "nnUNetv2_train 811 mine FOLD -p 'my plans' -tr" in capsys.readouterr().out
+    derived = environment.plans("plain", "my plans")["configurations"]
+    assert derived["mine"] == {**derived["3d_fullres"], "batch_size": 4}
+
+
+def test_plan_renames_the_settings_of_old_plans(with_data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    environment = with_data("plain")
+    path = environment.dataset("plain") / "old.json"
+    environment.write_plans("plain", "old", {"most_nonfinite": 3, "finetune": {"average": 0.5}})
+    with pytest.raises(UserError, match="'most_nonfinite' is called 'max_nonfinite_batches' since version 0.2"):
+        main(["plan", "-d", "811", "-p", "old", "-o", "new"])
+    assert main(["plan", "--rename-settings", str(path)]) == 0
+    assert "most_nonfinite -> max_nonfinite_batches" in capsys.readouterr().out
+    renamed = environment.plans("plain", "old")["nnssl_ext"]
+    assert renamed["max_nonfinite_batches"] == 3
+    assert renamed["finetune"] == {"weight_average_decay": 0.5}
+    assert main(["plan", "-d", "811", "-p", "old", "-o", "new"]) == 0
+    assert main(["plan", "--rename-settings", str(path)]) == 0
+    assert "no old names" in capsys.readouterr().out

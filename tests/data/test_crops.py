@@ -1,4 +1,6 @@
+import math
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -9,30 +11,45 @@ import torch
 
 from nnssl_ext.data.crops import Crop, CropDataset, CropRequest, body_center, collate, draw_center
 from nnssl_ext.data.index import CaseIndex
-from nnssl_ext.data.shard import Shard, crop_loader
-from nnssl_ext.views.random import VALIDATION
+from nnssl_ext.data.loader import Shard, SteadyLoader
+from nnssl_ext.views.augmentations import IntensitySettings
+from nnssl_ext.views.multicrop import ViewKind, crop_read_views
+from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom
 from nnssl_ext.views.spatial import SpatialRange, crop_box
-from tests.datasets import blob
+from tests.support.cases import TURNING, dataset
+from tests.support.looks import without_views
 
 STILL = SpatialRange((1.0, 1.0, 1.0))
-TURNING = SpatialRange((1.0, 1.0, 1.0), flip=0.5, rot90=0.5, affine=0.5, rotation=20, zoom=(0.8, 1.2))
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    result = tmp_path / "cases"
-    result.mkdir()
-    for case, shape in enumerate([(20, 22, 24), (30, 16, 18), (9, 21, 40), (16, 16, 16)]):
-        image = blob(np.random.default_rng(case), shape)[None]
-        blosc2.asarray(image, urlpath=str(result / f"c{case}.b2nd"), mode="w", blocks=(1, 8, 8, 8))
-    return result
-
-
-def dataset(folder: Path, spatial: SpatialRange = TURNING, **options: int) -> CropDataset:
-    index = CaseIndex.build(folder)
-    size = (16, 16, 16)
-    request = CropRequest((Crop(size, spatial), Crop(size, spatial, other_case=True)))
-    return CropDataset(index, index.cases, request, options.get("seed", 0), options.get("stream", 0))
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+def test_views_are_read_one_by_one_and_are_those_of_the_region(folder: Path, scale: float) -> None:
+    index, size = CaseIndex.build(folder), (16, 16, 16)
+    kinds = (
+        ViewKind(2, (12, 12, 12), (0.5, 1.0), (0.5, 1.0), SpatialRange((1.0, 1.0, 1.0), flip=0.5, rot90=0.5)),
+        ViewKind(3, (6, 6, 6), (0.2, 0.5), (0.2, 0.5), STILL),
+    )
+    crop = Crop(size, STILL, scale=scale, fit=True, views=kinds)
+    data = CropDataset(index, index.cases, CropRequest((crop,)), seed=0)
+    whole = CropDataset(index, index.cases, CropRequest((replace(crop, views=()),)), seed=0)
+    sizes = [kind.size for kind in kinds for _ in range(kind.number)]
+    batch = collate([data[n] for n in range(3)])
+    assert len(batch.boxes) == 5
+    for n in range(3):
+        region = whole[n].boxes[0]
+        inner = crop_box(region, size, torch.device("cpu"))[0]
+        for row, edges in zip(batch.boxes, sizes, strict=True):
+            box = row[n]
+            assert box.case == region.case
+            assert box.data[0].numel() <= math.prod(edges)
+            view, inside = crop_box(box, edges, torch.device("cpu"))
+            assert inside is None
+            assert inner.amin() - 0.3 <= view.amin() <= view.amax() <= inner.amax() + 0.3
+    looks = without_views(IntensitySettings)
+    random = BatchRandom(0, VIEWS, batch.indices, torch.device("cpu"))
+    views = crop_read_views(batch.boxes[2:], kinds[1], looks, random)
+    assert views.shape == (3, 3, 1, 6, 6, 6)
+    assert torch.equal(views[1, 2], crop_box(batch.boxes[4][1], (6, 6, 6), torch.device("cpu"))[0])
 
 
 def test_every_case_comes_once_before_any_comes_again_and_partners_differ(folder: Path) -> None:
@@ -123,7 +140,7 @@ def test_batches_do_not_depend_on_workers_or_ranks(folder: Path) -> None:
     data = dataset(folder)
 
     def read(shard: Shard, workers: int) -> list[tuple[list[int], list[float]]]:
-        loader = crop_loader(data, shard, workers=workers, pin_memory=False)
+        loader = SteadyLoader(data, shard, workers=workers, pin_memory=False, log=print, waiting=lambda: None)
         return [(batch.indices, [float(box.data.sum()) for box in batch.boxes[1]]) for batch in loader]
 
     here = read(Shard(2, 6, 3), 0)
@@ -152,12 +169,15 @@ def test_a_fitting_crop_is_never_padded_and_keeps_its_shape(folder: Path, spatia
     if spatial is STILL:
         assert scales == {0.5}
         for box in (CropDataset(index, ["c2"], _large(), 0)[n].boxes[0] for n in range(5)):
-            np.testing.assert_allclose(box.matrix, np.eye(3) * 8 / 15)  # 9 voxels, shrunk alike along all axes
+            # the axis that has 9 voxels is magnified, and no other
+            np.testing.assert_allclose(box.matrix, np.diag([8 / 15, 1.0, 1.0]))
             assert crop_box(box, (16, 16, 16), torch.device("cpu"))[1] is None
+        for box in (CropDataset(index, ["c2"], _large(isotropic=True), 0)[n].boxes[0] for n in range(5)):
+            np.testing.assert_allclose(box.matrix, np.eye(3) * 8 / 15)
 
 
-def _large() -> CropRequest:
-    return CropRequest((Crop((16, 16, 16), STILL, fit=True),))
+def _large(*, isotropic: bool = False) -> CropRequest:
+    return CropRequest((Crop((16, 16, 16), STILL, fit=True, isotropic=isotropic),))
 
 
 @pytest.mark.parametrize(("looked_at", "least", "most"), [(False, 0.0, 0.7), (True, 0.9, 1.0)])

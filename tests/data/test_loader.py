@@ -2,9 +2,11 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,18 +15,16 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from nnssl_ext.data import loader as steady
 from nnssl_ext.data.crops import CropBatch, CropDataset, Sample
-from nnssl_ext.data.loader import SteadyLoader
-from nnssl_ext.data.shard import Shard
+from nnssl_ext.data.loader import Shard, SteadyLoader
 from nnssl_ext.errors import UserError
-from tests.data.test_crops import dataset, folder
-
-__all__ = ["folder"]
+from tests.support.cases import dataset
+from tests.support.runs import fault
 
 
 def loader(
     data: CropDataset, told: list[str], workers: int = 2, waiting: Callable[[], None] = lambda: None
 ) -> SteadyLoader:
-    return SteadyLoader(data, Shard(2, 10, 2), workers=workers, pin_memory=False, tell=told.append, waiting=waiting)
+    return SteadyLoader(data, Shard(2, 10, 2), workers=workers, pin_memory=False, log=told.append, waiting=waiting)
 
 
 def same(first: list[CropBatch], second: list[CropBatch]) -> bool:
@@ -34,22 +34,6 @@ def same(first: list[CropBatch], second: list[CropBatch]) -> bool:
         for row, other in zip(a.boxes, b.boxes, strict=True)
         for x, y in zip(row, other, strict=True)
     )
-
-
-def fault(
-    monkeypatch: pytest.MonkeyPatch, flag: Path, sample: int, number: int, once: bool = True, after: float = 0
-) -> None:
-    """The worker that reads this sample gets a signal, ``after`` so many seconds."""
-    original = CropDataset.__getitem__
-
-    def getitem(self: CropDataset, index: int) -> Sample:
-        if index == sample and not (once and flag.exists()):
-            time.sleep(after)
-            flag.touch()
-            os.kill(os.getpid(), number)
-        return original(self, index)
-
-    monkeypatch.setattr(CropDataset, "__getitem__", getitem)
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError, EOFError, FileNotFoundError])
@@ -160,3 +144,57 @@ def test_an_error_that_comes_late_is_no_end_of_a_wait(folder: Path, monkeypatch:
     monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", next_data)
     with pytest.raises(RuntimeError, match="pin memory thread"):
         list(loader(dataset(folder), []))
+
+
+class Slow(CropDataset):
+    """Samples that take longer together than a worker may be silent, but each of which is progress."""
+
+    def __getitem__(self, sample: int) -> Sample:
+        time.sleep(1.0)
+        return super().__getitem__(sample)
+
+
+def test_a_slow_batch_is_no_hang_while_samples_arrive(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steady, "POLL_SECONDS", 1)
+    monkeypatch.setattr(steady, "HANG_SECONDS", 3)
+    plain, told = dataset(folder), list[str]()
+    slow = Slow(plain.index, plain.cases, plain.request, plain.seed)
+    begin = time.monotonic()
+    shard = Shard(0, 1, 6)
+    (batch,) = SteadyLoader(slow, shard, workers=1, pin_memory=False, log=told.append, waiting=lambda: None)
+    assert time.monotonic() - begin > 5
+    assert told == []
+    assert batch.indices == list(range(6))
+
+
+def test_prefetching_is_limited_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steady.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**60))
+    monkeypatch.setattr(steady, "PREFETCHED_BYTES", 1000)
+    assert steady.prefetching(1, 4) == (4, 3)
+    assert steady.prefetching(100, 4) == (4, 2)
+    assert steady.prefetching(300, 4) == (3, 1)
+    assert steady.prefetching(10**6, 4) == (1, 1)
+    assert steady.prefetching(100, 0) == (0, 0)
+    monkeypatch.setattr(steady.shutil, "disk_usage", lambda _: SimpleNamespace(free=400))  # a small /dev/shm
+    assert steady.prefetching(100, 4) == (2, 1)
+
+
+def test_the_estimate_of_a_sample_is_near_what_is_read(folder: Path) -> None:
+    data = dataset(folder)
+    read = [sum(box.data.nbytes for box in data[sample].boxes) for sample in range(16)]
+    assert max(read) / 2 <= data.sample_bytes() <= 4 * max(read)
+
+
+def test_ending_never_waits_for_torchs_own_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch joins its pinning thread without a limit (pytorch#21554)."""
+    monkeypatch.setattr(steady, "END_SECONDS", 1)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_shutdown_workers", lambda _: threading.Event().wait())
+    begin = time.monotonic()
+    batches = iter(loader(dataset(folder), []))
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - begin < 20
+    deadline = time.monotonic() + 10
+    while steady.multiprocessing.active_children():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

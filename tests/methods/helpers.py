@@ -20,8 +20,8 @@ from nnssl_ext.views.appearance import IntensitySettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from nnssl_ext.views.spatial import SourceBox
 from tests.datasets import blob
-from tests.looks import without_views
-from tests.networks.test_backbone import network
+from tests.support.looks import without_views
+from tests.support.networks import network
 
 CPU = torch.device("cpu")
 SIZE, CASE = (16, 16, 16), (20, 20, 20)

@@ -9,15 +9,15 @@ import torch
 
 from nnssl_ext.data.crops import CropBatch, CropDataset, CropRequest, collate
 from nnssl_ext.data.index import CaseIndex
-from nnssl_ext.losses.contrastive import hits
+from nnssl_ext.losses.contrastive import hits, info_nce
 from nnssl_ext.methods.contrastive_predictive_coding import (
     ContrastivePredictiveCoding,
     ContrastivePredictiveCodingSettings,
 )
 from nnssl_ext.methods.patches import PatchIntensitySettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
-from tests.looks import without_views
 from tests.methods.helpers import CPU, batch_of, build, noise_boxes, views_of, write_cases
+from tests.support.looks import without_views
 
 NO_VIEWS = without_views(PatchIntensitySettings)
 OURS = ContrastivePredictiveCodingSettings()
@@ -72,10 +72,11 @@ def test_all_patches_of_the_batch_are_candidates_and_accuracy_is_within_a_window
     with torch.no_grad():
         result = method(views_of(folder, method, [0, 1, 2]))
     # cosines with a zero vector are zero: all candidates are equal
-    torch.testing.assert_close(result["loss"], torch.full((3,), math.log(3 * 16)))
-    torch.testing.assert_close(result["accuracy"], torch.full((3,), 1 / 8))
-    torch.testing.assert_close(result["batch_accuracy"], torch.full((3,), 1 / 48))
-    torch.testing.assert_close(result["chance"], torch.full((3,), 1 / 8))
+    # of a window's 8 targets one overlaps the right one, and is no candidate
+    torch.testing.assert_close(result["loss"], torch.full((3,), math.log(3 * 16 - 1)))
+    torch.testing.assert_close(result["accuracy"], torch.full((3,), 1 / 7))
+    torch.testing.assert_close(result["batch_accuracy"], torch.full((3,), 1 / 47))
+    torch.testing.assert_close(result["chance"], torch.full((3,), 1 / 7))
 
 
 def accuracy_from_padding(folder: Path, fit: bool) -> tuple[float, float]:
@@ -151,3 +152,22 @@ def test_faces_match_where_context_and_prediction_touch_and_not_in_ours() -> Non
     assert touching > 0.7
     apart, _ = matched(OURS.gap)
     assert apart < 2 * chance
+
+
+def test_patches_that_share_voxels_with_the_target_are_no_negatives() -> None:
+    method = build(ContrastivePredictiveCoding, BARE)
+    starts = method.layout.starts(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 3))[0]
+    patch = torch.tensor(method.layout.patch)
+    shared = ((starts[:, None] - starts).abs() < patch).all(-1) & ~torch.eye(len(starts), dtype=torch.bool)
+    assert torch.equal(shared[-method.targets :], method.overlaps)
+    assert method.overlaps.any(1).all()
+    apart = build(ContrastivePredictiveCoding, replace(BARE, overlap=0.0))
+    assert not apart.overlaps.any()
+
+
+def test_excluded_candidates_have_no_gradient() -> None:
+    candidates = torch.randn(4, 8, requires_grad=True)
+    excluded = torch.tensor([[False, False, True, False]])
+    info_nce(torch.randn(1, 8), candidates, torch.tensor([0]), 0.1, excluded).sum().backward()
+    assert candidates.grad is not None
+    assert candidates.grad.abs().sum(1).bool().tolist() == [True, True, False, True]

@@ -21,7 +21,7 @@ from nnssl_ext.views.random import VIEWS, BatchRandom
 from nnssl_ext.views.spatial import crop_box
 from tests.conftest import Environment
 from tests.methods.helpers import CPU, batch_of, build, readable_after, views_of, write_anatomy, write_cases
-from tests.training.pretraining.test_trainer import pretrain, trainer_for
+from tests.support.runs import pretrain, trainer_for
 
 Data = Callable[[str], Environment]
 ENCODER_ONLY = [name for name, m in METHODS.items() if issubclass(m, EncoderMethod) and m.learns_from == "cases"]

@@ -4,8 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from nnssl_ext.methods.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderSettings
+from nnssl_ext.methods import DataGeometry
+from nnssl_ext.methods.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderSettings, default_block
+from nnssl_ext.networks.visible_norms import VisibleNorms
 from nnssl_ext.views.masking import block_moments, expand_blocks
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from tests.methods.helpers import CPU, OFF, SIZE, batch_of, build, views_of, write_cases
@@ -32,8 +35,46 @@ def test_hidden_blocks_are_zero_and_are_the_targets(folder: Path) -> None:
     assert views["weight"].mean() > 0.5
 
 
-def test_default_blocks_are_an_eighth_of_the_crop() -> None:
-    assert build(MaskedAutoencoder, MaskedAutoencoderSettings()).block_size == [2, 2, 2]
+@pytest.mark.parametrize(
+    ("size", "spacing", "expected"),
+    [
+        ((128, 128, 128), (1.0, 1.0, 1.0), [16, 16, 16]),
+        ((160, 192, 64), (1.0, 1.0, 1.0), [16, 16, 16]),
+        ((16, 256, 256), (5.0, 1.25, 1.25), [4, 16, 16]),
+        ((40, 56, 40), (1.0, 1.0, 1.0), [10, 14, 10]),
+        ((3, 64, 64), (10.0, 1.0, 1.0), [1, 16, 16]),
+    ],
+)
+def test_default_blocks_are_sixteen_voxels_of_the_finest_axis_in_mm(
+    size: tuple, spacing: tuple, expected: list[int]
+) -> None:
+    assert default_block(DataGeometry(size, spacing, 1)) == expected
+
+
+def test_visible_norms_do_not_depend_on_masked_voxels() -> None:
+    network = nn.Sequential(nn.InstanceNorm3d(2, affine=True), nn.Conv3d(2, 3, 2, 2), nn.InstanceNorm3d(3))
+    image = torch.randn(2, 2, 8, 8, 8)
+    expected, keys = network(image), list(network.state_dict())
+    norms = VisibleNorms(network)
+    assert list(network.state_dict()) == keys
+    torch.testing.assert_close(network(image), expected)  # without a mask
+    norms.mask = torch.ones(2, 1, 8, 8, 8, dtype=torch.bool)
+    torch.testing.assert_close(network(image), expected, atol=1e-5, rtol=1e-4)
+    norms.mask = expand_blocks(torch.rand(2, 1, 4, 4, 4) < 0.5, (8, 8, 8), (2, 2, 2))
+    changed = image + 5 * ~norms.mask
+    visible = norms.mask[:, :, ::2, ::2, ::2].expand(-1, 3, -1, -1, -1)
+    torch.testing.assert_close(network(image)[visible], network(changed)[visible], atol=1e-4, rtol=1e-4)
+    norms.mask = None
+    assert not torch.allclose(network(image)[visible], network(changed)[visible], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "anisotropic"])
+def test_visible_norms_train(folder: Path, kind: str) -> None:
+    plain = build(MaskedAutoencoder, MaskedAutoencoderSettings(), kind=kind)
+    method = build(MaskedAutoencoder, replace(MaskedAutoencoderSettings(), visible_norms=True), kind=kind)
+    assert method.network.state_dict().keys() == plain.network.state_dict().keys()
+    method(views_of(folder, method, [0, 1]))["loss"].sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
 
 
 def test_padding_and_flat_blocks_are_no_targets(folder: Path) -> None:

@@ -8,8 +8,8 @@ from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.methods.patches import PatchIntensitySettings
 from nnssl_ext.methods.relative_patch_location import RelativePatchLocation, RelativePatchLocationSettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
-from tests.looks import without_views
 from tests.methods.helpers import CPU, build, noise_boxes, views_of, with_asked_gap, write_cases
+from tests.support.looks import without_views
 
 NO_VIEWS = without_views(PatchIntensitySettings)
 OURS = replace(RelativePatchLocationSettings(), neighbors_per_window=26)

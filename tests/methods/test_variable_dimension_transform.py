@@ -26,8 +26,8 @@ from tests.conftest import Environment
 from tests.datasets import KINDS
 from tests.images import make_images
 from tests.methods.helpers import CPU, OFF
-from tests.networks.test_backbone import network
-from tests.training.pretraining.test_trainer import pretrain, trainer_for
+from tests.support.networks import network
+from tests.support.runs import pretrain, trainer_for
 
 Data = Callable[[str], Environment]
 

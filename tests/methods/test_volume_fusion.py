@@ -4,16 +4,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 
+from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.losses.dense import IGNORE
-from nnssl_ext.methods.volume_fusion import VolumeFusion, VolumeFusionSettings
+from nnssl_ext.methods import SCHEMAS
+from nnssl_ext.methods.volume_fusion import VolumeFusion, VolumeFusionSettings, split_filters
+from nnssl_ext.recipe import load_recipe
+from nnssl_ext.settings import split_sections
 from nnssl_ext.views.appearance import IntensitySettings
 from nnssl_ext.views.cpu import chunks as slabs
+from nnssl_ext.views.fusion import GridLayout
 from nnssl_ext.views.random import VIEWS, BatchRandom
-from tests.methods.helpers import CPU, OFF, SIZE, batch_of, build, views_of, write_cases
+from nnssl_ext.views.spatial import is_resampled
+from tests.methods.helpers import CPU, OFF, SIZE, batch_of, build, noise_boxes, views_of, write_cases
 
 #: No augmentation at all, every voxel a target.
-BARE = replace(VolumeFusionSettings(), flip=0, rot90=0, affine=0, intensity=OFF, ignore_below=0)
+BARE = replace(VolumeFusionSettings(), flip=0, rot90=0, affine=0, intensity=OFF, ignore_below=0, match_noise=False)
 
 
 @pytest.fixture
@@ -142,3 +149,89 @@ def test_constant_crops_give_finite_numbers(folder: Path) -> None:
     result = method(views)
     assert torch.isfinite(views["image"]).all()
     assert torch.isfinite(result["loss"]).all()
+
+
+def white_noise(method: VolumeFusion, number: int) -> CropBatch:
+    """Crops of white noise, in which nothing but the noise can be seen."""
+    boxes = [noise_boxes(SIZE, 2 * number)[part::2] for part in (0, 1)]
+    return CropBatch(list(range(number)), boxes)
+
+
+def variance_of_levels(match_noise: bool) -> torch.Tensor:
+    """Variance of the voxels of each level, in fused white noise."""
+    method = build(VolumeFusion, replace(BARE, match_noise=match_noise))
+    batch = white_noise(method, 40)
+    views = method.views(batch, BatchRandom(0, VIEWS, batch.indices, CPU))
+    image = views["image"][:, 0]
+    return torch.stack([image[views["level"] == level].var() for level in range(5)])
+
+
+def test_local_noise_reveals_the_level_as_published_and_not_in_ours() -> None:
+    share = torch.arange(5) / 4
+    published, ours = variance_of_levels(False), variance_of_levels(True)
+    torch.testing.assert_close(published, share**2 + (1 - share) ** 2, rtol=0.05, atol=0)
+    torch.testing.assert_close(ours, torch.ones(5), rtol=0.1, atol=0)
+
+
+def test_both_crops_are_resampled_or_neither(folder: Path) -> None:
+    method = build(VolumeFusion, replace(VolumeFusionSettings(), affine=0.5))
+    background, foreground = batch_of(folder, method, list(range(40))).boxes
+    found = [[is_resampled(box.matrix) for box in row] for row in (background, foreground)]
+    assert found[0] == found[1]
+    assert 10 < sum(found[0]) < 30
+
+
+def test_filters_come_after_the_fusion_and_labels_do_not_move(folder: Path) -> None:
+    of_crops, of_fused = split_filters(IntensitySettings(gamma_probability=0.7, noise_probability=0.6))
+    assert (of_crops.gamma_probability, of_crops.noise_probability, of_crops.blur_probability) == (0.7, 0, 0)
+    assert (of_fused.gamma_probability, of_fused.noise_probability, of_fused.blur_probability) == (0, 0.6, 0.2)
+    looks = (replace(OFF, blur_probability=1.0, blur_channel_probability=1.0, blur=[edge, edge]) for edge in (0.0, 1.0))
+    sharp, soft = (views_of(folder, build(VolumeFusion, replace(BARE, intensity=look)), [0, 1]) for look in looks)
+    assert torch.equal(sharp["level"], soft["level"])
+    expected = gaussian_filter(sharp["image"].numpy(), (0, 0, 1, 1, 1))
+    inner = (..., slice(4, -4), slice(4, -4), slice(4, -4))
+    np.testing.assert_allclose(soft["image"].numpy()[inner], expected[inner], atol=0.02)
+
+
+def test_the_control_fuses_shuffled_voxels_with_the_same_levels(folder: Path) -> None:
+    method = build(VolumeFusion, replace(BARE, levels=1)).eval()
+    views = views_of(folder, method, [0, 1])
+    training = views_of(folder, build(VolumeFusion, replace(BARE, levels=1)), [0, 1])
+    assert "shuffled" not in training
+    assert all(torch.equal(views[key], training[key]) for key in training)
+    batch = batch_of(folder, method, [0, 1])
+    for sample in range(2):
+        inside = views["level"][sample] == 1
+        # each voxel is one of the crop that its level names
+        crops = [torch.sort(row[sample].data[0].flatten()).values for row in batch.boxes]
+        for crop, voxels in zip(
+            crops, (views["shuffled"][sample, 0][region] for region in (~inside, inside)), strict=True
+        ):
+            assert torch.isin(voxels, crop).all()
+    with torch.no_grad():
+        assert "shuffled_dice" in method(views)
+
+
+def test_an_overflow_of_the_coarsest_head_is_no_part_of_the_loss(folder: Path) -> None:
+    method = build(VolumeFusion, VolumeFusionSettings())
+    views, network = views_of(folder, method, [0, 1]), method.network.forward
+    expected = method(views)["loss"]
+    method.network.forward = lambda image: [*network(image)[:-1], torch.full((2, 5, 4, 4, 4), torch.inf)]
+    torch.testing.assert_close(method(views)["loss"], expected)
+
+
+def test_the_published_grid_leaves_as_much_background_as_the_paper() -> None:
+    _, sections = split_sections(load_recipe("volume_fusion_paper_tip").settings, SCHEMAS, "tip")
+    random = BatchRandom(0, VIEWS, list(range(60)), CPU)
+    s = sections["volume_fusion"]
+    assert s.whole_blocks
+    for size, expected in (((64, 128, 128), 0.46), ((64, 64, 64), 0.52)):
+        layout = GridLayout.draw(random, size, 4, [s.block_edge] * 3, s.foreground_share, s.whole_blocks)
+        share = torch.stack([(layout_of(layout, n).paint(size, CPU) == 0).float().mean() for n in range(60)]).mean()
+        assert share.item() == pytest.approx(expected, abs=0.04)
+
+
+def layout_of(layout: GridLayout, sample: int) -> GridLayout:
+    """One sample of a layout."""
+    one = slice(sample, sample + 1)
+    return GridLayout(layout.edge[one], layout.offset[one], layout.level[one])

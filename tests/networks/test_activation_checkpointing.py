@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from nnssl_ext import checkpoint
 from nnssl_ext.networks.backbone import backbone_of
 from tests.conftest import Environment
-from tests.networks.test_backbone import KINDS, network
-from tests.training.distributed.test_ranks import free_port, one_rank
-from tests.training.pretraining.test_trainer import pretrain, trainer_for
+from tests.support.networks import KINDS, network
+from tests.support.processes import free_port, one_rank
+from tests.support.runs import pretrain, trainer_for
 
 Data = Callable[[str], Environment]
 TRAINER = "nnsslTrainer_VolumeFusion"

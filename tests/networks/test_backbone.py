@@ -3,25 +3,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
 from nnssl_ext.networks.backbone import Backbone, backbone_of
-from tests.datasets import OWN_NETWORKS, architecture
-
-KINDS = ["plain", "residual", "anisotropic", *OWN_NETWORKS]
-
-
-def network(kind: str, channels: int = 1, outputs: int = 3) -> nn.Module:
-    plan = architecture(kind)
-    return get_network_from_plans(
-        plan["network_class_name"],
-        plan["arch_kwargs"],
-        plan["_kw_requires_import"],
-        channels,
-        outputs,
-        deep_supervision=True,
-    )
+from tests.datasets import architecture
+from tests.support.networks import KINDS, network
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,7 +125,7 @@ def test_every_parameter_in_training_gets_a_gradient(kind: str) -> None:
 def test_equal_input_channels_stay_equal(kind: str) -> None:
     backbone = backbone_of(network(kind, 2))
     backbone.network.eval()
-    backbone.equalise_input_channels()
+    backbone.equalize_input_channels()
     image = torch.randn(1, 2, 8, 32, 32)
     with torch.no_grad():
         here, there = backbone.features(image), backbone.features(image.flip(1))

@@ -7,7 +7,7 @@ from nnssl_ext.methods.rotation import SpacingClassifier, roughness
 from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.networks.context import ConvolutionalContext, RecurrentContext
 from nnssl_ext.networks.heads import GridHead, VoxelHead, grid_features
-from tests.networks.test_backbone import network
+from tests.support.networks import network
 
 
 def mean_cosine(features: Tensor) -> float:

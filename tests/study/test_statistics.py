@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from scipy.stats import permutation_test
 
-from nnssl_ext.study.simulation import TruthModel, case_level_false_alarms, simulate
 from nnssl_ext.study.statistics import (
     MARGIN,
     Effect,
@@ -19,7 +18,6 @@ from nnssl_ext.study.statistics import (
     sign_flip_p,
     steps_to_reach,
 )
-from tests.conftest import REPOSITORY
 
 #: Darwin's maize, Fisher 1935, The Design of Experiments, section 21: differences in eighths of an inch.
 DARWIN = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
@@ -111,25 +109,3 @@ def test_labels_saved_needs_the_lower_limit() -> None:
 def test_steps_to_reach() -> None:
     assert steps_to_reach({300: 0.8, 75: 0.6, 150: 0.75}, 0.75) == 150
     assert steps_to_reach({75: 0.6}, 0.75) is None
-
-
-def test_a_null_is_not_found_and_a_gain_is() -> None:
-    """1,000 studies with run-to-run effects: false alarms at most 5 % within simulation error, power as documented."""
-    numbers = 6, 8, 12, 16
-    shares = {
-        gain: [simulate(TruthModel(gain=gain / 100), pairs=n, repetitions=1000, seed=0) for n in numbers]
-        for gain in (0.0, 1.5, 2.0)
-    }
-    error = 3 * math.sqrt(0.05 * 0.95 / 1000)
-    assert max(shares[0.0]) <= 0.05 + error
-    assert shares[1.5] == sorted(shares[1.5])
-    assert shares[1.5][-1] > 0.8
-    assert shares[2.0][1] > 0.6
-    documented = (REPOSITORY / "docs" / "how-to" / "study.md").read_text(encoding="utf-8")
-    for gain, found in shares.items():
-        assert f"| {gain:g} | " + " | ".join(f"{100 * share:.1f} %" for share in found) + " | " in documented
-
-
-def test_testing_over_cases_finds_what_is_not_there() -> None:
-    """The trap: three seeds averaged, then a test over cases, on a true null."""
-    assert case_level_false_alarms(TruthModel(gain=0.0), seeds=3, repetitions=1000, seed=0) > 0.3

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import blosc2
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 
 from nnssl_ext.errors import UserError
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import pretrain
+from tests.support.runs import cases, pretrain, replace_case
 
 Data = Callable[[str], Environment]
 
@@ -31,17 +30,6 @@ def refused(
     assert not (environment.dataset(kind) / "splits_final.json").exists()
 
 
-def cases(environment: Environment, kind: str = "plain") -> Path:
-    return environment.dataset(kind) / "nnUNetPlans_3d_fullres"
-
-
-def replace_case(environment: Environment, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    path = cases(environment) / "case_03.b2nd"
-    data = np.asarray(blosc2.open(str(path))[:])
-    path.unlink()
-    blosc2.asarray(np.ascontiguousarray(change(data)), urlpath=str(path), mode="w")
-
-
 @pytest.fixture
 def plain(with_data: Data) -> Environment:
     environment = with_data("plain")
@@ -50,7 +38,7 @@ def plain(with_data: Data) -> Environment:
 
 
 def test_two_dimensional(plain: Environment) -> None:
-    refused(plain, "configuration '2d' is 2-D; pretraining is 3-D", configuration="2d")
+    refused(plain, "configuration '2d' is 2-D; pretrain 3d_fullres", configuration="2d")
 
 
 def test_cascade(plain: Environment) -> None:
@@ -58,7 +46,7 @@ def test_cascade(plain: Environment) -> None:
 
 
 def test_unknown_configuration(plain: Environment) -> None:
-    refused(plain, "unknown configuration '3d_fulres'; known: 2d, 3d_fullres", configuration="3d_fulres")
+    refused(plain, "have no configuration '3d_fulres'; they have 2d, 3d_fullres", configuration="3d_fulres")
 
 
 def test_crop_edge(plain: Environment) -> None:
@@ -153,7 +141,7 @@ def test_unknown_and_ill_typed_settings(plain: Environment) -> None:
     plain.write_plans("plain", "run", {"volume_fusion": {"levels": "four"}})
     refused(plain, r"setting 'volume_fusion\.levels' must be int, got 'four' \(str\)")
     plain.write_plans("plain", "run", {"target_trainer": "nnUNetTrainerAbsent"})
-    refused(plain, "target_trainer 'nnUNetTrainerAbsent' was not found by nnU-Net")
+    refused(plain, "target_trainer: trainer 'nnUNetTrainerAbsent' was not found by nnU-Net")
 
 
 def test_split_that_names_absent_cases(plain: Environment) -> None:

@@ -13,10 +13,7 @@ from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from tests.conftest import Environment
-from tests.data.test_loader import fault
-from tests.training.pretraining.test_trainer import TRAINER, pretrain
-from tests.training.run.test_interruption import same_run
-from tests.training.test_bad_input import cases, replace_case
+from tests.support.runs import TRAINER, cases, fault, pretrain, replace_case, same_run
 
 Data = Callable[[str], Environment]
 RUN = {"epochs": 2, "iterations_per_epoch": 4, "save_every": 1}

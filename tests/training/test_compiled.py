@@ -12,7 +12,7 @@ from nnssl_ext import checkpoint
 from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import pretrain
+from tests.support.runs import pretrain
 
 Data = Callable[[str], Environment]
 RUN = {"epochs": 1, "iterations_per_epoch": 5, "validation_iterations": 2, "precision": "float32"}

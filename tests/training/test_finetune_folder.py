@@ -15,13 +15,12 @@ from nnunetv2.run.run_training import run_training
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
-from nnssl_ext.training.run.folder import LATEST, LOCK, locked
+from nnssl_ext.training.run.folder import LATEST, LOCK, RunFolder
 from tests.conftest import Environment
 from tests.datasets import dataset_name
-from tests.training.finetuning.test_trainer import NAME, tune
-from tests.training.run.test_folder import _hold, no_checkpoint_fits, truncate
-from tests.training.test_finetune_survives import (
-    RUN,
+from tests.support.finetunings import (
+    BROKEN,
+    NAME,
     WORDS,
     asked_to_end,
     fold,
@@ -29,7 +28,9 @@ from tests.training.test_finetune_survives import (
     same_run,
     signal_at,
     training_only,
+    tune,
 )
+from tests.support.runs import hold, no_checkpoint_fits, truncate
 
 Data = Callable[[str], Environment]
 CPU, VALIDATION = torch.device("cpu"), nnsslTrainer_Finetune.perform_actual_validation
@@ -79,7 +80,7 @@ def test_a_second_run_in_the_folder_is_refused_and_a_stale_lock_taken_over(with_
     plans(environment, "broken")
     context = multiprocessing.get_context("fork")
     ready = context.Event()
-    holder = context.Process(target=_hold, args=(fold(environment), ready))
+    holder = context.Process(target=hold, args=(fold(environment), ready))
     holder.start()
     try:
         assert ready.wait(20)
@@ -100,7 +101,10 @@ def test_the_validation_has_the_folder_for_itself(with_data: Data, monkeypatch: 
     plans(environment, "broken")
     tune(environment, "labelled", "broken")
     monkeypatch.setattr(nnsslTrainer_Finetune, "perform_actual_validation", VALIDATION)
-    with locked(fold(environment)), pytest.raises(UserError, match=f"belongs to another run, process {os.getpid()} on"):
+    with (
+        RunFolder(fold(environment), print).locked(),
+        pytest.raises(UserError, match=f"belongs to another run, process {os.getpid()} on"),
+    ):
         run_training(dataset_name("labelled"), "3d_fullres", 0, NAME, "broken", device=CPU, only_run_validation=True)
     assert not (fold(environment) / "validation").exists()
 
@@ -146,6 +150,6 @@ def test_another_network_is_refused(with_data: Data) -> None:
     def wider(content: dict) -> None:
         content["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = [8, 8, 8]
 
-    environment.write_plans("labelled", "broken", {"finetune": RUN}, wider)
+    environment.write_plans("labelled", "broken", {"finetune": BROKEN}, wider)
     with pytest.raises(UserError, match="belongs to another network than the plans build"):
         tune(environment, "labelled", "broken", c=True)

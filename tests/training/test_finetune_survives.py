@@ -2,77 +2,35 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from nnssl_ext import checkpoint
+from nnssl_ext.data import loader
 from nnssl_ext.environment import commands_path
-from nnssl_ext.errors import UserError
-from nnssl_ext.training.finetuning import loaders as seeded
 from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
-from nnssl_ext.training.run.folder import HOLDER, LATEST, LOCK, PREVIOUS
+from nnssl_ext.training.run.folder import LATEST
 from tests.conftest import Environment
-from tests.training.finetuning.test_trainer import NAME, final, kill_at, tune
+from tests.support.finetunings import (
+    NAME,
+    WORDS,
+    asked_to_end,
+    final,
+    fold,
+    kill_at,
+    plans,
+    same_run,
+    signal_at,
+    tune,
+)
 
 Data = Callable[[str], Environment]
-RUN = {"steps": 8, "steps_per_epoch": 3, "validation_iterations": 1, "save_every": 1, "snapshots": [2, 4]}
-WORDS = ["nnUNetv2_train", "817", "3d_fullres", "0", "-tr", NAME, "-p", "broken", "-device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def training_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most of these runs' time."""
-    monkeypatch.setattr("nnunetv2.training.logging.nnunet_logger.LocalLogger.plot_progress_png", lambda *_: None)
-    monkeypatch.setattr(nnsslTrainer_Finetune, "perform_actual_validation", lambda *_: None)
-
-
-def plans(environment: Environment, *names: str, common: dict | None = None, **settings: Any) -> None:
-    for name in names:
-        environment.write_plans("labelled", name, {**(common or {}), "finetune": {**RUN, **settings}})
-
-
-def fold(environment: Environment, name: str = "broken") -> Path:
-    return environment.fold("labelled", name, NAME)
-
-
-def same_run(first: Path, second: Path) -> None:
-    """Weights, optimiser and log are equal bit for bit, in the end, at the best and in the snapshots."""
-    for name in ("final", "best", "step_000002", "step_000004"):
-        one, other = (checkpoint.load(folder / f"checkpoint_{name}.pth") for folder in (first, second))
-        assert one["nnssl_ext"]["weights_sha256"] == other["nnssl_ext"]["weights_sha256"], name
-        digests = []
-        for content in (one, other):
-            log = {k: v for k, v in content.get("logging", {}).items() if not k.endswith("timestamps")}
-            own = {k: content["nnssl_ext"].get(k) for k in ("step", "trained_weights", "losses")}
-            kept = {k: content.get(k) for k in ("optimizer_state", "_best_ema", "current_epoch")}
-            digests.append(checkpoint.content_digest({**kept, "logging": log, "nnssl_ext": own}))
-        assert digests[0] == digests[1], name
-    assert not [path for path in second.iterdir() if path.name in (LATEST, PREVIOUS, LOCK, HOLDER)]
-
-
-def signal_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """The signal comes while this step is computed."""
-    original = nnsslTrainer_Finetune.train_step
-
-    def train_step(self: nnsslTrainer_Finetune, batch: dict) -> dict:
-        if self.step == step:
-            os.kill(os.getpid(), number)
-        return original(self, batch)
-
-    monkeypatch.setattr(nnsslTrainer_Finetune, "train_step", train_step)
-
-
-def asked_to_end(environment: Environment, c: bool = False) -> None:
-    with pytest.raises(SystemExit) as ended:
-        tune(environment, "labelled", "broken", c=c)
-    assert ended.value.code == 0
 
 
 @pytest.mark.parametrize(
@@ -86,7 +44,7 @@ def test_a_signal_amid_an_epoch_loses_nothing(
     plans(environment, "whole", "broken", **settings)
     whole = tune(environment, "labelled", "whole")
     # amid an epoch and before a snapshot, in an epoch's last step, in its first, in the run's last
-    at = ((1, signal.SIGTERM), (5, signal.SIGUSR1), (6, signal.SIGTERM), (7, signal.SIGTERM))
+    at = ((1, signal.SIGTERM), (5, signal.SIGUSR1), (6, signal.SIGINT), (7, signal.SIGHUP))
     for step, number in at:
         monkeypatch.setenv("nnUNet_n_proc_DA", str(step % 2))
         with monkeypatch.context() as patch:
@@ -175,7 +133,7 @@ def test_the_newest_checkpoint_is_never_older_than_the_best(with_data: Data, mon
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_worker_ends_the_run_without_losing_a_step(
+def test_a_lost_worker_is_replaced_and_no_batch_is_lost(
     with_data: Data, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     environment = with_data("labelled")
@@ -193,12 +151,16 @@ def test_a_lost_worker_ends_the_run_without_losing_a_step(
         return original(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(seeded, "TIMEOUT_SECONDS", 4)
+        patch.setattr(loader, "POLL_SECONDS", 2)
+        patch.setattr(loader, "HANG_SECONDS", 4)
         patch.setattr(nnsslTrainer_Finetune, "train_step", train_step)
-        with pytest.raises(UserError, match=r"loader: no batch after .* exited unexpectedly.*go on with --c"):
-            tune(environment, "labelled", "broken")
-    assert checkpoint.load(fold(environment) / LATEST)["nnssl_ext"]["step"] >= 2
-    same_run(whole, tune(environment, "labelled", "broken", c=True))
+        broken = tune(environment, "labelled", "broken")
+    log = next(broken.glob("training_log_*.txt")).read_text()
+    lost = (
+        r"loader: worker (\d+|unknown) (was killed by signal 9|gave no batch).*; it is replaced, and no batch is lost"
+    )
+    assert re.search(lost, log)
+    same_run(whole, broken)
 
 
 def test_a_signal_to_the_whole_group_through_the_command(with_data: Data) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from nnssl_ext.methods import OptimizerRecipe, ParameterGroup
 from nnssl_ext.training.optimization import (
-    build_optimiser,
+    build_optimizer,
     clip_gradients,
     learning_rate_at,
     set_rates,
@@ -29,6 +29,11 @@ def test_warm_up_rises_to_the_peak_and_cosine_falls_to_zero() -> None:
     assert 0 < rates[-1] < 0.01
 
 
+def test_step_halves_the_rate_after_each_fifth_of_the_steps() -> None:
+    found = [learning_rate_at(recipe("step"), 0.5, step, 100_000) for step in (0, 19_999, 20_000, 40_000, 99_999)]
+    assert found == [0.5, 0.5, 0.25, 0.125, 0.5**5]
+
+
 def test_poly_is_nnunets() -> None:
     parameter = nn.Parameter(torch.zeros(1))
     scheduler = PolyLRScheduler(torch.optim.SGD([parameter], 0.5), 0.5, 40)
@@ -45,11 +50,11 @@ def test_constant_and_zero() -> None:
 @pytest.mark.parametrize(
     ("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
 )
-def test_each_kind_of_optimiser(name: str, kind: type) -> None:
+def test_each_kind_of_optimizer(name: str, kind: type) -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    optimiser = build_optimiser(recipe("constant", name=name), [ParameterGroup(list(module[1].parameters()))], 0.1)
-    assert type(optimiser) is kind
-    (group,) = optimiser.param_groups
+    optimizer = build_optimizer(recipe("constant", name=name), [ParameterGroup(list(module[1].parameters()))], 0.1)
+    assert type(optimizer) is kind
+    (group,) = optimizer.param_groups
     assert [id(p) for p in group["params"]] == [id(p) for p in module[1].parameters()]
     assert group["weight_decay"] == 0.01
     assert group["lr"] == 0.1
@@ -59,25 +64,25 @@ def test_groups_keep_their_multiples_of_rate_and_decay() -> None:
     parameters = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
     groups = [ParameterGroup([parameters[0]]), ParameterGroup([parameters[1]], lr_scale=0.5, weight_decay_scale=0.0)]
     rising = replace(recipe("constant"), final_weight_decay=0.11)
-    optimiser = build_optimiser(rising, groups, 0.2)
+    optimizer = build_optimizer(rising, groups, 0.2)
     for step, decay in ((0, 0.01), (50, 0.06), (100, 0.11)):
         assert weight_decay_at(rising, step, 100) == pytest.approx(decay)
-        set_rates(optimiser, rising, 0.2, step, 100)
-        assert [g["lr"] for g in optimiser.param_groups] == pytest.approx([0.2, 0.1])
-        assert [g["weight_decay"] for g in optimiser.param_groups] == pytest.approx([decay, 0.0])
+        set_rates(optimizer, rising, 0.2, step, 100)
+        assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.2, 0.1])
+        assert [g["weight_decay"] for g in optimizer.param_groups] == pytest.approx([decay, 0.0])
 
 
 def test_a_first_step_that_is_skipped_leaves_no_momentum() -> None:
     """As an overflow does at the first step in float16: torch's fused SGD would keep memory that it never wrote."""
     weight = nn.Parameter(torch.zeros(4))
-    optimiser = build_optimiser(recipe("constant", name="sgd"), [ParameterGroup([weight], 1.0, 0.0)], 0.1)
-    assert not optimiser.state[weight]["momentum_buffer"].any()
+    optimizer = build_optimizer(recipe("constant", name="sgd"), [ParameterGroup([weight], 1.0, 0.0)], 0.1)
+    assert not optimizer.state[weight]["momentum_buffer"].any()
     plain = nn.Parameter(torch.zeros(4))
     stock = torch.optim.SGD([plain], 0.1, momentum=0.99, nesterov=True)
     for step in range(3):
         weight.grad = plain.grad = torch.arange(4.0) - step
-        set_rates(optimiser, recipe("constant", name="sgd"), 0.1, step, 3)
-        optimiser.step()
+        set_rates(optimizer, recipe("constant", name="sgd"), 0.1, step, 3)
+        optimizer.step()
         stock.step()
     torch.testing.assert_close(weight, plain)
 
@@ -85,12 +90,12 @@ def test_a_first_step_that_is_skipped_leaves_no_momentum() -> None:
 def test_each_part_is_shortened_for_itself() -> None:
     long, short, untouched = (nn.Linear(3, 1, bias=False) for _ in range(3))
     long.weight.grad, short.weight.grad = torch.full((1, 3), 1e3), torch.tensor([[0.6, 0.0, 0.8]])
-    norm = clip_gradients([long, short, untouched], 2.0)
+    norm = clip_gradients([[module.weight] for module in (long, short, untouched)], 2.0)
     assert norm.item() == pytest.approx((3e6 + 1) ** 0.5)
     assert long.weight.grad.norm().item() == pytest.approx(2.0)
     assert short.weight.grad.norm().item() == pytest.approx(1.0)
     long.weight.grad.fill_(torch.nan)
-    assert clip_gradients([short, long], 2.0).isnan()  # one bad part is a bad batch
+    assert clip_gradients([[short.weight], [long.weight]], 2.0).isnan()  # one bad part is a bad batch
     long.weight.grad.fill_(1e3)
-    clip_gradients([nn.ModuleList([long, short])], 2.0)  # together, the long one takes nearly all
+    clip_gradients([[long.weight, short.weight]], 2.0)  # together, the long one takes nearly all
     assert short.weight.grad.norm().item() < 0.01

@@ -9,28 +9,11 @@ import torch
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import METHODS, TRAINERS
-from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import TRAINER, pretrain
+from tests.support.runs import TRAINER, Killed, kill_at, pretrain
 
 Data = Callable[[str], Environment]
 RUN = {"epochs": 5, "iterations_per_epoch": 3, "save_every": 2}
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of ours catches it."""
-
-
-def kill_at(step: int, monkeypatch: pytest.MonkeyPatch, error: BaseException | type[BaseException] = Killed) -> None:
-    """The step with this number raises ``error`` instead."""
-    original = PretrainingTrainer.train_step
-
-    def train_step(self: PretrainingTrainer, batch: object) -> dict:
-        if self.step == step:
-            raise error
-        return original(self, batch)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(PretrainingTrainer, "train_step", train_step)
 
 
 def final(fold: Path) -> dict:

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from nnunetv2.run.run_training import maybe_load_checkpoint
 
 from nnssl_ext import checkpoint
 from nnssl_ext.cli import main
 from nnssl_ext.errors import UserError
 from nnssl_ext.training.pretraining.state import start_from
+from nnssl_ext.transfer.names import canonical_weights
+from nnssl_ext.transfer.read import read_source
 from tests.conftest import Environment
-from tests.test_primus import STOCK
-from tests.training.pretraining.test_trainer import pretrain, trainer_for
+from tests.support.runs import STOCK, pretrain, trainer_for
+from tests.transfer.files import nnssl_file
 
 Data = Callable[[str], Environment]
 TRAINER = "nnsslTrainer_3DINO"
@@ -67,7 +70,7 @@ def test_positions_of_another_grid_are_resized(
     name = "student.reader.network.backbone.pos_embed"
     old = content["nnssl_ext"]["state"][name]
     method, encoder = with_grid(old.shape[2], grid)
-    start_from(method, file)
+    start_from(method, str(file))
     assert torch.equal(encoder.pos_embed[:, 0], old[:, 0])
     resized = torch.nn.functional.interpolate(
         old[:, 1:].transpose(1, 2).unflatten(2, before), size=grid, mode="trilinear"
@@ -97,11 +100,11 @@ def test_grids_of_as_many_tokens_are_not_taken_for_each_other(with_data: Data, m
         own["state"][table] = torch.randn(1, 65, width)
     own["position_grid"] = [2, 4, 8]
     method, encoder = with_grid(width, (4, 4, 4))
-    start_from(method, file)
+    start_from(method, str(file))
     assert not torch.allclose(encoder.pos_embed[:, 1:], own["state"][name][:, 1:])
     own["position_grid"] = [3, 4, 8]
     with pytest.raises(UserError, match="has 64 positions of tokens, and does not say of which grid"):
-        start_from(method, file)
+        start_from(method, str(file))
 
 
 @pytest.mark.usefixtures("two_blocks")
@@ -120,7 +123,7 @@ def test_positions_of_primus_are_resized(with_data: Data) -> None:
     environment.write_plans("plain", "larger", settings, enlarge)
     trainer = trainer_for("plain", "larger", TRAINER)
     trainer.initialize()
-    start_from(trainer.method, file)
+    start_from(trainer.method, str(file))
     content = checkpoint.load(file)["nnssl_ext"]
     (name,) = (n for n in content["state"] if n.startswith("student.") and n.endswith("eva.pos_embed"))
     resized, old = trainer.method.state_dict()[name], content["state"][name]
@@ -128,12 +131,9 @@ def test_positions_of_primus_are_resized(with_data: Data) -> None:
     assert torch.allclose(resized.mean(1), old.mean(1), atol=0.02)
 
 
-def test_another_method_or_network_is_one_line(with_data: Data, tmp_path: Path) -> None:
+def test_another_network_or_no_file_is_one_line(with_data: Data, tmp_path: Path) -> None:
     environment = with_data("vit")
     file = finished(environment)
-    environment.write_plans("vit", "other", {"start_from": str(file)})
-    with pytest.raises(SystemExit, match=r"start_from=.* is a run of dino, this is volume_fusion"):
-        pretrain(environment, "vit", "other", trainer="nnsslTrainer_VolumeFusion")
     environment.write_plans("vit", "heads", {"start_from": str(file), "dino": {**SMALL, "prototypes": 32}})
     with pytest.raises(SystemExit, match=r"belongs to another network or other heads: '.*' differs"):
         pretrain(environment, "vit", "heads", trainer=TRAINER)
@@ -152,3 +152,59 @@ def test_the_recipes_of_the_published_system_fit_together(with_data: Data) -> No
     assert high["nnssl_ext"]["crop_size"] == [112] * 3
     assert high["nnssl_ext"]["dino"]["local_size"] == [64] * 3
     assert high["nnssl_ext"]["dino"]["layer_decay"] == low["nnssl_ext"]["dino"]["layer_decay"] == 0.9
+
+
+@pytest.mark.parametrize("trainer", ["nnsslTrainer_VolumeFusion", TRAINER])
+def test_foreign_weights_fill_the_network_as_transfer_does(
+    with_data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str], trainer: str
+) -> None:
+    """A file of nnssl's layout, fitted to the plan before the first step; the table is in the log; --c is exact."""
+    environment = with_data("residual")
+    nnssl_file(tmp_path / "nnssl.pth", "residual")
+    words = ["-d", "812", "-c", "3d_fullres", "-o", str(tmp_path / "init.pth")]
+    assert main(["transfer", str(tmp_path / "nnssl.pth"), *words]) == 0
+    fitted = read_source(str(tmp_path / "init.pth")).weights
+    settings = {"epochs": 2, "start_from": str(tmp_path / "nnssl.pth"), "dino": {**SMALL, "local_crops": 0}}
+    environment.write_plans("residual", "foreign", settings)
+    begun = trainer_for("residual", "foreign", trainer)
+    begun.initialize()
+    begun.on_train_start()
+    for network in (begun.method.network, begun.method.exported):
+        state = canonical_weights(network.state_dict())
+        encoder = [name for name in state if name.startswith("encoder.")]
+        assert encoder
+        assert all(torch.equal(state[name].cpu(), fitted[name]) for name in encoder)
+    log = next(Path(begun.output_folder).glob("training_log_*.txt")).read_text()
+    assert "encoder         100.0% from the source" in log
+    assert f"Starting from {tmp_path / 'nnssl.pth'}" in log
+
+    final = pretrain(environment, "residual", "foreign", trainer=trainer) / "checkpoint_final.pth"
+    before = checkpoint.load(final)
+    pretrain(environment, "residual", "foreign", trainer=trainer, c=True)
+    assert checkpoint.digest(before["network_weights"]) == checkpoint.digest(checkpoint.load(final)["network_weights"])
+
+
+def test_a_run_of_another_method_is_a_source(with_data: Data) -> None:
+    environment = with_data("vit")
+    file = finished(environment)
+    environment.write_plans("vit", "other", {"start_from": str(file)})
+    begun = trainer_for("vit", "other", "nnsslTrainer_VolumeFusion")
+    begun.initialize()
+    begun.on_train_start()
+    theirs, mine = read_source(str(file)).weights, begun.method.network.state_dict()
+    name = "backbone.blocks.1.attn.qkv.weight"
+    assert torch.equal(mine[name].cpu(), theirs[name])
+
+
+def test_stocks_pretrained_weights_fill_the_teacher_too(with_data: Data) -> None:
+    environment = with_data("vit")
+    file = finished(environment)
+    environment.write_plans("vit", "low2", {"epochs": 1, "dino": SMALL})
+    begun = trainer_for("vit", "low2", TRAINER)
+    maybe_load_checkpoint(begun, False, False, str(file))
+    begun.on_train_start()
+    student, teacher = begun.method.network.state_dict(), begun.method.exported.state_dict()
+    theirs = read_source(str(file)).weights
+    name = "backbone.blocks.1.attn.qkv.weight"
+    assert torch.equal(student[name].cpu(), theirs[name])
+    assert torch.equal(teacher[name], student[name])

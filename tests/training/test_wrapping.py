@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from nnssl_ext.methods.volume_fusion import VolumeFusion, VolumeFusionSettings
-from nnssl_ext.training.wrapping import TwoSliceConv3d, arrange, lay_out_as_weights, mixed_precision, right_in_bfloat16
+from nnssl_ext.training.onednn import TwoSliceConv3d, avoid_two_slice_bug
+from nnssl_ext.training.wrapping import match_memory_format, mixed_precision, set_memory_format
 from tests.methods.helpers import build
 
 CPU, LAST = torch.device("cpu"), torch.channels_last_3d
@@ -27,7 +28,7 @@ def kernels(module: nn.Module) -> list[Any]:
 )
 def test_channels_are_last_where_that_is_faster(wish: str, precision: torch.dtype | None, last: bool) -> None:
     method = build(VolumeFusion, VolumeFusionSettings())
-    arrange(method, wish, CPU, precision)
+    set_memory_format(method, wish, CPU, precision)
     assert {weight.is_contiguous(memory_format=LAST) for weight in kernels(method)} == {last}
 
 
@@ -37,7 +38,7 @@ def test_both_formats_compute_the_same() -> None:
     for wish in ("contiguous", "channels_last"):
         torch.manual_seed(0)
         method = build(VolumeFusion, VolumeFusionSettings())
-        arrange(method, wish, CPU, None)
+        set_memory_format(method, wish, CPU, None)
         first = next(m for m in method.modules() if isinstance(m, nn.Conv3d))
         first.register_forward_hook(lambda *a: formats.append(a[-1].is_contiguous(memory_format=LAST)))
         output = method.network(image)[0]
@@ -69,11 +70,11 @@ def worst_gradient(convolution: nn.Conv3d, slices: int) -> float:
 
 
 @pytest.mark.parametrize("slices", [1, 2, 3, 4])
-def test_gradients_of_flat_maps_are_right_in_bfloat16(slices: int) -> None:
+def test_gradients_of_flat_maps_are_avoid_two_slice_bug(slices: int) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv3d(16, 16, 3, padding=1))
     names = list(network.state_dict())
-    right_in_bfloat16(network, CPU, torch.bfloat16)
+    avoid_two_slice_bug(network, CPU, torch.bfloat16)
     assert list(network.state_dict()) == names
     assert isinstance(network[0], TwoSliceConv3d)
     assert worst_gradient(network[0], slices) < 0.03
@@ -110,7 +111,7 @@ def test_a_fused_optimiser_goes_on_whatever_the_format_of_its_averages(stored: t
             values[name] = values[name].contiguous(memory_format=stored)
     other = torch.optim.AdamW([weight], lr=0.1, fused=True)
     other.load_state_dict(content)
-    lay_out_as_weights(other)
+    match_memory_format(other)
     go_on(weight, other, range(3, 6))
     assert torch.equal(weight, expected)
 

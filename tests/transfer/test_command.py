@@ -9,17 +9,15 @@ from typing import Any
 import pytest
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
-from torch import nn
 
 from nnssl_ext.cli import main
-from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
 from nnssl_ext.transfer.names import canonical_weights
 from nnssl_ext.transfer.read import read_source
-from nnssl_ext.transfer.target import build_target, target_plans
 from tests.conftest import REPOSITORY, Environment
-from tests.datasets import _NUMBERS, KINDS, make_plans
-from tests.training.pretraining.test_trainer import pretrain
+from tests.datasets import KINDS, make_plans
+from tests.support.runs import pretrain
+from tests.support.transfers import stock_network, transferred
 from tests.transfer.files import as_numpy_1, nnssl_file, resnet18, spark_file, stock_file
 from tests.transfer.helpers import planned
 
@@ -55,18 +53,6 @@ def trainers(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
     path = f"{REPOSITORY / 'trainers'}{os.pathsep}{folder}"
     monkeypatch.setenv("nnUNet_extTrainer", path)
     environment.variables["nnUNet_extTrainer"] = path
-
-
-def stock_network(kind: str, plans: str = "nnUNetPlans", trainer: str = "nnUNetTrainer", seed: int = 99) -> nn.Module:
-    folder = dataset_folder(str(_NUMBERS[kind]))
-    return build_target(target_plans(folder, plans, "3d_fullres", trainer), seed).network
-
-
-def transferred(source: Path | str, kind: str, *options: str) -> Path:
-    file = Path(os.environ["nnUNet_results"]) / f"{Path(source).stem}_{kind}_{len(options)}.pth"
-    command = ["transfer", str(source), "-d", str(_NUMBERS[kind]), "-c", "3d_fullres", "-o", str(file), *options]
-    assert main(command) == 0
-    return file
 
 
 def write_sources(folder: Path) -> list[str]:
@@ -234,7 +220,7 @@ def test_refused_command_lines_write_nothing(with_data: Data, tmp_path: Path) ->
         ({"-c": "3d_none"}, "have no configuration '3d_none'; they have 2d, 3d_fullres"),
         ({"-c": "3d_cascade_fullres"}, "is a cascade stage"),
         ({"-p": "absent"}, "cannot read"),
-        ({"-tr": "nnUNetTrainerAbsent"}, "-tr 'nnUNetTrainerAbsent' was not found by nnU-Net"),
+        ({"-tr": "nnUNetTrainerAbsent"}, "-tr: trainer 'nnUNetTrainerAbsent' was not found by nnU-Net"),
         ({"-tr": "nnUNet_Primus_S_Trainer", "-c": "2d"}, "cannot build a network from plans nnUNetPlans, 2d"),
         ({"-o": "there.pth"}, "there.pth exists"),
         ({"-o": "nowhere/init.pth"}, "is no folder; make it first"),

@@ -17,8 +17,8 @@ from nnssl_ext.methods import TRAINERS
 from nnssl_ext.provenance import hardware
 from nnssl_ext.transfer.read import read_source
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import pretrain
-from tests.transfer.test_command import stock_network, transferred
+from tests.support.runs import pretrain
+from tests.support.transfers import stock_network, transferred
 
 Data = Callable[[str], Environment]
 
@@ -72,7 +72,7 @@ def test_safetensors_know_what_was_trained_and_their_sum(with_data: Data, tmp_pa
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"model\.safetensors is damaged: what it holds does not match its sha256"):
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged: its content does not match its sha256"):
         read_source(str(file))
 
 

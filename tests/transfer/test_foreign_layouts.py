@@ -26,8 +26,7 @@ from nnssl_ext.transfer.source import PretrainedWeights, SourceGeometry
 from nnssl_ext.transfer.transfer import AUTO, INDEX, PHYSICAL, TargetNetwork, transfer
 from tests.conftest import Environment
 from tests.datasets import make_plans
-from tests.networks.architectures.test_pct_net import SMALL, published_layout
-from tests.networks.architectures.test_vit import encoder_layout
+from tests.support.layouts import SMALL, encoder_layout, published_layout
 from tests.transfer.files import as_numpy_1, nnssl_file, resnet18, spark_file, stock_file
 from tests.transfer.helpers import MILLIMETRE, built, noise, planned, primus, source, target
 

@@ -13,8 +13,7 @@ from nnssl_ext.transfer.adaptations import input_channels, positions
 from nnssl_ext.transfer.read import read_source
 from nnssl_ext.transfer.report import ADAPTED, COPIED, LEFT
 from nnssl_ext.transfer.transfer import TargetNetwork, transfer
-from tests.networks.architectures.test_pct_net import SMALL, published_layout
-from tests.networks.architectures.test_vit import encoder_layout
+from tests.support.layouts import SMALL, encoder_layout, published_layout
 
 MILLIMETRE = (1.0, 1.0, 1.0)
 

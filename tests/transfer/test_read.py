@@ -16,7 +16,7 @@ from nnssl_ext.transfer.read import read_source
 from nnssl_ext.transfer.source import PretrainedWeights
 from tests.conftest import Environment
 from tests.datasets import make_plans
-from tests.training.pretraining.test_trainer import pretrain, trainer_for
+from tests.support.runs import pretrain, trainer_for
 from tests.transfer.files import hub_folder, nnssl_file, resnet18, stock_file
 from tests.transfer.helpers import built, noise, planned
 
@@ -167,11 +167,10 @@ def test_pickles_are_never_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     good = noise(built(planned())).state_dict()
-    edited = {**good, "encoder.stages.1.0.convs.0.conv.weight": good["encoder.stages.1.0.convs.0.conv.weight"] + 1}
     files: dict[str, object] = {
         "other.pth": {"optimizer": {}, "epoch": 3},
         "list.pth": [torch.zeros(1)],
-        "edited.pth": {"network_weights": edited},
+        "edited.pth": {"network_weights": {**good, "note": "edited by hand"}},
     }
     for name, content in files.items():
         torch.save(content, name)
@@ -183,7 +182,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     messages = {
         "other.pth": "got 'optimizer', 'epoch'. Save network.state_dict()",
         "list.pth": "holds a list, expected named tensors",
-        "edited.pth": "name one tensor and hold different values",
+        "edited.pth": "of no known kind",
         "cut.pth": "damaged or no file of tensors",
         "empty": "holds neither checkpoint_final.pth nor model.safetensors",
         "absent.pth": "no file, no folder and no Hugging Face repository",
@@ -205,7 +204,7 @@ def test_a_damaged_checkpoint_of_ours_is_noticed(tmp_path: Path) -> None:
     stored = torch.load(tmp_path / "good.pth", weights_only=True)
     stored["network_weights"]["decoder.stages.0.convs.0.conv.bias"].add_(1)
     torch.save(stored, tmp_path / "bad.pth")
-    with pytest.raises(UserError, match="what it holds does not match its sha256"):
+    with pytest.raises(UserError, match="its content does not match its sha256"):
         read_source(str(tmp_path / "bad.pth"))
 
 

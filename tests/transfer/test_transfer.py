@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnssl_ext.errors import UserError
+from nnssl_ext.networks.weight_length import convolution_lengths
 from nnssl_ext.transfer.adaptations import input_channels, kernel
 from nnssl_ext.transfer.names import canonical_weights
 from nnssl_ext.transfer.report import ADAPTED, COPIED, LEFT, Report
@@ -298,3 +299,24 @@ def test_other_networks_go_by_name() -> None:
     assert torch.equal(after["0.weight"], weights["0.weight"])
     assert notes(report, "1.weight") == {"shape (5, 4, 3, 3, 3) there, (4, 4, 3, 3, 3) here"}
     assert notes(report, "2.weight") == {"the source has no tensor of this name"}
+
+
+def test_initial_lengths_keep_the_function_and_are_reported() -> None:
+    """A long pretraining made the weights three times as long: both files compute the same, one at initial lengths."""
+    given = source(planned("residual"))
+    for name, tensor in given.weights.items():
+        if name.endswith("conv.weight"):
+            tensor.mul_(3)
+    kept, scaled = target(planned("residual")), target(planned("residual"))
+    initial = convolution_lengths(scaled.network)
+    assert transfer(given, kept).lengths == {}
+    report = transfer(given, scaled, initial_lengths=True)
+    assert convolution_lengths(scaled.network) == pytest.approx(initial, rel=1e-5)
+    assert set(report.lengths) == set(initial)
+    for name, factor in report.lengths.items():
+        torch.testing.assert_close(scaled.tensors[name], factor * kept.tensors[name])
+    image = torch.randn(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(scaled.network(image), kept.network(image), rtol=3e-3, atol=3e-3)
+    assert f"scaled to initial length: {len(initial)} convolutions" in str(report)
+    assert report.as_dict()["lengths"] == report.lengths

@@ -65,12 +65,14 @@ def test_layouts_are_legal_on_every_kind_of_plan(plan: str, task: str) -> None:
     if "max_voxels" in options:
         options["max_voxels"] *= math.prod(case_size)
     layout = solve_layout(cumulated(strides), case_size, **COMMON, **options)
-    assert layout.stages == len(strides)
+    assert layout.stages >= len(strides) - 1
+    assert layout.zoom == 1  # the network sees the plan's resolution
     assert math.prod(layout.grid) >= options["min_patches"]
-    assert 1 <= layout.zoom <= 2
     for window, case in zip(layout.window, case_size, strict=True):
         assert window / layout.zoom <= case + 1e-6
-    for patch, gap, jitter, total in zip(layout.patch, layout.gap, layout.jitter, cumulated(strides)[-1], strict=True):
+    for patch, gap, jitter, total in zip(
+        layout.patch, layout.gap, layout.jitter, cumulated(strides)[layout.stages - 1], strict=True
+    ):
         assert patch == 2 * total
         assert gap >= patch / 4
         assert jitter >= patch / 8
@@ -93,7 +95,8 @@ def test_rows_are_legal_on_every_kind_of_plan(plan: str) -> None:
         max_zoom=2.0,
         max_voxels=2 * math.prod(case_size),
     )
-    assert layout.stages == len(strides)
+    assert layout.stages >= len(strides) - 1
+    assert layout.zoom == 1
     assert layout.axes
     assert len({layout.columns_of(axis) for axis in layout.axes}) == 1
     starts = layout.starts(torch.arange(2 * len(layout.axes)), torch.full((2 * len(layout.axes), 3), 1 - 2.0**-24))
@@ -129,16 +132,28 @@ def test_rows_run_along_every_direction() -> None:
 def test_fewer_patches_where_they_would_cost_too_much() -> None:
     strides = cumulated(PLANS["128^3, six stages"][0])
     free = solve_layout(strides, (128,) * 3, **COMMON, min_patches=4)
-    bound = solve_layout(strides, (128,) * 3, **COMMON, min_patches=4, max_voxels=2 * 128**3)
+    bound = solve_layout(strides, (128,) * 3, **COMMON, min_patches=4, max_voxels=128**3 / 4)
     assert free.grid == (3, 3, 3)
-    assert math.prod(bound.grid) * 64**3 <= 2 * 128**3 < math.prod(free.grid) * 64**3
+    assert free.patch == bound.patch == (32, 32, 32)
+    assert math.prod(bound.grid) * 32**3 <= 128**3 / 4 < math.prod(free.grid) * 32**3
 
 
 def test_a_shallower_stage_where_the_deepest_does_not_fit() -> None:
     strides = cumulated(PLANS["128^3, six stages"][0])
     layout = solve_layout(strides, (48, 48, 48), **COMMON, min_patches=4)
     assert layout.stages < 6
+    assert layout.zoom == 1
     assert layout.patch == tuple(2 * stride for stride in strides[layout.stages - 1])
+
+
+def test_magnified_only_where_no_stage_fits() -> None:
+    strides = cumulated(PLANS["hippocampus"][0])
+    layout = solve_layout(strides, (14, 14, 14), **COMMON, min_patches=4)
+    assert layout.patch == (8, 8, 8)  # the shallowest stage that shows anything
+    assert 1 < layout.zoom <= 2
+    rows = solve_rows(strides, (14, 14, 14), Rows(2, 1, 2, 0.5), title="it", max_columns=2, max_zoom=2, max_voxels=1e9)
+    assert rows.patch == (8, 8, 8)
+    assert 1 < rows.zoom <= 2
 
 
 def test_one_line_where_nothing_fits() -> None:

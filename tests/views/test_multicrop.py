@@ -7,7 +7,7 @@ from nnssl_ext.views.appearance import IntensitySettings
 from nnssl_ext.views.multicrop import ViewKind, crop_views, draw_patch_masks
 from nnssl_ext.views.random import BatchRandom
 from nnssl_ext.views.spatial import SourceBox, SpatialRange
-from tests.looks import without_views
+from tests.support.looks import without_views
 
 CPU = torch.device("cpu")
 REGION = (20, 30, 30)

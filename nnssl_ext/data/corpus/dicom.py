@@ -124,18 +124,22 @@ def read_folder(folder: str, canonical: bool = False) -> Iterator[Volume | Unusa
     Yields:
         Volumes, or why there are none, in the order of the series' UIDs.
     """
-    series: dict[str, list[_Header]] = {}
+    series: dict[tuple[str, str], list[_Header]] = {}
     for path in [Path(folder)] if os.path.isfile(folder) else sorted(Path(folder).iterdir()):
         if path.name.startswith(".") or not path.is_file() or not is_dicom(path):
             continue
         try:
             header = _Header(path, _read_header(path))
-            series.setdefault(str(header.data.get("SeriesInstanceUID", "")), []).append(header)
+            series.setdefault((str(header.data.get("SeriesInstanceUID", "")), header.modality), []).append(header)
+        except MemoryError:
+            raise
         except Unusable as verdict:
             yield verdict
-    for uid in sorted(series):
-        for found in _read_series(series[uid], canonical):
-            found.series, found.modality = uid, series[uid][0].modality
+        except Exception as error:  # values are parsed when they are used, and pydicom has many errors
+            yield Unusable(f"{path.name} cannot be read: {last_line(error)}")
+    for uid, modality in sorted(series):
+        for found in _read_series(series[uid, modality], canonical):
+            found.series, found.modality = uid, modality
             yield found
 
 
@@ -146,12 +150,7 @@ def _read_header(path: Path) -> Dataset:
         raise Unusable(f"{path.name} is empty")
     if start[128:] != b"DICM" and not _lacks_preamble(start):
         raise Unusable(f"{path.name} is no DICOM file; it begins with {start[:8]!r}")
-    try:
-        return pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_TAGS))
-    except MemoryError:
-        raise
-    except Exception as error:  # pydicom has many
-        raise Unusable(f"{path.name} cannot be read: {last_line(error)}") from error
+    return pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_TAGS))
 
 
 def _lacks_preamble(start: bytes) -> bool:

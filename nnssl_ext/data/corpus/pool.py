@@ -203,14 +203,16 @@ def _isolate() -> None:
 def _memory_limit() -> int:
     """Bytes of address space: what this process has and a share of the free memory; 0 if unknown."""
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])
-        own = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        own = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, KeyError, ValueError):
         return 0
     group = Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError):  # a container may have less; "max" is no number
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        free = min(
+            free, int((group / "memory.max").read_text("ascii")) - int((group / "memory.current").read_text("ascii"))
+        )
     return own + int(MEMORY_SHARE * free)
 
 

@@ -1,4 +1,4 @@
-"""One item of a corpus: read, checked, and preprocessed by nnU-Net's own preprocessor. Runs in a worker process."""
+"""Read, check and preprocess one item of a corpus, in a worker process, by nnU-Net's own preprocessor."""
 
 from __future__ import annotations
 

@@ -169,7 +169,10 @@ def _check_dtype(dtype: np.dtype) -> None:
 
 
 def _nibabel_affine(header: Any) -> tuple[np.ndarray, list[str]]:
-    """Affine in mm: voxel sizes as both of nnU-Net's readers take them, directions from sform or else qform."""
+    """Return the affine in mm, and remarks.
+
+    Voxel sizes are pixdim's, as in both of nnU-Net's readers. Directions are the sform's, or else the qform's.
+    """
     if isinstance(header, nibabel.freesurfer.mghformat.MGHHeader):
         if int(header["goodRASFlag"]) != 1:
             raise Unusable("has unknown voxel size: its header holds none")

@@ -1,4 +1,6 @@
-"""List the images of a corpus: nnU-Net data sets, Decathlon tasks, folders of image files, DICOM folders.
+"""List the images of a corpus's sources.
+
+Sources are nnU-Net data sets, Decathlon tasks, and folders of image files or DICOM.
 
 A source becomes items, and a worker reads one item at a time. Only dataset.json and the first bytes of files that may
 be DICOM are opened here.

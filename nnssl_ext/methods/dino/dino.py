@@ -24,14 +24,12 @@ from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, ParameterGroup, Readable, ValidationCheck
 from nnssl_ext.methods.dino.health import ValidationBuffer, kept_patches, sign_of_collapse
 from nnssl_ext.methods.dino.networks import DistilledNetwork, reader_of
-from nnssl_ext.methods.dino.settings import DINOSettings, for_batch, local_size, small_crops
+from nnssl_ext.methods.dino.settings import GLOBALS, DINOSettings, local_size, resolved, small_crops
 from nnssl_ext.networks.base import Backbone, Triple
 from nnssl_ext.views.masking import expand_blocks
 from nnssl_ext.views.multicrop import ViewKind, crop_views, draw_patch_masks
 from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.spatial import SpatialRange
-
-GLOBALS = 2
 
 
 class DINO(Method):
@@ -56,7 +54,7 @@ class DINO(Method):
     teacher_temperature: Tensor
 
     def __init__(self, backbone: Backbone, settings: DINOSettings, geometry: DataGeometry) -> None:
-        settings = for_batch(settings, geometry.batch_size)
+        settings = resolved(settings, geometry)
         super().__init__(backbone, settings, geometry)
         backbone.train_encoder_only()
         self.warming_up = False
@@ -72,18 +70,18 @@ class DINO(Method):
         self.register_buffer("image_center", torch.zeros(settings.prototypes))
         self.register_buffer("patch_center", torch.zeros(settings.prototypes))
         # rows are student views, columns teacher views: every pair but a view with itself
-        pairs = torch.ones(GLOBALS + settings.local_crops, GLOBALS)
+        pairs = torch.ones(GLOBALS + (settings.local_crops or 0), GLOBALS)
         pairs[:GLOBALS].fill_diagonal_(0)
         self.register_buffer("pairs", pairs / pairs.sum(), persistent=False)
         # tensors, so that a compiled method is not compiled again when they change
-        last = (settings.teacher_temperature or [1.0])[-1]  # never null after for_batch
+        last = (settings.teacher_temperature or [1.0])[-1]  # never null once resolved
         self.register_buffer("teacher_temperature", torch.tensor(last), persistent=False)
         self.validation = ValidationBuffer()
         self._averaged_tensors: tuple[list[Tensor], list[Tensor]] | None = None
 
     @classmethod
     def sampling(cls, settings: DINOSettings, geometry: DataGeometry) -> tuple[Triple, int]:
-        return small_crops(geometry)
+        return small_crops(settings, geometry)
 
     @classmethod
     def crops(cls, settings: DINOSettings, geometry: DataGeometry) -> CropRequest:
@@ -211,7 +209,7 @@ class DINO(Method):
     def before_step(self, progress: float) -> None:
         settings = self.settings
         self.warming_up = progress < settings.warmup
-        first, last = settings.teacher_temperature or (0.0, 0.0)  # never null after for_batch
+        first, last = settings.teacher_temperature or (0.0, 0.0)  # never null once resolved
         share = min(1.0, progress / settings.temperature_warmup) if settings.temperature_warmup else 1.0
         self.teacher_temperature.fill_(first + (last - first) * share)
 

@@ -14,10 +14,12 @@ from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import CustomIntensitySettings, default
 
 XU, DINOV2 = "3DINO", "DINOv2"
+#: Global views of a sample, and local ones where they are half as large.
+GLOBALS, LOCALS = 2, 8
 #: Sinkhorn needs this many samples per step to balance prototypes. Published temperatures and momentum suit it, too.
 LARGE_BATCH = 256
-#: KoLeo needs this many samples per step: with fewer, the nearest neighbor of a sample says nothing.
-KOLEO_BATCH = 16
+#: KoLeo needs this many samples per step. With 16, its gradient is still four times that of the image term.
+KOLEO_BATCH = 64
 #: Samples per step where the plan has fewer. Crops shrink instead, so that the voxels per step stay about the plan's.
 MIN_BATCH, MAX_BATCH = 16, 64
 #: Voxels per step may exceed the plan's by this factor to reach ``MIN_BATCH``.
@@ -54,7 +56,12 @@ class DINOSettings(TrainingSettings):
     global_depth: list[float] = setting(
         [0.5, 1.0], "Range of the share of its depth.", source=XU, low=0.01, high=1, length=2
     )
-    local_crops: int = setting(8, "Local views of a sample.", source=XU, low=0)
+    local_crops: int | None = setting(
+        None,
+        "Local views of a sample; null is 8, or as many as have the voxels of the global ones together.",
+        source="8 in 3DINO",
+        low=0,
+    )
     local_size: list[int] | None = setting(
         None,
         "Edges of a local view in voxels; null is half of the crop's, rounded up to what the network takes.",
@@ -120,7 +127,7 @@ class DINOSettings(TrainingSettings):
     )
     patch_weight: float = setting(1.0, "Weight of the masked-patch term.", source=XU, low=0)
     koleo_weight: float | None = setting(
-        None, "Weight of KoLeo; null is 0.1 from 16 samples per step on, 0 below.", source="0.1 in 3DINO", low=0
+        None, "Weight of KoLeo; null is 0.1 from 64 samples per step on, 0 below.", source="0.1 in 3DINO", low=0
     )
     freeze_prototypes: float = setting(
         0.01, "Share of the steps before the student's prototypes move.", source=DINOV2, low=0, high=1
@@ -178,13 +185,15 @@ def local_size(settings: DINOSettings, geometry: DataGeometry) -> Triple:
     return triple(settings.local_size)
 
 
-def for_batch(settings: DINOSettings, batch_size: int) -> DINOSettings:
-    """Replace null settings by the values for a batch size."""
-    large = batch_size >= LARGE_BATCH
+def resolved(settings: DINOSettings, geometry: DataGeometry) -> DINOSettings:
+    """Replace null settings by the values for a crop and a batch size."""
+    large = geometry.batch_size >= LARGE_BATCH
+    room = GLOBALS * math.prod(geometry.crop_size) // math.prod(local_size(settings, geometry))
     automatic: dict[str, Any] = {
         "teacher_temperature": [0.04, 0.07] if large else [0.02, 0.03],
         "teacher_momentum": 0.992 if large else 0.996,
-        "koleo_weight": 0.1 if batch_size >= KOLEO_BATCH else 0.0,
+        "koleo_weight": 0.1 if geometry.batch_size >= KOLEO_BATCH else 0.0,
+        "local_crops": max(1, min(LOCALS, room)),
     }
     chosen = {name: value for name, value in automatic.items() if getattr(settings, name) is None}
     if settings.centering == "auto":
@@ -192,12 +201,19 @@ def for_batch(settings: DINOSettings, batch_size: int) -> DINOSettings:
     return replace(settings, **chosen)
 
 
-def small_crops(geometry: DataGeometry) -> tuple[Triple, int]:
-    """Trade crop size for samples: 16 or more per step, of about the plan's voxels.
+def view_voxels(settings: DINOSettings, geometry: DataGeometry) -> int:
+    """Count the voxels of all views of a sample."""
+    number = resolved(settings, geometry).local_crops or 0
+    return GLOBALS * math.prod(geometry.crop_size) + number * math.prod(local_size(settings, geometry))
 
-    Each crop keeps two voxels at the bottleneck along strided axes, and four tokens of a transformer.
+
+def small_crops(settings: DINOSettings, geometry: DataGeometry) -> tuple[Triple, int]:
+    """Trade crop size for samples, at about the voxels per step of the plan's patch and batch.
+
+    The aim is 16 samples. Each crop keeps two voxels at the bottleneck along strided axes, and four tokens of a transformer.
 
     Args:
+        settings: Settings that decide about local views.
         geometry: The plan's patch as ``crop_size``, and its batch size.
 
     Returns:
@@ -212,8 +228,9 @@ def small_crops(geometry: DataGeometry) -> tuple[Triple, int]:
     for edge, step in zip(patch, total, strict=True):
         lowest = step * (4 if transformer else 2 if step > 1 else 1)
         edges.append(min(edge, max(lowest, round(edge * shrink / step) * step)))
-    voxels, budget = math.prod(edges), math.prod(patch) * batch
+    crop = triple(edges)
+    voxels, budget = view_voxels(settings, replace(geometry, crop_size=crop)), view_voxels(settings, geometry) * batch
     samples = max(batch, budget // voxels)
     if samples < MIN_BATCH and MIN_BATCH * voxels <= MAX_EXCESS * budget:
         samples = MIN_BATCH
-    return triple(edges), min(samples, MAX_BATCH)
+    return crop, min(samples, MAX_BATCH)

@@ -1,7 +1,8 @@
-"""PCT-Net: a U-Net whose three deepest stages add window attention to convolutions; plans can name it.
+"""Define PCT-Net, a U-Net with window attention in its three deepest stages.
 
 Wang et al., "MIS-FM: 3D Medical Image Segmentation using Foundation Models Pretrained on a Large-Scale Unannotated
-Dataset", arXiv 2306.16925. Tensor names are the published ones but for the final convolutions: ``published_name``.
+Dataset", arXiv 2306.16925. Tensor names are the published ones, except for the final
+convolutions (``published_name``).
 
 B batch, C channel, D H W voxels.
 """
@@ -34,7 +35,7 @@ PUBLISHED_HEAD, HEAD = re.compile(r"(out_conv\d\.conv)\.2\."), r"\1.seg_layers."
 
 
 class PatchEmbedding(nn.Module):
-    """Levels 0 and 1 of the encoder, and the way to level 2."""
+    """Encode levels 0 and 1 and step to level 2."""
 
     def __init__(self, channels: int, widths: Sequence[int], flat: Sequence[bool], dropout: Sequence[float]) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class PatchEmbedding(nn.Module):
         self.down2 = DownSample(widths[1], widths[2], flat_pool=flat[1])
 
     def forward(self, image: Tensor, levels: int = 3) -> list[Tensor]:
-        """(B, C, D, H, W) -> maps of the first ``levels`` levels; that of level 2 is the pyramid's input."""
+        """Return maps of the first ``levels`` levels of (B, C, D, H, W). Level 2 is the pyramid's input."""
         maps = [self.conv0(self.proj(image))]
         if levels > 1:
             maps.append(self.conv1(self.down1(maps[0])))
@@ -55,7 +56,7 @@ class PatchEmbedding(nn.Module):
 
 
 class PyramidConvTrans(nn.Module):
-    """Levels 2 to 4 of encoder and decoder."""
+    """Encode and decode levels 2 to 4."""
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class PyramidConvTrans(nn.Module):
         self.out_conv3 = OutputLayer(widths[1], classes)
 
     def encode(self, image: Tensor, levels: int = 3) -> list[Tensor]:
-        """(B, C, D, H, W) of level 2 -> maps of the first ``levels`` of levels 2, 3 and 4."""
+        """Encode level 2 (B, C, D, H, W) to maps of the first ``levels`` of levels 2, 3 and 4."""
         maps = [self.convtrans_e2(image)]
         if levels > 1:
             maps.append(self.convtrans_e3(self.down3(maps[0])))
@@ -100,13 +101,13 @@ class PyramidConvTrans(nn.Module):
         return maps
 
     def decode(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Maps of levels 2, 3 and 4 -> decoded maps of levels 2 and 3."""
+        """Decode maps of levels 2, 3 and 4 to levels 2 and 3."""
         level3 = self.convtrans_d3(self.up4(maps[1], maps[2]))
         return self.convtrans_d2(self.up3(maps[0], level3)), level3
 
 
 class PredictionHead(nn.Module):
-    """Levels 0 and 1 of the decoder."""
+    """Decode levels 1 and 0."""
 
     def __init__(self, widths: Sequence[int], classes: int, flat: Sequence[bool], dropout: Sequence[float]) -> None:
         super().__init__()
@@ -118,31 +119,32 @@ class PredictionHead(nn.Module):
         self.out_conv1 = OutputLayer(widths[1], classes)
 
     def forward(self, level0: Tensor, level1: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
-        """Skips of levels 0 and 1 and the decoded map of level 2 -> decoded maps of levels 0 and 1."""
+        """Decode levels 0 and 1 from their skips and the decoded map of level 2."""
         decoded = self.conv1(self.up2(level1, below))
         return self.conv0(self.up1(level0, decoded)), decoded
 
 
 class PCTNet(nn.Module):
-    """PCT-Net for crops of any legal size; plans name it as ``nnssl_ext.networks.architectures.pct_net.PCTNet``.
+    """PCT-Net for crops of any legal size.
 
-    It holds three embeddings and three prediction heads, for thin, thicker and thick slices, of which ``strides``
-    choose one; the others are kept, untrained, so that every file fits every network.
+    Plans name it as ``nnssl_ext.networks.architectures.pct_net.PCTNet``. It holds three embeddings and three prediction
+    heads, for thin, thicker and thick slices. ``strides`` chooses one of each. The others are kept untrained, so that
+    every file fits every network.
 
     Args:
         input_channels: C.
         num_classes: Channels of an output.
         deep_supervision: Return all four outputs, full resolution first.
-        strides: One of ``STRIDES``: level 2 is reached by 4 x 4 x 4, 2 x 4 x 4 or 1 x 4 x 4.
+        strides: One of ``STRIDES``, with a total of 4 x 4 x 4, 2 x 4 x 4 or 1 x 4 x 4 down to level 2.
         features_per_stage: Channels of levels 0 to 4.
         heads: Attention heads of levels 2 to 4.
-        window: Edge of an attention window, in cells.
-        dropout: Of levels 0 to 4.
-        drop_path: Chance that a branch of an attention block is left out for a sample while training.
-        mask_padding: Hide the padding of windows. False is what was published, and what published weights expect.
+        window: Edge of an attention window in voxels of the map.
+        dropout: Dropout of levels 0 to 4.
+        drop_path: Probability that a sample skips a branch of an attention block in training.
+        mask_padding: Mask the padding of windows. False as published, which published weights expect.
 
     Raises:
-        ValueError: For other strides, in one line.
+        ValueError: For other strides or widths.
     """
 
     def __init__(
@@ -163,7 +165,7 @@ class PCTNet(nn.Module):
         self.strides = tuple(tuple(stride) for stride in strides)
         if self.strides not in STRIDES:
             known = " or ".join(str([list(stride) for stride in known]) for known in STRIDES)
-            raise ValueError(f"PCTNet's strides must be {known}, got {[list(stride) for stride in strides]}")
+            raise ValueError(f"Expected PCTNet strides {known}, got {[list(stride) for stride in strides]}.")
         self.resolution_mode = STRIDES.index(self.strides)
         self.deep_supervision = deep_supervision
         widths = self.features_per_stage = list(features_per_stage)
@@ -182,42 +184,42 @@ class PCTNet(nn.Module):
         )
         self.pred_heads = nn.ModuleList(PredictionHead(widths, num_classes, flat, dropout) for flat in FLAT)
         for mode in range(len(FLAT)):
-            # several GPUs wait for the gradient of every parameter that asks for one
+            # DDP waits for the gradient of every parameter that requires one
             self.embeddings[mode].requires_grad_(mode == self.resolution_mode)
             self.pred_heads[mode].requires_grad_(mode == self.resolution_mode)
-        # where nnU-Net's own transfer of encoders finds what
+        # read by nnU-Net's own transfer of encoders
         self.key_to_encoder, self.key_to_stem = "pyramid_ct", f"embeddings.{self.resolution_mode}"
         self.keys_to_in_proj, self.key_to_lpe = [f"embeddings.{self.resolution_mode}.proj"], None
 
     @property
     def decoder(self) -> PCTNet:
-        """Where nnU-Net switches deep supervision; no module of its own, so that names stay as published."""
+        """Return this network, where nnU-Net switches deep supervision. No module, so that names stay as published."""
         return self
 
     @property
     def embedding(self) -> PatchEmbedding:
-        """The embedding that the strides choose."""
+        """Return the embedding that the strides choose."""
         return self.embeddings[self.resolution_mode]  # type: ignore[return-value]
 
     @property
     def output_layers(self) -> list[OutputLayer]:
-        """The layers that make the outputs, full resolution first."""
+        """Return the output layers, full resolution first."""
         head, pyramid = self.pred_heads[self.resolution_mode], self.pyramid_ct
         return [head.out_conv0, head.out_conv1, pyramid.out_conv2, pyramid.out_conv3]  # type: ignore[list-item]
 
     @staticmethod
     def strides_for(spacing: Sequence[float]) -> list[list[int]]:
-        """The strides that suit data of this spacing, which has its thick axis first, as plans do."""
+        """Choose strides for a spacing whose thick axis comes first, as in plans."""
         flat = [strides[0] == 1 for strides in halving_strides(spacing, 2)[1:]]
         return [list(stride) for stride in STRIDES[sum(flat)]]
 
     def encode(self, image: Tensor, levels: int = 5) -> list[Tensor]:
-        """(B, C, D, H, W) -> encoded maps of the first ``levels`` levels, finest first."""
+        """Encode (B, C, D, H, W) to maps of the first ``levels`` levels, finest first."""
         maps = self.embedding(image, levels)
         return maps if levels < 3 else [*maps[:2], *self.pyramid_ct.encode(maps[2], levels - 2)]
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        """(B, C, D, H, W) -> (B, classes, D, H, W), or one such output for each of levels 0 to 3."""
+        """Segment (B, C, D, H, W) into (B, classes, D, H, W), or one output for each of levels 0 to 3."""
         encoded = self.encode(image)
         level2, level3 = self.pyramid_ct.decode(encoded[2:])
         level0, level1 = self.pred_heads[self.resolution_mode](encoded[0], encoded[1], level2)
@@ -243,5 +245,5 @@ def trained_modes(weights: Mapping[str, Tensor]) -> list[int]:
 
 
 def from_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take a published ``model_state_dict`` under this network's names."""
+    """Rename a published ``model_state_dict`` as in this network."""
     return {published_name(name): tensor for name, tensor in weights.items()}

@@ -1,4 +1,4 @@
-"""Building blocks of PCT-Net (Wang et al., arXiv 2306.16925): pre-activated with batch norm and PReLU.
+"""Define the blocks of PCT-Net, pre-activated with batch norm and PReLU (Wang et al., arXiv 2306.16925).
 
 B batch, C channel, D H W voxels.
 """
@@ -12,17 +12,17 @@ from nnssl_ext.networks.architectures.window_attention import SwinBlock
 
 
 def convolution(inputs: int, outputs: int, flat: bool = False) -> nn.Conv3d:
-    """A convolution over 3 voxels per axis that keeps the size; flat: over 1 along the first axis."""
+    """Build a 3x3x3 convolution that keeps the size. ``flat`` makes it 1x3x3."""
     return nn.Conv3d(inputs, outputs, (1, 3, 3) if flat else 3, padding=(0, 1, 1) if flat else 1)
 
 
 def step(flat: bool) -> tuple[int, int, int]:
-    """The stride from a level to the next."""
+    """Return the stride from a level to the next."""
     return (1, 2, 2) if flat else (2, 2, 2)
 
 
 class ConvBlock(nn.Module):
-    """Two convolutions, each after batch norm and PReLU: (B, inputs, D, H, W) -> (B, outputs, D, H, W)."""
+    """Apply two convolutions, each after batch norm and PReLU: (B, inputs, D, H, W) -> (B, outputs, D, H, W)."""
 
     def __init__(self, inputs: int, outputs: int, *, flat: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class ConvBlock(nn.Module):
 
 
 class DownSample(nn.Module):
-    """Max pooling, then a pre-activated convolution."""
+    """Apply max pooling and a pre-activated convolution."""
 
     def __init__(self, inputs: int, outputs: int, *, flat_pool: bool = False, flat_kernel: bool = False) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class DownSample(nn.Module):
 
 
 class UpCatBlock(nn.Module):
-    """A map from below, up-sampled, beside the skip: (B, low, D, H, W), (B, high, *coarser) -> (B, low, D, H, W)."""
+    """Upsample a deeper map and join it with the skip: (B, low, D, H, W), (B, high, *coarser) -> (B, low, D, H, W)."""
 
     def __init__(self, low: int, high: int, *, flat: bool = False) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class UpCatBlock(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """Logits of a map; only the last convolution, which knows the classes, bears nnU-Net's name of a head."""
+    """Compute logits of a map. Only the last convolution has nnU-Net's name of a head."""
 
     def __init__(self, inputs: int, classes: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class OutputLayer(nn.Module):
 
 
 class SwinLayer(nn.Module):
-    """A plain and a shifted block of window attention: (B, C, D, H, W) -> (B, C, D, H, W)."""
+    """Apply a plain and a shifted block of window attention: (B, C, D, H, W) -> (B, C, D, H, W)."""
 
     def __init__(
         self, channels: int, *, heads: int, window: int, dropout: float, drop_path: float, mask_padding: bool
@@ -99,14 +99,14 @@ class SwinLayer(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        cells = image.movedim(1, -1)
+        voxels = image.movedim(1, -1)
         for block in self.blocks:
-            cells = block(cells)
-        return cells.movedim(-1, 1)
+            voxels = block(voxels)
+        return voxels.movedim(-1, 1)
 
 
 class ConvTransBlock(nn.Module):
-    """Convolutions and window attention in parallel, summed: (B, C, D, H, W) -> (B, C, D, H, W)."""
+    """Sum convolutions and window attention: (B, C, D, H, W) -> (B, C, D, H, W)."""
 
     def __init__(
         self, channels: int, *, heads: int, window: int, dropout: float, drop_path: float, mask_padding: bool
@@ -116,7 +116,7 @@ class ConvTransBlock(nn.Module):
         self.trans = SwinLayer(
             channels, heads=heads, window=window, dropout=dropout, drop_path=drop_path, mask_padding=mask_padding
         )
-        # in the published weights, and used by nothing there
+        # unused in the published network, but part of its weights
         self.norm_layer = nn.LayerNorm(channels).requires_grad_(False)
         self.pos_drop = nn.Dropout(dropout)
 

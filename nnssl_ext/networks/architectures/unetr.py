@@ -1,4 +1,4 @@
-"""UNETR's decoder: from token maps of several depths, all at one stride, to outputs at every resolution.
+"""Define UNETR's decoder: token maps of several depths to outputs at every resolution.
 
 Hatamizadeh et al., "UNETR: Transformers for 3D Medical Image Segmentation", WACV 2022, arXiv 2103.10504.
 
@@ -16,7 +16,7 @@ from nnssl_ext.networks.base import triple
 
 
 class ResidualBlock(nn.Module):
-    """Two normed convolutions beside their input: (B, inputs, D, H, W) -> (B, outputs, D, H, W)."""
+    """Add two normed convolutions to the input: (B, inputs, D, H, W) -> (B, outputs, D, H, W)."""
 
     def __init__(self, inputs: int, outputs: int, kernel: Sequence[int]) -> None:
         super().__init__()
@@ -34,19 +34,19 @@ class ResidualBlock(nn.Module):
 
 
 def up_sampling(inputs: int, outputs: int, stride: Sequence[int]) -> nn.ConvTranspose3d:
-    """A transposed convolution whose kernel is its stride."""
+    """Build a transposed convolution whose kernel is its stride."""
     return nn.ConvTranspose3d(inputs, outputs, triple(stride), triple(stride), bias=False)
 
 
 class UNETRDecoder(nn.Module):
-    """The decoder; its heads are ``seg_layers``, coarsest first, as in nnU-Net's own networks.
+    """UNETR's decoder. Its heads are ``seg_layers``, coarsest first, as in nnU-Net's networks.
 
     Args:
-        input_channels: C of the image, whose own features are the skip of level 0.
+        input_channels: C of the image. Its own features are the skip of level 0.
         num_classes: Channels of an output.
         width: E.
-        strides: Strides from level to level, the first (1, 1, 1); the last level is that of the tokens.
-        features: Channels of level 0; they double with each level.
+        strides: Strides from level to level, the first (1, 1, 1). The last level is that of the tokens.
+        features: Channels of level 0. They double with each level.
         deep_supervision: Return all outputs, full resolution first.
     """
 
@@ -64,7 +64,7 @@ class UNETRDecoder(nn.Module):
         self.deep_supervision = deep_supervision
         levels = len(strides) - 1
         channels = [features * 2**level for level in range(levels)]
-        # a kernel reaches along an axis only where that axis is about to be halved: not yet along a thick one
+        # a kernel spans an axis only once the axis is halved, so not yet along a thick one
         kernels = [[3 if factor > 1 else 1 for factor in strides[level + 1]] for level in range(levels)]
 
         self.image = ResidualBlock(input_channels, channels[0], kernels[0])
@@ -81,11 +81,11 @@ class UNETRDecoder(nn.Module):
         self.seg_layers = nn.ModuleList(nn.Conv3d(channels[level], num_classes, 1) for level in reversed(range(levels)))
 
     def forward(self, image: Tensor, maps: Sequence[Tensor]) -> Tensor | list[Tensor]:
-        """An image and one token map per level.
+        """Decode an image and one token map per level.
 
         Args:
             image: (B, C, D, H, W).
-            maps: (B, E, d, h, w) each; the first, of the fewest blocks, goes to level 1, the last is the bottom.
+            maps: (B, E, d, h, w) each. The first, after the fewest blocks, goes to level 1. The last is the bottom.
 
         Returns:
             (B, classes, D, H, W), or with deep supervision one output per level, full resolution first.
@@ -100,7 +100,7 @@ class UNETRDecoder(nn.Module):
 
 
 def lift(width: int, channels: int, strides: Sequence[Sequence[int]], kernel: Sequence[int]) -> nn.Sequential:
-    """Token maps up through several levels: (B, E, d, h, w) -> (B, channels, *finer); ``strides`` finest first."""
+    """Build layers that upsample token maps: (B, E, d, h, w) -> (B, channels, *finer). ``strides`` finest first."""
     parts: list[nn.Module] = []
     for number, stride in enumerate(reversed(strides)):
         parts.append(up_sampling(width if number == 0 else channels, channels, stride))

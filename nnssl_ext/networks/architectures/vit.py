@@ -1,4 +1,4 @@
-"""A vision transformer for volumes, and the segmentation network that plans can name around it.
+"""Define a 3-D vision transformer and its segmentation network.
 
 The encoder is the one of Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv 2010.11929, in the form
 and with the tensor names of Oquab et al., "DINOv2", TMLR 2024, arXiv 2304.07193: pre-norm blocks, LayerScale,
@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from nnssl_ext.networks.activation_checkpointing import checkpoint_activations
+from nnssl_ext.networks.architectures.blocks import DropPath, Mlp
 from nnssl_ext.networks.architectures.unetr import UNETRDecoder
 from nnssl_ext.networks.base import triple
 from nnssl_ext.networks.positions import resize_positions
@@ -34,7 +34,7 @@ STRIDES = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2))
 
 
 class Attention(nn.Module):
-    """Self-attention among all tokens: (B, N, E) -> (B, N, E)."""
+    """Apply self-attention among all tokens: (B, N, E) -> (B, N, E)."""
 
     def __init__(self, *, width: int, heads: int) -> None:
         super().__init__()
@@ -49,7 +49,10 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A factor per feature, small at first: deep transformers start near the identity (Touvron et al., ICCV 2021)."""
+    """Scale each feature, by little at first, so that deep transformers start near the identity.
+
+    Touvron et al., "Going deeper with Image Transformers", ICCV 2021.
+    """
 
     def __init__(self, *, width: int, initial: float) -> None:
         super().__init__()
@@ -60,7 +63,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a two-layer perceptron, each beside its input: (B, N, E) -> (B, N, E)."""
+    """Add attention and a two-layer perceptron to the input: (B, N, E) -> (B, N, E)."""
 
     def __init__(self, *, width: int, heads: int, mlp_ratio: float, layer_scale: float, drop_path: float) -> None:
         super().__init__()
@@ -78,14 +81,14 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Disjoint patches of voxels, each one token: (B, C, D, H, W) -> (B, N, E)."""
+    """Embed disjoint patches as tokens: (B, C, D, H, W) -> (B, N, E)."""
 
     def __init__(self, *, input_channels: int, width: int, patch: Sequence[int]) -> None:
         super().__init__()
         self.proj = nn.Conv3d(input_channels, width, triple(patch), triple(patch))
 
     def forward(self, image: Tensor) -> Tensor:
-        # what the convolution computes, as one matrix product: faster, above all backwards
+        # equals the convolution, as one matrix product: faster, above all in the backward pass
         grid = [edge // step for edge, step in zip(image.shape[2:], self.proj.stride, strict=True)]
         cut = [size for pair in zip(grid, self.proj.stride, strict=True) for size in pair]
         patches = image.unflatten(4, cut[4:]).unflatten(3, cut[2:4]).unflatten(2, cut[:2])
@@ -94,20 +97,20 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Tokens of a volume; the first is the CLS token.
+    """Compute the tokens of a volume, CLS first.
 
     Args:
         input_channels: C.
-        patch: Edges of a token's voxels.
+        patch: Edges of a token in voxels.
         width: E.
         depth: Number of blocks.
         heads: Attention heads of a block.
         mlp_ratio: Width of a block's perceptron, in E.
         layer_scale: Initial LayerScale.
-        drop_path: Chance that a block's branch is left out for a sample while training.
-        position_grid: Token grid that the learned positions belong to; another grid resizes them trilinearly.
-        checkpointing: Compute blocks again in the backward pass; ``nnssl_ext.activation_checkpointing`` does so for
-            the decoder too, and for every network.
+        drop_path: Probability that a sample skips a block's branch in training.
+        position_grid: Token grid of the learned positions. Another grid resizes them trilinearly.
+        checkpointing: Recompute blocks in the backward pass. The setting ``activation_checkpointing`` does so for the
+            decoder too, and for every network.
     """
 
     def __init__(
@@ -126,13 +129,13 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if width % heads:
-            raise ValueError(f"embed_dim {width} is no multiple of num_heads {heads}; choose others")
+            raise ValueError(f"Expected embed_dim to be a multiple of num_heads, got {width} and {heads}.")
         self.patch = tuple(patch)
         self.position_grid = tuple(position_grid)
         self.patch_embed = PatchEmbed(input_channels=input_channels, width=width, patch=patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + int(np.prod(self.position_grid)), width))
-        # no image shows hidden tokens while segmenting: an objective that hides some puts it into the training
+        # segmentation masks no tokens: an objective that does sets requires_grad
         self.mask_token = nn.Parameter(torch.zeros(1, width), requires_grad=False)
         self.blocks = nn.ModuleList(
             Block(width=width, heads=heads, mlp_ratio=mlp_ratio, layer_scale=layer_scale, drop_path=drop_path)
@@ -144,7 +147,7 @@ class VisionTransformer(nn.Module):
         self._initialise()
 
     def grid(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Tokens per axis of an image with these edges."""
+        """Return the tokens per axis of an image."""
         return tuple(edge // stride for edge, stride in zip(size, self.patch, strict=True))
 
     def positions(self, grid: Sequence[int]) -> Tensor:
@@ -152,7 +155,7 @@ class VisionTransformer(nn.Module):
         return resize_positions(self.pos_embed, self.position_grid, grid, 1, OFFSET)
 
     def embed(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the first block sees: (B, C, D, H, W), mask (B, N) bool, true where hidden -> (B, 1 + N, E)."""
+        """Embed (B, C, D, H, W) as (B, 1 + N, E). Where ``mask`` (B, N) is true, the mask token replaces a patch."""
         tokens = self.patch_embed(image)
         if mask is not None:
             tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)
@@ -160,7 +163,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([cls, tokens], 1) + self.positions(self.grid(image.shape[2:]))
 
     def layers(self, image: Tensor, after: Sequence[int], mask: Tensor | None = None) -> list[Tensor]:
-        """Tokens (B, 1 + N, E) after so many blocks each, ascending; those after all blocks are normed."""
+        """Return tokens (B, 1 + N, E) after the given numbers of blocks, ascending. The last are normed."""
         tokens, found = self.embed(image, mask), []
         for number, block in enumerate(self.blocks, 1):
             tokens = block(tokens)
@@ -169,7 +172,7 @@ class VisionTransformer(nn.Module):
         return found
 
     def forward(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, C, D, H, W), mask (B, N) bool -> (B, 1 + N, E), normed."""
+        """Encode (B, C, D, H, W) with mask (B, N) bool to normed tokens (B, 1 + N, E)."""
         return self.layers(image, [len(self.blocks)], mask)[0]
 
     def _initialise(self) -> None:
@@ -182,22 +185,22 @@ class VisionTransformer(nn.Module):
 
 
 class ViTUNETR(nn.Module):
-    """Vision transformer and UNETR decoder; plans name it as ``nnssl_ext.networks.architectures.vit.ViTUNETR``.
+    """Vision transformer with a UNETR decoder.
 
-    Hatamizadeh et al., "UNETR", WACV 2022, arXiv 2103.10504. The decoder reads tokens after equal shares of the blocks:
-    1/4, 1/2, 3/4 and all of them with four halvings. Its heads are ``decoder.seg_layers``, which stock nnU-Net does
-    not transfer. No tensor depends on the size of the patch.
+    Plans name it as ``nnssl_ext.networks.architectures.vit.ViTUNETR``. Hatamizadeh et al., "UNETR", WACV 2022, arXiv
+    2103.10504. The decoder reads tokens after equal shares of the blocks: 1/4, 1/2, 3/4 and all with four halvings. Its
+    heads are ``decoder.seg_layers``, which stock nnU-Net does not transfer. No tensor depends on the patch size.
 
     Args:
         input_channels: C.
         num_classes: Channels of an output.
         deep_supervision: Return all outputs, full resolution first.
-        strides: Strides from stage to stage, the first (1, 1, 1); a token's voxels are their product. Each is 1 or 2.
-        embed_dim, depth, num_heads, mlp_ratio, layer_scale, drop_path, position_grid, checkpointing: Of the encoder.
+        strides: Strides from stage to stage, each 1 or 2, the first (1, 1, 1). Their product is a token's edges.
+        embed_dim, depth, num_heads, mlp_ratio, layer_scale, drop_path, position_grid, checkpointing: The encoder's.
         decoder_features: Channels of the decoder at full resolution.
 
     Raises:
-        ValueError: For strides or widths that fit no network, in one line.
+        ValueError: For strides or widths that fit no network.
 
     Example:
         ``ViTUNETR(input_channels=1, num_classes=3)(torch.zeros(1, 1, 96, 96, 96))`` are four outputs.
@@ -244,36 +247,38 @@ class ViTUNETR(nn.Module):
             features=decoder_features,
             deep_supervision=deep_supervision,
         )
-        # where nnU-Net's own transfer of encoders finds what
+        # read by nnU-Net's own transfer of encoders
         self.key_to_encoder, self.key_to_stem = "backbone", "backbone.patch_embed"
         self.keys_to_in_proj, self.key_to_lpe = ["backbone.patch_embed.proj"], "backbone.pos_embed"
 
     @staticmethod
     def strides_for(spacing: Sequence[float]) -> list[list[int]]:
-        """The strides that suit data of this spacing: tokens of 16 voxels, of fewer along a thick axis."""
+        """Choose strides for a spacing: tokens of 16 voxels, of fewer along a thick axis."""
         return halving_strides(spacing, len(STRIDES) - 1)
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        """(B, C, D, H, W) -> (B, classes, D, H, W), or one such output per resolution."""
+        """Segment (B, C, D, H, W) into (B, classes, D, H, W), or one output per resolution."""
         size = image.shape[2:]
         if any(edge % stride for edge, stride in zip(size, self.backbone.patch, strict=True)):
-            raise ValueError(f"image edges {tuple(size)} are no multiples of the token's {self.backbone.patch}")
+            raise ValueError(f"Expected image edges in multiples of {self.backbone.patch}, got {tuple(size)}.")
         tokens = self.backbone.layers(image, self.read)
         return self.decoder(image, [as_map(layer[:, 1:], self.backbone.grid(size)) for layer in tokens])
 
 
 def as_map(tokens: Tensor, grid: Sequence[int]) -> Tensor:
-    """(B, N, E) -> (B, E, d, h, w)."""
+    """Arrange tokens as a map: (B, N, E) -> (B, E, d, h, w)."""
     return tokens.transpose(1, 2).unflatten(2, tuple(grid))
 
 
 def checked_strides(strides: Sequence[Sequence[int]], depth: int) -> tuple[tuple[int, ...], ...]:
-    """Strides as tuples, if a network of so many blocks can be built on them."""
+    """Check strides against the number of blocks and return them as tuples."""
     checked = tuple(tuple(step) for step in strides)
     if len(checked) < 3 or checked[0] != (1, 1, 1) or any(set(step) - {1, 2} or len(step) != 3 for step in checked):
-        raise ValueError(f"strides must be [1, 1, 1] and two or more triples of 1 or 2, got {list(map(list, checked))}")
+        raise ValueError(
+            f"Expected strides [1, 1, 1] and at least two triples of 1 or 2, got {list(map(list, checked))}."
+        )
     if depth < len(checked) - 1:
-        raise ValueError(f"depth {depth} is less than the {len(checked) - 1} layers the decoder reads; make it larger")
+        raise ValueError(f"Expected a depth of at least {len(checked) - 1}, the decoder's layers, got {depth}.")
     return checked
 
 

@@ -1,9 +1,9 @@
-"""Attention within windows of a volume, plain and shifted by half a window, with a learned bias per relative position.
+"""Define window attention with a learned bias per relative position.
 
 Liu et al., "Swin Transformer", ICCV 2021, arXiv 2103.14030, in 3-D and with the tensor names of PCT-Net (Wang et al.,
 arXiv 2306.16925).
 
-B batch, C channel, D H W cells of a map, N cells of a window, n windows of a map.
+B batch, C channel, D H W voxels of a map, N voxels of a window, n windows of a map.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-#: Added to the logits of pairs that must not see each other; finite, so that a row of nothing else is no NaN.
-HIDDEN = -100.0
+from nnssl_ext.networks.architectures.blocks import DropPath, Mlp
+
+#: Added to the logits of masked pairs. Finite, so that a fully masked row does not give NaN.
+MASKED = -100.0
 
 
 class WindowAttention(nn.Module):
-    """Attention among the cells of each window: (B n, N, C) -> (B n, N, C).
+    """Apply attention within each window: (B n, N, C) -> (B n, N, C).
 
     Args:
         channels: C.
         window: Edge of the largest window.
         heads: Attention heads.
-        dropout: Of the attention and of the result.
+        dropout: Dropout of the attention and of the result.
     """
 
     relative_position_index: Tensor
@@ -41,20 +42,20 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def bias(self, edges: Sequence[int]) -> Tensor:
-        """(heads, N, N) for a window with these edges, none larger than the largest window.
+        """Return the bias (heads, N, N) of a window with these edges.
 
-        Contiguous: on GPUs fused attention takes nothing else.
+        It is contiguous, since fused attention on GPUs takes nothing else.
         """
         d, h, w = edges
         index = self.relative_position_index.view([self.window] * 6)[:d, :h, :w, :d, :h, :w]
         return self.relative_position_bias_table[index.reshape(d * h * w, -1)].permute(2, 0, 1).contiguous()
 
-    def forward(self, cells: Tensor, edges: Sequence[int], mask: Tensor | None) -> Tensor:
-        """``mask`` (n, N, N) is added to the logits of each map's windows; None hides nothing."""
-        query, key, value = self.qkv(cells).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    def forward(self, voxels: Tensor, edges: Sequence[int], mask: Tensor | None) -> Tensor:
+        """Attend within windows. ``mask`` (n, N, N) is added to the logits, None masks nothing."""
+        query, key, value = self.qkv(voxels).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         logits = self.bias(edges)[None]
         if mask is not None:
-            logits = (logits + mask[:, None]).repeat(len(cells) // len(mask), 1, 1, 1)
+            logits = (logits + mask[:, None]).repeat(len(voxels) // len(mask), 1, 1, 1)
         mixed = F.scaled_dot_product_attention(
             query,
             key,
@@ -66,16 +67,16 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Window attention and a perceptron, each beside its input: (B, D, H, W, C) -> the same.
+    """Add window attention and a perceptron to the input: (B, D, H, W, C) -> (B, D, H, W, C).
 
     Along an axis that is no longer than the window, the window is the axis and is not shifted. Along others the map is
     padded to whole windows. Where an axis is exactly one window long, no axis is shifted, as in the published network.
 
     Args:
-        channels, window, heads, dropout: Of the attention.
-        shifted: Whether windows are shifted by half their edge.
-        drop_path: Chance that a branch is left out for a sample while training.
-        mask_padding: Whether padding is hidden from the map; published PCT-Nets let the map see it.
+        channels, window, heads, dropout: The attention's.
+        shifted: Shift windows by half their edge.
+        drop_path: Probability that a sample skips a branch in training.
+        mask_padding: Mask padding. Published PCT-Nets do not.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class SwinBlock(nn.Module):
         self.norm1 = nn.LayerNorm(channels)
         self.attn = WindowAttention(channels=channels, window=window, heads=heads, dropout=dropout)
         self.norm2 = nn.LayerNorm(channels)
-        self.mlp = Mlp(channels, 4 * channels, drop=dropout)
+        self.mlp = Mlp(channels, 4 * channels, dropout)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, volume: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ class SwinBlock(nn.Module):
     def _attend(self, volume: Tensor) -> Tensor:
         size = volume.shape[1:4]
         edges = [min(self.window, edge) for edge in size]
-        # published PCT-Nets do not shift at all where one axis is exactly one window long
+        # published PCT-Nets do not shift where one axis is exactly one window long
         shifted = self.shifted and self.window not in size
         shift = [window // 2 if shifted and edge > window else 0 for edge, window in zip(size, edges, strict=True)]
         padded = [-(-edge // window) * window for edge, window in zip(size, edges, strict=True)]
@@ -121,14 +122,14 @@ class SwinBlock(nn.Module):
 
 
 def relative_positions(window: int) -> Tensor:
-    """(N, N) entry of the bias table for each pair of cells of a window.
+    """Return the entry of the bias table for each pair of voxels of a window: (N, N).
 
-    The factor of the first axis is 3 w - 1, where (2 w - 1)^2 would keep all offsets apart: so it is in the published
-    weights, which are of use only with the same numbering.
+    The factor of the first axis is 3 w - 1 as in the published weights, although (2 w - 1)^2 would keep all offsets
+    apart.
     """
     axis = torch.arange(window)
-    cells = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij")).flatten(1)  # (3, N)
-    offset = cells[:, :, None] - cells[:, None, :] + window - 1
+    voxels = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij")).flatten(1)  # (3, N)
+    offset = voxels[:, :, None] - voxels[:, None, :] + window - 1
     return offset[0] * (3 * window - 1) + offset[1] * (2 * window - 1) + offset[2]
 
 
@@ -141,7 +142,7 @@ def partition(volume: Tensor, edges: Sequence[int]) -> Tensor:
 
 
 def merge(windows: Tensor, edges: Sequence[int], size: Sequence[int]) -> Tensor:
-    """The way back: (B n, N, C) -> (B, *size, C)."""
+    """Undo ``partition``: (B n, N, C) -> (B, *size, C)."""
     (d, h, w), (depth, height, width) = edges, size
     split = windows.reshape(-1, depth // d, height // h, width // w, d, h, w, windows.shape[-1])
     return split.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, depth, height, width, windows.shape[-1])
@@ -150,10 +151,10 @@ def merge(windows: Tensor, edges: Sequence[int], size: Sequence[int]) -> Tensor:
 def window_mask(
     size: Sequence[int], edges: Sequence[int], shift: Sequence[int], mask_padding: bool, device: torch.device
 ) -> Tensor:
-    """What cells of one window must not see of each other: (n, N, N), 0 or ``HIDDEN``.
+    """Return what is added to the logits of each window: (n, N, N), 0 or ``MASKED``.
 
-    A cyclic shift brings cells from opposite ends of the map, and padding, into one window; each kind is a region of
-    its own.
+    A cyclic shift brings voxels from opposite ends of the map, and padding, into one window. Each kind is a region of
+    its own, and regions do not attend to each other.
     """
     region = torch.zeros((1, 1, 1), dtype=torch.long, device=device)
     for axis, (edge, window, step) in enumerate(zip(size, edges, shift, strict=True)):
@@ -163,6 +164,6 @@ def window_mask(
         if mask_padding:
             label = torch.where((place + step) % full >= edge, 2, label)
         region = 3 * region + label.view([-1 if other == axis else 1 for other in range(3)])
-    cells = partition(region[None, ..., None], edges).squeeze(-1)  # (n, N)
-    apart = cells[:, :, None] != cells[:, None, :]
-    return torch.zeros(apart.shape, device=device).masked_fill(apart, HIDDEN)
+    voxels = partition(region[None, ..., None], edges).squeeze(-1)  # (n, N)
+    apart = voxels[:, :, None] != voxels[:, None, :]
+    return torch.zeros(apart.shape, device=device).masked_fill(apart, MASKED)

@@ -104,7 +104,7 @@ class Chain:
         assert process.stdout is not None
         bar = tqdm(total=step.epochs() or None, desc=head, unit="epoch", leave=False, disable=not sys.stderr.isatty())
         try:
-            with log.open("w", buffering=1) as file, bar:
+            with log.open("w", buffering=1, encoding="utf-8") as file, bar:
                 for line in process.stdout:
                     file.write(line)
                     found = re.search(r"\bEpoch (\d+)\s*$", line)
@@ -117,6 +117,6 @@ class Chain:
             process.wait()
             raise
         if status:
-            tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-TAIL:])
+            tail = "".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-TAIL:])
             print(f"{tail}\n", file=sys.stderr)
             raise UserError(f"Step '{step.title}' failed with status {status}. Its log: {log}.")

@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nnssl_ext.environment import cores, keep_memory
+from nnssl_ext.environment import cores
 from nnssl_ext.errors import UserError
+from nnssl_ext.host_memory import keep_memory
 from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.recipe import assignments_recipe, derive_plans, load_recipe, read_json, write_json
 from nnssl_ext.resources import resource_folder

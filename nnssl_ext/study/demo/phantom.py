@@ -215,4 +215,4 @@ def _write(volume: np.ndarray, path: Path, spacing: tuple[float, float, float]) 
 
 
 def _write_json(path: Path, content: dict | list) -> None:
-    path.write_text(json.dumps(content, indent=4))
+    path.write_text(json.dumps(content, indent=4), encoding="utf-8")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from nnssl_ext.commands import dataset_number
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import write_json
 from nnssl_ext.study.decathlon.tasks import convert_task, task_of_path, unpack
@@ -37,7 +38,7 @@ class Source(ABC):
     @property
     def number(self) -> str:
         """The data set's number, as nnU-Net's commands take it."""
-        return str(int(self.dataset[7:10]))
+        return str(dataset_number(self.dataset))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Batch normalisation over the batch of all processes, on any device; torch's SyncBatchNorm takes GPUs only.
+"""Batch normalization over the global batch, on any device; torch's SyncBatchNorm needs GPUs.
 
 B batch, C channel, any number of spatial axes.
 """
@@ -14,13 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class GlobalBatchNorm(_BatchNorm):
-    """``nn.BatchNorm3d`` and its siblings, with statistics of all processes; same parameters, buffers and names."""
+    """Normalize with the statistics of all processes. Parameters, buffers and names are those of ``nn.BatchNorm3d``."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of axes will do."""
+        """Accept any number of axes."""
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, C, ...) -> (B, C, ...); processes may hold different B, also none."""
+        """Normalize (B, C, ...). Processes may hold different B, or none."""
         if not self.training and self.running_mean is not None:
             return super().forward(image)
         axes = [0, *range(2, image.ndim)]
@@ -28,12 +28,12 @@ class GlobalBatchNorm(_BatchNorm):
         values = image.to(torch.promote_types(image.dtype, torch.float32))
         count = values.new_full((1,), values.numel() / values.shape[1])
         total = _Sum.apply(torch.cat([count, values.sum(axes)]))
-        centred = values - (total[1:] / total[0]).view(shape)
+        centered = values - (total[1:] / total[0]).view(shape)
         # a second pass: the mean square minus the squared mean would cancel
-        variance = _Sum.apply(centred.square().sum(axes)) / total[0]
+        variance = _Sum.apply(centered.square().sum(axes)) / total[0]
         if self.training and self.running_mean is not None:
             self._remember(total[1:] / total[0], variance * total[0] / (total[0] - 1).clamp_min(1))
-        result = centred * (variance + self.eps).rsqrt().view(shape)
+        result = centered * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             result = result * self.weight.view(shape) + self.bias.view(shape)
         return result.to(image.dtype)
@@ -50,7 +50,7 @@ class GlobalBatchNorm(_BatchNorm):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes; backward, the sum of all processes' gradients."""
+    """Sum over all processes; backward, sum the gradients of all processes."""
 
     @staticmethod
     def forward(context: Any, values: Tensor) -> Tensor:
@@ -65,8 +65,8 @@ class _Sum(torch.autograd.Function):
         return total
 
 
-def synchronise(module: nn.Module) -> nn.Module:
-    """Put a ``GlobalBatchNorm`` in the place of each batch norm within ``module``, with its parameters and buffers."""
+def synchronize(module: nn.Module) -> nn.Module:
+    """Replace each batch norm in ``module`` by a ``GlobalBatchNorm`` with its parameters and buffers."""
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm) and not isinstance(child, GlobalBatchNorm):
             norm = GlobalBatchNorm(
@@ -77,5 +77,5 @@ def synchronise(module: nn.Module) -> nn.Module:
             norm.num_batches_tracked = child.num_batches_tracked
             setattr(module, name, norm)
         else:
-            synchronise(child)
+            synchronize(child)
     return module

@@ -1,34 +1,42 @@
-"""What a process needs to know of the others."""
+"""Rank and world size, devices of ranks, and values over all processes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nnssl_ext.errors import UserError
+
 
 def rank() -> int:
+    """Return the number of this process among all; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world() -> int:
+    """Return the number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank_device(device: torch.device) -> torch.device:
-    """This process's device: on CUDA the one of its rank on this machine, otherwise ``device``."""
+    """Return this process's device: on CUDA that of its local rank, otherwise ``device``."""
     if device.type != "cuda":
         return device
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank() % max(1, torch.cuda.device_count()))))
 
 
 def mean_over_samples(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Mean of each term over all samples of all steps of all processes; each term (B,) a step.
+    """Average each term over all samples of all steps and processes.
 
-    Values that are not finite do not count: their batches changed nothing. Without any other the mean is NaN.
+    Values that are not finite are left out: their batches changed nothing. If none is finite the mean is NaN.
+
+    Args:
+        outputs: Terms of each step, each (B,).
     """
     result = {}
     for key in outputs[0]:
@@ -40,3 +48,19 @@ def mean_over_samples(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, floa
             dist.all_reduce(total)
         result[key] = (total[0] / total[1]).item()
     return result
+
+
+def same_everywhere(found: Any, fold: int | str) -> None:
+    """Check that all processes find the same: machines with results folders of their own do not.
+
+    Raises:
+        UserError: In all processes, if ``found`` differs.
+    """
+    everywhere = [found] * world()
+    if world() > 1:
+        dist.all_gather_object(everywhere, found)
+    if any(other != everywhere[0] for other in everywhere):
+        raise UserError(
+            f"the processes find different checkpoints of fold {fold}, in their order: {everywhere}; nnUNet_results "
+            f"must be a folder that all machines share"
+        )

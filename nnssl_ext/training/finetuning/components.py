@@ -1,29 +1,34 @@
-"""The parts of a fine-tuning: its settings, which parameters learn when, and the weights that are written."""
+"""Settings of a fine-tuning, its network's components and when they learn, and averaged weights."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import SCHEMAS
-from nnssl_ext.networks.backbone import HEADS
+from nnssl_ext.methods import SCHEMAS, OptimizerRecipe
+from nnssl_ext.networks.backbone import HEADS, backbone_of
 from nnssl_ext.settings import PLANS_KEY, CommonSettings, FinetuneSettings, split_sections
+from nnssl_ext.training.optimization import learning_rate_at
 
-#: Peak rates where the settings name none.
+#: Peak learning rates where the settings name none.
 PEAK = {"sgd": 1e-2, "adamw": 1e-3}
+#: Names of the phases by the number of frozen components.
+PHASES = ("everything", "decoder and heads", "heads")
 
 
 def finetune_settings(plans: dict) -> tuple[CommonSettings, FinetuneSettings]:
-    """The checked settings of a plans file.
+    """Read and check the settings of a plans file. Lengths below 1 become shares of the steps.
 
     Raises:
-        UserError: For an unknown setting, and for steps that lie beyond the end.
+        UserError: For an unknown setting, or steps beyond the end.
     """
     where = f"plans {plans['plans_name']}"
     common, sections = split_sections(plans.get(PLANS_KEY, {}), SCHEMAS, where)
@@ -31,61 +36,163 @@ def finetune_settings(plans: dict) -> tuple[CommonSettings, FinetuneSettings]:
     late = [step for step in settings.snapshots if step > settings.steps]
     if late:
         raise UserError(f"{where}: finetune.snapshots has {late}, beyond finetune.steps={settings.steps}")
+    lengths: dict[str, Any] = {}
     for name in ("warmup", "head_only_steps", "freeze_encoder_steps"):
-        if getattr(settings, name) >= settings.steps:
-            raise UserError(f"{where}: finetune.{name}={getattr(settings, name)} leaves none of {settings.steps} steps")
-    return common, settings
+        given = getattr(settings, name)
+        if given >= settings.steps:
+            raise UserError(f"{where}: finetune.{name}={given:g} leaves none of {settings.steps} steps")
+        lengths[name] = int(given if given >= 1 else given * settings.steps)
+    return common, replace(settings, **lengths)
+
+
+def rate_at(settings: FinetuneSettings, peak: float, step: int) -> float:
+    """Return the learning rate of a step: one schedule over all steps, or one for each phase (sawtooth)."""
+    start, end = 0, settings.steps
+    if settings.restart_schedule:
+        for bound in sorted({int(settings.head_only_steps), int(settings.freeze_encoder_steps)} - {0}):
+            start, end = (bound, end) if step >= bound else (start, min(end, bound))
+    length = end - start
+    share = min(settings.warmup / length, 0.5) if settings.restart_schedule else settings.warmup / length
+    return learning_rate_at(
+        OptimizerRecipe(settings.optimizer, peak, settings.weight_decay, settings.schedule, share),
+        peak,
+        step - start,
+        length,
+    )
 
 
 def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters of a segmentation network: its encoder's, its heads', and the rest (``decoder``)."""
+    """Group the parameters of a segmentation network by component: encoder, decoder (the rest) and heads."""
     groups: dict[str, list[nn.Parameter]] = {"encoder": [], "decoder": [], "heads": []}
+    encoder = {id(parameter) for layer in encoder_layers(network) for parameter in layer}
     for name, parameter in network.named_parameters():
-        groups[part_of(name)].append(parameter)
+        groups["encoder" if id(parameter) in encoder else component_of(name)].append(parameter)
     return groups
 
 
-def part_of(name: str) -> str:
-    """The part that a parameter belongs to by its name: ``encoder``, ``decoder`` or ``heads``."""
+def encoder_layers(network: nn.Module) -> list[list[nn.Parameter]]:
+    """Return the encoder's parameters layer by layer from the input, all in one for an unknown network."""
+    try:
+        return backbone_of(network).layers()
+    except ValueError:
+        return [[parameter for name, parameter in network.named_parameters() if component_of(name) == "encoder"]]
+
+
+def build_optimizer(network: nn.Module, settings: FinetuneSettings, learning_rate: float) -> torch.optim.Optimizer:
+    """Build the optimizer, with a group per component of the network.
+
+    Raises:
+        UserError: If the settings name a component that the network lacks.
+    """
+    s, groups = settings, parameter_groups(network)
+    if (s.encoder_lr_scale != 1 or s.freeze_encoder_steps) and not groups["encoder"]:
+        raise UserError("finetune.encoder_lr_scale and freeze_encoder_steps need a network with an 'encoder'")
+    if s.head_only_steps and not groups["heads"]:
+        raise UserError("finetune.head_only_steps needs a network with 'seg_layers'")
+    described: list[dict[str, Any]] = []
+    if s.layer_decay != 1:
+        layers = encoder_layers(network)
+        for depth, layer in enumerate(layers):
+            scale = s.layer_decay ** (len(layers) - depth)
+            described.append({"params": layer, "part": "encoder", "lr_scale": scale})
+        groups["encoder"] = []
+    described += [{"params": parameters, "part": part} for part, parameters in groups.items() if parameters]
+    if s.plain_norms:
+        described = [half for group in described for half in _without_decay(group)]
+    if s.optimizer == "adamw":
+        return torch.optim.AdamW(described, learning_rate, weight_decay=s.weight_decay)
+    return torch.optim.SGD(described, learning_rate, weight_decay=s.weight_decay, momentum=0.99, nesterov=True)
+
+
+def _without_decay(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Split a group in two: weights, and norms, biases and other vectors, which do not decay."""
+    weights = [parameter for parameter in group["params"] if parameter.ndim > 1]
+    vectors = [parameter for parameter in group["params"] if parameter.ndim <= 1]
+    halves = [{**group, "params": weights}, {**group, "params": vectors, "weight_decay": 0.0}]
+    return [half for half in halves if half["params"]]
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return a network without the wrappers of DDP and torch.compile."""
+    network = network.module if isinstance(network, DistributedDataParallel) else network
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+def component_of(name: str) -> str:
+    """Return the component of a parameter by its name: ``encoder``, ``decoder`` or ``heads``."""
     name = f".{name.removeprefix('module.').removeprefix('_orig_mod.')}"
     return "heads" if HEADS in name else "encoder" if name.startswith(".encoder.") else "decoder"
 
 
-def frozen_parts(settings: FinetuneSettings, step: int) -> tuple[str, ...]:
-    """The parts that the step after ``step`` others leaves as they are."""
+def frozen_components(settings: FinetuneSettings, step: int) -> tuple[str, ...]:
+    """Return the components that are frozen in the step after ``step`` others."""
     if step < settings.head_only_steps:
         return ("encoder", "decoder")
     return ("encoder",) if step < settings.freeze_encoder_steps else ()
 
 
 def hold_statistics(network: nn.Module, settings: FinetuneSettings, frozen: tuple[str, ...]) -> None:
-    """Batch norm of parts that are left as they are keeps its running statistics, and uses them."""
+    """Make batch norms of frozen components use and keep their running statistics."""
     if not (settings.head_only_steps or settings.freeze_encoder_steps):
         return
-    for name, module in network.named_modules():
+    held = {id(parameter) for part in frozen for parameter in parameter_groups(network)[part]}
+    for module in network.modules():
         if isinstance(module, _BatchNorm):
-            module.train(part_of(name + ".weight") not in frozen)
+            module.train(id(module.weight) not in held)
 
 
-def moving_average(network: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of a network's weights, which starts with short memory: the decay of update t is at
-    most (1 + t) / (10 + t)."""
+class MovingAverage:
+    """An exponential moving average of a network's weights that starts with a short memory.
 
-    def average(averaged: Any, new: Any, count: torch.Tensor | int) -> None:
-        t = float(count)  # once a step, where a function of single tensors would wait for a GPU at each of them
-        torch._foreach_lerp_(averaged, new, 1 - min(decay, (1 + t) / (10 + t)))
+    The decay of update t is at most (1 + t) / (10 + t). Buffers are copied. Tensors are collected once.
 
-    return AveragedModel(network, multi_avg_fn=average)
+    Args:
+        network: The trained network.
+        decay: Largest decay.
+
+    Attributes:
+        module: The network with averaged weights.
+        updates: Updates so far; the first copies the weights.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.module = copy.deepcopy(network).requires_grad_(False)
+        self._averaged: list[torch.Tensor] = list(self.module.parameters())
+        self._trained: list[torch.Tensor] = list(network.parameters())
+        self._buffers = list(self.module.buffers()), list(network.buffers())
+
+    def __repr__(self) -> str:
+        return f"MovingAverage(decay {self.decay}, {self.updates} updates)"
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take up the trained weights."""
+        if self.updates == 0:
+            torch._foreach_copy_(self._averaged, self._trained)
+        else:
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+            torch._foreach_lerp_(self._averaged, self._trained, 1 - decay)
+        for averaged, trained in zip(*self._buffers, strict=True):
+            averaged.copy_(trained)
+        self.updates += 1
 
 
 def predict_alone(network: nn.Module) -> None:
-    """Let no forward pass wait for other processes: they predict other cases, or none."""
+    """Keep forward passes from waiting for other processes, which predict other cases or none."""
     if isinstance(network, DistributedDataParallel):
         network.require_forward_param_sync = False
 
 
+def to_device(tensors: Any, device: torch.device) -> Any:
+    """Send a tensor or a list of tensors to a device. The host does not wait."""
+    if isinstance(tensors, list):
+        return [tensor.to(device, non_blocking=True) for tensor in tensors]
+    return tensors.to(device, non_blocking=True)
+
+
 class OtherWeights:
-    """Within the block the network holds other weights."""
+    """A context in which the network holds other weights."""
 
     def __init__(self, network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         self.network, self.weights = network, weights

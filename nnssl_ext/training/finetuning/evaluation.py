@@ -1,13 +1,14 @@
 """A fold's validation with nnU-Net's own prediction, export and metrics, case by case in this process.
 
-Stock's starts a pool of processes, which for many small validations takes longer than they do, and always writes into
-one folder.
+Stock starts a pool of processes, which takes longer than a small validation, and always writes into one folder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +16,16 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics, save_summa
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.utilities.label_handling.label_handling import LabelManager, convert_labelmap_to_one_hot
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
 
-from nnssl_ext import checkpoint
 from nnssl_ext.checkpoint import plain
 from nnssl_ext.files import replaced_on_success
-from nnssl_ext.training.finetuning.components import OtherWeights
-
-if TYPE_CHECKING:
-    from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
 
 
 class _Predictor(nnUNetPredictor):
-    """nnU-Net's, which on GPUs computes in mixed precision; this one does so on CPUs too, as the training did."""
+    """nnU-Net's predictor with mixed precision on CPUs, too, as in the training."""
 
     amp_dtype: torch.dtype | None = None
 
@@ -37,96 +36,96 @@ class _Predictor(nnUNetPredictor):
             return super()._internal_maybe_mirror_and_predict(x).float()
 
 
-def validate_snapshots(trainer: nnsslTrainer_Finetune) -> None:
-    """Validate each of a fine-tuning's snapshots in a folder of its own, and its end as stock does."""
-    folder, settings = Path(trainer.output_folder), trainer.settings
-    final = trainer.exported_weights()
-    for step in settings.snapshots:
-        if step == settings.steps or not trainer.snapshot_file(step).is_file():
-            continue
-        weights = checkpoint.load(trainer.snapshot_file(step))["network_weights"]
-        with OtherWeights(trainer.plain_network, weights):
-            validate(trainer, folder / f"validation_step_{step:06d}", settings.mirroring)
-    with OtherWeights(trainer.plain_network, final):
-        dice = validate(trainer, folder / "validation", settings.mirroring)
-    trainer.print_to_log_file(f"Mean Validation Dice: {dice}")
+@dataclass(frozen=True)
+class Evaluation:
+    """The validation of a fold.
 
-
-def validate(trainer: nnsslTrainer_Finetune, folder: Path, mirroring: bool) -> float:
-    """Predict the fold's validation cases with the trainer's network and write them and summary.json as stock does.
-
-    Args:
-        trainer: Initialised; its network is used as it is, in the precision of its training (on GPUs as nnU-Net does).
-        folder: Where to.
-        mirroring: Average over mirrored predictions.
-
-    Returns:
-        The mean Dice over classes and cases.
+    Attributes:
+        network: Predicts with the weights that it has when ``run`` is called, without deep supervision.
+        plans, configuration, labels, dataset_json: nnU-Net's of the data set.
+        trainer_name: Name of the trainer.
+        mirroring_axes: Axes over whose mirrored predictions is averaged; None for no mirroring.
+        device: Device of the network.
+        amp_dtype: Type of autocast on CPUs; None is float32. On GPUs nnU-Net's own is used.
+        cases: The validation cases.
+        truth: Folder of their segmentations.
+        is_cascaded: Whether the input holds the segmentation of a previous stage.
+        log: Called with a line for each case.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer.set_deep_supervision_enabled(False)
-    trainer.network.eval()
-    predictor = _Predictor(0.5, True, mirroring, trainer.device.type == "cuda", trainer.device, False, False, False)
-    predictor.amp_dtype = trainer.amp_dtype
-    plans, configuration = trainer.plans_manager, trainer.configuration_manager
-    predictor.manual_initialization(
-        trainer.network,
-        plans,
-        configuration,
-        None,
-        trainer.dataset_json,
-        type(trainer).__name__,
-        trainer.inference_allowed_mirroring_axes,
-    )
-    _, cases = trainer.do_split()
-    dataset = trainer.dataset_class(
-        trainer.preprocessed_dataset_folder, cases, trainer.folder_with_segs_from_previous_stage
-    )
-    rows = []
-    for case in dataset.identifiers:
-        data, _, previous, properties = dataset.load_case(case)
-        data = _with_previous_stage(trainer, data[:], previous)
-        logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(data)).cpu()
-        export_prediction_from_logits(
-            logits,
-            properties,
-            configuration,
-            plans,
-            trainer.dataset_json,
-            str(folder / case),
-            False,
-            num_threads_torch=1,
+
+    network: nn.Module
+    plans: PlansManager
+    configuration: ConfigurationManager
+    labels: LabelManager
+    dataset_json: dict
+    trainer_name: str
+    mirroring_axes: tuple[int, ...] | None
+    device: torch.device
+    amp_dtype: torch.dtype | None
+    cases: Any
+    truth: Path
+    is_cascaded: bool
+    log: Callable[[str], None]
+
+    def run(self, folder: Path) -> float:
+        """Predict the cases and write them with summary.json into ``folder``, as stock does.
+
+        Returns:
+            The mean Dice over classes and cases.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.network.eval()
+        mirroring = self.mirroring_axes is not None
+        predictor = _Predictor(0.5, True, mirroring, self.device.type == "cuda", self.device, False, False, False)
+        predictor.amp_dtype = self.amp_dtype
+        predictor.manual_initialization(
+            self.network,
+            self.plans,
+            self.configuration,
+            None,
+            self.dataset_json,
+            self.trainer_name,
+            self.mirroring_axes,
         )
-        rows.append(_metrics(trainer, folder, case))
-        trainer.print_to_log_file(f"{folder.name}: {case}, Dice {_mean(rows[-1]['metrics']):.4f}")
-    trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
-    compute_gaussian.cache_clear()
-    summary = plain(_summary(rows))
-    # its presence means that the validation is complete
-    with replaced_on_success(folder / "summary.json") as temporary:
-        save_summary_json(summary, str(temporary))
-    return summary["foreground_mean"]["Dice"]
+        rows = []
+        for case in self.cases.identifiers:
+            data, _, previous, properties = self.cases.load_case(case)
+            data = self._with_previous_stage(data[:], previous)
+            logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(data)).cpu()
+            export_prediction_from_logits(
+                logits,
+                properties,
+                self.configuration,
+                self.plans,
+                self.dataset_json,
+                str(folder / case),
+                False,
+                num_threads_torch=1,
+            )
+            rows.append(self._metrics(folder, case))
+            self.log(f"{folder.name}: {case}, Dice {_mean(rows[-1]['metrics']):.4f}")
+        compute_gaussian.cache_clear()
+        summary = plain(_summary(rows))
+        # its presence means that the validation is complete
+        with replaced_on_success(folder / "summary.json") as temporary:
+            save_summary_json(summary, str(temporary))
+        return summary["foreground_mean"]["Dice"]
 
+    def _with_previous_stage(self, data: np.ndarray, previous: Any) -> np.ndarray:
+        if not self.is_cascaded:
+            return np.array(data)
+        labels = self.labels.foreground_labels
+        return np.vstack((data, convert_labelmap_to_one_hot(previous[:], labels, output_dtype=data.dtype)))
 
-def _with_previous_stage(trainer: nnsslTrainer_Finetune, data: np.ndarray, previous: Any) -> np.ndarray:
-    if not trainer.is_cascaded:
-        return np.array(data)
-    from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
-
-    one_hot = convert_labelmap_to_one_hot(previous[:], trainer.label_manager.foreground_labels, output_dtype=data.dtype)
-    return np.vstack((data, one_hot))
-
-
-def _metrics(trainer: nnsslTrainer_Finetune, folder: Path, case: str) -> dict:
-    labels, ending = trainer.label_manager, trainer.dataset_json["file_ending"]
-    truth = Path(str(trainer.preprocessed_dataset_folder_base)) / "gt_segmentations" / f"{case}{ending}"
-    return compute_metrics(
-        str(truth),
-        str(folder / f"{case}{ending}"),
-        trainer.plans_manager.image_reader_writer_class(),
-        labels.foreground_regions if labels.has_regions else labels.foreground_labels,
-        labels.ignore_label,
-    )
+    def _metrics(self, folder: Path, case: str) -> dict:
+        labels, ending = self.labels, self.dataset_json["file_ending"]
+        return compute_metrics(
+            str(self.truth / f"{case}{ending}"),
+            str(folder / f"{case}{ending}"),
+            self.plans.image_reader_writer_class(),
+            labels.foreground_regions if labels.has_regions else labels.foreground_labels,
+            labels.ignore_label,
+        )
 
 
 def _mean(metrics: dict) -> float:
@@ -134,7 +133,7 @@ def _mean(metrics: dict) -> float:
 
 
 def _summary(rows: list[dict]) -> dict:
-    """nnU-Net's summary: per case, the mean over cases, and the mean over classes."""
+    """Return nnU-Net's summary: per case, the mean over cases, and the mean over classes."""
     classes = list(rows[0]["metrics"])
     names = list(rows[0]["metrics"][classes[0]])
     mean = {c: {n: float(np.nanmean([row["metrics"][c][n] for row in rows])) for n in names} for c in classes}

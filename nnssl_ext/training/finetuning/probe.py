@@ -1,7 +1,7 @@
 """nnsslTrainer_Probe: a frozen encoder under a linear voxel-wise head, to compare pretrained encoders in minutes.
 
-It is trained, validated and loaded like ``nnsslTrainer_Finetune``; only the network is another: the target's encoder,
-and one 1x1x1 convolution per stage whose logits are interpolated to full resolution and summed.
+It is trained, validated and loaded like ``nnsslTrainer_Finetune``. Its network is the target's encoder with one 1x1x1
+convolution per stage, whose logits are interpolated to full resolution and summed.
 
 B batch, C classes, D H W voxels.
 """
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.networks.backbone import backbone_of
-from nnssl_ext.training.checks import target_network
+from nnssl_ext.networks.target import target_network
 from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
 
 
@@ -25,7 +25,7 @@ class ProbeNetwork(nn.Module):
     """A frozen encoder and its linear head.
 
     Args:
-        network: A segmentation network; all of it but its decoder is taken over, under the same names.
+        network: A segmentation network. All of it but its decoder is taken over, under the same names.
         outputs: Classes.
     """
 
@@ -44,16 +44,16 @@ class ProbeNetwork(nn.Module):
         return self
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, channels, D, H, W) -> (B, C, D, H, W)."""
+        """Predict logits: (B, channels, D, H, W) -> (B, C, D, H, W)."""
         with torch.no_grad():
             features = self.backbone_view.features(image)
         return self.decoder(features, image.shape[2:])
 
 
 class LinearHead(nn.Module):
-    """Logits from the features of all stages; named so that nnU-Net loads everything but it."""
+    """Logits from the features of all stages. Its name keeps nnU-Net from loading it."""
 
-    #: nnU-Net switches it; there is one output in any case.
+    #: nnU-Net switches it, though there is only one output.
     deep_supervision = False
 
     def __init__(self, channels: list[int], outputs: int) -> None:
@@ -61,7 +61,7 @@ class LinearHead(nn.Module):
         self.seg_layers = nn.ModuleList(nn.Conv3d(width, outputs, 1) for width in channels)
 
     def forward(self, features: list[Tensor], size: torch.Size) -> Tensor:
-        """Features of the stages, finest first -> (B, C, *size)."""
+        """Predict logits (B, C, *size) from the features of the stages, finest first."""
         total: Any = 0
         for layer, feature in zip(self.seg_layers, features, strict=True):
             # linear maps and interpolation commute: interpolating logits is cheaper than features
@@ -70,7 +70,7 @@ class LinearHead(nn.Module):
 
 
 class nnsslTrainer_Probe(nnsslTrainer_Finetune):
-    """See the module's docstring."""
+    """Trains a linear head on the frozen encoder of the target network."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class nnsslTrainer_Probe(nnsslTrainer_Finetune):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """The probe on the target trainer's encoder."""
+        """Build the probe on the target trainer's encoder."""
         network = target_network(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )

@@ -1,64 +1,73 @@
-"""nnsslTrainer_Finetune: stock nnU-Net's training, seeded, of any length, with snapshots and a gentler start.
+"""nnsslTrainer_Finetune: stock nnU-Net's training with a seed, any length, snapshots and a gentle start.
 
-With ``-pretrained_weights`` it fine-tunes; without, it is the from-scratch twin. Its defaults are stock's: 1,000 epochs
-of 250 steps, SGD, poly. Its checkpoints name stock's trainer, so that prediction needs no plug-in. Its folder and its
-ending are looked after like a pretraining's.
+With ``-pretrained_weights`` it fine-tunes; without, it is the from-scratch control. Its defaults are stock's: 1,000
+epochs of 250 steps, SGD, poly. Its checkpoints name stock's trainer, so that prediction needs no plug-in.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from time import monotonic, time
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import nn
-from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
-from nnssl_ext.environment import keep_memory, set_threads
+from nnssl_ext import checkpoint
+from nnssl_ext.environment import check_device
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import OptimizerRecipe
-from nnssl_ext.training.checks import target_network
-from nnssl_ext.training.distributed.ranks import rank, rank_device
-from nnssl_ext.training.finetuning import state as finetune_state
-from nnssl_ext.training.finetuning import steps as finetune_steps
+from nnssl_ext.provenance import revision, versions
+from nnssl_ext.settings import CommonSettings
+from nnssl_ext.training.distributed.ranks import rank, world
 from nnssl_ext.training.finetuning.components import (
     PEAK,
+    PHASES,
+    MovingAverage,
     OtherWeights,
+    build_optimizer,
     finetune_settings,
-    frozen_parts,
+    frozen_components,
     hold_statistics,
-    moving_average,
-    parameter_groups,
     predict_alone,
+    rate_at,
+    to_device,
+    unwrapped,
 )
-from nnssl_ext.training.finetuning.evaluation import validate_snapshots
-from nnssl_ext.training.finetuning.loaders import run_seed, seeded_loaders
-from nnssl_ext.training.memory.out_of_memory import finetuning_described, told_when_out_of_memory
-from nnssl_ext.training.optimization import learning_rate_at
+from nnssl_ext.training.finetuning.evaluation import Evaluation
+from nnssl_ext.training.finetuning.loaders import (
+    TRAINING,
+    VALIDATION,
+    SeededBatches,
+    batch_loader,
+    never_by_time,
+    run_seed,
+)
+from nnssl_ext.training.finetuning.state import Outputs, finite, is_spoilt, of_all_processes
+from nnssl_ext.training.managed import ManagedTrainer
+from nnssl_ext.training.memory.out_of_memory import finetuning_advice
+from nnssl_ext.training.onednn import avoid_two_slice_bug
 from nnssl_ext.training.pretraining.log import PlainLog
-from nnssl_ext.training.run import folder as run_folder
-from nnssl_ext.training.run.interruption import Interruption
-from nnssl_ext.training.run.writer import CheckpointWriter
-from nnssl_ext.training.wrapping import mixed_precision, right_in_bfloat16
+from nnssl_ext.training.run.folder import LATEST
+from nnssl_ext.transfer.start import load_heads, pretrained_weights_argument
 from nnssl_ext.views.random import step_seed
 
 
-class nnsslTrainer_Finetune(nnUNetTrainer):
-    """See the module's docstring. Settings stand under ``nnssl_ext.finetune`` in the plans.
+class nnsslTrainer_Finetune(ManagedTrainer):
+    """Seeded segmentation training, with settings under ``nnssl_ext.finetune`` in the plans.
 
     Raises:
         UserError: Before anything is written, for settings that cannot work.
     """
 
-    _best_ema: float | None
-    network: Any
+    outputs: Outputs
+    #: ``nnssl_ext transfer`` fills the heads of equal labels for this trainer.
+    takes_heads = True
 
     def __init__(
         self,
@@ -68,113 +77,125 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net reads this signature)
     ) -> None:
-        self.common, self.settings = finetune_settings(plans)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError("no CUDA device was found; use -device cpu")
-        s = self.settings
-        stock = "float16" if device.type == "cuda" else "float32"
-        amp_dtype = mixed_precision(device, stock if s.precision == "stock" else s.precision)
-        self.continuing = bool(plans.get("continue_training"))
         super().__init__(plans, configuration, fold, dataset_json, device)
+        s = self.settings
         self.logger.local_logger = PlainLog()
-        self.drawn = monotonic()
-        set_threads(device.type)
-        keep_memory(device.type)
-        self.device = rank_device(device)
-        self.amp_dtype = amp_dtype
-        self.grad_scaler = torch.amp.GradScaler("cuda") if self.amp_dtype is torch.float16 else None
         self.seed = run_seed(s.seed, fold)
         self.initial_lr = PEAK[s.optimizer] if s.learning_rate is None else s.learning_rate
         self.weight_decay = s.weight_decay
-        self.schedule = OptimizerRecipe(s.optimizer, self.initial_lr, s.weight_decay, s.schedule, s.warmup / s.steps)
         self.num_epochs = math.ceil(s.steps / s.steps_per_epoch)
         self.num_iterations_per_epoch = s.steps_per_epoch
         self.num_val_iterations_per_epoch = s.validation_iterations
         self.save_every = s.save_every
-        self.step = 0
-        self.outputs: finetune_state.Outputs = []
-        self.interruption = Interruption(self.common.max_time, self.device)
-        go_on = self.common.on_write_failure == "go_on"
-        self.writer = CheckpointWriter(self.common.write_in_background, go_on, self.print_to_log_file)
         self.predicted_by = self.common.target_trainer
-        self.averaged: AveragedModel | None = None
+        self.averaged: MovingAverage | None = None
+
+    def check(
+        self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device
+    ) -> tuple[CommonSettings, str]:
+        common, self.settings = finetune_settings(plans)
+        check_device(device.type)
+        stock = "float16" if device.type == "cuda" else "float32"
+        return common, stock if self.settings.precision == "stock" else self.settings.precision
+
+    steps_per_epoch = property(lambda self: self.settings.steps_per_epoch)
+    total_steps = property(lambda self: self.settings.steps)
 
     def initialize(self) -> None:
         torch.manual_seed(self.seed)
         super().initialize()
-        right_in_bfloat16(self.network, self.device, self.amp_dtype)
-
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: Any,
-        configuration_manager: Any,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """The target trainer's network."""
-        return target_network(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
-        )
+        avoid_two_slice_bug(self.network, self.device, self.amp_dtype)
+        self.trained = list(self.network.parameters())
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, None]:
-        s = self.settings
-        groups = parameter_groups(self.network)
-        if (s.encoder_lr_scale != 1 or s.freeze_encoder_steps) and not groups["encoder"]:
-            raise UserError("finetune.encoder_lr_scale and freeze_encoder_steps need a network with an 'encoder'")
-        if s.head_only_steps and not groups["heads"]:
-            raise UserError("finetune.head_only_steps needs a network with 'seg_layers'")
-        described = [{"params": parameters, "part": part} for part, parameters in groups.items() if parameters]
-        if s.optimizer == "adamw":
-            return torch.optim.AdamW(described, self.initial_lr, weight_decay=s.weight_decay), None
-        return torch.optim.SGD(
-            described, self.initial_lr, weight_decay=s.weight_decay, momentum=0.99, nesterov=True
-        ), None
+        return build_optimizer(self.network, self.settings, self.initial_lr), None
 
-    def get_dataloaders(self) -> tuple[Any, Any]:
-        return seeded_loaders(self)
+    def get_dataloaders(self) -> tuple[Iterator[dict], Iterable[dict]]:
+        """Return nnU-Net's own batches by number: those of the training that are left, and the validation's."""
+        manager, labels = self.configuration_manager, self.label_manager
+        scales = self._get_deep_supervision_scales()
+        rotation, dummy_2d, initial_patch, mirror = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        shared = {
+            "is_cascaded": self.is_cascaded,
+            "foreground_labels": labels.foreground_labels,
+            "regions": labels.foreground_regions if labels.has_regions else None,
+            "ignore_label": labels.ignore_label,
+        }
+        masked = {"use_mask_for_norm": manager.use_mask_for_norm}
+        patch = manager.patch_size
+        augmentation = self.get_training_transforms(patch, rotation, scales, mirror, dummy_2d, **masked, **shared)
+        never_by_time(augmentation)
+        plain = self.get_validation_transforms(scales, **shared)
+        workers = get_allowed_n_proc_DA()
+        loaders = []
+        for cases, size, transforms, stream, numbers, readers in zip(
+            self.get_tr_and_val_datasets(),
+            (initial_patch, patch),
+            (augmentation, plain),
+            (TRAINING, VALIDATION),
+            (range(self.step, self.settings.steps), range(self.num_val_iterations_per_epoch)),
+            (workers, min(1, workers)),
+            strict=True,
+        ):
+            batches = nnUNetDataLoader(
+                cases,
+                self.batch_size,
+                size,
+                patch,
+                labels,
+                oversample_foreground_percent=self.oversample_foreground_percent,
+                sampling_probabilities=None,
+                pad_sides=None,
+                transforms=transforms,
+                probabilistic_oversampling=self.probabilistic_oversampling,
+            )
+            loaders.append(
+                batch_loader(
+                    SeededBatches(batches, self.seed, stream, self.num_input_channels),
+                    numbers,
+                    workers=readers,
+                    pin_memory=self.device.type == "cuda",
+                    log=self.print_to_log_file,
+                    waiting=self.leave_if_asked_alone,
+                )
+            )
+        training, validation = loaders
+        return iter(training), validation
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        file = pretrained_weights_argument(sys.argv)
+        if file is not None and self.step == 0 and (loaded := load_heads(self.plain_network, file)):
+            self.print_to_log_file(f"Heads of equal labels from {file}: {len(loaded)} tensors")
         # made here: pretrained weights are loaded after the network is built
         if self.settings.weight_average_decay and self.averaged is None:
-            self.averaged = moving_average(self.plain_network, self.settings.weight_average_decay)
+            self.averaged = MovingAverage(self.plain_network, self.settings.weight_average_decay)
 
-    def run_training(self) -> None:
-        with run_folder.entered(self), self.interruption, told_when_out_of_memory(self, finetuning_described):
-            self.on_train_start()
-            finetune_steps.keep_first(self)
-            for _ in range(self.current_epoch, self.num_epochs):
-                self.on_epoch_start()
-                self.on_train_epoch_start()
-                self.on_train_epoch_end(finetune_steps.training_steps(self))
-                self.writer.wait()  # a checkpoint has an epoch's time; workers are not forked beside it
-                with torch.no_grad():
-                    self.on_validation_epoch_start()
-                    batches = (next(self.dataloader_val) for _ in range(self.num_val_iterations_per_epoch))
-                    self.on_validation_epoch_end([self.validation_step(batch) for batch in batches])
-                self.outputs = []
-                self.on_epoch_end()
-            run_folder.finish(self, self.on_train_end)
-            finetune_steps.leave_before_validation(self)
+    def before_training(self) -> None:
+        # pretrained weights are given without --c only: a run that was killed at once would continue from scratch
+        if self.step == 0:
+            self.save_checkpoint(str(self.folder.path / LATEST))
+        elif not self.snapshot_file(self.step).is_file():
+            self._keep_snapshot()
 
     def on_train_epoch_start(self) -> None:
         self.network.train()
-        s = self.settings
-        first = self.current_epoch * s.steps_per_epoch
-        self.num_iterations_per_epoch = min(s.steps_per_epoch, s.steps - first)
-        rate = learning_rate_at(self.schedule, self.initial_lr, first, s.steps)
+        first = self.current_epoch * self.steps_per_epoch
+        self.num_iterations_per_epoch = min(self.steps_per_epoch, self.total_steps - first)
+        rate = rate_at(self.settings, self.initial_lr, first)
+        phase = PHASES[len(frozen_components(self.settings, self.step))]
         self.print_to_log_file("")
         self.print_to_log_file(f"Epoch {self.current_epoch}")
-        self.print_to_log_file(f"Current learning rate: {rate:.5g}, training {self._phase()}")
+        self.print_to_log_file(f"Current learning rate: {rate:.5g}, training {phase}")
         self.logger.log("lrs", rate, self.current_epoch)
 
     def train_step(self, batch: dict) -> dict:
-        rate = learning_rate_at(self.schedule, self.initial_lr, self.step, self.settings.steps)
-        frozen = frozen_parts(self.settings, self.step)
+        rate = rate_at(self.settings, self.initial_lr, self.step)
+        frozen = frozen_components(self.settings, self.step)
         hold_statistics(self.plain_network, self.settings, frozen)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * (self.settings.encoder_lr_scale if group["part"] == "encoder" else 1)
+            scale = self.settings.encoder_lr_scale if group["part"] == "encoder" else 1
+            group["lr"] = rate * scale * group.get("lr_scale", 1.0)
         torch.manual_seed(step_seed(self.seed, self.step, rank()))
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(batch)
@@ -188,7 +209,7 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
             if group["part"] in frozen:
                 for parameter in group["params"]:
                     parameter.grad = None
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        torch.nn.utils.clip_grad_norm_(self.trained, 12)
         if self.grad_scaler is not None:
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
@@ -196,18 +217,21 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
             self.optimizer.step()
         self.step += 1
         if self.averaged is not None:
-            self.averaged.update_parameters(self.plain_network)
+            self.averaged.update()
         return {"loss": loss.detach().float().cpu().numpy()}
 
     def _loss(self, batch: dict) -> torch.Tensor:
-        data = batch["data"].to(self.device, non_blocking=True)
-        target = batch["target"]
-        if isinstance(target, list):
-            target = [part.to(self.device, non_blocking=True) for part in target]
-        else:
-            target = target.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, self.amp_dtype) if self.amp_dtype is not None else nullcontext():
+        data, target = to_device(batch["data"], self.device), to_device(batch["target"], self.device)
+        with self.autocast():
             return self.loss(self.network(data), target)
+
+    def after_step(self) -> None:
+        self._keep_snapshot()
+
+    def _keep_snapshot(self) -> None:
+        """Keep the weights if the settings ask for them after this step."""
+        if self.step in self.settings.snapshots:
+            self.save_checkpoint(str(self.snapshot_file(self.step)))
 
     def validation_step(self, batch: dict) -> dict:
         if self.averaged is None:
@@ -218,82 +242,159 @@ class nnsslTrainer_Finetune(nnUNetTrainer):
         finally:
             self.network = trained
 
-    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        super().on_train_epoch_end(finetune_steps.finite_steps(self, train_outputs))
+    def on_train_epoch_end(self, train_outputs: Outputs) -> None:
+        self._refuse_spoilt(train_outputs)
+        super().on_train_epoch_end(finite(train_outputs))
 
-    def refuse_loss(self, loss: float) -> NoReturn:
-        """End a run that cannot recover.
+    def is_sound(self) -> bool:
+        return not is_spoilt(self.outputs, self.grad_scaler is not None, self.common.max_nonfinite_batches)
 
-        Raises:
-            UserError: Always.
-        """
-        raise UserError(
-            f"the loss became {loss} in epoch {self.current_epoch}; the checkpoints of earlier epochs are intact. "
-            f"Lower finetune.learning_rate (now {self.initial_lr}) and start anew"
-        )
+    def gather_outputs(self) -> Outputs:
+        outputs = of_all_processes(self.outputs)
+        self._refuse_spoilt(outputs)  # the checkpoint that is there is better
+        return outputs
 
-    def on_epoch_end(self) -> None:
-        """Stock's, but that checkpoint_latest.pth knows the best so far, and no run ends for a picture."""
-        log = self.logger.get_value
-        self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
-        for name, key in (("train_loss", "train_losses"), ("val_loss", "val_losses")):
-            self.print_to_log_file(name, np.round(log(key, step=-1), 4))
-        self.print_to_log_file("Pseudo dice", [np.round(d, 4) for d in log("dice_per_class_or_region", step=-1)])
-        seconds = log("epoch_end_timestamps", step=-1) - log("epoch_start_timestamps", step=-1)
-        self.print_to_log_file(f"Epoch time: {seconds:.2f} s")
-        average = log("ema_fg_dice", step=-1)
+    def _refuse_spoilt(self, outputs: Outputs) -> None:
+        if is_spoilt(outputs, self.grad_scaler is not None, self.common.max_nonfinite_batches):
+            raise UserError(
+                f"the loss became nan in epoch {self.current_epoch}; the checkpoints of earlier epochs are intact. "
+                f"Lower finetune.learning_rate (now {self.initial_lr}) and start anew"
+            )
+
+    def epoch_lines(self) -> list[tuple[Any, ...]]:
+        dice = self.logger.get_value("dice_per_class_or_region", step=-1)
+        return [("Pseudo dice", [np.round(value, 4) for value in dice])]
+
+    def is_best(self) -> bool:
+        average = self.logger.get_value("ema_fg_dice", step=-1)
         best = self._best_ema is None or average > self._best_ema
         if best:
             self._best_ema = average
             self.print_to_log_file(f"New best moving average of the pseudo Dice: {average:.4f}")
-        # --c takes checkpoint_latest.pth, which is there from the start: it must never be older than the best
-        due = ((self.current_epoch + 1) % self.save_every == 0 or best) and self.current_epoch != self.num_epochs - 1
-        run_folder.keep_epoch(self, latest=due, best=best)
-        self.current_epoch += 1
+        return best
+
+    def latest_is_due(self, best: bool) -> bool:
+        """Check whether checkpoint_latest.pth is due: --c takes it, so it must never be older than the best."""
+        return best or super().latest_is_due(best)
+
+    def after_training(self) -> None:
+        """End the process if it was asked to: the validation of whole cases, which ``--c`` does, answers no signal."""
+        reason = self.interruption.agreed(0)
+        if reason:
+            self.leave(reason, not self.disable_checkpointing)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Stock's validation; with snapshots each of them and the end, case by case in this process."""
+        """Run stock's validation; with snapshots validate each of them and the end, case by case in this process."""
         predict_alone(self.network)
-        with run_folder.locked(Path(self.output_folder)) if self.local_rank == 0 else nullcontext():
-            if not any(self.snapshot_file(step).is_file() for step in self.settings.snapshots):
-                with self._weights(self.exported_weights()):
-                    super().perform_actual_validation(save_probabilities)
-            elif rank() == 0:
-                validate_snapshots(self)
+        with self.folder.locked() if self.local_rank == 0 else nullcontext():
+            try:
+                if not any(self.snapshot_file(step).is_file() for step in self.settings.snapshots):
+                    with OtherWeights(self.plain_network, self.exported_weights()):
+                        super().perform_actual_validation(save_probabilities)
+                elif rank() == 0:
+                    self._validate_snapshots()
+            except KeyboardInterrupt as error:
+                if world() > 1:
+                    raise
+                command = self.run_name.continuation(self.device.type)
+                self.print_to_log_file(f"Stopped by SIGINT in the validation. Repeat it with:\n    {command}")
+                raise SystemExit(0) from error
+
+    def _validate_snapshots(self) -> None:
+        settings, network = self.settings, self.plain_network
+        final = self.exported_weights()
+        _, cases = self.do_split()
+        evaluation = Evaluation(
+            network=self.network,
+            plans=self.plans_manager,
+            configuration=self.configuration_manager,
+            labels=self.label_manager,
+            dataset_json=self.dataset_json,
+            trainer_name=type(self).__name__,
+            mirroring_axes=self.inference_allowed_mirroring_axes if settings.mirroring else None,
+            device=self.device,
+            amp_dtype=self.amp_dtype,
+            cases=self.dataset_class(
+                self.preprocessed_dataset_folder, cases, self.folder_with_segs_from_previous_stage
+            ),
+            truth=Path(str(self.preprocessed_dataset_folder_base)) / "gt_segmentations",
+            is_cascaded=self.is_cascaded,
+            log=self.print_to_log_file,
+        )
+        self.set_deep_supervision_enabled(False)
+        for step in settings.snapshots:
+            if step == settings.steps or not self.snapshot_file(step).is_file():
+                continue
+            weights = checkpoint.load(self.snapshot_file(step))["network_weights"]
+            with OtherWeights(network, weights):
+                evaluation.run(self.folder.path / f"validation_step_{step:06d}")
+        with OtherWeights(network, final):
+            dice = evaluation.run(self.folder.path / "validation")
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
+        self.print_to_log_file(f"Mean Validation Dice: {dice}")
 
     def snapshot_file(self, step: int) -> Path:
-        """Where the weights after ``step`` steps are kept."""
-        return Path(self.output_folder) / f"checkpoint_step_{step:06d}.pth"
+        """Return where the weights after ``step`` steps are kept."""
+        return self.folder.path / f"checkpoint_step_{step:06d}.pth"
 
     @property
     def plain_network(self) -> nn.Module:
         """The network without the wrappers of DDP and torch.compile."""
-        network = self.network
-        network = network.module if isinstance(network, DistributedDataParallel) else network
-        return network._orig_mod if isinstance(network, OptimizedModule) else network
+        return unwrapped(self.network)
 
     def exported_weights(self) -> dict[str, torch.Tensor]:
-        """What is validated and written: the trained weights or their moving average."""
+        """Return the weights that are validated and written: the trained ones or their moving average."""
         network = self.plain_network if self.averaged is None else self.averaged.module
         return network.state_dict()
 
-    def _weights(self, weights: dict[str, torch.Tensor]) -> OtherWeights:
-        return OtherWeights(self.plain_network, weights)
+    def out_of_memory_advice(self) -> str:
+        return finetuning_advice(self.batch_size, self.configuration_manager, self.device)
 
-    def _phase(self) -> str:
-        return {0: "everything", 1: "decoder and heads", 2: "heads"}[len(frozen_parts(self.settings, self.step))]
+    def checkpoint_content(self, paths: list[Path]) -> dict[str, Any]:
+        content = {
+            "network_weights": self.exported_weights(),
+            "trainer_name": self.predicted_by,
+            **self.stock_identity(),
+            "nnssl_ext": {
+                "format": checkpoint.FORMAT,
+                "finetune": vars(self.settings),
+                "fold": self.fold,
+                "step": self.step,
+                "losses": [float(step["loss"]) for step in self.outputs],
+                "versions": versions(),
+                "revision": revision(),
+            },
+        }
+        if paths == [self.snapshot_file(self.step)]:  # for prediction, not to continue from
+            return content
+        if self.averaged is not None:
+            content["nnssl_ext"]["trained_weights"] = self.plain_network.state_dict()
+        return content | self.stock_state()
 
-    def save_checkpoint(self, *filenames: str) -> None:
-        complete = [Path(name) for name in filenames] != [self.snapshot_file(self.step)]
-        run_folder.save(self, lambda: finetune_state.collect(self, complete), *filenames)
-
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """Continue from a checkpoint of the same run, exactly.
-
-        Raises:
-            UserError: If it is damaged, or another run's.
-        """
-        source = "the checkpoint"
-        if not isinstance(filename_or_checkpoint, dict):
-            filename_or_checkpoint, source = run_folder.load(self, Path(filename_or_checkpoint))
-        finetune_state.restore(self, filename_or_checkpoint, source)
+    def restore_content(self, content: dict[str, Any], source: str) -> None:
+        own = content["nnssl_ext"]
+        if own.get("finetune") != vars(self.settings) or str(own.get("fold")) != str(self.fold):
+            raise UserError(
+                f"{self.output_folder} holds a run with other finetune settings or another fold; continue it with its "
+                f"own plans, or start anew without --c"
+            )
+        if "optimizer_state" not in content:
+            raise UserError(f"{source} is a snapshot: it holds weights only, and no run goes on from it")
+        if not self.was_initialized:
+            self.initialize()
+        try:
+            self.plain_network.load_state_dict(own.get("trained_weights", content["network_weights"]))
+            if "trained_weights" in own:
+                self.averaged = MovingAverage(self.plain_network, self.settings.weight_average_decay)
+                self.averaged.module.load_state_dict(content["network_weights"])
+                self.averaged.updates = own["step"]
+        except RuntimeError as error:  # torch lists every tensor
+            raise UserError(
+                f"{source} belongs to another network than the plans build; continue it with its own plans, or start "
+                f"anew without --c"
+            ) from error
+        # nnU-Net's log takes an epoch's values once: those of an epoch that goes on are logged again
+        log = {key: values[: content["current_epoch"]] for key, values in content["logging"].items()}
+        self.restore_stock({**content, "logging": log})
+        self.step = own["step"]
+        self.outputs = [{"loss": np.array(loss, np.float32)} for loss in own.get("losses", [])]

@@ -1,7 +1,8 @@
-"""Logs in the place of nnU-Net's: a pretraining's with its picture, and the fine-tuner's."""
+"""Logs in the place of nnU-Net's, for pretraining (with its picture) and for fine-tuning."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnssl_ext.checkpoint import plain
 from nnssl_ext.methods import Readable
 
-#: What tells of a collapse, in every method that measures it; it has a panel of its own.
+#: Measures that show a collapse, where a method has them. They have a panel of their own.
 HEALTH = (
     "feature_deviation",
     "effective_rank",
@@ -23,13 +24,15 @@ HEALTH = (
 )
 #: Weight of the newest epoch in the moving average that chooses checkpoint_best.
 NEWEST = 0.3
+#: Whether a validation showed a sign of collapse.
+COLLAPSED = "val_collapsed"
 
 
 class PlainLog(LocalLogger):
-    """nnU-Net's, of plain Python numbers, as they are after ``--c``.
+    """nnU-Net's log with plain Python numbers.
 
-    nnU-Net's moving average of the Dice is kept in float32 until it is read from a checkpoint: from then on it would be
-    rounded otherwise, and another epoch could be the best.
+    nnU-Net keeps its moving average of the Dice in float32 until a checkpoint is read. After ``--c`` it would be
+    rounded differently, and another epoch could be the best.
     """
 
     def log(self, key: str, value: Any, epoch: int) -> None:
@@ -37,7 +40,7 @@ class PlainLog(LocalLogger):
 
 
 class PretrainingLog(LocalLogger):
-    """One float per epoch and key, for any key; plain Python, so that checkpoints stay readable without pickles."""
+    """One plain Python float per epoch and key, for any key, so that checkpoints need no pickles."""
 
     def __init__(self, readable: Readable) -> None:
         super().__init__()
@@ -52,21 +55,43 @@ class PretrainingLog(LocalLogger):
         del values[epoch:]
         super().log(key, float(value), epoch)
 
+    def log_means(self, prefix: str, means: Mapping[str, float], epoch: int) -> None:
+        """Log the means of an epoch: ``loss`` as nnU-Net calls it, others as ``PREFIX_NAME``."""
+        for key, value in means.items():
+            self.log(f"{prefix}_losses" if key == "loss" else f"{prefix}_{key}", value, epoch)
+
+    def has_collapsed(self, sign: bool, patience: int, epoch: int) -> bool:
+        """Log whether a validation showed a sign of collapse; return whether enough in a row did.
+
+        The count is read from the log, so that a continued run stops where the uninterrupted one would.
+
+        Args:
+            sign: Whether this validation did.
+            patience: Validations in a row that are enough; 0 is never.
+            epoch: Current epoch.
+        """
+        log = self.my_fantastic_logging
+        if not sign and COLLAPSED not in log:
+            return False
+        log.setdefault(COLLAPSED, [0.0] * epoch)
+        self.log(COLLAPSED, float(sign), epoch)
+        return bool(patience) and sum(log[COLLAPSED][-patience:]) == patience
+
     def smoothed_val_loss(self) -> float:
-        """Moving average of the validation objective; the lowest one marks checkpoint_best."""
+        """Return the moving average of the validation objective; the lowest one marks checkpoint_best."""
         average, *rest = self.my_fantastic_logging["val_losses"]
         for value in rest:
             average = (1 - NEWEST) * average + NEWEST * value
         return average
 
-    def told_health(self) -> str:
-        """Chance and health of the newest epoch in a line, as far as they are measured."""
+    def health_text(self) -> str:
+        """Return chance and health of the newest epoch in a line, as far as they are measured."""
         log = self.my_fantastic_logging
         found = {name: log[f"val_{name}"][-1] for name in ("chance", *HEALTH) if log.get(f"val_{name}")}
         return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in found.items())
 
     def plot_progress_png(self, output_folder: str) -> None:
-        """Draw progress.png: the objective, its terms, the readable number and chance, health, rate, epoch times."""
+        """Draw progress.png: objective, terms, readable measure and chance, health, learning rate, epoch times."""
         log = self.my_fantastic_logging
         terms = sorted(k.removeprefix("val_") for k in log if k.startswith("val_") and k != "val_losses")
         terms = [term for term in terms if term not in (self.readable.key, "chance", "samples", *HEALTH)]
@@ -77,9 +102,9 @@ class PretrainingLog(LocalLogger):
         objective.plot(log["val_losses"], color="tab:red", label="validation")
         objective.set(title="Objective", ylabel="loss")
         for number, term in enumerate(terms):
-            colour = f"C{number}"
-            parts.plot(log.get(f"train_{term}", []), color=colour, linestyle=":", label=f"{term}, training")
-            parts.plot(log[f"val_{term}"], color=colour, label=f"{term}, validation")
+            color = f"C{number}"
+            parts.plot(log.get(f"train_{term}", []), color=color, linestyle=":", label=f"{term}, training")
+            parts.plot(log[f"val_{term}"], color=color, label=f"{term}, validation")
         parts.set(title="Its terms")
         readable.plot(log.get(f"val_{self.readable.key}", []), color="tab:green", label="validation")
         readable.plot(log.get("val_chance", []), color="tab:gray", linestyle="--", label="chance")

@@ -1,29 +1,30 @@
-"""What a pretraining run writes into its checkpoint, and what must agree when it is continued."""
+"""What a pretraining's checkpoint holds, and what must agree when a run is continued."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nnssl_ext import checkpoint
 from nnssl_ext.data.cases import shorten
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import Method
+from nnssl_ext.methods import DataGeometry, Method
 from nnssl_ext.networks import adaptation_plan as contract
 from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.networks.base import LearnedPositions
+from nnssl_ext.networks.positions import resize_positions
+from nnssl_ext.networks.weight_length import scale_to_lengths
 from nnssl_ext.provenance import hardware, revision, versions
-from nnssl_ext.training.pretraining import steps
-from nnssl_ext.training.wrapping import lay_out_as_weights
-from nnssl_ext.transfer.adaptations import positions
-
-if TYPE_CHECKING:
-    from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
+from nnssl_ext.training.checks import Checked
+from nnssl_ext.training.distributed.ranks import rank, world
+from nnssl_ext.transfer.start import fill_networks
 
 #: Common settings that a continued run may change: they change neither the data nor a step.
 FREE = (
@@ -36,83 +37,62 @@ FREE = (
     "max_time",
     "on_write_failure",
     "write_in_background",
+    "keep_host_memory",
+    "restore_weight_lengths",
 )
+#: The terms of the steps of an epoch, one dict per step, each term (B,).
+Outputs = list[dict[str, Tensor]]
 
 
-def collect(trainer: PretrainingTrainer) -> dict[str, Any]:
-    """The content of a checkpoint: nnU-Net's keys, the adaptation plan, and our own section."""
-    method, scaler = trainer.method, trainer.grad_scaler
-    citation = {"type": "pretraining method", "name": method.title, "apa_citations": [method.citation]}
-    return {
-        "network_weights": network_weights(method, trainer.data_heads),
-        "optimizer_state": trainer.optimizer.state_dict(),
-        "grad_scaler_state": scaler.state_dict() if scaler is not None else None,
-        "logging": trainer.logger.get_checkpoint(),
-        "_best_ema": trainer._best_ema,
-        "current_epoch": steps.next_epoch(trainer),
-        "init_args": trainer.my_init_kwargs,
-        "trainer_name": type(trainer).__name__,
-        "inference_allowed_mirroring_axes": trainer.inference_allowed_mirroring_axes,
-        "nnssl_adaptation_plan": adaptation_plan(trainer),
-        "citations": [citation],
-        "nnssl_ext": own_section(trainer),
-    }
+def of_all_processes(outputs: Outputs) -> Outputs:
+    """Gather the terms of all processes."""
+    if world() == 1:
+        return outputs
+    everyone: list[Outputs] = [[] for _ in range(world())]
+    dist.all_gather_object(everyone, [{k: v.cpu() for k, v in step.items()} for step in outputs])
+    return [step for part in everyone for step in part]
 
 
-def restore(trainer: PretrainingTrainer, content: dict[str, Any], source: str) -> None:
-    """Put an initialised trainer into the state a checkpoint was written in.
-
-    Args:
-        trainer: The trainer.
-        content: What ``checkpoint.load`` returned.
-        source: Where it is from, for messages.
-
-    Raises:
-        UserError: If the checkpoint belongs to another run.
-    """
-    checkpoint.refuse_older(content, source)
-    own = content["nnssl_ext"]
-    refuse_other_run(own["identity"], identity(trainer), source)
-    refuse_other_data(own.get("data"), data(trainer), source)
-    trainer.method.load_state_dict(own["state"])
-    trainer.optimizer.load_state_dict(content["optimizer_state"])
-    lay_out_as_weights(trainer.optimizer)
-    if trainer.grad_scaler is not None and content["grad_scaler_state"] is not None:
-        trainer.grad_scaler.load_state_dict(content["grad_scaler_state"])
-    trainer.my_init_kwargs = content["init_args"]
-    trainer.current_epoch = content["current_epoch"]
-    trainer.logger.load_checkpoint(content["logging"])
-    trainer._best_ema = content["_best_ema"]
-    trainer.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
-    trainer.step = own["counters"]["step"]
-    if trainer.step:  # a validation may come before the next step: schedules are where the last one left them
-        trainer.method.before_step((trainer.step - 1) / (trainer.num_epochs * trainer.num_iterations_per_epoch))
-    trainer.guard.skipped = own["counters"].get("nonfinite", 0)
-    trainer.outputs = steps.restored(own.get("outputs", {}), trainer.device)
+def stored(outputs: Outputs) -> dict[str, Tensor]:
+    """Join an epoch's terms so far for a checkpoint: one tensor per term."""
+    return {key: torch.cat([step[key] for step in outputs]).cpu() for key in outputs[0]} if outputs else {}
 
 
-def start(trainer: PretrainingTrainer) -> None:
-    """Before the first step of this process: what the method has chosen; of a run, ``start_from``, if plans say so."""
-    chosen = str(trainer.method)
-    if chosen != trainer.method.title:
-        trainer.print_to_log_file(chosen)
-    source = trainer.checked.common.start_from
-    if source is not None and trainer.step == 0:
-        start_from(trainer.method, Path(source))
-        trainer.print_to_log_file(f"Starting from {source}")
+def restored(terms: dict[str, Tensor], device: torch.device) -> Outputs:
+    """Return the terms that ``stored`` kept: all of them in the first process, none in the others."""
+    if not terms:
+        return []
+    return [{key: (value if rank() == 0 else value[:0]).to(device) for key, value in terms.items()}]
 
 
-def start_from(method: Method, path: Path) -> None:
-    """Take over what a finished run of the same method has learned, heads, teacher and centres included.
+def start_from(method: Method, text: str) -> str:
+    """Start from pretrained weights, and describe for the log what was taken.
 
-    The crop may be another one: positions are resized to the network's grid.
+    A finished run of the same method hands over network, heads, teacher and centers. Every other source that
+    ``nnssl_ext transfer`` takes fills the network, and the teacher where there is one.
 
     Raises:
-        UserError: If the file is damaged, another method's, or another network's.
+        UserError: If the source cannot be read, does not fit, or is the method's own run with another network.
     """
-    own = checkpoint.load(path).get("nnssl_ext", {})
-    if own.get("method") != method.name:
-        raise UserError(f"start_from={path} is a run of {own.get('method')}, this is {method.name}; name a run of it")
+    path = Path(text).expanduser()
+    own = _own_section(path)
+    if own.get("method") == method.name and "state" in own:
+        _take_over(method, own, path)
+        return f"Starting from {path}"
+    geometry = method.geometry
+    return str(fill_networks((method.network, method.exported), text, geometry.spacing, geometry.crop_size))
+
+
+def _own_section(path: Path) -> dict[str, Any]:
+    """Load what a checkpoint of this package holds under ``nnssl_ext``; nothing of other files."""
+    try:
+        return checkpoint.load(path)["nnssl_ext"]
+    except UserError:
+        return {}  # the transfer reads other kinds of files, and says what is wrong with this one
+
+
+def _take_over(method: Method, own: Mapping[str, Any], path: Path) -> None:
+    """Load the state of a finished run. The crop may differ: positions are resized to the network's grid."""
     mine, theirs = method.state_dict(), dict(own["state"])
     learned = method.backbone.learned_positions()
     for name, tensor in mine.items():
@@ -128,7 +108,7 @@ def start_from(method: Method, path: Path) -> None:
 
 
 def _resized_positions(table: Tensor, grid: Sequence[int] | None, learned: LearnedPositions, path: Path) -> Tensor:
-    """The positions of a checkpoint's grid of tokens for the network's own."""
+    """Resize learned positions from a checkpoint's grid of tokens to the network's."""
     number = table.shape[1] - learned.prefix
     if grid is None:  # files of earlier versions do not say it
         grid = [round(number ** (1 / 3))] * 3
@@ -137,43 +117,51 @@ def _resized_positions(table: Tensor, grid: Sequence[int] | None, learned: Learn
             f"start_from={path} has {number} positions of tokens, and does not say of which grid; plan with the patch "
             f"size and position_grid that it was made with"
         )
-    return table if tuple(grid) == learned.grid else positions(table, grid, learned.grid, learned.prefix)
+    return table if tuple(grid) == learned.grid else resize_positions(table, grid, learned.grid, learned.prefix)
 
 
-def network_weights(method: Method, heads: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The complete state dict of the data set's own network: all that was pretrained, under every alias, and fresh
-    heads of the data set's width where the method trained heads of its own."""
-    weights = method.exported.state_dict()
-    return {**{k: v for k, v in weights.items() if not (heads and method.backbone.is_head(k))}, **heads}
+def network_weights(
+    method: Method, heads: Mapping[str, Tensor], lengths: Mapping[str, float]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the complete state dict of the data set's own network, for fine-tuning.
+
+    It holds all pretrained tensors under every alias. Fresh heads of the data set's width take the place of heads that
+    the method trained for itself.
+
+    Args:
+        method: The method.
+        heads: Fresh heads; empty where the method trained none of its own.
+        lengths: Lengths to which convolutions before a norm are scaled; empty to leave them as trained.
+
+    Returns:
+        The state dict, and what was done to the lengths: ``restored``, and the ``factors`` by name.
+    """
+    weights, factors = method.exported.state_dict(), dict[str, float]()
+    if lengths:
+        weights, factors = scale_to_lengths(method.exported, weights, lengths)
+    kept = {k: v for k, v in weights.items() if not (heads and method.backbone.is_head(k))}
+    return {**kept, **heads}, {"restored": bool(lengths), "factors": factors}
 
 
 def fresh_heads(network: nn.Module) -> dict[str, Tensor]:
-    """The heads of a newly built network of the data set's width, under every alias."""
+    """Return the heads of a new network of the data set's width, under every alias."""
     backbone = backbone_of(network)
     return {k: v for k, v in network.state_dict().items() if backbone.is_head(k)}
 
 
-def own_section(trainer: PretrainingTrainer) -> dict[str, Any]:
-    """What stands under ``nnssl_ext``: enough to continue exactly, and to know what the weights are."""
-    method, checked = trainer.method, trainer.checked
+def method_section(method: Method, checked: Checked) -> dict[str, Any]:
+    """Return the part of a checkpoint's ``nnssl_ext`` that describes the method, its data and its origin."""
     learned = method.backbone.learned_positions()
     return {
         "format": checkpoint.FORMAT,
         "method": method.name,
         "title": method.title,
         "settings": {"common": asdict(checked.common), method.name: asdict(checked.settings)},
-        "identity": identity(trainer),
         "state": method.state_dict(),
         "position_grid": list(learned.grid) if learned else None,
         # a teacher is written instead of the network, under the same names
         "trained": [name for name, p in method.network.named_parameters() if p.requires_grad],
-        "counters": {
-            "step": trainer.step,
-            "samples": trainer.step * checked.batch_size,
-            "nonfinite": trainer.guard.skipped,
-        },
-        "outputs": steps.stored(trainer.outputs),
-        "data": data(trainer),
+        "data": checked.samples.fingerprint(),
         "training_cases": checked.training_cases,
         "versions": versions(),
         "revision": revision(),
@@ -181,21 +169,36 @@ def own_section(trainer: PretrainingTrainer) -> dict[str, Any]:
     }
 
 
-def identity(trainer: PretrainingTrainer) -> dict[str, Any]:
-    """What a checkpoint and the run that continues it must have in common, as JSON values."""
-    method, checked, plans = trainer.method_class, trainer.checked, trainer.plans_manager.plans
+def identity(
+    method: type[Method],
+    checked: Checked,
+    dataset: str,
+    configuration: str,
+    fold: int | str,
+    architecture: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what a checkpoint and the run that continues it must have in common, as JSON values.
+
+    Args:
+        method: What pretrains.
+        checked: Input of the run.
+        dataset: Name of the data set.
+        configuration: Name of the configuration.
+        fold: The fold.
+        architecture: Network of the configuration.
+    """
     common = {k: v for k, v in asdict(checked.common).items() if k not in FREE}
     geometry = asdict(checked.geometry)
-    del geometry["strides"], geometry["batch_size"]  # said elsewhere
+    del geometry["strides"], geometry["batch_size"]  # the architecture and the batch size below include them
     if not method.crops(checked.settings, checked.geometry).fits_cases:
         del geometry["case_size"]
     return _jsonlike(
         {
             "method": method.name,
-            "dataset": plans["dataset_name"],
-            "configuration": trainer.configuration_name,
-            "fold": trainer.fold,
-            "architecture": trainer.configuration_manager.configuration["architecture"],
+            "dataset": dataset,
+            "configuration": configuration,
+            "fold": fold,
+            "architecture": architecture,
             "geometry": geometry,
             "batch_size": checked.batch_size,
             "settings": {**common, method.name: asdict(checked.settings)},
@@ -204,10 +207,10 @@ def identity(trainer: PretrainingTrainer) -> dict[str, Any]:
 
 
 def refuse_other_run(stored: dict[str, Any], mine: dict[str, Any], source: str) -> None:
-    """One line about the first thing in which a checkpoint belongs to another run.
+    """Refuse to continue another run's checkpoint.
 
     Raises:
-        UserError: If anything in ``identity`` differs.
+        UserError: With the first difference of the two identities.
     """
     difference = _first_difference(stored, mine, "")
     if difference:
@@ -218,15 +221,10 @@ def refuse_other_run(stored: dict[str, Any], mine: dict[str, Any], source: str) 
         )
 
 
-def data(trainer: PretrainingTrainer) -> dict[str, str]:
-    """Digests of what the run learns from, by case; of the names alone where that is 2-D images."""
-    return trainer.checked.samples.fingerprint()
-
-
 def refuse_other_data(stored: dict[str, str] | None, mine: dict[str, str], source: str) -> None:
-    """One line about the cases that are not what they were.
+    """Refuse to continue on another state of the data.
 
-    A case that was or is left out as unreadable may differ: the log names it.
+    Cases that were or are left out as unreadable may differ: the log names them.
 
     Raises:
         UserError: If cases came, went or changed.
@@ -246,14 +244,23 @@ def refuse_other_data(stored: dict[str, str] | None, mine: dict[str, str], sourc
         )
 
 
-def adaptation_plan(trainer: PretrainingTrainer) -> dict[str, Any]:
-    """The contract by which nnU-Net's nnUNetv2_train_pretrained and nnssl read a pretrained checkpoint."""
-    geometry = trainer.checked.geometry
+def adaptation_plan(
+    method: Method, geometry: DataGeometry, plans_name: str, configuration_name: str, configuration: dict
+) -> dict[str, Any]:
+    """Return the contract by which nnU-Net's ``nnUNetv2_train_pretrained`` and nnssl read a pretrained checkpoint.
+
+    Args:
+        method: The method.
+        geometry: Crop, spacing and channels.
+        plans_name: Name of the plans.
+        configuration_name: Name of the configuration.
+        configuration: Its content.
+    """
     return contract.adaptation_plan(
-        trainer.method.exported,
-        plans_name=trainer.plans_manager.plans_name,
-        configuration_name=trainer.configuration_name,
-        configuration=trainer.configuration_manager.configuration,
+        method.exported,
+        plans_name=plans_name,
+        configuration_name=configuration_name,
+        configuration=configuration,
         patch_size=geometry.crop_size,
         spacing=geometry.spacing,
         channels=geometry.channels,

@@ -1,92 +1,75 @@
-"""What a finished pretraining tells its user, in place of nnU-Net's validation."""
+"""The summary of a finished pretraining, in the place of nnU-Net's validation."""
 
 from __future__ import annotations
 
-import os
-import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nnssl_ext.data.corpus import TARGET_KEY
-from nnssl_ext.environment import launched
-from nnssl_ext.recipe import write_json
-from nnssl_ext.training.distributed.ranks import world
-
-if TYPE_CHECKING:
-    from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
-    from nnssl_ext.training.run.folder import Training
+from nnssl_ext.methods import Readable
+from nnssl_ext.training.run.commands import RunName
 
 
-def print_summary(trainer: PretrainingTrainer) -> dict[str, Any]:
-    """Print and log the summary and write it as pretraining_summary.json; returns its content."""
-    log = trainer.logger.get_value
-    readable = trainer.method.readable
-    numbers = log(f"val_{readable.key}", None)
-    losses = log("val_losses", None)
-    file = Path(trainer.output_folder) / "checkpoint_final.pth"
-    start, end = log("epoch_start_timestamps", None), log("epoch_end_timestamps", None)
-    content = {
-        "method": trainer.method.title,
-        "dataset": trainer.plans_manager.dataset_name,
-        "plans": trainer.plans_manager.plans_name,
-        "configuration": trainer.configuration_name,
-        "fold": trainer.fold,
-        "training_cases": trainer.checked.training_cases,
+def summarize(
+    log: Mapping[str, Sequence[float]],
+    readable: Readable,
+    *,
+    before: Mapping[str, Any],
+    steps: int,
+    batch_size: int,
+    after: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the content of pretraining_summary.json.
+
+    Args:
+        log: Values per epoch.
+        readable: The measure that people can interpret.
+        before: What comes first: the run's names.
+        steps: Optimizer steps.
+        batch_size: Samples per step.
+        after: What comes last: the checkpoint and its use.
+    """
+    losses, values = log["val_losses"], log[f"val_{readable.key}"]
+    times = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)
+    return {
+        **before,
         "epochs": len(losses),
-        "steps": trainer.step,
-        "batch_size": trainer.checked.batch_size,
-        "hours": sum(b - a for a, b in zip(start, end, strict=True)) / 3600,
+        "steps": steps,
+        "batch_size": batch_size,
+        "hours": sum(end - start for start, end in times) / 3600,
         "objective_first": losses[0],
         "objective_last": losses[-1],
-        readable.key: {"title": readable.title, "first": numbers[0], "last": numbers[-1]},
-        "checkpoint": str(file) if file.is_file() else None,
-        "next_command": next_command(trainer, file) if file.is_file() else None,
+        readable.key: {"title": readable.title, "first": values[0], "last": values[-1]},
+        **after,
     }
-    write_json(content, Path(trainer.output_folder) / "pretraining_summary.json")
-    trainer.print_to_log_file(
+
+
+def summary_text(content: Mapping[str, Any], readable: Readable, learned_from: str) -> str:
+    """Return the summary for the log."""
+    value = content[readable.key]
+    return (
         f"Pretraining summary\n"
         f"  {content['method']} on {content['dataset']}, {content['configuration']}, fold {content['fold']} "
-        f"({trainer.checked.samples.summary(trainer.checked.training_cases)}): "
+        f"({learned_from}): "
         f"{content['epochs']} epochs, {content['steps']} steps of {content['batch_size']}, {content['hours']:.2f} h\n"
-        f"  objective on validation crops: {losses[0]:.4f} -> {losses[-1]:.4f}\n"
-        f"  {readable.title}: {numbers[0]:.4f} -> {numbers[-1]:.4f}\n"
-        f"  fine-tune with:\n    {content['next_command'] or 'nothing: no checkpoint was written'}",
-        add_timestamp=False,
+        f"  objective on validation crops: {content['objective_first']:.4f} -> {content['objective_last']:.4f}\n"
+        f"  {readable.title}: {value['first']:.4f} -> {value['last']:.4f}\n"
+        f"  fine-tune with:\n    {content['next_command'] or 'nothing: no checkpoint was written'}"
     )
-    return content
 
 
-def next_command(trainer: PretrainingTrainer, file: Path) -> str:
-    """The stock command that fine-tunes from these weights."""
-    dataset, fold = trainer.plans_manager.dataset_name, str(trainer.fold)
-    if TARGET_KEY in trainer.dataset_json:  # a corpus has no labels: its weights are for another data set
-        dataset, fold = trainer.dataset_json[TARGET_KEY], "0"
-    words = _command(trainer, dataset, fold, trainer.checked.common.target_trainer)
-    return shlex.join([*words, "-pretrained_weights", str(file)])
+def next_command(run: RunName, target_trainer: str, dataset_json: Mapping[str, Any], file: Path) -> str:
+    """Return the stock command that fine-tunes from a checkpoint.
 
-
-def continue_command(trainer: Training) -> str:
-    """The command that goes on with this run."""
-    words = _command(trainer, trainer.plans_manager.dataset_name, str(trainer.fold), type(trainer).__name__)
-    if trainer.device.type != "cuda":
-        words += ["-device", trainer.device.type]
-    if world() > 1 and launched():
-        words[:1] = _launcher()
-    elif world() > 1:
-        words += ["-num_gpus", str(world())]
-    return shlex.join([*words, "--c"])
-
-
-def _launcher() -> list[str]:
-    """How torchrun starts as many processes again."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
-    several = ["--rdzv-backend=c10d", "--rdzv-endpoint=HOST:PORT"] if here < world() else ["--standalone"]
-    sizes = [f"--nnodes={world() // here}", f"--nproc-per-node={here}"]
-    return ["torchrun", *several, *sizes, "-m", "nnssl_ext.train"]
-
-
-def _command(trainer: Training, dataset: str, fold: str, trainer_name: str) -> list[str]:
-    words = ["nnUNetv2_train", str(int(dataset[7:10])), trainer.configuration_name, fold]
-    if trainer.plans_manager.plans_name != "nnUNetPlans":
-        words += ["-p", trainer.plans_manager.plans_name]
-    return [*words, "-tr", trainer_name] if trainer_name != "nnUNetTrainer" else words
+    Args:
+        run: The pretraining.
+        target_trainer: Trainer of the fine-tuning.
+        dataset_json: The data set's. A corpus has no labels and names the data set that its weights are for.
+        file: The checkpoint.
+    """
+    run = replace(run, trainer=target_trainer)
+    if TARGET_KEY in dataset_json:
+        run = replace(run, dataset=dataset_json[TARGET_KEY], fold="0")
+    return run.fine_tuning(file)

@@ -1,60 +1,53 @@
-"""PretrainingTrainer: the one bridge to nnUNetTrainer.
+"""PretrainingTrainer: the bridge between a self-supervised method and stock ``nnUNetv2_train``.
 
-It makes stock ``nnUNetv2_train`` run a self-supervised method: nnU-Net's command, folders, logs and checkpoints; the
-method's crops, views and objective. It knows no method by name.
+nnU-Net gives the command, folders, logs and checkpoints; the method gives crops, views and objective. The trainer
+knows no method by name.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
-from time import monotonic, time
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from nnssl_ext.data.crops import CropBatch
-from nnssl_ext.environment import keep_memory, set_threads
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
 from nnssl_ext.networks.target import target_network
+from nnssl_ext.networks.weight_length import convolution_lengths
+from nnssl_ext.recipe import write_json
+from nnssl_ext.settings import CommonSettings
 from nnssl_ext.training.checks import check_run, target_backbone
-from nnssl_ext.training.distributed.heartbeat import Heartbeat
-from nnssl_ext.training.distributed.ranks import mean_over_samples, rank, rank_device, world
-from nnssl_ext.training.memory.out_of_memory import told_when_out_of_memory
-from nnssl_ext.training.optimization import build_optimiser, clip_gradients, set_rates
-from nnssl_ext.training.pretraining import state, steps
-from nnssl_ext.training.pretraining.collapse import stop_when_collapsed
-from nnssl_ext.training.pretraining.loaders import sample_loaders, unreadable
+from nnssl_ext.training.distributed.ranks import mean_over_samples, rank, world
+from nnssl_ext.training.distributed.store import from_the_first
+from nnssl_ext.training.managed import ManagedTrainer
+from nnssl_ext.training.memory.out_of_memory import pretraining_advice
+from nnssl_ext.training.onednn import avoid_two_slice_bug
+from nnssl_ext.training.optimization import build_optimizer, clip_gradients, set_rates
+from nnssl_ext.training.pretraining import state
+from nnssl_ext.training.pretraining.loaders import Unreadable, sample_loaders
 from nnssl_ext.training.pretraining.log import PretrainingLog
-from nnssl_ext.training.pretraining.summary import print_summary
-from nnssl_ext.training.run import folder as run_folder
-from nnssl_ext.training.run.interruption import Interruption
+from nnssl_ext.training.pretraining.summary import next_command, summarize, summary_text
+from nnssl_ext.training.run.folder import FINAL
 from nnssl_ext.training.run.nonfinite import FiniteGuard
-from nnssl_ext.training.run.writer import CheckpointWriter
-from nnssl_ext.training.wrapping import arrange, engine, mixed_precision
+from nnssl_ext.training.wrapping import match_memory_format, set_memory_format, wrap_for_training
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom, step_seed
 
 
-class PretrainingTrainer(nnUNetTrainer):
-    """Pretrains the network of a data set's plans; a subclass names the method.
+class PretrainingTrainer(ManagedTrainer):
+    """Pretrains the network of a data set's plans. A subclass names the method.
 
     Raises:
         UserError: Before anything is written, for every input that cannot work.
     """
 
     method_class: ClassVar[type[Method]]
-    was_initialized: bool
-    dataloader_train: Any
-    dataloader_val: Any
-    _best_ema: float | None
+    outputs: state.Outputs
 
     def __init__(
         self,
@@ -64,114 +57,105 @@ class PretrainingTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net reads this signature)
     ) -> None:
-        with Heartbeat():
-            self.checked = check_run(self.method_class, plans, configuration, fold, dataset_json, device)
-        common = self.checked.common
-        amp_dtype = mixed_precision(device, common.precision)
-        continuing = bool(plans.get("continue_training"))
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.drawn = monotonic()
-        set_threads(device.type)
-        keep_memory(device.type)
-        self.device, self.amp_dtype = rank_device(device), amp_dtype
-        # bfloat16 has the range of float32: only float16 needs its gradients scaled
-        self.grad_scaler = torch.amp.GradScaler("cuda") if self.amp_dtype is torch.float16 else None
+        common, samples = self.common, self.checked.samples
         self.num_epochs = common.epochs
         self.num_iterations_per_epoch = common.iterations_per_epoch
         self.num_val_iterations_per_epoch = common.validation_iterations
         self.save_every = common.save_every
         self.enable_deep_supervision = self.method_class.deep_supervision
         self.inference_allowed_mirroring_axes = (0, 1, 2)
-        self.logger.local_logger = PretrainingLog(self.method_class.readable)
-        self.step = 0
-        self.outputs: steps.Outputs = []
-        self.continuing = continuing
-        run_folder.refuse_unshared(self, run_folder.checkpoints(self))
-        self.interruption = Interruption(common.max_time, self.device)
-        go_on = common.on_write_failure == "go_on"
-        self.writer = CheckpointWriter(common.write_in_background, go_on, self.print_to_log_file)
-        self.unreadable = unreadable(self)
+        self.log = self.logger.local_logger = PretrainingLog(self.method_class.readable)
+        limit = common.max_unreadable_fraction
+        self.unreadable = Unreadable(samples.kind, len(samples), limit, self.print_to_log_file)
+        self.unreadable.note(samples.left_out())
         self.print_to_log_file(f"Pretraining with {self.method_class.title}: {self.method_class.citation}\n")
+
+    def check(
+        self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device
+    ) -> tuple[CommonSettings, str]:
+        self.checked = check_run(self.method_class, plans, configuration, fold, dataset_json, device)
+        return self.checked.common, self.checked.common.precision
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.common.iterations_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        return self.num_epochs * self.steps_per_epoch
 
     def initialize(self) -> None:
         if self.was_initialized:
             raise RuntimeError("initialize was called twice")
-        common, geometry = self.checked.common, self.checked.geometry
+        common, geometry, settings = self.common, self.checked.geometry, self.checked.settings
         plans = self.plans_manager, self.configuration_manager
         self.batch_size = self.checked.batch_size
         self.num_input_channels = geometry.channels
 
         # the initial values of everything, heads included, follow from the seed
         torch.manual_seed(common.seed)
-        own_outputs = self.method_class.output_channels(self.checked.settings, geometry)
+        own_outputs = self.method_class.output_channels(settings, geometry)
         data_outputs = self.label_manager.num_segmentation_heads
         self.data_heads: dict[str, Tensor] = {}
         if own_outputs is not None:
             self.data_heads = state.fresh_heads(target_network(*plans, geometry.channels, data_outputs))
         twice = common.activation_checkpointing
         backbone = target_backbone(*plans, geometry.channels, own_outputs or data_outputs, twice)
-        self.method = self.method_class(backbone, self.checked.settings, geometry).to(self.device)
+        self.method = self.method_class(backbone, settings, geometry).to(self.device)
         self.network = self.method.network
-        arrange(self.method, common.memory_format, self.device, self.amp_dtype)
+        self.initial_lengths = convolution_lengths(self.network)
+        avoid_two_slice_bug(self.method, self.device, self.amp_dtype)
+        set_memory_format(self.method, common.memory_format, self.device, self.amp_dtype)
         compiled = self._do_i_compile()
         if compiled:
             self.print_to_log_file("Using torch.compile...")
-        self.objective = engine(self.method, self.device, compiled)
+        self.objective = wrap_for_training(self.method, self.device, compiled)
 
         self.recipe = self.method.optimizer()
         self.initial_lr = self.recipe.learning_rate if common.learning_rate is None else common.learning_rate
         self.weight_decay = self.recipe.weight_decay
-        self.optimizer = build_optimiser(self.recipe, self.method.parameter_groups(), self.initial_lr)
+        self.optimizer = build_optimizer(self.recipe, self.method.parameter_groups(), self.initial_lr)
+        self.clipped = [list(module.parameters()) for module in self.method.clipped_modules()]
         self.guard = FiniteGuard(self.method, self.optimizer, common.max_nonfinite_batches, self.print_to_log_file)
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         self.logger.update_config({"hparas": {"method": self.method.name, "initial_lr": self.initial_lr}})
         self.was_initialized = True
 
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: Any,
-        configuration_manager: Any,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """The target trainer's network: what stock prediction builds to load a pretraining checkpoint."""
-        return target_network(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
-        )
-
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         self.method.backbone.set_deep_supervision(enabled)
 
     def plot_network_architecture(self) -> None:
-        """Stock draws a picture with a package that nobody has any more, and logs that it could not."""
+        """Draw nothing: stock needs an outdated package for it, and logs that it is missing."""
 
     def get_dataloaders(self) -> tuple[Iterator[CropBatch], Iterable[CropBatch]]:
-        return sample_loaders(self)
+        checked = self.checked
+        request = self.method.crops(checked.settings, checked.geometry)
+        # nnU-Net writes a split where there is none yet
+        datasets = checked.samples.datasets(
+            request, self.common.seed, lambda: from_the_first("split", self.do_split), self.print_to_log_file
+        )
+        return sample_loaders(
+            datasets,
+            self.batch_size,
+            range(self.step, self.total_steps),
+            self.num_val_iterations_per_epoch,
+            pin_memory=self.device.type == "cuda",
+            log=self.print_to_log_file,
+            waiting=self.leave_if_asked_alone,
+        )
 
     def on_train_start(self) -> None:
-        run_folder.start(self, super().on_train_start)
-        state.start(self)
-
-    def run_training(self) -> None:
-        with Heartbeat(), run_folder.entered(self), self.interruption, told_when_out_of_memory(self):
-            self.on_train_start()
-            for _ in range(self.current_epoch, self.num_epochs):
-                self.on_epoch_start()
-                self.on_train_epoch_start()
-                left = (self.current_epoch + 1) * self.num_iterations_per_epoch - self.step
-                batches = (next(self.dataloader_train) for _ in range(left))
-                self.on_train_epoch_end(steps.training_steps(self, self._progress(batches, "training")))
-                self.on_validation_epoch_start()
-                self.on_validation_epoch_end(
-                    [self.validation_step(b) for b in self._progress(self.dataloader_val, "validation")]
-                )
-                self.on_epoch_end()
-            self.on_train_end()
-
-    def on_train_end(self) -> None:
-        run_folder.finish(self, super().on_train_end)
-        self.dataloader_train = self.dataloader_val = None  # ends the workers
+        super().on_train_start()
+        chosen = str(self.method)
+        if chosen != self.method.title:
+            self.print_to_log_file(chosen)
+        if self.step:
+            return
+        if self.common.start_from is not None:
+            self.print_to_log_file(state.start_from(self.method, self.common.start_from))
+        elif self.method.exported is not self.method.network:  # stock's -pretrained_weights fill the network alone
+            self.method.exported.load_state_dict(self.method.network.state_dict())
 
     def on_train_epoch_start(self) -> None:
         self.method.train()
@@ -179,33 +163,44 @@ class PretrainingTrainer(nnUNetTrainer):
         self.print_to_log_file(f"Epoch {self.current_epoch}")
 
     def train_step(self, batch: CropBatch) -> dict[str, Tensor]:
-        """One optimiser step; the terms stay on the device, so that nothing waits for them."""
-        common = self.checked.common
-        total = self.num_epochs * self.num_iterations_per_epoch
-        set_rates(self.optimizer, self.recipe, self.initial_lr, self.step, total)
-        self.method.before_step(self.step / total)
-        # dropout and the like draw from torch's own generator: the same at each step, however often we restarted
-        torch.manual_seed(step_seed(common.seed, self.step, rank()))
+        """Do one optimizer step. The terms stay on the device, so that the host does not wait for them."""
+        set_rates(self.optimizer, self.recipe, self.initial_lr, self.step, self.total_steps)
+        self.method.before_step(self.step / self.total_steps)
+        # dropout and the like draw from torch's own generator: the same at each step, however often a run restarts
+        torch.manual_seed(step_seed(self.common.seed, self.step, rank()))
         self.optimizer.zero_grad(set_to_none=True)
-        self.guard.remember()
-        terms = self._terms(batch, VIEWS)
-        # ranks may hold one sample more or less: DDP averages over ranks, the objective over samples
-        loss = terms["loss"].sum() * (world() / self.checked.batch_size)
-        if self.grad_scaler is not None:
-            self.grad_scaler.scale(loss).backward()
-            self.grad_scaler.unscale_(self.optimizer)
-            self._clip()
-            self.guard.judge(loss, None)
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
-        else:
-            loss.backward()
-            if self.guard.judge(loss, self._clip()):
-                self.optimizer.step()
-        self.step += 1
-        self.method.after_step(self.step / total)
-        self.guard.settle(self.step, batch.cases)
+        with self.guard.step(self.step + 1, batch.cases) as allows:
+            terms = self._terms(batch, VIEWS)
+            # ranks may hold one sample more or less: DDP averages over ranks, the objective over samples
+            loss = terms["loss"].sum() * (world() / self.checked.batch_size)
+            if self.grad_scaler is not None:
+                self.grad_scaler.scale(loss).backward()
+                self.grad_scaler.unscale_(self.optimizer)
+                clip_gradients(self.clipped, self.recipe.max_grad_norm)
+                allows(loss, None)
+                self.grad_scaler.step(self.optimizer)
+                self.grad_scaler.update()
+            else:
+                loss.backward()
+                if allows(loss, clip_gradients(self.clipped, self.recipe.max_grad_norm)):
+                    self.optimizer.step()
+            self.step += 1
+            self.method.after_step(self.step / self.total_steps)
         return {key: value.detach() for key, value in terms.items()}
+
+    def after_step(self) -> None:
+        if self.step == self._last_step_of_epoch():
+            self.guard.read()
+        if self.guard.problem:
+            raise UserError(self.guard.problem)
+
+    def is_sound(self) -> bool:
+        self.guard.read()
+        return self.guard.is_sound()
+
+    def gather_outputs(self) -> state.Outputs:
+        self.guard.read()
+        return state.of_all_processes(self.outputs)
 
     def validation_step(self, batch: CropBatch) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -215,86 +210,136 @@ class PretrainingTrainer(nnUNetTrainer):
         self.unreadable.note(batch.skipped)
         if batch.failure:
             raise UserError(f"{batch.failure}; repair or remove it, then go on with --c")
-        random = BatchRandom(self.checked.common.seed, stream, batch.indices, self.device)
+        random = BatchRandom(self.common.seed, stream, batch.indices, self.device)
         with torch.no_grad():
             views = self.method.views(batch, random)
-        mixed = torch.autocast(self.device.type, self.amp_dtype) if self.amp_dtype is not None else nullcontext()
-        with mixed:
+        with self.autocast():
             return self.objective(views)
 
-    def _clip(self) -> Tensor:
-        return clip_gradients(self.method.clipped_modules(), self.recipe.max_grad_norm)
-
-    def on_train_epoch_end(self, train_outputs: list[dict[str, Tensor]]) -> None:
+    def on_train_epoch_end(self, train_outputs: state.Outputs) -> None:
         means = mean_over_samples(train_outputs)
-        self._refuse_non_finite(means["loss"])
+        if not np.isfinite(means["loss"]):
+            raise UserError(
+                f"the objective became {means['loss']} in epoch {self.current_epoch}; the checkpoints of earlier "
+                f"epochs are intact. Lower nnssl_ext.learning_rate (now {self.initial_lr}) and start anew"
+            )
         self.logger.log("lrs", max(group["lr"] for group in self.optimizer.param_groups), self.current_epoch)
-        self._log_means("train", means)
+        self.log.log_means("train", means, self.current_epoch)
 
     def on_validation_epoch_start(self) -> None:
-        self.writer.wait()  # a checkpoint has an epoch's time; workers are not forked beside it
         self.method.eval()
 
-    def on_validation_epoch_end(self, val_outputs: list[dict[str, Tensor]]) -> None:
+    def on_validation_epoch_end(self, val_outputs: state.Outputs) -> None:
         measures = mean_over_samples(val_outputs)
         check = self.method.check_validation(measures)
-        self._log_means("val", {**measures, **check.measures})
-        stop_when_collapsed(self, check.collapse, check.patience)
+        self.log.log_means("val", {**measures, **check.measures}, self.current_epoch)
+        if check.collapse:
+            self.print_to_log_file(f"Sign of a collapse: {check.collapse}")
+        if self.log.has_collapsed(bool(check.collapse), check.patience, self.current_epoch):
+            raise UserError(
+                f"the features have collapsed ({check.patience} epochs in a row): {check.collapse}; earlier "
+                f"checkpoints are intact"
+            )
 
-    def _log_means(self, prefix: str, means: dict[str, float]) -> None:
-        self.logger.log(f"{prefix}_losses", means.pop("loss"), self.current_epoch)
-        for key, value in means.items():
-            self.logger.log(f"{prefix}_{key}", value, self.current_epoch)
-
-    def on_epoch_end(self) -> None:
-        self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
-        log = self.logger.get_value
+    def epoch_lines(self) -> list[tuple[Any, ...]]:
         readable = self.method.readable
-        self.print_to_log_file("train_loss", np.round(log("train_losses", -1), 4))
-        self.print_to_log_file("val_loss", np.round(log("val_losses", -1), 4))
-        self.print_to_log_file(readable.title, np.round(log(f"val_{readable.key}", -1), 4))
-        self.print_to_log_file(self.logger.local_logger.told_health())
-        seconds = log("epoch_end_timestamps", -1) - log("epoch_start_timestamps", -1)
-        self.print_to_log_file(f"Epoch time: {seconds:.2f} s")
+        value = self.logger.get_value(f"val_{readable.key}", -1)
+        return [(readable.title, np.round(value, 4)), (self.log.health_text(),)]
 
-        smoothed = self.logger.local_logger.smoothed_val_loss()
+    def is_best(self) -> bool:
+        smoothed = self.log.smoothed_val_loss()
         best = self._best_ema is None or smoothed < self._best_ema
         if best:
             self._best_ema = smoothed
             self.print_to_log_file(f"New best moving average of the validation objective: {smoothed:.4f}")
-        due = (self.current_epoch + 1) % self.save_every == 0 and self.current_epoch != self.num_epochs - 1
-        run_folder.keep_epoch(self, latest=due, best=best)
-        self.current_epoch += 1
-
-    def _progress(self, batches: Iterable[CropBatch], what: str) -> Iterable[CropBatch]:
-        total = self.num_iterations_per_epoch if what == "training" else self.num_val_iterations_per_epoch
-        hidden = rank() > 0 or not sys.stderr.isatty()
-        return tqdm(batches, f"Epoch {self.current_epoch}, {what}", total, disable=hidden, leave=False)
-
-    def _refuse_non_finite(self, loss: float) -> None:
-        if not np.isfinite(loss):
-            raise UserError(
-                f"the objective became {loss} in epoch {self.current_epoch}; the checkpoints of earlier epochs are "
-                f"intact. Lower nnssl_ext.learning_rate (now {self.initial_lr}) and start anew"
-            )
+        return best
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Stock validates a segmentation here; a pretraining prints its summary and the command that uses it."""
-        if self.local_rank == 0:
-            print_summary(self)
+        """Write and print a summary, in the place of stock's validation of a segmentation."""
+        if self.local_rank != 0:
+            return
+        file, name = self.folder.path / FINAL, self.run_name
+        command = next_command(name, self.common.target_trainer, self.dataset_json, file) if file.is_file() else None
+        content = summarize(
+            self.log.my_fantastic_logging,
+            self.method.readable,
+            before={
+                "method": self.method.title,
+                "dataset": name.dataset,
+                "plans": name.plans,
+                "configuration": name.configuration,
+                "fold": self.fold,
+                "training_cases": self.checked.training_cases,
+            },
+            steps=self.step,
+            batch_size=self.checked.batch_size,
+            after={"checkpoint": str(file) if file.is_file() else None, "next_command": command},
+        )
+        write_json(content, self.folder.path / "pretraining_summary.json")
+        learned_from = self.checked.samples.summary(self.checked.training_cases)
+        self.print_to_log_file(summary_text(content, self.method.readable, learned_from), add_timestamp=False)
 
-    def save_checkpoint(self, *filenames: str) -> None:
-        run_folder.save(self, lambda: state.collect(self), *filenames)
+    def out_of_memory_advice(self) -> str:
+        return pretraining_advice(
+            self.method_class,
+            self.checked,
+            self.plans_manager.plans,
+            self.configuration_name,
+            self.dataset_json,
+            self.device,
+        )
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """Continue from a checkpoint of the same run, exactly.
+    def _identity(self) -> dict[str, Any]:
+        architecture = self.configuration_manager.configuration["architecture"]
+        name = self.run_name
+        return state.identity(
+            self.method_class, self.checked, name.dataset, name.configuration, self.fold, architecture
+        )
 
-        Raises:
-            UserError: If it is damaged, no pretraining checkpoint, or another method's or plan's.
-        """
-        source = "the checkpoint"
-        if not isinstance(filename_or_checkpoint, dict):
-            filename_or_checkpoint, source = run_folder.load(self, Path(filename_or_checkpoint))
+    def checkpoint_content(self, paths: list[Path]) -> dict[str, Any]:
+        method, checked = self.method, self.checked
+        weights, handed_over = state.network_weights(
+            method, self.data_heads, self.initial_lengths if self.common.restore_weight_lengths else {}
+        )
+        return {
+            "network_weights": weights,
+            **self.stock_state(),
+            **self.stock_identity(),
+            "trainer_name": type(self).__name__,
+            "nnssl_adaptation_plan": state.adaptation_plan(
+                method,
+                checked.geometry,
+                self.plans_manager.plans_name,
+                self.configuration_name,
+                self.configuration_manager.configuration,
+            ),
+            "citations": [{"type": "pretraining method", "name": method.title, "apa_citations": [method.citation]}],
+            "nnssl_ext": {
+                **state.method_section(method, checked),
+                "identity": self._identity(),
+                "counters": {
+                    "step": self.step,
+                    "samples": self.step * checked.batch_size,
+                    "nonfinite": self.guard.skipped,
+                },
+                "outputs": state.stored(self.outputs),
+                "initial_lengths": self.initial_lengths,
+                "weight_lengths": handed_over,
+            },
+        }
+
+    def restore_content(self, content: dict[str, Any], source: str) -> None:
         if not self.was_initialized:
             self.initialize()
-        state.restore(self, filename_or_checkpoint, source)
+        own = content.get("nnssl_ext", {})
+        state.refuse_other_run(own["identity"], self._identity(), source)
+        state.refuse_other_data(own.get("data"), self.checked.samples.fingerprint(), source)
+        self.method.load_state_dict(own["state"])
+        self.restore_stock(content)
+        match_memory_format(self.optimizer)
+        self.step = own["counters"]["step"]
+        if self.step:  # a validation may come before the next step: schedules are where the last one left them
+            self.method.before_step((self.step - 1) / self.total_steps)
+        self.guard.skipped = own["counters"].get("nonfinite", 0)
+        self.outputs = state.restored(own.get("outputs", {}), self.device)
+        self.initial_lengths = own.get("initial_lengths", self.initial_lengths)

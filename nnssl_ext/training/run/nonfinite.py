@@ -1,12 +1,13 @@
-"""Batches whose objective or gradients are not finite: they change nothing, are named, and end a run when too many.
+"""Batches whose objective or gradients are not finite change nothing, are named, and end a run if there are too many.
 
-The verdict is a tensor on the device. Where reading it costs nothing (on the CPU) the host reads it at every step; on a
-GPU the fused optimisers skip the step by themselves (``found_inf``) and the host reads what happened once in a while.
+The verdict is a tensor on the device. On the CPU the host reads it at every step, which costs nothing there. On a GPU
+the fused optimizers skip the step themselves (``found_inf``), and the host reads the verdicts once in a while.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -15,98 +16,116 @@ from torch import Tensor, nn
 from nnssl_ext.data.cases import shorten
 from nnssl_ext.training.distributed.ranks import world
 
-#: On a GPU the host looks at the verdicts once in so many steps.
+#: Steps between two readings of the verdicts on a GPU.
 READ_EVERY = 16
 
 
 class FiniteGuard:
-    """See the module's docstring.
+    """Protects a training from batches that are not finite.
+
+    The module's buffers must change in place: the guard collects them once. Counters among them, which are integers,
+    are not restored.
 
     Args:
-        method: What is trained; what a bad batch did to its buffers (running statistics, centres) is undone.
-        optimiser: Of the method.
-        limit: So many batches may be skipped in a run.
-        tell: Called with a line for each of them.
+        module: The trained module. The effect of a bad batch on its buffers (running statistics, centers) is undone.
+        optimizer: Optimizer of the module.
+        limit: Batches that a run may skip.
+        log: Called with a line for each of them.
 
     Attributes:
         skipped: Batches of this run that changed nothing.
     """
 
     def __init__(
-        self, method: nn.Module, optimiser: torch.optim.Optimizer, limit: int, tell: Callable[[str], None]
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, limit: int, log: Callable[[str], None]
     ) -> None:
-        self.method, self.optimiser, self.limit, self.tell = method, optimiser, limit, tell
+        self.optimizer, self.limit, self.log = optimizer, limit, log
         self.skipped = 0
-        self._buffers: list[Tensor] = []
-        self._bad = torch.zeros(())
-        self._blame = torch.zeros(())
+        self._state = [*module.parameters(), *module.buffers()]
+        self._buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        self._copies = [torch.empty_like(buffer) for buffer in self._buffers]
+        self._verdict = torch.zeros((), dtype=torch.bool)
+        self._at_fault = self._verdict
         self._pending: list[tuple[int, Sequence[str], Tensor, Tensor]] = []
 
     def __repr__(self) -> str:
         return f"FiniteGuard({self.skipped} of at most {self.limit} batches skipped)"
 
-    def remember(self) -> None:
-        """Before the forward pass: what its buffers are."""
-        self._buffers = [buffer.clone() for buffer in self.method.buffers()]
-
-    def judge(self, loss: Tensor, norm: Tensor | None) -> bool:
-        """After the backward pass: whether the optimiser is to be called.
+    @contextmanager
+    def step(self, number: int, cases: Sequence[str]) -> Iterator[Callable[[Tensor, Tensor | None], bool]]:
+        """Guard one step, from before the forward pass until after the optimizer and all that follows it.
 
         Args:
-            loss: Scalar, of this process.
-            norm: Of the gradients; None where a gradient scaler skips steps by itself, whose overflows do not count.
+            number: Number of the step, for messages.
+            cases: Cases of the batch, for messages.
+
+        Yields:
+            ``allows(loss, norm)``, to call after the backward pass: whether to call the optimizer. ``loss`` is this
+            process's scalar. ``norm`` is the norm of the gradients, or None where a gradient scaler skips steps
+            itself, whose overflows do not count.
         """
+        if self._buffers:
+            torch._foreach_copy_(self._copies, self._buffers)
+        yield self._allows
+        self._undo()
+        self._pending.append((number, cases, self._verdict, self._at_fault))
+        if self._verdict.device.type == "cpu" or len(self._pending) >= READ_EVERY:
+            self.read()
+
+    def _allows(self, loss: Tensor, norm: Tensor | None) -> bool:
         bad = ~torch.isfinite(loss.detach())
-        self._blame = bad
+        self._at_fault = bad
         if norm is not None:
             bad = bad | ~torch.isfinite(norm)
         if world() > 1:
             shared = bad.float()
             dist.all_reduce(shared, dist.ReduceOp.MAX)
             bad = shared > 0
-        self._bad = bad
+        self._verdict = bad
         if norm is None:
             return True
-        if bad.is_cuda and self.optimiser.param_groups[0].get("fused"):
-            self.optimiser.found_inf = bad.float()  # type: ignore[attr-defined]
+        if bad.is_cuda and self.optimizer.param_groups[0].get("fused"):
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             return True
         return not bool(bad)
 
-    def settle(self, step: int, cases: Sequence[str]) -> None:
-        """After the step: buffers as they were if the batch was bad, and a note for ``read``."""
-        for buffer, before in zip(self.method.buffers(), self._buffers, strict=True):
-            buffer.copy_(torch.where(self._bad, before, buffer))
-        self._buffers = []
-        self._pending.append((step, cases, self._bad, self._blame))
-        if self._bad.device.type == "cpu" or len(self._pending) >= READ_EVERY:
-            self.read()
+    def _undo(self) -> None:
+        if self._verdict.device.type == "cpu":
+            if self._buffers and bool(self._verdict):
+                torch._foreach_copy_(self._buffers, self._copies)
+            return
+        for buffer, before in zip(self._buffers, self._copies, strict=True):
+            torch.where(self._verdict, before, buffer, out=buffer)
 
     def read(self) -> None:
-        """Name and count the bad batches among the steps since the last reading."""
+        """Name and count the bad batches since the last reading."""
         if not self._pending:
             return
-        verdicts = torch.stack([torch.stack([bad, blame]) for _, _, bad, blame in self._pending]).tolist()
-        steps = [(step, blame, cases) for (step, cases, _, _), (_, blame) in zip(self._pending, verdicts, strict=True)]
-        everyone = [steps]
-        if world() > 1 and any(bad for bad, _ in verdicts):  # on which all agree; the first one writes the log
-            everyone = [steps] * world()
-            dist.all_gather_object(everyone, steps)
+        verdicts = torch.stack([torch.stack([bad, fault]) for _, _, bad, fault in self._pending]).tolist()
+        own = [(step, fault, cases) for (step, cases, _, _), (_, fault) in zip(self._pending, verdicts, strict=True)]
+        everyone = [own]
+        if world() > 1 and any(bad for bad, _ in verdicts):  # all agree on the verdicts, and the first writes the log
+            everyone = [own] * world()
+            dist.all_gather_object(everyone, own)
         for place, (bad, _) in enumerate(verdicts):
-            if not bad:
-                continue
-            self.skipped += 1
-            blamed = [process for process, own in enumerate(everyone) if own[place][1]]
-            named = {process: shorten(everyone[process][place][2], 20) for process in blamed or range(len(everyone))}
-            cases = [text if world() == 1 else f"{text} (process {process})" for process, text in named.items()]
-            self.tell(
-                f"{'the objective' if blamed else 'a gradient'} was not finite at step {steps[place][0]}: the batch "
-                f"changed nothing ({self.skipped} of at most {self.limit} skipped); cases: {', '.join(cases)}"
-            )
+            if bad:
+                self.skipped += 1
+                self.log(self._line([steps[place] for steps in everyone]))
         self._pending.clear()
+
+    def _line(self, steps: Sequence[tuple[int, bool, Sequence[str]]]) -> str:
+        """Describe a skipped step, given as (number, whether the loss was at fault, cases) of each process."""
+        at_fault = [rank for rank, (_, fault, _) in enumerate(steps) if fault]
+        named = [(rank, shorten(steps[rank][2], 20)) for rank in at_fault or range(len(steps))]
+        cases = [text if world() == 1 else f"{text} (process {rank})" for rank, text in named]
+        return (
+            f"{'the objective' if at_fault else 'a gradient'} was not finite at step {steps[0][0]}: the batch changed "
+            f"nothing ({self.skipped} of at most {self.limit} skipped); cases: {', '.join(cases)}"
+        )
 
     @property
     def problem(self) -> str:
-        """Why the run must end, '' if it need not; the same in every process."""
+        """Why the run must end; '' if it may continue. Equal in every process."""
         if self.skipped <= self.limit:
             return ""
         return (
@@ -116,7 +135,6 @@ class FiniteGuard:
         )
 
     @torch.no_grad()
-    def sound(self) -> bool:
-        """Whether every weight and buffer is finite: only then it is worth keeping."""
-        state = [*self.method.parameters(), *self.method.buffers()]
-        return all(bool(torch.isfinite(tensor).all()) for tensor in state)
+    def is_sound(self) -> bool:
+        """Check that every weight and buffer is finite, so that the state is worth keeping."""
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self._state)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 #: Voxels of a chunk. A few arrays of them fit in a core's own cache.
 VOXELS = 1 << 16
+#: Up to this many voxels of a volume its definition, for all volumes at once, is faster than a kernel for each.
+SMALL = 1 << 13
 #: Voxels of the samples that pass through several views one after the other.
 SAMPLES = 1 << 20
 
@@ -39,6 +41,11 @@ def sample_chunks(batch: Tensor) -> list[slice]:
 def flat_chunks(volume: Tensor) -> Iterator[Tensor]:
     """Yield flat views of a contiguous volume on the CPU."""
     return iter(volume.view(-1).split(VOXELS))
+
+
+def has_kernels(device: torch.device, size: Sequence[int]) -> bool:
+    """Return whether kernels for single volumes of these edges are faster than the definitions."""
+    return device.type == "cpu" and torch.Size(size).numel() > SMALL
 
 
 class _Memory(threading.local):

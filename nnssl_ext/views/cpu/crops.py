@@ -23,10 +23,13 @@ MIRRORED = 8 * VOXELS
 
 def source_axes(matrix: np.ndarray) -> list[int] | None:
     """Return along which axis of the crop each of the source's axes runs; None where ``matrix`` mixes axes."""
-    used = matrix != 0
-    if (used.sum(0) != 1).any() or (used.sum(1) != 1).any():
-        return None
-    return [int(axis) for axis in used.argmax(1)]
+    axes = []
+    for row in matrix.tolist():  # faster than arrays of three
+        used = [axis for axis, value in enumerate(row) if value]
+        if len(used) != 1 or used[0] in axes:
+            return None
+        axes += used
+    return axes
 
 
 def copy_crop(data: Tensor, matrix: np.ndarray, center: np.ndarray, axes: Sequence[int], crop: Tensor) -> Tensor | None:

@@ -6,6 +6,7 @@ cache. The definitions are in ``views.intensity`` and ``views.filters``, and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -57,13 +58,13 @@ def adjust_gamma(volume: Tensor, exponent: float, *, invert: bool, retain_stats:
     width = max(highest - lowest, EPSILON)
     # with y = x - low, both sums are of small numbers: x^2 would drown a small deviation in a large mean
     before, after = np.zeros(2), np.zeros(2)
-    scale = float(np.log2(width)) * (1 - exponent)
+    scale = torch.tensor(math.log2(width) * (1 - exponent))
     for chunk in flat_chunks(volume):
         # width (y / width)^exponent through logarithms, faster than a power by far; log 0 is -inf
         chunk.sub_(lowest) if not invert else torch.sub(highest, chunk, out=chunk)
         if retain_stats:
             before += _sums(chunk)
-        _log2(chunk).mul_(exponent).add_(scale).exp2_()
+        torch.add(scale, _log2(chunk), alpha=exponent, out=chunk).exp2_()
         if retain_stats:
             after += _sums(chunk)
     factor, shift = sign, sign * low
@@ -72,8 +73,9 @@ def adjust_gamma(volume: Tensor, exponent: float, *, invert: bool, retain_stats:
         center, found = _moments(after, volume.numel())
         factor = sign * deviation / max(found, EPSILON)
         shift = sign * (mean + low) - factor * center
+    offset = torch.tensor(shift)
     for chunk in flat_chunks(volume):
-        chunk.mul_(factor).add_(shift)
+        torch.add(offset, chunk, alpha=factor, out=chunk)
 
 
 def _sums(values: Tensor) -> np.ndarray:

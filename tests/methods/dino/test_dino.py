@@ -10,9 +10,9 @@ from torch import Tensor
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import DataGeometry
 from nnssl_ext.methods.dino.dino import DINO
-from nnssl_ext.methods.dino.settings import DINOSettings, for_batch, local_size
+from nnssl_ext.methods.dino.settings import DINOSettings, local_size, resolved, view_voxels
 from nnssl_ext.networks.base import Triple
-from nnssl_ext.training.optimization import build_optimiser, set_rates
+from nnssl_ext.training.optimization import build_optimizer, set_rates
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom
 from tests.conftest import Environment
 from tests.datasets import OWN_NETWORKS
@@ -184,7 +184,7 @@ def test_the_teachers_temperature_rises() -> None:
 
 def test_prototypes_are_frozen_by_their_learning_rate(folder: Path) -> None:
     method = build(DINO, replace(SMALL, freeze_prototypes=0.5, warmup=0.0))
-    optimizer = build_optimiser(method.optimizer(), method.parameter_groups(), 1e-3)
+    optimizer = build_optimizer(method.optimizer(), method.parameter_groups(), 1e-3)
     prototypes = [method.student.head(level).prototype_weight for level in ("image", "patch")]
     for step, moves in ((0, False), (4, False), (5, True)):
         set_rates(optimizer, method.optimizer(), 1e-3, step, 10)
@@ -204,8 +204,8 @@ def test_prototypes_are_frozen_by_their_learning_rate(folder: Path) -> None:
     ("batch", "centering", "temperature", "momentum", "koleo"),
     [
         (2, "softmax", [0.02, 0.03], 0.996, 0.0),
-        (15, "softmax", [0.02, 0.03], 0.996, 0.0),
-        (16, "softmax", [0.02, 0.03], 0.996, 0.1),
+        (63, "softmax", [0.02, 0.03], 0.996, 0.0),
+        (64, "softmax", [0.02, 0.03], 0.996, 0.1),
         (255, "softmax", [0.02, 0.03], 0.996, 0.1),
         (256, "sinkhorn", [0.04, 0.07], 0.992, 0.1),
     ],
@@ -221,16 +221,16 @@ def test_defaults_follow_the_batch_size(
     assert (chosen.teacher_momentum, chosen.koleo_weight) == (momentum, koleo)
     assert method.optimizer().learning_rate == pytest.approx(0.002 * (batch / 1024) ** 0.5)
     named = replace(SMALL, koleo_weight=0.3, teacher_momentum=0.5, teacher_temperature=[0.1, 0.2], centering="sinkhorn")
-    assert for_batch(named, batch) == named
+    assert resolved(named, method.geometry) == named
 
 
 @pytest.mark.parametrize(
     ("patch", "stride", "stages", "batch", "crop", "samples"),
     [
-        ((128, 128, 128), (32, 32, 32), 6, 2, (64, 64, 64), 16),
-        ((48, 80, 96), (8, 16, 16), 5, 3, (24, 48, 48), 20),
-        ((32, 48, 64), (8, 16, 16), 5, 2, (16, 32, 32), 16),  # a third more voxels than the plan's
-        ((16, 320, 320), (1, 64, 64), 7, 2, (8, 128, 128), 25),
+        ((128, 128, 128), (32, 32, 32), 6, 2, (64, 64, 64), 16),  # a third more voxels than the plan's
+        ((48, 80, 96), (8, 16, 16), 5, 3, (24, 48, 48), 16),
+        ((32, 48, 64), (8, 16, 16), 5, 2, (16, 32, 32), 10),
+        ((16, 320, 320), (1, 64, 64), 7, 2, (8, 128, 128), 21),
         ((96, 96, 96), (16, 16, 16), 1, 2, (64, 64, 64), 6),  # four tokens along each axis
         ((64, 64, 64), (8, 8, 8), 4, 24, (64, 64, 64), 24),
     ],
@@ -240,6 +240,14 @@ def test_a_small_batch_becomes_a_larger_one_of_smaller_crops(
 ) -> None:
     plan = DataGeometry(patch, (1.0, 1.0, 1.0), 1, ((1, 1, 1),) * (stages - 1) + (stride,), batch_size=batch)
     assert DINO.sampling(DINOSettings(), plan) == (crop, samples)
+    before = view_voxels(DINOSettings(), plan) * batch
+    after = view_voxels(DINOSettings(), replace(plan, crop_size=crop)) * samples
+    assert 0.7 * before < after < 1.5 * before
+
+
+def test_local_views_are_fewer_where_they_cannot_be_smaller() -> None:
+    for size, expected in (((128, 128, 128), 8), ((96, 96, 96), 6), ((64, 64, 64), 2)):
+        assert resolved(DINOSettings(), geometry(size, (32, 32, 32))).local_crops == expected
 
 
 def test_rates_fall_towards_the_input_and_biases_do_not_decay() -> None:

@@ -7,7 +7,7 @@ from torch import nn
 from nnssl_ext.methods.dino.networks import DistilledNetwork, ProjectionHead, reader_of
 from nnssl_ext.networks.backbone import backbone_of
 from tests.datasets import OWN_NETWORKS
-from tests.networks.test_backbone import network
+from tests.support.networks import network
 
 KINDS = ["plain", "residual", "anisotropic", *OWN_NETWORKS]
 SIZE = (16, 32, 32)

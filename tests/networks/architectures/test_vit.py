@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nnssl_ext.networks.architectures.vit import Attention, VisionTransformer, ViTUNETR, from_published
 from nnssl_ext.networks.vit_backbone import ViTBackbone
+from tests.support.layouts import encoder_layout
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
@@ -21,32 +22,6 @@ def small(**options: Any) -> ViTUNETR:
     torch.manual_seed(0)
     chosen = {"embed_dim": 16, "depth": 4, "num_heads": 2, "decoder_features": 4, **options}
     return ViTUNETR(input_channels=1, num_classes=3, **chosen)
-
-
-def encoder_layout(inputs: int, width: int, depth: int, chunks: int) -> dict[str, Shape]:
-    """Names and shapes of an encoder as published, at 112^3 with tokens of 16^3; blocks in ``chunks`` groups."""
-    layout: dict[str, Shape] = {
-        "cls_token": (1, 1, width),
-        "pos_embed": (1, 344, width),
-        "mask_token": (1, width),
-        "patch_embed.proj.weight": (width, inputs, 16, 16, 16),
-        "patch_embed.proj.bias": (width,),
-        "norm.weight": (width,),
-        "norm.bias": (width,),
-    }
-    for number in range(depth):
-        block = f"blocks.{number * chunks // depth}.{number}" if chunks else f"blocks.{number}"
-        for norm in ("norm1", "norm2"):
-            layout |= {f"{block}.{norm}.weight": (width,), f"{block}.{norm}.bias": (width,)}
-        for name, outputs, columns in (
-            ("attn.qkv", 3 * width, width),
-            ("attn.proj", width, width),
-            ("mlp.fc1", 4 * width, width),
-            ("mlp.fc2", width, 4 * width),
-        ):
-            layout |= {f"{block}.{name}.weight": (outputs, columns), f"{block}.{name}.bias": (outputs,)}
-        layout |= {f"{block}.ls1.gamma": (width,), f"{block}.ls2.gamma": (width,)}
-    return layout
 
 
 @pytest.mark.parametrize("chunks", [0, 4])
@@ -208,13 +183,13 @@ def test_drop_path_leaves_branches_out_while_training_alone() -> None:
 
 
 def test_what_fits_no_network_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"image edges \(32, 20, 32\) are no multiples of the token's \(16, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"multiples of \(16, 16, 16\), got \(32, 20, 32\)"):
         small()(torch.randn(1, 1, 32, 20, 32))
     with pytest.raises(ValueError, match="triples of 1 or 2, got"):
         small(strides=[[1, 1, 1], [4, 4, 4], [2, 2, 2]])
-    with pytest.raises(ValueError, match="depth 2 is less than the 4 layers"):
+    with pytest.raises(ValueError, match="a depth of at least 4, .* got 2"):
         small(depth=2)
-    with pytest.raises(ValueError, match="embed_dim 16 is no multiple of num_heads 3"):
+    with pytest.raises(ValueError, match="multiple of num_heads, got 16 and 3"):
         small(num_heads=3)
     problem = ViTBackbone(small()).crop_problem((32, 40, 32))
     assert problem.endswith("it must be a multiple of 16, at least 16; use 32 or 48")

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nnssl_ext.networks.architectures.pct_net import PCTNet
-from nnssl_ext.training.distributed.batch_norm import GlobalBatchNorm, synchronise
+from nnssl_ext.training.distributed.batch_norm import GlobalBatchNorm, synchronize
 from tests.datasets import architecture
-from tests.training.distributed.test_ranks import ranks
+from tests.support.processes import ranks
 
 
 def network(momentum: float | None) -> nn.Sequential:
@@ -36,7 +36,7 @@ def passed(module: nn.Module, image: Tensor) -> list[Tensor]:
 def process(rank: int, world: int, port: int, folder: Path, momentum: float | None) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    module = synchronise(network(momentum))
+    module = synchronize(network(momentum))
     result = passed(module, images()[rank::world])
     torch.save((result, dict(module.state_dict())), folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -73,7 +73,7 @@ def gradient(module: nn.Module, image: Tensor) -> Tensor:
 def pct_net_process(rank: int, world: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    total = gradient(synchronise(pct_net()), volumes()[rank::world])
+    total = gradient(synchronize(pct_net()), volumes()[rank::world])
     dist.all_reduce(total)
     torch.save(total, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -92,6 +92,6 @@ def test_gradients_of_a_network_with_many(tmp_path: Path) -> None:
 def test_every_batch_norm_keeps_its_parameters() -> None:
     module = network(0.1)
     before = dict(module.named_parameters())
-    synchronise(module)
+    synchronize(module)
     assert sum(isinstance(part, GlobalBatchNorm) for part in module.modules()) == 2
     assert all(parameter is before[name] for name, parameter in module.named_parameters())

@@ -23,8 +23,8 @@ from nnssl_ext.training.distributed.launch import Place
 from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from nnssl_ext.training.run import folder as run_folder
 from tests.conftest import Environment
-from tests.training.distributed.test_ranks import assert_equal_runs, free_port, ranks
-from tests.training.pretraining.test_trainer import pretrain
+from tests.support.processes import assert_equal_runs, free_port, ranks
+from tests.support.runs import pretrain
 
 Data = Callable[[str], Environment]
 TRAINER = TRAINERS["volume_fusion"]
@@ -184,7 +184,7 @@ def no_space() -> None:
 
 
 def no_lock() -> None:
-    run_folder.set_aside = fail
+    run_folder.RunFolder.set_aside = fail  # type: ignore[method-assign]
 
 
 def no_step() -> None:

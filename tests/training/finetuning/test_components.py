@@ -5,19 +5,24 @@ from typing import Any
 import pytest
 import torch
 
+from nnssl_ext.recipe import load_recipe
 from nnssl_ext.settings import FinetuneSettings
 from nnssl_ext.training.finetuning.components import (
-    frozen_parts,
+    MovingAverage,
+    build_optimizer,
+    encoder_layers,
+    finetune_settings,
+    frozen_components,
     hold_statistics,
-    moving_average,
     parameter_groups,
+    rate_at,
 )
-from tests.networks.test_backbone import network
+from tests.support.networks import network
 
 
 def test_phases() -> None:
     settings = FinetuneSettings(head_only_steps=3, freeze_encoder_steps=6)
-    parts = [frozen_parts(settings, step) for step in range(8)]
+    parts = [frozen_components(settings, step) for step in range(8)]
     assert parts == [("encoder", "decoder")] * 3 + [("encoder",)] * 3 + [()] * 2
 
 
@@ -30,9 +35,9 @@ class Normed(torch.nn.Module):
 def test_frozen_batch_norm_keeps_its_statistics() -> None:
     net = Normed().train()
     settings = FinetuneSettings(freeze_encoder_steps=1)
-    hold_statistics(net, settings, frozen_parts(settings, 0))
+    hold_statistics(net, settings, frozen_components(settings, 0))
     assert (net.encoder.training, net.decoder.training) == (False, True)
-    hold_statistics(net, settings, frozen_parts(settings, 1))
+    hold_statistics(net, settings, frozen_components(settings, 1))
     assert (net.encoder.training, net.decoder.training) == (True, True)
 
 
@@ -49,13 +54,54 @@ def test_the_moving_average_forgets_its_start() -> None:
     layer: Any = torch.nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         layer.weight.fill_(0.0)
-    averaged: Any = moving_average(layer, 0.99)
+    averaged: Any = MovingAverage(layer, 0.99)
     with torch.no_grad():
         layer.weight.fill_(1.0)
     for _ in range(400):
-        averaged.update_parameters(layer)
+        averaged.update()
     assert averaged.module.weight.item() == pytest.approx(1.0, abs=0.02)
     with torch.no_grad():
         layer.weight.fill_(2.0)
-    averaged.update_parameters(layer)
+    averaged.update()
     assert 1.0 < averaged.module.weight.item() < 1.03
+
+
+def recipe(name: str, steps: int = 1000) -> FinetuneSettings:
+    """Read the fine-tuning settings of a recipe for a number of steps."""
+    section = load_recipe(name).settings["finetune"]
+    plans = {"plans_name": "p", "nnssl_ext": {"finetune": {**section, "steps": steps}}}
+    return finetune_settings(plans)[1]
+
+
+def test_a_schedule_rises_and_falls_once() -> None:
+    settings = recipe("finetune_pretrained")
+    rates = [rate_at(settings, 1e-3, step) for step in range(1000)]
+    assert rates[0] == pytest.approx(1e-3 / 50)
+    assert max(rates) == rates[49] == pytest.approx(1e-3)
+    assert rates[50:] == sorted(rates[50:], reverse=True)
+
+
+def test_a_sawtooth_rises_again_when_the_encoder_is_released() -> None:
+    settings = recipe("finetune_sawtooth")
+    assert settings.freeze_encoder_steps == 100
+    rates = [rate_at(settings, 1e-3, step) for step in range(1000)]
+    assert rates[49] == rates[149] == pytest.approx(1e-3)
+    assert rates[99] < 0.1e-3
+    assert rates[100] == pytest.approx(1e-3 / 50)
+    assert frozen_components(settings, 99) == ("encoder",)
+    assert frozen_components(settings, 100) == ()
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "vit", "pct_net"])
+def test_layer_decay_and_freezing_know_the_encoder_of_every_network(kind: str) -> None:
+    net = network(kind, 1, 3)
+    layers = encoder_layers(net)
+    encoder = {id(parameter) for layer in layers for parameter in layer}
+    assert encoder == {id(parameter) for parameter in parameter_groups(net)["encoder"]} != set()
+    optimizer = build_optimizer(net, recipe("finetune_transformer"), 1e-4)
+    scales = {id(p): group.get("lr_scale", 1.0) for group in optimizer.param_groups for p in group["params"]}
+    assert len(scales) == len(list(net.parameters()))
+    assert scales[id(layers[0][0])] == pytest.approx(0.75 ** len(layers))
+    assert {scales[id(p)] for p in net.parameters() if id(p) not in encoder} == {1.0}
+    vectors = [p for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]]
+    assert {p.ndim for p in vectors} <= {0, 1}

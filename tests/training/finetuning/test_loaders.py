@@ -10,9 +10,9 @@ from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransfo
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 
-from nnssl_ext.training.finetuning.loaders import never_by_time, seeded_loaders
+from nnssl_ext.training.finetuning.loaders import never_by_time
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import trainer_for
+from tests.support.runs import trainer_for
 
 Data = Callable[[str], Environment]
 
@@ -58,7 +58,7 @@ def test_the_fine_tuner_times_nothing(with_data: Data, monkeypatch: pytest.Monke
         return original(image, sigma, axis, force_use_fft)
 
     monkeypatch.setattr(gaussian_blur, "blur_dimension", blur)
-    training, _ = seeded_loaders(trainer)
+    training, _ = trainer.get_dataloaders()
     for _ in range(12):
         next(training)
     assert blurs

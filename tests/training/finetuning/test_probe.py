@@ -12,7 +12,7 @@ from nnssl_ext.cli import main
 from nnssl_ext.training.finetuning.probe import ProbeNetwork
 from tests.conftest import Environment
 from tests.datasets import OWN_NETWORKS, dataset_name
-from tests.networks.test_backbone import network
+from tests.support.networks import network
 
 Data = Callable[[str], Environment]
 

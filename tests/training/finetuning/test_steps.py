@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.training.finetuning.components import part_of
+from nnssl_ext.training.finetuning.components import component_of
 from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
 from tests.conftest import Environment
-from tests.training.finetuning.test_trainer import RUN, final, tune
+from tests.support.finetunings import RUN, final, tune
 
 Data = Callable[[str], Environment]
 
@@ -24,7 +24,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def train_step(self: Any, batch: dict) -> dict:
         before = {name: value.clone() for name, value in self.network.named_parameters()}
         result = original(self, batch)
-        changed = {part_of(n) for n, value in self.network.named_parameters() if not torch.equal(before[n], value)}
+        changed = {component_of(n) for n, value in self.network.named_parameters() if not torch.equal(before[n], value)}
         rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
         seen.append({"trainer": self, "changed": changed, "rates": rates})
         return result

@@ -10,7 +10,6 @@ import pytest
 import torch
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.run.run_training import run_training
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -18,45 +17,13 @@ from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.study.metrics import fold_metrics
 from nnssl_ext.training.finetuning import trainer as finetune
-from nnssl_ext.training.finetuning.components import finetune_settings, moving_average
+from nnssl_ext.training.finetuning.components import MovingAverage, finetune_settings, rate_at
 from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
-from nnssl_ext.training.optimization import learning_rate_at
 from tests.conftest import Environment
-from tests.datasets import dataset_name
-from tests.training.pretraining.test_trainer import trainer_for
+from tests.support.finetunings import NAME, RUN, final, kill_at, tune
+from tests.support.runs import trainer_for
 
 Data = Callable[[str], Environment]
-NAME = "nnsslTrainer_Finetune"
-RUN = {"steps": 8, "steps_per_epoch": 3, "validation_iterations": 1, "save_every": 1, "snapshots": [4, 8]}
-
-
-def tune(environment: Environment, kind: str, plans: str, pretrained: Path | None = None, c: bool = False) -> Path:
-    run_training(
-        dataset_name(kind),
-        "3d_fullres",
-        0,
-        NAME,
-        plans,
-        str(pretrained) if pretrained else None,
-        continue_training=c,
-        device=torch.device("cpu"),
-    )
-    return environment.fold(kind, plans, NAME)
-
-
-def final(fold: Path) -> dict:
-    return checkpoint.load(fold / "checkpoint_final.pth")
-
-
-def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = nnsslTrainer_Finetune.train_step
-
-    def train_step(self: nnsslTrainer_Finetune, batch: dict) -> dict:
-        if self.step == step:
-            raise KeyboardInterrupt
-        return original(self, batch)
-
-    monkeypatch.setattr(nnsslTrainer_Finetune, "train_step", train_step)
 
 
 @pytest.mark.parametrize(
@@ -203,14 +170,11 @@ def test_seeds_and_folds_differ(with_data: Data) -> None:
 def test_the_default_schedule_is_stocks() -> None:
     _, settings = finetune_settings({"plans_name": "x"})
     assert (settings.steps, settings.steps_per_epoch, settings.optimizer) == (250_000, 250, "sgd")
-    recipe = finetune.OptimizerRecipe("sgd", 0.01, 3e-5, settings.schedule, settings.warmup / settings.steps)
     optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.01)
     stock = PolyLRScheduler(optimiser, 0.01, 1000)
     for epoch in (0, 1, 500, 999):
         stock.step(epoch)
-        assert learning_rate_at(recipe, 0.01, epoch * 250, settings.steps) == pytest.approx(
-            optimiser.param_groups[0]["lr"], rel=1e-12
-        )
+        assert rate_at(settings, 0.01, epoch * 250) == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-12)
 
 
 def test_the_average_is_what_is_written_and_validating_does_not_change_it(
@@ -220,8 +184,8 @@ def test_the_average_is_what_is_written_and_validating_does_not_change_it(
     environment = with_data("labelled")
     environment.write_plans("labelled", "run", {"finetune": {**RUN, "weight_average_decay": 0.9}})
     trainer: Any = trainer_for("labelled", "run", NAME)
-    trainer.averaged = moving_average(torch.nn.BatchNorm3d(1), 0.9)
-    trainer.averaged.train()
+    trainer.averaged = MovingAverage(torch.nn.BatchNorm3d(1), 0.9)
+    trainer.averaged.module.train()
     monkeypatch.setattr(nnUNetTrainer, "validation_step", lambda self, batch: self.network(batch["data"]))
     before = {name: tensor.clone() for name, tensor in trainer.exported_weights().items()}
     trainer.validation_step({"data": torch.randn(2, 1, 4, 4, 4) * 5 + 3})

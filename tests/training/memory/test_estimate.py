@@ -13,7 +13,7 @@ from nnssl_ext.training.memory.estimate import GIB, RESERVE, Line, StepMemory, p
 from nnssl_ext.training.memory.trace import empty, trace_step, without_memory
 from tests.datasets import KINDS, OWN_NETWORKS, make_labels, make_plans
 from tests.methods.helpers import SIZE
-from tests.networks.test_backbone import network
+from tests.support.networks import network
 
 SMALL = {"dino": {"local_crops": 1, "hidden_dim": 16, "bottleneck_dim": 8, "prototypes": 64}}
 

@@ -8,8 +8,7 @@ import torch
 from nnssl_ext import checkpoint
 from nnssl_ext.training.memory import out_of_memory
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import TRAINER, pretrain, trainer_for
-from tests.training.test_resume import kill_at
+from tests.support.runs import TRAINER, kill_at, pretrain, trainer_for
 
 Data = Callable[[str], Environment]
 ERRORS = {
@@ -48,7 +47,7 @@ def test_the_batch_that_should_fit_is_named(with_data: Data, monkeypatch: pytest
     environment.write_plans("plain", "quick", {"batch_size": 5000, "activation_checkpointing": True})
     monkeypatch.setattr(out_of_memory, "device_memory", lambda device: 4 * 2**30)
     trainer = trainer_for("plain", "quick")
-    line = out_of_memory._described(trainer)
+    line = trainer.out_of_memory_advice()
     assert "this machine (4.0 GiB)" in line
     assert "(now 5000, an estimated " in line
     assert "activation_checkpointing" not in line

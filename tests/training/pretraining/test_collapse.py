@@ -7,8 +7,7 @@ import torch
 
 from nnssl_ext import checkpoint
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import pretrain
-from tests.training.test_resume import Killed, kill_at
+from tests.support.runs import Killed, kill_at, pretrain
 
 Data = Callable[[str], Environment]
 TRAINER = "nnsslTrainer_3DINO"

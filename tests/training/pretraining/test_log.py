@@ -30,7 +30,7 @@ def test_picture_with_any_number_of_epochs(tmp_path: Path, monkeypatch: pytest.M
         log.log("epoch_start_timestamps", epoch, epoch)
         log.log("epoch_end_timestamps", epoch + 1, epoch)
         log.log("val_effective_rank", 2.0 + epoch, epoch)
-    assert log.told_health() == "chance 2, effective rank 4"
+    assert log.health_text() == "chance 2, effective rank 4"
     drawn: dict[str, list[str]] = {}
 
     def keep(figure: Any, *_: Any, **__: Any) -> None:

@@ -2,54 +2,18 @@
 
 import json
 import pickle
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint, run_training
+from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnssl_ext import checkpoint
 from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.training.pretraining import classes
-from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from tests.conftest import REPOSITORY, Environment
-from tests.datasets import dataset_name
-
-CPU = torch.device("cpu")
-TRAINER = "nnsslTrainer_VolumeFusion"
-Data = Callable[[str], Environment]
-
-
-def pretrain(
-    environment: Environment,
-    kind: str,
-    plans: str,
-    fold: str = "0",
-    configuration: str = "3d_fullres",
-    trainer: str = TRAINER,
-    **options: bool,
-) -> Path:
-    """What the stock command does after parsing its arguments; returns the fold's folder."""
-    run_training(
-        dataset_name(kind),
-        configuration,
-        fold,
-        trainer,
-        plans,
-        device=CPU,
-        continue_training=options.get("c", False),
-        only_run_validation=options.get("val", False),
-        disable_checkpointing=options.get("disable_checkpointing", False),
-        val_with_best=options.get("val_best", False),
-    )
-    return environment.fold(kind, plans, trainer, configuration, fold)
-
-
-def trainer_for(kind: str, plans: str, trainer: str = TRAINER, fold: int | str = 0) -> PretrainingTrainer:
-    return get_trainer_from_args(dataset_name(kind), "3d_fullres", fold, trainer, plans, device=CPU)
+from tests.support.runs import TRAINER, Data, pretrain, trainer_for
 
 
 @pytest.mark.parametrize("method", METHODS)

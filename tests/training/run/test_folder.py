@@ -3,14 +3,10 @@
 import gc
 import json
 import multiprocessing
-import os
-import resource
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
@@ -19,10 +15,10 @@ from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.training.run import folder as run_folder
-from nnssl_ext.training.run.folder import HOLDER, LOCK, locked
+from nnssl_ext.training.run.folder import HOLDER, LOCK
+from nnssl_ext.training.run.picture import ProgressPicture
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import TRAINER, pretrain
-from tests.training.run.test_interruption import same_run, signal_at
+from tests.support.runs import TRAINER, hold, no_checkpoint_fits, pretrain, same_run, signal_at, truncate
 
 Data = Callable[[str], Environment]
 RUN = {"epochs": 3, "iterations_per_epoch": 2, "save_every": 1}
@@ -58,10 +54,6 @@ def stopped(with_data: Data, monkeypatch: pytest.MonkeyPatch, _results: Path) ->
 
 def fold(environment: Environment, plans: str = "broken") -> Path:
     return environment.fold("plain", plans, TRAINER)
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def flip(file: Path, place: float = 0.5) -> None:
@@ -137,18 +129,12 @@ def test_starting_anew_keeps_what_was_there(stopped: Environment, capsys: pytest
     assert f"an earlier run are kept in {kept}: checkpoint_latest.pth" in capsys.readouterr().out
 
 
-def _hold(folder: Path, ready: multiprocessing.synchronize.Event) -> None:
-    with locked(folder):
-        ready.set()
-        os.kill(os.getpid(), 19)  # SIGSTOP
-
-
 def test_a_second_run_in_the_folder_is_refused_and_a_stale_lock_taken_over(with_data: Data) -> None:
     environment = with_data("plain")
     environment.write_plans("plain", "broken", {"epochs": 1})
     context = multiprocessing.get_context("fork")
     ready = context.Event()
-    holder = context.Process(target=_hold, args=(fold(environment), ready))
+    holder = context.Process(target=hold, args=(fold(environment), ready))
     holder.start()
     try:
         assert ready.wait(20)
@@ -193,20 +179,6 @@ def test_a_lost_write_permission_amid_a_run(
     same_run(fold(stopped, "whole"), pretrain(stopped, "plain", "other", c=True))
 
 
-def no_checkpoint_fits(environment: Environment, words: list[str], size: int, folder: Path) -> None:
-    """Run a command where no file may have more than ``size`` bytes; it says so and leaves nothing half-written."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        ended = environment.run(*words, status=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    line = ended.stderr.strip().splitlines()[-1]
-    assert line.startswith("nnssl_ext: error: checkpoint ")
-    assert "could not be written" in line
-    assert not [path for path in folder.iterdir() if "checkpoint" in path.name]
-
-
 def test_a_full_disk_amid_a_run(with_data: Data) -> None:
     """The command, on a system that takes files up to a size only: the logs, but no checkpoint."""
     environment = with_data("plain")
@@ -220,11 +192,11 @@ def test_no_picture_stays_in_memory(tmp_path: Path) -> None:
     log = LocalLogger()
     for key in log.my_fantastic_logging:
         log.log(key, [0.5] if key.startswith("dice") else 1.0, 0)
-    trainer: Any = SimpleNamespace(logger=log, output_folder=str(tmp_path), print_to_log_file=print)
+    picture = ProgressPicture(lambda: log.plot_progress_png(str(tmp_path)), print)
     gc.collect()
     gc.disable()
     try:
-        run_folder.draw_progress(trainer)
+        picture.update(last=True)
         assert [thing for thing in gc.get_objects() if isinstance(thing, Figure)] == []
     finally:
         gc.enable()
@@ -237,11 +209,14 @@ def test_short_epochs_share_a_picture_and_the_last_has_one(
 ) -> None:
     environment, drawn = with_data("plain"), []
     environment.write_plans("plain", "run", {"epochs": 3, "iterations_per_epoch": 1, "validation_iterations": 1})
-    monkeypatch.setattr(run_folder, "DRAW_SECONDS", seconds)
-    monkeypatch.setattr(run_folder, "draw_progress", lambda trainer: drawn.append(trainer.current_epoch))
+    monkeypatch.setattr("nnssl_ext.training.run.picture.DRAW_SECONDS", seconds)
+    monkeypatch.setattr(
+        "nnssl_ext.training.pretraining.log.PretrainingLog.plot_progress_png",
+        lambda log, _: drawn.append(len(log.my_fantastic_logging["val_losses"])),
+    )
     pretrain(environment, "plain", "run")
     assert len(drawn) == pictures
-    assert drawn[-1] == 2
+    assert drawn[-1] == 3
 
 
 def test_a_picture_that_cannot_be_written_ends_no_run(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from nnssl_ext import checkpoint
 from nnssl_ext.cli import main
 from nnssl_ext.environment import MAX_TIME, commands_path, time_limit
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import METHODS, TRAINERS
-from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import TRAINER, pretrain
+from tests.support.runs import TRAINER, pretrain, same_run, signal_at
 
 Data = Callable[[str], Environment]
 
@@ -31,32 +29,6 @@ def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 RUN = {"epochs": 3, "iterations_per_epoch": 3, "save_every": 2}
 
 
-def same_run(first: Path, second: Path) -> None:
-    """Weights, optimiser and objective values are equal bit for bit."""
-    one, other = (checkpoint.load(fold / "checkpoint_final.pth") for fold in (first, second))
-    assert one["nnssl_ext"]["weights_sha256"] == other["nnssl_ext"]["weights_sha256"]
-    assert one["nnssl_ext"]["counters"] == other["nnssl_ext"]["counters"]
-    for key, values in one["logging"].items():
-        assert key.endswith("timestamps") or values == other["logging"][key], key
-    digests = []
-    for content in (one, other):
-        content["nnssl_ext"] = {"state": content["nnssl_ext"]["state"]}
-        digests.append(checkpoint.content_digest({k: content[k] for k in ("nnssl_ext", "optimizer_state")}))
-    assert digests[0] == digests[1]
-
-
-def signal_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """The signal comes while this step is computed."""
-    original = PretrainingTrainer.train_step
-
-    def train_step(self: PretrainingTrainer, batch: object) -> dict:
-        if self.step == step:
-            os.kill(os.getpid(), number)
-        return original(self, batch)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(PretrainingTrainer, "train_step", train_step)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_signal_amid_an_epoch_loses_nothing(
     with_data: Data, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str
@@ -66,7 +38,7 @@ def test_a_signal_amid_an_epoch_loses_nothing(
         environment.write_plans("plain", plans, RUN)
     whole = pretrain(environment, "plain", "whole", trainer=trainer)
     # amid an epoch; in its last step, while schedules still move; in the first of another; with other workers
-    for step, number, workers in ((1, signal.SIGTERM, "0"), (2, signal.SIGUSR1, "1"), (6, signal.SIGTERM, "0")):
+    for step, number, workers in ((1, signal.SIGINT, "0"), (2, signal.SIGHUP, "1"), (6, signal.SIGTERM, "0")):
         monkeypatch.setenv("nnUNet_n_proc_DA", workers)
         with monkeypatch.context() as patch:
             signal_at(step, patch, number)

@@ -14,9 +14,8 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.methods.volume_fusion import VolumeFusion
 from nnssl_ext.training.run.nonfinite import READ_EVERY, FiniteGuard
 from tests.conftest import Environment
-from tests.training.distributed.test_ranks import ranks
-from tests.training.pretraining.test_trainer import pretrain
-from tests.training.run.test_interruption import same_run
+from tests.support.processes import ranks
+from tests.support.runs import pretrain, same_run
 
 Data = Callable[[str], Environment]
 
@@ -88,16 +87,16 @@ def test_too_many_stop_with_the_last_good_state(with_data: Data, monkeypatch: py
 
 
 class Small(nn.Module):
-    centre: Tensor
+    center: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.layer, self.norm = nn.Linear(3, 3, bias=False), nn.BatchNorm1d(3)
-        self.register_buffer("centre", torch.zeros(3))
+        self.register_buffer("center", torch.zeros(3))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.layer(x))
-        self.centre = self.centre * 0.9 + y.detach().mean(0) * 0.1
+        self.center.lerp_(y.detach().mean(0), 0.1)
         return y.square().mean()
 
 
@@ -111,12 +110,11 @@ def steps_of(optimiser: str, bad: set[int], fused: bool) -> tuple[dict[str, Tens
     data = torch.randn(12, 5, 3)
     for step in range(12):
         adam.zero_grad()
-        guard.remember()
-        loss = model(data[step] * (float("nan") if step in bad else 1.0))
-        loss.backward()
-        if guard.judge(loss, torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)):
-            adam.step()
-        guard.settle(step, [f"case {step}"])
+        with guard.step(step, [f"case {step}"]) as allows:
+            loss = model(data[step] * (float("nan") if step in bad else 1.0))
+            loss.backward()
+            if allows(loss, torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)):
+                adam.step()
     guard.read()
     steps = {f"step {n}": state["step"] for n, state in enumerate(adam.state.values()) if "step" in state}
     return {**model.state_dict(), **steps}, told
@@ -139,13 +137,11 @@ def test_a_fused_optimiser_skips_by_itself_and_buffers_are_as_before(optimiser: 
 def test_overflows_of_a_scaler_do_not_count() -> None:
     model, told = nn.Linear(2, 2), list[str]()
     guard = FiniteGuard(model, torch.optim.SGD(model.parameters(), 0.1), 10, told.append)
-    guard.remember()
-    assert guard.judge(torch.tensor(1.0), None)  # whatever the gradients are
-    guard.settle(0, ["a"])
+    with guard.step(0, ["a"]) as allows:
+        assert allows(torch.tensor(1.0), None)  # whatever the gradients are
     assert not told
-    guard.judge(torch.tensor(float("nan")), None)
-    guard._buffers = []
-    guard.settle(1, ["b"])
+    with guard.step(1, ["b"]) as allows:
+        allows(torch.tensor(float("nan")), None)
     assert "cases: b" in told[0]
     assert READ_EVERY > 1
 
@@ -155,9 +151,8 @@ def _judging(rank: int, world: int, port: int, folder: Path) -> None:
     network, told = nn.Linear(2, 1), list[str]()
     guard = FiniteGuard(network, torch.optim.SGD(network.parameters(), 0.1), 10, told.append)
     for step, values in enumerate([(1.0, torch.nan), (1.0, 1.0), (torch.inf, 1.0)], 1):
-        guard.remember()
-        assert guard.judge(torch.tensor(values[rank]), torch.tensor(1.0)) == (step == 2)
-        guard.settle(step, [f"case_{rank}_{step}"])
+        with guard.step(step, [f"case_{rank}_{step}"]) as allows:
+            assert allows(torch.tensor(values[rank]), torch.tensor(1.0)) == (step == 2)
     (folder / str(rank)).write_text("\n".join(told))
     dist.destroy_process_group()
 

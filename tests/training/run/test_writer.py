@@ -17,8 +17,7 @@ from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from nnssl_ext.training.run.folder import FINAL, LATEST, PREVIOUS
 from nnssl_ext.training.run.writer import CheckpointWriter
 from tests.conftest import Environment
-from tests.training.pretraining.test_trainer import pretrain
-from tests.training.run.test_interruption import signal_at
+from tests.support.runs import pretrain, signal_at
 
 Data = Callable[[str], Environment]
 

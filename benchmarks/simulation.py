@@ -1,8 +1,6 @@
-"""How often a study with run-to-run effects finds a gain that is there, and one that is not.
+"""Simulate studies and count how often they call a gain, for the table of docs/how-to/study.md.
 
-    python -m nnssl_ext.study.simulation
-
-prints the table of docs/how-to/study.md.
+python -m benchmarks simulation
 """
 
 from __future__ import annotations
@@ -13,22 +11,22 @@ import numpy as np
 
 from nnssl_ext.study.statistics import case_wilcoxon, sign_flip_ps
 
-#: A study calls a gain one at this two-sided p.
+#: Two-sided p below which a study calls a difference.
 ALPHA = 0.05
 
 
 @dataclass(frozen=True)
 class TruthModel:
-    """What makes the Dice of a case under a run; all in Dice.
+    """Sources of variation of a case's Dice.
 
     Attributes:
-        gain: The true effect of pretraining.
-        subset: Deviation over label subsets, shared by both sides of a pair.
-        run: Deviation of each single run (initial values, order, augmentation), shared by all its cases.
-        case: Deviation over held-out cases, shared by all runs.
-        noise: Deviation of a case within a run.
-        cases: Held-out cases.
-        pretraining: Deviation over pretraining runs of one method, shared by all pairs of a study.
+        gain: True effect of pretraining, in Dice.
+        subset: Standard deviation over label subsets, shared by both sides of a pair.
+        run: Standard deviation over runs (initial values, order, augmentation), shared by all cases of a run.
+        case: Standard deviation over held-out cases, shared by all runs.
+        noise: Standard deviation of a case within a run.
+        cases: Number of held-out cases.
+        pretraining: Standard deviation over pretraining runs of one method, shared by all pairs of a study.
     """
 
     gain: float
@@ -40,7 +38,7 @@ class TruthModel:
     pretraining: float = 0.0
 
     def draw(self, pairs: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Dice of scratch and of the pretrained arm, each (pairs, cases)."""
+        """Draw the Dice of scratch and of the pretrained arm, each (pairs, cases)."""
         easy = generator.normal(0, self.case, self.cases) + generator.normal(0, self.subset, (pairs, 1))
         sides = [
             easy + generator.normal(0, self.run, (pairs, 1)) + generator.normal(0, self.noise, (pairs, self.cases))
@@ -50,7 +48,7 @@ class TruthModel:
 
 
 def simulate(truth: TruthModel, *, pairs: int, repetitions: int, seed: int) -> float:
-    """Share of simulated studies whose sign-flip test over paired runs says that the sides differ."""
+    """Return the share of simulated studies whose sign-flip test over paired runs is significant."""
     generator = np.random.default_rng(seed)
     studies = np.empty((repetitions, pairs))
     for study in studies:
@@ -60,7 +58,7 @@ def simulate(truth: TruthModel, *, pairs: int, repetitions: int, seed: int) -> f
 
 
 def case_level_false_alarms(truth: TruthModel, *, seeds: int, repetitions: int, seed: int) -> float:
-    """The same for the practice of averaging a few seeds and testing over cases, which a true null does not survive."""
+    """Return the same share for the usual practice: average a few seeds, then test over cases."""
     generator = np.random.default_rng(seed)
     found = 0
     for _ in range(repetitions):
@@ -70,7 +68,7 @@ def case_level_false_alarms(truth: TruthModel, *, seeds: int, repetitions: int, 
 
 
 def table(repetitions: int = 1000, seed: int = 0) -> list[str]:
-    """The rows of a Markdown table: share of studies that call a gain, per true gain and number of pairs."""
+    """Return a Markdown table of the share of studies that call a gain, by true gain and number of pairs."""
     numbers, gains = (6, 8, 12, 16), (0.0, 0.005, 0.01, 0.015, 0.02, 0.03)
     rows = [
         "| true gain (points) | " + " | ".join(f"{n} pairs" for n in numbers) + " | 3 seeds averaged, over cases |",

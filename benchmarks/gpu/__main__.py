@@ -1,0 +1,149 @@
+"""Check and measure everything on a GPU: one command, a few minutes, results as they come.
+
+    python -m benchmarks gpu --minutes 8 --output DIR [--only PART ...] [--device cpu --tiny] [--pay FOLDER]
+
+Parts, in this order: ceilings (copy, matrix product, convolution), correct (values against the CPU, host waits), line
+(the stock commands), compile (torch.compile), speed (samples/s, shares, memory), loader (crops/s), ranks (NCCL with one
+rank), pay (a study's next runs in the time that is left).
+
+Each part runs in a process of its own with a time limit. DIR/results.json and DIR/PART.log are written after every row.
+A row or a part that fails is recorded with its traceback, and the next one runs. Exit status 1: something failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.checkout import REPOSITORY
+from benchmarks.gpu.context import Context, NoTimeLeftError
+
+#: Seconds of each part in a run of eight minutes. Time that a part does not use goes to ``pay``.
+LIMITS = {
+    "ceilings": 20,
+    "correct": 70,
+    "line": 110,
+    "compile": 90,
+    "speed": 110,
+    "loader": 15,
+    "ranks": 35,
+    "pay": 480,
+}
+
+
+def functions() -> dict[str, Callable[[Context], None]]:
+    """Import the parts. CUDA must not be initialized before they are forked."""
+    from benchmarks.gpu import commands, correct, timing
+
+    return {
+        "ceilings": timing.ceilings,
+        "correct": correct.correct,
+        "line": commands.line,
+        "compile": timing.compiling,
+        "speed": timing.speed,
+        "loader": timing.loader,
+        "ranks": commands.ranks,
+        "pay": commands.pay,
+    }
+
+
+def run_part(part: str, function: Callable[[Context], None], context: Context) -> None:
+    """Run one part in this process, with its output in a log."""
+    os.setsid()  # its children end with it
+    log = open(context.output / f"{part}.log", "a", buffering=1)  # noqa: SIM115 (kept open until the process ends)
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    try:
+        function(context)
+    except NoTimeLeftError as row:
+        context.put("ended early", f"no time left for {row}")
+    except BaseException:
+        context.put("failed", traceback.format_exc())
+        raise
+
+
+def supervise(part: str, function: Callable[[Context], None], context: Context) -> dict[str, Any]:
+    """Run one part in a forked process with a time limit. Return its rows."""
+    begin = time.monotonic()
+    process = multiprocessing.get_context("fork").Process(target=run_part, args=(part, function, context))
+    process.start()
+    process.join(max(1.0, context.deadline - begin))
+    stopped = process.is_alive()
+    if stopped:
+        kill_group(process.pid)
+        process.join()
+    rows = context.read()
+    rows["seconds"] = round(time.monotonic() - begin, 1)
+    if stopped:
+        rows["stopped"] = f"after {rows['seconds']} s, the part's limit"
+    elif process.exitcode and "failed" not in rows:
+        rows["failed"] = f"The process ended with status {process.exitcode}."
+    return rows
+
+
+def kill_group(pid: int | None) -> None:
+    """Kill a part and all processes that it started."""
+    if pid is not None:
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            os.kill(pid, signal.SIGKILL)
+
+
+def failures(results: dict[str, Any]) -> list[str]:
+    """List the parts and rows that failed. A part that was stopped for time did not fail."""
+    found = []
+    for part, rows in results["parts"].items():
+        if "failed" in rows:
+            found.append(part)
+        found += [f"{part}: {name}" for name, row in rows.items() if isinstance(row, dict) and row.get("failed")]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8, help="time for everything (8)")
+    parser.add_argument("--output", type=Path, required=True, help="folder of results.json and the logs")
+    parser.add_argument("--only", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="PART", help="default: all")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--tiny", action="store_true", help="smallest networks and fewest steps, for a rehearsal")
+    parser.add_argument("--pay", type=Path, help="folder with a study to continue; see docs/internals/performance.md")
+    arguments = parser.parse_args()
+    begin = time.monotonic()
+    end = begin + 60 * arguments.minutes
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    output = arguments.output.resolve()
+    os.environ |= {"nnUNet_extTrainer": str(REPOSITORY / "trainers"), "nnUNet_def_n_proc": "1"}
+    results: dict[str, Any] = {"device": arguments.device, "tiny": arguments.tiny, "parts": {}}
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
+        parts = functions()
+        for part in (name for name in LIMITS if name in arguments.only):
+            now = time.monotonic()
+            limit = 60 * arguments.minutes if arguments.tiny else LIMITS[part] * arguments.minutes / 8
+            deadline = min(end, now + limit)
+            if deadline - now < 1:
+                results["parts"][part] = {"stopped": "before it began, no time left"}
+                continue
+            context = Context(part, output, Path(scratch), arguments.device, arguments.tiny, deadline, arguments.pay)
+            print(f"{part} ...", flush=True)
+            results["parts"][part] = rows = supervise(part, parts[part], context)
+            print(f"{part}: {rows['seconds']} s, {rows.get('stopped') or rows.get('failed') or 'done'}", flush=True)
+            results["seconds"] = round(time.monotonic() - begin, 1)
+            (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    failed = failures(results)
+    print(f"{output / 'results.json'}; failed: {', '.join(failed) or 'nothing'}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Compare every method on the GPU with the CPU: views, objective, gradients, precision, host waits."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks.checkout import spelled
+from benchmarks.gpu.context import Context
+from benchmarks.workload import start_trainer, write_dataset, write_images
+
+SMALL_DINO = {"local_crops": 2, "hidden": 64, "bottleneck": 16, "prototypes": 128}
+#: Relative norms up to which values count as equal.
+FLOAT32, HALF, VIEWS = 1e-3, 5e-2, 1e-3
+
+
+def correct(context: Context) -> None:
+    """Check each method on one batch with the same weights."""
+    from nnssl_ext.methods import METHODS
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for name in METHODS:
+        with context.row(name, 2) as row:
+            check(context, name, row)
+
+
+def check(context: Context, name: str, row: dict[str, Any]) -> None:
+    """Fill the row of one method."""
+    folder = context.folder(name)
+    write_images(folder / "images")
+    settings = {
+        "precision": "float32",
+        "iterations_per_epoch": 100,
+        "epochs": 1,
+        "images": str(folder / "images"),
+        "dino": spelled("dino", SMALL_DINO),
+    }
+    data = write_dataset(folder / "data", "tiny" if context.tiny else "counted", settings)
+    trainer = start_trainer(data, name, torch.device("cpu"))
+    batch = next(iter(trainer.dataloader_train))
+    here, there = trainer.method, copy.deepcopy(trainer.method).to(context.device)
+    views = draw(here, batch, torch.device("cpu"))
+    with host_noise():
+        drawn = draw(there, batch, context.device)
+    expected, got = draw_with_host_noise(here, batch), {key: value.cpu() for key, value in drawn.items()}
+    row["views"] = {key: relative(got[key].double(), expected[key].double()) for key in expected}
+    row["views are equal"] = all(value <= VIEWS for value in row["views"].values())
+    loss, gradient = step(here, views, None)
+    moved = {key: value.to(context.device) for key, value in views.items()}
+    for kind, dtype in {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}.items():
+        other, other_gradient = step(there, moved, dtype)
+        limit = FLOAT32 if dtype is None else HALF
+        row[kind] = {
+            "loss": relative(other, loss),
+            "gradient": relative(other_gradient, gradient),
+            "finite": bool(torch.isfinite(other).all() and torch.isfinite(other_gradient).all()),
+        }
+        close = row[kind]["loss"] <= limit and (dtype is not None or row[kind]["gradient"] <= limit)
+        judged = dtype is not torch.float16 or context.kind == "cuda"  # trainers refuse float16 on CPUs
+        row[kind]["right"] = bool(close and row[kind]["finite"]) or not judged
+    trainer.dataloader_train = trainer.dataloader_val = None
+    row["host waits"] = host_waits(context, data, name)
+    wrong = [kind for kind in ("float32", "bfloat16", "float16") if not row[kind]["right"]]
+    wrong += [] if row["views are equal"] else ["views"]
+    if wrong:
+        row["failed"] = f"Expected equal values, got differences in {', '.join(wrong)}."
+
+
+def draw(method: Any, batch: Any, device: torch.device) -> dict[str, Tensor]:
+    """Return a method's views of a batch on a device."""
+    from nnssl_ext.views.random import VIEWS as STREAM
+    from nnssl_ext.views.random import BatchRandom
+
+    with torch.no_grad():
+        return method.views(batch, BatchRandom(0, STREAM, batch.indices, device))
+
+
+def draw_with_host_noise(method: Any, batch: Any) -> dict[str, Tensor]:
+    """Return a method's views on the CPU, drawn as ``host_noise`` lets a GPU draw."""
+    with host_noise():
+        return draw(method, batch, torch.device("cpu"))
+
+
+@contextmanager
+def host_noise() -> Iterator[None]:
+    """Draw per-voxel noise on the CPU, so that a GPU gets the same values."""
+    generator, randn = torch.Generator, torch.randn
+
+    def on_host(*shape: Any, device: Any = None, **options: Any) -> Tensor:
+        return randn(*shape, **options).to(device)
+
+    with patch.object(torch, "Generator", lambda *_: generator()), patch.object(torch, "randn", on_host):
+        yield
+
+
+def step(method: Any, views: dict[str, Tensor], dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Return the objective and all gradients of one forward and backward pass, on the CPU."""
+    method.zero_grad(set_to_none=True)
+    method.train()
+    torch.manual_seed(0)
+    device = next(method.parameters()).device
+    scale = 128.0 if dtype is torch.float16 else 1.0
+    with torch.autocast(device.type, dtype) if dtype is not None else nullcontext():
+        loss = method(views)["loss"].float().mean()
+    (scale * loss).backward()
+    gradients = [p.grad.float().flatten() / scale for p in method.parameters() if p.grad is not None]
+    return loss.detach().cpu().double()[None], torch.cat(gradients).cpu().double()
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    """Return the norm of a difference over the norm of the reference."""
+    return float((value - reference).norm() / reference.norm().clamp_min(1e-12))
+
+
+def host_waits(context: Context, data: Any, name: str) -> dict[str, int]:
+    """Count by source line where a training step on the device makes the host wait."""
+    trainer = start_trainer(data, name, context.device, "again")
+    batches = iter(trainer.dataloader_train)
+    trainer.train_step(next(batches))
+    batch = next(batches)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if context.kind == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            trainer.train_step(batch)
+        finally:
+            if context.kind == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    trainer.dataloader_train = trainer.dataloader_val = None
+    lines = Counter(f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
+    return dict(lines.most_common())

@@ -1,0 +1,119 @@
+"""Models Genesis: restore a crop from a corrupted version with the whole network.
+
+Zhou et al., "Models Genesis", Medical Image Analysis 67:101840, 2021, arXiv 2004.07882.
+
+B batch, C channel, D H W voxels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
+from nnssl_ext.losses.reconstruction import explained_variance, squared_error
+from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
+from nnssl_ext.methods.common import SharedSettings
+from nnssl_ext.networks.base import Backbone
+from nnssl_ext.settings import setting
+from nnssl_ext.views.corruption import draw_windows, map_intensities, paint, shuffle_locally
+from nnssl_ext.views.random import BatchRandom, shuffle_voxels
+from nnssl_ext.views.spatial import crop_batch
+
+ZHOU = "Zhou et al. 2021"
+
+
+@dataclass(frozen=True)
+class ModelsGenesisSettings(SharedSettings):
+    """Settings of Models Genesis."""
+
+    nonlinear_probability: float = setting(0.9, "Chance of a Bezier curve of intensities.", low=0, high=1)
+    reversed_probability: float = setting(0.5, "Chance that the curve falls.", low=0, high=1)
+    shuffle_probability: float = setting(0.5, "Chance of local shuffling.", low=0, high=1)
+    shuffle_windows: int = setting(200, "Windows to shuffle.", low=1)
+    shuffle_edge: float = setting(0.1, "Largest edge of such a window, as a share of the crop's.", low=0, high=1)
+    paint_probability: float = setting(0.9, "Chance of painting over a part of the crop.", low=0, high=1)
+    inside_probability: float = setting(0.2, "Share of in-painting; the rest is out-painting.", low=0, high=1)
+    inside_windows: int = setting(5, "Windows of in-painting.", low=1)
+    outside_windows: int = setting(5, "Windows that out-painting leaves.", low=1)
+
+
+class ModelsGenesis(Method):
+    """Restore the original crop from a corrupted one.
+
+    Intensities are mapped by a Bezier curve, small windows are shuffled, and a part is painted over by noise. The loss
+    is the mean squared error. Trains encoder and decoder. Zhou et al., Medical Image Analysis 2021.
+    """
+
+    name = "models_genesis"
+    title = "Models Genesis"
+    citation = "Zhou et al., Medical Image Analysis 67:101840, 2021, arXiv:2004.07882"
+    Settings = ModelsGenesisSettings
+    readable = Readable("explained_variance", "Explained variance of the restored crop")
+    deep_supervision = False
+
+    settings: ModelsGenesisSettings
+
+    def __init__(self, backbone: Backbone, settings: ModelsGenesisSettings, geometry: DataGeometry) -> None:
+        super().__init__(backbone, settings, geometry)
+        backbone.set_deep_supervision(False)
+        backbone.freeze_coarse_heads()
+
+    @classmethod
+    def output_channels(cls, settings: ModelsGenesisSettings, geometry: DataGeometry) -> int:
+        return geometry.channels
+
+    @classmethod
+    def crops(cls, settings: ModelsGenesisSettings, geometry: DataGeometry) -> CropRequest:
+        return CropRequest((Crop(geometry.crop_size, settings.spatial(geometry)),))
+
+    def optimizer(self) -> OptimizerRecipe:
+        return self.settings.recipe(1e-3)
+
+    def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
+        """Return corrupted ``image``, ``target``, and ``weight`` 1 within the case. Each is (B, C, D, H, W).
+
+        In evaluation also ``shuffled``, a corrupted crop of shuffled voxels, and ``shuffled_target``.
+        """
+        target, inside = crop_batch(batch.boxes[0], self.geometry.crop_size, random.device)
+        weight = torch.ones_like(target) if inside is None else inside.to(target.dtype).expand_as(target)
+        views = {"image": self._corrupt(target, random), "target": target, "weight": weight}
+        if not self.training:
+            shuffled = shuffle_voxels(target, random)
+            views |= {"shuffled": self._corrupt(shuffled, random), "shuffled_target": shuffled}
+        return views
+
+    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``loss``, the mean squared error: (B,).
+
+        In evaluation also ``explained_variance`` and, as its control, ``shuffled_variance`` on shuffled voxels.
+        """
+        error = squared_error(self.network(views["image"]), views["target"], views["weight"])
+        result = {"loss": error}
+        if not self.training:
+            target, weight = views["shuffled_target"], views["weight"]
+            shuffled = squared_error(self.network(views["shuffled"]), target, weight)
+            result["explained_variance"] = explained_variance(error, views["target"], weight)
+            result["shuffled_variance"] = explained_variance(shuffled, target, weight)
+        return result
+
+    def _corrupt(self, target: Tensor, random: BatchRandom) -> Tensor:
+        """Corrupt each crop by its own draws: (B, C, D, H, W)."""
+        s, size, images = self.settings, self.geometry.crop_size, target.clone()
+        for sample, image in enumerate(images):
+            draw = random.generator(sample)
+            chances = draw.random(5)
+            controls, number = draw.random((2, 2)), int(draw.integers(1, s.inside_windows + 1))
+            if chances[0] < s.nonlinear_probability:
+                map_intensities(image, controls, bool(chances[1] < s.reversed_probability))
+            if chances[2] < s.shuffle_probability:
+                windows = draw_windows(draw, size, s.shuffle_windows, 0.0, s.shuffle_edge)
+                shuffle_locally(image, *windows, draw)
+            if chances[3] < s.paint_probability:
+                within = bool(chances[4] < s.inside_probability)
+                low, high = (1 / 6, 1 / 3) if within else (3 / 7, 4 / 7)
+                windows = draw_windows(draw, size, number if within else s.outside_windows, low, high)
+                paint(image, *windows, random.normal(sample, image.shape), inside=within)
+        return images

@@ -1,0 +1,67 @@
+"""End a long piece of work between two steps when the user, the terminal or the cluster asks for it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+#: Ctrl-C, a closed terminal, a stop by a scheduler, and SLURM's warning before a time limit.
+NAMES = ("SIGINT", "SIGHUP", "SIGTERM", "SIGUSR1")
+#: A shell ignores these for ``nohup`` and for background jobs; then they stay ignored.
+_MAY_BE_IGNORED = ("SIGINT", "SIGHUP")
+
+
+class EndSignals:
+    """Note signals that ask this process to end, instead of dying from them.
+
+    Work looks at ``received`` between two steps, saves what there is and says how to go on. A second Ctrl-C raises
+    KeyboardInterrupt at once. Outside the main thread, where Python allows no handlers, nothing is noted.
+
+    Example:
+        with EndSignals() as signals:
+            for item in items:
+                work_on(item)
+                if signals.received:
+                    raise SystemExit(f"Stopped by {signals.received}; nothing is lost. Go on with: ...")
+
+    Attributes:
+        received: Name of the signal that came; '' if none did.
+    """
+
+    def __init__(self) -> None:
+        self.received = ""
+        self._earlier: dict[int, Any] = {}
+
+    def __repr__(self) -> str:
+        return f"EndSignals({self.received or 'none'})"
+
+    def __enter__(self) -> EndSignals:
+        if threading.current_thread() is threading.main_thread():
+            for name in NAMES:
+                number = getattr(signal, name, None)  # Windows has fewer
+                if number is None or (name in _MAY_BE_IGNORED and signal.getsignal(number) is signal.SIG_IGN):
+                    continue
+                self._earlier[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._earlier.items():
+            with suppress(TypeError):  # None: a handler that was not set from Python
+                signal.signal(number, handler)
+        self._earlier.clear()
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if name == self.received == "SIGINT":
+            raise KeyboardInterrupt
+        self.received = name
+
+
+def ignore_in_worker() -> None:
+    """Leave Ctrl-C and a closed terminal, which reach every process, to the main process."""
+    for name in _MAY_BE_IGNORED:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -1,0 +1,48 @@
+"""Commands that are printed can be pasted."""
+
+import shlex
+
+import pytest
+
+from nnssl_ext.commands import dataset_number, dataset_word, train_command
+from tests.conftest import Environment
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("Dataset004_Tiny", "4"),
+        ("Dataset1004_Tiny", "1004"),
+        ("Dataset020_My-Data", "20"),
+        ("Dataset12345_A_B", "12345"),
+        ("Dataset5_Short", "Dataset5_Short"),
+        ("Datasetfoo", "Datasetfoo"),
+    ],
+)
+def test_the_number_is_in_the_name(environment: Environment, name: str, word: str) -> None:
+    assert dataset_word(name) == word
+
+
+def test_a_number_that_stock_finds_twice_is_not_used(environment: Environment) -> None:
+    """nnU-Net takes 100 for Dataset1004_Other, too."""
+    (environment.preprocessed / "Dataset100_Tiny").mkdir()
+    assert dataset_word("Dataset100_Tiny") == "100"
+    (environment.root / "raw" / "Dataset1004_Other").mkdir()
+    assert dataset_word("Dataset100_Tiny") == "Dataset100_Tiny"
+    assert dataset_word("Dataset1004_Other") == "1004"
+
+
+def test_words_with_blanks_are_quoted(environment: Environment) -> None:
+    words = {"plans": "my plans", "trainer": "nnsslTrainer_3DINO", "weights": "/a b/c'd.pth"}
+    line = train_command("Dataset1004_T", "3d_fullres", 0, **words)
+    assert shlex.split(line) == [
+        *("nnUNetv2_train", "1004", "3d_fullres", "0", "-p", "my plans", "-tr", "nnsslTrainer_3DINO"),
+        *("-pretrained_weights", "/a b/c'd.pth"),
+    ]
+    assert train_command("Dataset004_T", "3d_fullres", "all") == "nnUNetv2_train 4 3d_fullres all"
+
+
+def test_a_name_without_number_has_none() -> None:
+    assert dataset_number("Dataset004_T") == 4
+    with pytest.raises(ValueError, match="expected DatasetXXX_NAME, got 'Task04_T'"):
+        dataset_number("Task04_T")
