@@ -29,6 +29,7 @@ from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.methods.dino.dino import DINO
 from nnssl_ext.recipe import assignments_recipe, derive_plans, load_recipe, read_json
 from nnssl_ext.training.checks import check_plans, target_backbone
+from nnssl_ext.training.onednn import avoid_two_slice_bug
 from nnssl_ext.training.optimization import build_optimizer, clip_gradients, set_rates
 from nnssl_ext.training.wrapping import set_memory_format
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom, step_seed
@@ -117,6 +118,7 @@ def prepare(dataset: str, words: list[str], seed: int, shuffled: bool) -> Run:
     geometry = replace(geometry, case_size=index.common_size())
     torch.manual_seed(seed)
     method = DINO(target_backbone(manager, configuration, geometry.channels, 2), settings, geometry)
+    avoid_two_slice_bug(method, CPU, torch.bfloat16)
     set_memory_format(method, "auto", CPU, torch.bfloat16)
     if shuffled:
         shuffle_voxels(method, "before")

@@ -210,7 +210,8 @@ def view_voxels(settings: DINOSettings, geometry: DataGeometry) -> int:
 def small_crops(settings: DINOSettings, geometry: DataGeometry) -> tuple[Triple, int]:
     """Trade crop size for samples, at about the voxels per step of the plan's patch and batch.
 
-    The aim is 16 samples. Each crop keeps two voxels at the bottleneck along strided axes, and four tokens of a transformer.
+    The aim is 16 samples. Each crop keeps two voxels at the bottleneck along strided axes. A transformer keeps four
+    tokens per axis.
 
     Args:
         settings: Settings that decide about local views.
