@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,10 @@ from tests.images import make_images
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
+# a shell that starts the tests in the background may ignore these, and children inherit that
+for _name, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, _name) and threading.current_thread() is threading.main_thread():
+        signal.signal(getattr(signal, _name), _handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

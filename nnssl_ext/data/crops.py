@@ -278,7 +278,7 @@ def _read_view(data: Any, region: SourceBox, crop: Crop, kind: ViewKind, generat
 
 
 def noise_box(shape: tuple[int, ...], case: str) -> SourceBox:
-    """Return a box of noise (C, D, H, W) about its own center; torch's own generator stays as it is."""
+    """Return a box of noise (C, D, H, W). torch's own generator keeps its state."""
     noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     return SourceBox(noise, np.eye(3), (np.asarray(shape[1:]) - 1) / 2, case)
 

@@ -99,7 +99,7 @@ class ImageFolder:
 
     @cached_property
     def validation(self) -> list[str]:
-        """Images of every class that are kept apart; those of small classes are one each."""
+        """Return the images of every class that are kept for validation, at least one each."""
         return [name for files in self.files for name in files[::VALIDATION_SHARE]]
 
     def summary(self, training_cases: int) -> str:
@@ -109,7 +109,7 @@ class ImageFolder:
         return []
 
     def fingerprint(self) -> dict[str, str]:
-        """Return one digest of all names; the images are not read."""
+        """Return one digest of all names. The images are not read."""
         names = "\n".join(name for files in self.files for name in files)
         return {f"the list of {len(self)} images": hashlib.sha256(names.encode()).hexdigest()}
 
@@ -170,7 +170,7 @@ class ImageDataset(Dataset):
         return Sample(sample, [], f"{len(skipped)} images in a row cannot be read: {listed}", tuple(skipped))
 
     def sources(self, sample: int) -> list[str]:
-        """What a sample is read from, for messages."""
+        """Return the files of a sample, for messages."""
         turn, place = divmod(sample, len(self.names))
         return [self.names[int(_shuffled(self.seed, self.stream, turn, len(self.names))[place])]]
 
@@ -197,7 +197,7 @@ class ImageDataset(Dataset):
 def draw_region(
     generator: np.random.Generator, height: int, width: int, request: ImageRequest
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest corner and the end (2,) of a random region of an image, in pixels; within it, at least one pixel."""
+    """Draw a random region of an image: lowest corner and end (2,) in pixels."""
     area = generator.uniform(*request.area) * height * width
     ratio = np.exp(generator.uniform(*np.log(request.aspect)))
     edges = np.sqrt([area / ratio, area * ratio])
@@ -207,7 +207,7 @@ def draw_region(
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """An image in three colours of eight bits; grey values of more bits are stretched to their range."""
+    """Convert an image to three colors of eight bits. More bits are stretched to their range."""
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float64)
         low, high = values.min(), values.max()

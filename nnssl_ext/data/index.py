@@ -73,7 +73,7 @@ class CaseIndex:
         return {self.cases[row]: str(self._table["problem"][row]) for row in rows}
 
     def channels(self) -> np.ndarray:
-        """Return the number of channels per case; 0 for unreadable ones."""
+        """Return the number of channels per case, 0 for unreadable ones."""
         return self._table["shape"][:, 0]
 
     def common_size(self) -> tuple[int, int, int]:
@@ -88,7 +88,7 @@ class CaseIndex:
         return depth, height, width
 
     def fingerprint(self) -> dict[str, str]:
-        """Digest shape, file size and body map per case; '' for excluded cases. Copies have equal digests."""
+        """Digest shape, file size and body map per case, '' for excluded cases."""
         rows = zip(self._table["shape"], self._keys[:, 0], self._table["body"], strict=True)
         digests = (crc32(body.tobytes(), crc32(f"{shape.tolist()} {size}".encode())) for shape, size, body in rows)
         return {
@@ -161,7 +161,7 @@ def _empty_table(cases: int) -> dict[str, Any]:
 
 
 def _take_over(path: Path, cases: list[str], keys: np.ndarray, table: dict[str, Any]) -> list[int]:
-    """Copy the rows of unchanged cases from an earlier index; return the other rows."""
+    """Copy the rows of unchanged cases from an earlier index. Return the other rows."""
     with np.load(path, allow_pickle=False) as stored:
         if int(stored["version"]) != VERSION:
             return list(range(len(cases)))

@@ -62,7 +62,7 @@ Split = Callable[[], tuple[list[str], list[str]]]
 
 
 class SampleSource(Protocol):
-    """Where samples are read from.
+    """Source of the samples of a run.
 
     Attributes:
         kind: Plural noun for messages.

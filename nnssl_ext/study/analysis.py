@@ -130,7 +130,7 @@ class Analysis:
         return next(arm for arm in self.grid.arms if arm.name == name)
 
     def late_rise(self, labels: int) -> float | None:
-        """Measure by how much scratch still rises over the last third of the steps, None without a snapshot there."""
+        """Return the rise of scratch over the last third of the steps, None if not measured."""
         steps = self.protocol.steps
         before = [step for step in self.protocol.snapshots if 0.6 * steps <= step <= 0.7 * steps]
         if not before:

@@ -1,4 +1,4 @@
-"""What a study will cost: its steps, times the seconds that a few real steps of its network take."""
+"""Estimate a study's cost from its steps and a few timed steps of its network."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Estimate:
 
 
 def estimate(grid: Grid) -> Estimate:
-    """What the runs of a prepared grid that are not done will take."""
+    """Estimate the cost of a prepared grid's unfinished runs."""
     runs, steps = 0, 0
     for run in grid.all_runs():
         if grid.done(run):
@@ -75,7 +75,7 @@ def estimate(grid: Grid) -> Estimate:
 def seconds_per_step(
     plans: dict, configuration: str, dataset_json: dict, common: CommonSettings, device: torch.device
 ) -> float:
-    """Seconds of a forward and backward pass of the plan's network at its patch and batch size, on noise."""
+    """Time a forward and backward pass of the plan's network on noise, in seconds."""
     manager = PlansManager(plans)
     config = manager.get_configuration(configuration)
     channels = determine_num_input_channels(manager, config, dataset_json)

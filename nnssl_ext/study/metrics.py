@@ -28,7 +28,7 @@ def tolerance_of(dataset: str) -> float:
 def fold_metrics(
     validation: Path, truth: Path, dataset_json: Mapping[str, Any], tolerance: float, reader: BaseReaderWriter
 ) -> pd.DataFrame:
-    """Columns case, organ, dice, nsd of a validation folder; NaN where neither side has the class.
+    """Measure a validation folder: columns case, organ, dice, nsd. NaN without the class.
 
     Args:
         validation: With the predictions and nnU-Net's summary.json.

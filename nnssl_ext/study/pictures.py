@@ -1,4 +1,7 @@
-"""Pictures of a report, as PNG bytes. All are narrow, so that a phone shows their text at a readable size."""
+"""Draw a report's pictures as PNG bytes.
+
+All are narrow, so that a phone shows their text at a readable size.
+"""
 
 from __future__ import annotations
 
@@ -107,13 +110,16 @@ def with_intervals(label: str, arms: Mapping[str, Mapping[int, Sequence[float]]]
 
 
 def interval_or_range(scores: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval of the mean of R scores, or their range where R is too small for one."""
+    """Return the 95 % interval of the mean of R scores, or the range of too few."""
     low, high = sign_flip_interval(scores)
     return (low, high) if np.isfinite(low) else (float(scores.min()), float(scores.max()))
 
 
 def bars(values: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
-    """Draw mean Dice per class as bars and cases as dots: class -> arm -> one value per case."""
+    """Draw mean Dice per class as bars and cases as dots.
+
+    ``values``: class -> arm -> one value per case.
+    """
     figure, axis = plt.subplots(figsize=(WIDTH, 1.0 + 0.55 * len(values)), constrained_layout=True)
     for place, arms in enumerate(values.values()):
         for offset, (arm, dice) in zip((-0.2, 0.2), arms.items(), strict=True):
@@ -154,7 +160,7 @@ def tile(image: np.ndarray, labels: np.ndarray | None, color: str, box: tuple[sl
 
 
 def busiest_slice(labels: np.ndarray) -> tuple[int, tuple[slice, slice]]:
-    """Return the axial slice (D, H, W) with most labeled voxels, and the box around them with a margin."""
+    """Return the axial slice (D, H, W) with most labeled voxels, and a box around them."""
     index = int(np.argmax((labels > 0).sum((1, 2))))
     plane, box = labels[index] > 0, []
     for axis in (0, 1):

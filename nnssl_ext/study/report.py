@@ -1,4 +1,4 @@
-"""Write the report of a study: one self-contained HTML file, a Markdown twin, and the table of all numbers."""
+"""Write a study's report as HTML and Markdown, and its table of numbers."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def _every_run(grid: Grid, dice: Analysis) -> Section:
 
 
 def _held_out_cases(grid: Grid, dice: Analysis) -> list[Section]:
-    """Show the best, median and worst held-out case of the first tested arm: truth, then one arm a tile."""
+    """Show the best, median and worst held-out case of the first tested arm."""
     p = grid.protocol
     shown = [
         arm for arm in grid.arms if arm.name != TOTAL and 0 in dice.score(arm.name, p.primary_labels, p.primary_step)

@@ -1,4 +1,4 @@
-"""What stock nnU-Net's runs leave behind, as tables."""
+"""Read the results of stock nnU-Net's runs as tables."""
 
 from __future__ import annotations
 

@@ -303,7 +303,10 @@ def drop_checkpoints(grid: Grid, run: Run) -> None:
 
 
 def _die_with_parent() -> Callable[[], None]:
-    """Return a function that ends a run with the study's process, so that no two runs share a folder (Linux)."""
+    """Return a function that ends a run with the study's process (Linux).
+
+    No two runs ever share a folder then.
+    """
     library = ctypes.CDLL(None)
 
     def set_signal() -> None:

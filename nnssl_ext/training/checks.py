@@ -139,7 +139,10 @@ def target_backbone(
     outputs: int,
     checkpointing: bool = False,
 ) -> Backbone:
-    """``target_network`` seen as a backbone; a network of unknown kind or wrong arguments is one line."""
+    """Build ``target_network`` as a backbone.
+
+    Raises one line for a network of unknown kind or wrong arguments.
+    """
     try:
         backbone = backbone_of(target_network(plans_manager, configuration_manager, input_channels, outputs))
     except (ValueError, TypeError) as error:
@@ -182,7 +185,7 @@ def _index(folder: Path, channels: int, max_unreadable_fraction: float) -> CaseI
 
 
 def _training_cases(base: Path, cases: list[str], fold: int | str) -> int:
-    """How many cases a fold trains on, as nnU-Net will split them."""
+    """Count the training cases of a fold, as nnU-Net will split them."""
     if fold == "all":
         return len(cases)
     splits = base / "splits_final.json"

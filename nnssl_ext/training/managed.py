@@ -89,7 +89,7 @@ class ManagedTrainer(nnUNetTrainer):
     def check(
         self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device
     ) -> tuple[CommonSettings, str]:
-        """Check all input before anything is written; return the common settings and the precision.
+        """Check all input before anything is written. Return the common settings and the precision.
 
         Raises:
             UserError: One line about the first thing that cannot work.
@@ -98,7 +98,7 @@ class ManagedTrainer(nnUNetTrainer):
     @property
     @abstractmethod
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch; the last epoch may have fewer."""
+        """Return the optimizer steps of an epoch. The last epoch may have fewer."""
 
     @property
     @abstractmethod
@@ -130,7 +130,7 @@ class ManagedTrainer(nnUNetTrainer):
         return self.outputs
 
     def after_step(self) -> None:
-        """Run after each optimizer step; may raise."""
+        """Run after each optimizer step. It may raise."""
 
     def before_training(self) -> None:
         """Run before the first step of this process."""
@@ -193,7 +193,7 @@ class ManagedTrainer(nnUNetTrainer):
         dist.barrier()  # stock's own
 
     def _training_steps(self) -> list[dict[str, Any]]:
-        """Do the remaining steps of an epoch; return the outputs of all of them, earlier processes' included.
+        """Do the remaining steps of an epoch and return the outputs of all its steps.
 
         Raises:
             UserError: If data or numbers do not allow to continue. All steps before are then in checkpoint_latest.pth.
@@ -260,7 +260,7 @@ class ManagedTrainer(nnUNetTrainer):
         return (self.current_epoch + 1) % self.save_every == 0
 
     def on_train_end(self) -> None:
-        """Write the final checkpoint; where none is written all others stay.
+        """Write the final checkpoint. If that fails, all others stay.
 
         Stock removes checkpoint_latest.pth in any case, an earlier run's too.
         """
@@ -277,7 +277,7 @@ class ManagedTrainer(nnUNetTrainer):
         self.dataloader_train = self.dataloader_val = None
 
     def leave_if_asked(self) -> None:
-        """Between two steps: write a checkpoint and end the process if a signal or the time limit asks for it."""
+        """Write a checkpoint and end the process if a signal or the time limit asks for it."""
         reason = self.interruption.agreed(self.step)
         if reason:
             self.leave(reason, self.keep_progress())
@@ -303,7 +303,7 @@ class ManagedTrainer(nnUNetTrainer):
         raise SystemExit(0)
 
     def keep_progress(self) -> bool:
-        """Write checkpoint_latest.pth within an epoch; return whether it was written."""
+        """Write checkpoint_latest.pth within an epoch. Return whether it was written."""
         self.outputs = self.gather_outputs()
         self.save_checkpoint(str(self.folder.path / LATEST))
         return self.writer.wait() and not self.disable_checkpointing
@@ -346,7 +346,7 @@ class ManagedTrainer(nnUNetTrainer):
 
     @property
     def run_name(self) -> RunName:
-        """What stock's command line calls this run."""
+        """Return the run's name on stock's command line."""
         plans = self.plans_manager
         return RunName(
             plans.dataset_name, self.configuration_name, str(self.fold), plans.plans_name, type(self).__name__

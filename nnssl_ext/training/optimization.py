@@ -66,7 +66,7 @@ def set_rates(optimizer: torch.optim.Optimizer, recipe: OptimizerRecipe, peak: f
 
 
 def clip_gradients(modules: Iterable[Sequence[Tensor]], max_norm: float) -> Tensor:
-    """Clip the gradient norm of each module's parameters; return the norm of all gradients before, ()."""
+    """Clip the gradient norm of each module. Return the total norm before, ()."""
     norms = [torch.nn.utils.clip_grad_norm_(parameters, max_norm) for parameters in modules]
     # the norm of no gradients is 0 on the CPU
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))

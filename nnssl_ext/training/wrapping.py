@@ -60,7 +60,7 @@ def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
 
 
 def mixed_precision(device: torch.device, precision: str = "auto") -> torch.dtype | None:
-    """Return the type for autocast; None is float32.
+    """Return the dtype for autocast. None is float32.
 
     ``auto``: bfloat16 on GPUs and CPUs that compute in it, float16 on other GPUs, else float32.
 

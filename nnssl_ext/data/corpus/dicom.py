@@ -94,7 +94,7 @@ class _Header:
 
 @dataclass
 class _Plane:
-    """Where one slice or frame lies, as far as its header says."""
+    """Place of a slice or frame, as far as its header gives it."""
 
     size: tuple[int, int]
     position: np.ndarray | None
@@ -103,7 +103,7 @@ class _Plane:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM, with or without preamble, or is named so."""
+    """Return whether a file is DICOM, with or without preamble, or named so."""
     if path.name.lower().endswith(SUFFIXES) or path.name == "DICOMDIR":
         return True
     try:
@@ -154,7 +154,7 @@ def _read_header(path: Path) -> Dataset:
 
 
 def _lacks_preamble(start: bytes) -> bool:
-    """Whether bytes are the first element of old files: of group 2 or 8, with a known or implicit type."""
+    """Return whether bytes begin a DICOM file without preamble: an element of group 2 or 8."""
     if start[:2] not in (b"\x02\x00", b"\x08\x00") or len(start) < 16 or start[3:4] != b"\x00":
         return False
     return start[4:6] in (b"UL", b"UI", b"CS", b"OB") or start[5:8] == b"\x00\x00\x00"
@@ -179,7 +179,7 @@ def _read_series(headers: list[_Header], canonical: bool) -> Iterator[Volume | U
 
 
 def _kind(header: _Header) -> str:
-    """What a file is that is no slice of a volume; empty if it may be one."""
+    """Name the kind of a file that is no slice of a volume, '' if it may be one."""
     data = header.data
     if header.sop == DICOMDIR:
         return "DICOMDIR"
@@ -197,7 +197,7 @@ def _kind(header: _Header) -> str:
 
 
 def _read_images(headers: list[_Header], canonical: bool) -> Iterator[Volume | Unusable]:
-    """Read slices of one series; the same slice may lie there twice."""
+    """Read the slices of a series. Duplicate slices are dropped."""
     unique = {tuple(str(header.data.get(tag) or header.path) for tag in _IDENTITY): header for header in headers}
     headers = list(unique.values())
     planes = [plane for header in headers for plane in _planes(header)]
@@ -334,7 +334,7 @@ def _check_planes(headers: list[_Header], planes: list[_Plane]) -> tuple[float, 
 
 
 def _check_positions(positions: np.ndarray, normal: np.ndarray) -> tuple[float, int, float]:
-    """See ``_check_planes``; the same position may come back, in other echoes and times."""
+    """Check positions as ``_check_planes`` does, for each echo and time."""
     depths = positions @ normal
     order = np.argsort(depths)
     gaps = np.diff(depths[order])
@@ -379,7 +379,7 @@ def _convert(headers: Sequence[_Header], folder: Path, merge: bool) -> tuple[lis
 
 
 def _link(header: _Header, link: Path, rewrite: bool) -> None:
-    """Make a file known by another name; write it anew where dcm2niix cannot read it as it is."""
+    """Link a file under another name, or rewrite it where dcm2niix cannot read it."""
     meta = header.data.file_meta
     deflated = meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian
     if rewrite or deflated or (header.data.preamble is None and len(meta)):

@@ -65,7 +65,7 @@ class Entry:
 
 
 class Manifest:
-    """The entries of a corpus; see ``Entry``.
+    """Entries of a corpus.
 
     Args:
         path: Of corpus.json.
@@ -84,7 +84,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: Path, head: dict[str, Any]) -> Manifest:
-        """Read a corpus's manifest; an empty one if there is none yet.
+        """Read a corpus's manifest. A missing one is empty.
 
         Raises:
             UserError: If it is of another target or an unknown version.
@@ -125,7 +125,7 @@ class Manifest:
             self._twins.setdefault(entry.content, []).append(entry)
 
     def case_of(self, content: str) -> str:
-        """The case with this content; empty without one."""
+        """Return the case with this content, '' without one."""
         return self._kept.get(content, "")
 
     def contents(self) -> list[str]:
@@ -137,7 +137,7 @@ class Manifest:
         return set(self._kept.values())
 
     def knows(self, item: Item, cases: set[str], retry: bool = False) -> bool:
-        """Whether an item was read in its present state and its cases exist.
+        """Return whether an item was read in its present state and its cases exist.
 
         Args:
             item: Any.
@@ -158,7 +158,7 @@ class Manifest:
         )
 
     def forget(self, item: Item) -> list[str]:
-        """Drop an item's entries; returns the cases that no other entry holds."""
+        """Drop an item's entries. Return the cases that no other entry holds."""
         dropped = self.entries.pop(item.files, [])
         for entry in dropped:
             if entry.status == DUPLICATE:

@@ -201,7 +201,7 @@ def _isolate() -> None:
 
 
 def _memory_limit() -> int:
-    """Bytes of address space: what this process has and a share of the free memory; 0 if unknown."""
+    """Return the address space limit of a worker in bytes, 0 if unknown."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])

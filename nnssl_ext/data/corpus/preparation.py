@@ -33,12 +33,12 @@ CONSTANT = "is constant once it is normalized and resampled"
 
 
 class NotWrittenError(Exception):
-    """A case could not be written; a plain exception, so that it passes between processes as it is."""
+    """Raised if a case cannot be written. Plain, so that it passes between processes."""
 
 
 @dataclass(frozen=True)
 class CorpusTarget:
-    """How a worker preprocesses, and where it writes.
+    """How and where a worker preprocesses.
 
     Attributes:
         plans: File of the corpus's plans.
@@ -65,7 +65,7 @@ class Prepared:
 
 
 def prepare(item: Item, target: CorpusTarget) -> list[Prepared]:
-    """Read an item and preprocess its cases; unusable files come back as entries.
+    """Read an item and preprocess its cases. Unusable files come back as entries.
 
     Raises:
         NotWrittenError: If a case cannot be written.
@@ -157,7 +157,7 @@ def _describe(entry: Entry, volumes: list[Volume]) -> None:
 
 
 def _preprocess(volumes: list[Volume], output: Path, target: CorpusTarget, scheme: str) -> CaseRecord:
-    """Preprocess without labels and save as nnU-Net does; the record spares the index from reading it."""
+    """Preprocess without labels and save as nnU-Net does. Return the record for the index."""
     plans, configuration = _managers(target, scheme)
     properties: dict[str, Any] = {"spacing": list(volumes[0].spacing), "sitk_stuff": volumes[0].geometry}
     data = np.stack([volume.array for volume in volumes])

@@ -45,7 +45,7 @@ SAME_SIZE = 1e-2
 
 
 def image_suffix(name: str) -> str:
-    """Suffix of an image file in lower case; empty for other files."""
+    """Return the suffix of an image file in lower case, '' for other files."""
     lowered = name.lower()
     return next((suffix for suffix in SUFFIXES if lowered.endswith(suffix)), "")
 
@@ -96,7 +96,7 @@ def check_regular(path: str) -> None:
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of a message; ITK's have many."""
+    """Return the last line of a message. ITK's have many."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][-200:] if lines else type(error).__name__
 
@@ -259,7 +259,7 @@ def _check_text_header(path: str, header: dict[str, str]) -> None:
 
 
 def _utf8_name(path: str, link: Path) -> str:
-    """A name that ITK can open in any locale: the path's UTF-8, or a link where it is none."""
+    """Return a name that ITK can open in any locale, a link if necessary."""
     try:
         return os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError:

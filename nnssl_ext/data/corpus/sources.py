@@ -58,7 +58,7 @@ class Item:
     dicom: bool = False
 
     def channels(self, *groups: tuple[int, ...]) -> list[str]:
-        """Names of the channels of some groups, or of all; empty if unknown."""
+        """Return the channel names of the given groups, or of all."""
         return [self.names[n] for group in groups or self.groups for n in group if self.names[n]]
 
     def paths(self) -> list[Path]:
@@ -118,7 +118,7 @@ class Wishes:
 
 
 def of_source(choices: dict[str, Any], source: str) -> Any:
-    """The choice for a source, by its word or its folder's name; None without one."""
+    """Return the choice for a source by its word or its folder's name, None without one."""
     for name in (source, os.path.basename(source.rstrip("/"))):
         if name in choices:
             return choices[name]

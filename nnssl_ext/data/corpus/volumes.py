@@ -140,7 +140,7 @@ def checked_affine(affine: np.ndarray) -> np.ndarray:
 
 
 def largest_cosine(affine: np.ndarray) -> float:
-    """Largest absolute cosine between two axes; 0 for perpendicular ones, infinite for unusable affines."""
+    """Return the largest absolute cosine between two axes, infinite for unusable affines."""
     axes = affine[:3, :3]
     lengths = np.linalg.norm(axes, axis=0)
     if not np.isfinite(affine).all() or lengths.min() <= 0:
@@ -150,7 +150,7 @@ def largest_cosine(affine: np.ndarray) -> float:
 
 
 def label_values(array: np.ndarray, name: str = "") -> int:
-    """Number of values of a label map (D, H, W); 0 for an image.
+    """Count the values of a label map (D, H, W), 0 for an image.
 
     Label maps hold integers, few per volume, in pieces: most neighbors are equal. Images have noise.
     """

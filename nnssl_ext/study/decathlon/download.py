@@ -25,7 +25,7 @@ BLOCK = 1 << 20
 
 
 def download(url: str, path: Path, md5: str, pause: float = PAUSE_SECONDS) -> None:
-    """Download ``url`` to ``path``; what a cut connection or an earlier call left in ``path.part`` is gone on from.
+    """Download ``url`` to ``path``. An earlier ``path.part`` is continued.
 
     Args:
         url: http or https.
@@ -71,7 +71,7 @@ def checksum(path: Path) -> str:
 
 
 def _attempt(url: str, part: Path) -> str:
-    """One connection; '' when the file is whole, else what cut it."""
+    """Download over one connection. Return '' once the file is whole, else the error."""
     have = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:

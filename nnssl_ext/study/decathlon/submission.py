@@ -61,7 +61,7 @@ class Predictions:
         return dict(sorted(found.items()))
 
     def _images(self) -> dict[str, Path]:
-        """Test images by case; of several channels the first."""
+        """Find the test images by case, the first channel of several."""
         found = _cases(self.raw / "imagesTs")
         if any(re.search(r"_\d{4}$", name) for name in found):  # as nnU-Net's converter names them
             return {name[:-5]: path for name, path in found.items() if name.endswith("_0000")}
@@ -69,7 +69,7 @@ class Predictions:
 
 
 def write_archive(tasks: list[Predictions], path: Path) -> int:
-    """Write one zip with a folder ``TaskXX_NAME`` per task; returns the number of cases.
+    """Write one zip with a folder per task. Return the number of cases.
 
     Raises:
         UserError: If any prediction is not as the site wants it; nothing is written then.
@@ -86,7 +86,7 @@ def write_archive(tasks: list[Predictions], path: Path) -> int:
 
 
 def problem_of(prediction: Path, image: Path, labels: set[int]) -> str:
-    """What is wrong with a prediction; '' if nothing is.
+    """Describe a problem of a prediction, '' without one.
 
     Args:
         prediction, image: Files; a 4-D image counts with its first three axes.
@@ -127,7 +127,7 @@ def _header(path: Path) -> Mapping[str, tuple]:
 
 
 def _labels(dataset_json: dict) -> set[int]:
-    """Of nnU-Net's {name: value} or the Decathlon's {value: name}."""
+    """Read nnU-Net's {name: value} or the Decathlon's {value: name}."""
     values: set[int] = set()
     for key, value in dataset_json.get("labels", {}).items():
         entry = key if isinstance(key, str) and key.isdigit() else value

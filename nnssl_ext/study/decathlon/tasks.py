@@ -112,7 +112,7 @@ def find_task(word: str) -> Task:
 
 
 def fetch_task(task: Task, root: Path, url: str | None = None, md5: str | None = None) -> Path:
-    """Download a task's archive, check it and unpack it; returns its folder.
+    """Download, check and unpack a task's archive. Return its folder.
 
     Args:
         task: Which.
@@ -152,7 +152,7 @@ def unpack(archive: Path, task: str, root: Path) -> Path:
 
 
 def convert_task(source: Path, raw: Path, scratch: Path, *, test_images: bool = False, processes: int = 2) -> Path:
-    """A task's folder as an nnU-Net raw data set, by nnU-Net's converter; returns it.
+    """Convert a task's folder to an nnU-Net raw data set with nnU-Net's converter.
 
     Args:
         source: ``TaskXX_NAME``.
@@ -219,7 +219,7 @@ def task_of_path(path: Path) -> str:
 
 
 def _members(tar: tarfile.TarFile, task: str) -> Iterator[tarfile.TarInfo]:
-    """The members of a task's folder; what macOS put between them is left out.
+    """List the members of a task's folder without macOS's extra files.
 
     Raises:
         tarfile.TarError: For a member elsewhere.

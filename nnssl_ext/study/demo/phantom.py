@@ -27,7 +27,7 @@ IGNORE_LABEL = len(ORGANS) + 1
 
 @dataclass(frozen=True)
 class PhantomOptions:
-    """What a phantom data set is like.
+    """Options of a phantom data set.
 
     Attributes:
         cases: All cases: labeled, unlabeled and test.
@@ -117,7 +117,7 @@ def write_phantom(folder: Path, options: PhantomOptions, progress: Callable[[int
 
 
 def make_case(options: PhantomOptions, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """One case: image (C, D, H, W) int16 and label (D, H, W) uint8, a function of the seed and its number alone."""
+    """Make image (C, D, H, W) int16 and label (D, H, W) uint8 of a case from seed and number."""
     generator = np.random.default_rng((options.seed, number))
     shape = tuple(round(options.field_of_view * generator.uniform(0.9, 1.1) / s) for s in options.spacing)
     grid = _warped_grid(generator, shape)
@@ -128,7 +128,7 @@ def make_case(options: PhantomOptions, number: int) -> tuple[np.ndarray, np.ndar
 
 
 def _warped_grid(generator: np.random.Generator, shape: tuple[int, ...]) -> list[np.ndarray]:
-    """Coordinates in [-1, 1] per axis, bent by a smooth random displacement and turned a little about each axis."""
+    """Return coordinates in [-1, 1] per axis, smoothly deformed and slightly rotated."""
     axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     bends = [_smooth(generator, shape, 4) for _ in range(3)]
     points = np.stack([axis + 0.07 * bend for axis, bend in zip(axes, bends, strict=True)])

@@ -1,4 +1,4 @@
-"""Where a demonstration's data comes from: the phantom, or a task of the Medical Segmentation Decathlon."""
+"""Provide a demo's data: the phantom, or a task of the Decathlon."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Source(ABC):
 
     @abstractmethod
     def write_raw(self, root: Path, scratch: Path) -> None:
-        """Make the raw data set in an nnUNet_raw folder; ``scratch`` is a folder for intermediate files."""
+        """Write the raw data set into an nnUNet_raw folder. ``scratch`` holds intermediate files."""
 
     @property
     def number(self) -> str:

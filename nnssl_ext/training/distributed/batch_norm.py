@@ -1,4 +1,6 @@
-"""Batch normalization over the global batch, on any device; torch's SyncBatchNorm needs GPUs.
+"""Normalize over the global batch on any device.
+
+torch's SyncBatchNorm needs GPUs.
 
 B batch, C channel, any number of spatial axes.
 """
@@ -50,7 +52,7 @@ class GlobalBatchNorm(_BatchNorm):
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over all processes; backward, sum the gradients of all processes."""
+    """Sum over all processes, and sum their gradients in the backward pass."""
 
     @staticmethod
     def forward(context: Any, values: Tensor) -> Tensor:

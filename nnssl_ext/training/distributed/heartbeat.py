@@ -1,4 +1,7 @@
-"""Several processes watch each other: when one fails or is gone, the others end, instead of waiting for it.
+"""End all processes of a run when one of them fails.
+
+torchrun restarts or ends the processes of one machine only, and NCCL's watchdog waits for minutes and covers GPU
+collectives only. Gloo on CPUs, input checks before a process group exists, and several machines have neither.
 
 A thread in each process raises a counter in the shared store every few seconds and looks at the others' counters. It
 does not depend on the backend, which may wait for minutes or for ever. An error that all have is said once, by the
@@ -30,7 +33,9 @@ _DONE, _FAILED, _SAID = "done", "failed ", "said "
 
 
 class Heartbeat:
-    """A context manager around what several processes do together; nothing where there is one, or where one is on.
+    """Watch the other processes within a context.
+
+    It does nothing for a single process, or within another heartbeat.
 
     An error that leaves it is printed and becomes ``SystemExit(1)``, in the other processes too.
 
@@ -100,7 +105,7 @@ class Heartbeat:
         return [value.decode() for value in self._store.multi_get([f"{what}{other}" for other in range(self.count)])]
 
     def _end_with(self, word: str) -> None:
-        """Say how this process ended; the first one stays until the others have, for it may hold the store."""
+        """Record how this process ended. The first process stays last, since it may hold the store."""
         with suppress(RuntimeError):  # the store is gone with its process
             self._store.set(f"beat{self.number}", word)
             deadline = time.monotonic() + SILENCE_SECONDS
@@ -124,7 +129,7 @@ class Heartbeat:
         raise SystemExit(1)
 
     def _said_by_another(self, line: str) -> bool:
-        """Whether a process before this one has the same error, and so says it."""
+        """Return whether an earlier process reports the same error."""
         deadline = time.monotonic() + GRACE_SECONDS
         while self.number and time.monotonic() < deadline:
             before = self._all("beat")[: self.number]
@@ -176,7 +181,7 @@ class Heartbeat:
             os._exit(1)
 
     def _leave(self) -> None:
-        """End this process whatever it waits for; what there is to say was said."""
+        """End this process at once, whatever it waits for."""
         if not self._stop.is_set():
             with suppress(RuntimeError):
                 self._store.set(f"beat{self.number}", _SAID)
@@ -184,12 +189,12 @@ class Heartbeat:
 
 
 def _final(beat: str) -> bool:
-    """Whether a process has no more to say or to look up; one that failed may still ask who says it."""
+    """Return whether a process has ended. A failed one may still ask which process reports the error."""
     return beat.startswith((_DONE, _SAID))
 
 
 def _of_the_backend(error: BaseException) -> bool:
-    """Whether an error most likely means that another process is gone."""
+    """Return whether an error most likely means that another process is gone."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return False
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -1,4 +1,6 @@
-"""Under torchrun: the processes meet, check their input together, and train as one run, on one or several machines.
+"""Train as one run under torchrun, on one or several machines.
+
+The processes meet, check their input together, and share errors.
 
 What trains is stock nnU-Net's own ``run_training`` with one device per process; stock's ``-num_gpus`` starts its
 processes by itself and knows one machine only.
@@ -25,7 +27,7 @@ from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands among the others.
+    """Place of this process among the others.
 
     Attributes:
         rank, world: Among all processes.
@@ -56,13 +58,13 @@ class Place:
 
     @property
     def alone(self) -> bool:
-        """Whether all processes are on this machine."""
+        """Return whether all processes are on this machine."""
         return self.here == self.world and self.local == self.rank
 
 
 @contextmanager
 def process_group(check: Callable[[], argparse.Namespace]) -> Iterator[None]:
-    """A process group for a training within it; every error in one process ends all, and is said once.
+    """Open a process group. An error in one process ends all of them and is reported once.
 
     Args:
         check: Reads and checks the command line, in every process; nothing is written before all have.
@@ -115,7 +117,7 @@ def _check_place(place: Place, options: argparse.Namespace) -> None:
 
 
 def _take_device(device: str, place: Place) -> str:
-    """Make this process's GPU the current one; the name of the backend."""
+    """Select this process's GPU and return the name of the backend."""
     if device == "cpu":
         return "gloo"
     if device != "cuda":

@@ -14,12 +14,12 @@ from nnssl_ext.errors import UserError
 
 
 def rank() -> int:
-    """Return the number of this process among all; 0 without a process group."""
+    """Return the rank of this process, 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world() -> int:
-    """Return the number of processes; 1 without a process group."""
+    """Return the world size, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

@@ -1,4 +1,7 @@
-"""A store that the processes of a run share: what one has to say reaches the others, whatever the backend waits for."""
+"""Share a store between the processes of a run.
+
+Messages reach the others even while the backend waits in a collective.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ _store: dist.Store | None = None
 
 
 def shared_store() -> dist.Store:
-    """This process's connection; at the first call, which all make at the same place, the first process opens it."""
+    """Return this process's connection. The first call, made by all processes together, opens the store."""
     global _store  # one connection for the life of the process
     if _store is None:
         _store = _opened_by_the_first()
@@ -29,7 +32,7 @@ def shared_store() -> dist.Store:
 
 
 def meet(number: int, world: int) -> dist.Store:
-    """Meet the other processes at MASTER_ADDR and MASTER_PORT; the store to make the process group with.
+    """Meet the other processes at MASTER_ADDR and MASTER_PORT and return the store for a process group.
 
     Afterwards ``shared_store`` is another connection to the same place: nothing that the backend waits for blocks it.
 
@@ -56,7 +59,10 @@ def meet(number: int, world: int) -> dist.Store:
 
 
 def from_the_first(key: str, make: Callable[[], T]) -> T:
-    """What the first process makes, in all of them, however long it takes; a collective would give up after minutes."""
+    """Send a result of the first process to all, however long it takes.
+
+    A collective would time out after minutes.
+    """
     if world() == 1:
         return make()
     made: list[Any] = [None]

@@ -21,7 +21,7 @@ TRAINING, VALIDATION = 0, 1
 
 
 def run_seed(seed: int, fold: int | str) -> int:
-    """Derive the seed of one fold's run; each pair of seed and fold has another."""
+    """Derive the seed of one fold's run from the seed and the fold."""
     number = 1 << 16 if fold == "all" else int(fold)
     return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint32)[0])
 

@@ -278,13 +278,16 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         return best or super().latest_is_due(best)
 
     def after_training(self) -> None:
-        """End the process if it was asked to: the validation of whole cases, which ``--c`` does, answers no signal."""
+        """End the process if it was asked to, before the validation of whole cases.
+
+        That validation answers no signal. ``--c`` does it.
+        """
         reason = self.interruption.agreed(0)
         if reason:
             self.leave(reason, not self.disable_checkpointing)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Run stock's validation; with snapshots validate each of them and the end, case by case in this process."""
+        """Run stock's validation, or validate every snapshot and the end case by case."""
         predict_alone(self.network)
         with self.folder.locked() if self.local_rank == 0 else nullcontext():
             try:

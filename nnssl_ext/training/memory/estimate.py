@@ -1,4 +1,4 @@
-"""How much memory of a GPU a training step takes: estimated without one, in seconds, before a run and when it failed.
+"""Estimate the GPU memory of a training step without a GPU.
 
 What is counted is in docs/how-to/gpu-memory.md. B batch.
 """
@@ -71,7 +71,7 @@ class StepMemory:
         return self.allocated(batch) * (1 + FRAGMENTS) + RESERVE
 
     def largest_batch(self, limit: float) -> int:
-        """The largest batch whose peak is within ``limit`` bytes; 0 if there is none."""
+        """Return the largest batch whose peak is within ``limit`` bytes, 0 if there is none."""
         room = (limit - RESERVE) / (1 + FRAGMENTS) - self.weights - self.optimiser
         if room < max(moment.at(1) for moment in self.moments):
             return 0
@@ -116,7 +116,7 @@ def step_memory(
 def build_method(
     method: type[Method], build: Build, settings: Any, geometry: DataGeometry, device: torch.device
 ) -> Method:
-    """A method in training on a network that is built on ``device``; the generator stays as it was."""
+    """Build a method in training mode on ``device``. The random generator keeps its state."""
     # heads draw their initial values
     with torch.random.fork_rng(devices=[]):
         with device:
@@ -126,7 +126,7 @@ def build_method(
 
 
 def planned_memory(method: type[Method], plans: dict, configuration: str, dataset: dict, **known: Any) -> StepMemory:
-    """The memory of a step of a run with these plans; arguments and errors are those of ``planned``."""
+    """Estimate the memory of a step of a run. Arguments and errors are those of ``planned``."""
     precision = plans.get(PLANS_KEY, {}).get("precision", "auto")
     return step_memory(method, *planned(method, plans, configuration, dataset, **known), precision)
 
@@ -140,7 +140,7 @@ def planned(
     geometry: DataGeometry | None = None,
     checkpointing: bool | None = None,
 ) -> tuple[Build, Any, DataGeometry]:
-    """How plans build the network, the method's settings, and what it is told of the data.
+    """Return how plans build the network, the method's settings, and its data geometry.
 
     Args:
         method: What pretrains.

@@ -1,4 +1,7 @@
-"""The batch for a given amount of GPU memory, as nnU-Net plans its own; B batch."""
+"""Plan the batch for a given GPU memory, as nnU-Net plans its own.
+
+B batch.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,14 @@ class Need:
     memory: StepMemory
 
     def line(self, batch: int, target: float | None = None) -> str:
-        """For people; ``target`` in bytes."""
+        """Describe the need in one line. ``target`` in bytes."""
         needs, each = self.memory.peak(batch) / GIB, (self.memory.peak(batch + 1) - self.memory.peak(batch)) / GIB
         text = f"{self.configuration}: {self.method.title} needs {needs:.1f} GiB at batch {batch}, {each:.2f} a sample"
         return text if target is None else f"{text}; {self.memory.largest_batch(target)} fit {target / GIB:g} GiB"
 
 
 def wanted_methods(names: Sequence[str] | None, plans: dict) -> list[type[Method]]:
-    """The methods that are asked for; else those whose settings the plans name; else VolumeFusion.
+    """Return the requested methods, else those that the plans configure, else VolumeFusion.
 
     Raises:
         UserError: For an unknown name.
@@ -55,7 +58,7 @@ def needs_of(plans: dict, configurations: Sequence[str], methods: Sequence[type[
 
 
 def fitting_batch(needs: Sequence[Need], target: float, plans: dict, dataset: dict) -> int:
-    """The largest batch with which every step fits ``target`` bytes; at most the one that the plans' settings name.
+    """Return the largest batch that fits ``target`` bytes, at most the plans' own.
 
     Raises:
         UserError: If not even the smallest batch of a method fits.

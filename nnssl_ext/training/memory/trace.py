@@ -1,4 +1,4 @@
-"""A training step on tensors that have shapes, types and lifetimes but no memory: how many bytes are alive, and when.
+"""Trace the memory of a training step on tensors without storage.
 
 Every operation of the forward and the backward pass is dispatched as it would be on a GPU, under autocast where the run
 has it, and computes nothing. What an operation needs within itself (the workspaces of cuDNN) is not seen.
@@ -39,7 +39,7 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, Any] = {}
 
     def mark(self) -> int:
-        """Begin a new peak; the bytes that are alive."""
+        """Begin a new peak and return the live bytes."""
         self.peak = self.now
         return self.now
 
@@ -68,7 +68,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What a fused kernel keeps of scaled dot product attention: its arguments, its result and a number per query."""
+    """Keep what a fused attention kernel keeps: arguments, result and one number per query."""
 
     @staticmethod
     def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -121,12 +121,12 @@ def without_memory() -> Iterator[LiveBytes]:
 
 
 def autocast(dtype: torch.dtype | None) -> AbstractContextManager:
-    """Mixed precision within ``without_memory``; None is float32."""
+    """Return the autocast context within ``without_memory``. None is float32."""
     return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
 
 def empty(module: nn.Module) -> None:
-    """Replace a module's parameters and buffers by such without memory; call it within ``without_memory``."""
+    """Replace a module's parameters and buffers by tensors without storage, within ``without_memory``."""
     parameters: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():

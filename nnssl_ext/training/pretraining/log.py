@@ -61,7 +61,7 @@ class PretrainingLog(LocalLogger):
             self.log(f"{prefix}_losses" if key == "loss" else f"{prefix}_{key}", value, epoch)
 
     def has_collapsed(self, sign: bool, patience: int, epoch: int) -> bool:
-        """Log whether a validation showed a sign of collapse; return whether enough in a row did.
+        """Log a sign of collapse. Return whether enough validations in a row showed one.
 
         The count is read from the log, so that a continued run stops where the uninterrupted one would.
 
@@ -78,7 +78,7 @@ class PretrainingLog(LocalLogger):
         return bool(patience) and sum(log[COLLAPSED][-patience:]) == patience
 
     def smoothed_val_loss(self) -> float:
-        """Return the moving average of the validation objective; the lowest one marks checkpoint_best."""
+        """Return the moving average of the validation objective. Its minimum marks checkpoint_best."""
         average, *rest = self.my_fantastic_logging["val_losses"]
         for value in rest:
             average = (1 - NEWEST) * average + NEWEST * value

@@ -1,4 +1,4 @@
-"""What a pretraining's checkpoint holds, and what must agree when a run is continued."""
+"""Define the content of a pretraining checkpoint and what must agree to continue from it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def start_from(method: Method, text: str) -> str:
 
 
 def _own_section(path: Path) -> dict[str, Any]:
-    """Load what a checkpoint of this package holds under ``nnssl_ext``; nothing of other files."""
+    """Load the ``nnssl_ext`` section of one of our checkpoints."""
     try:
         return checkpoint.load(path)["nnssl_ext"]
     except UserError:

@@ -163,7 +163,7 @@ class PretrainingTrainer(ManagedTrainer):
         self.print_to_log_file(f"Epoch {self.current_epoch}")
 
     def train_step(self, batch: CropBatch) -> dict[str, Tensor]:
-        """Do one optimizer step. The terms stay on the device, so that the host does not wait for them."""
+        """Do one optimizer step. Terms stay on the device, so that the host does not wait."""
         set_rates(self.optimizer, self.recipe, self.initial_lr, self.step, self.total_steps)
         self.method.before_step(self.step / self.total_steps)
         # dropout and the like draw from torch's own generator: the same at each step, however often a run restarts

@@ -14,7 +14,7 @@ from nnssl_ext.training.distributed.ranks import world
 
 @dataclass(frozen=True)
 class RunName:
-    """What stock's command line calls a run.
+    """Name of a run on stock's command line.
 
     Attributes:
         dataset: Name of the data set, with its number.

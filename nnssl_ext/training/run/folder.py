@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time, no checkpoint lost, and the newest one that can be read."""
+"""Manage a run's folder: one process at a time, and the newest readable checkpoint."""
 
 from __future__ import annotations
 

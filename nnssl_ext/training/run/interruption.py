@@ -1,4 +1,4 @@
-"""Whether a run was asked to end: by a signal to any of its processes, or by its time limit.
+"""Detect that a run should end, by a signal to any process or by its time limit.
 
 The run ends after the current step, with a checkpoint from which ``--c`` continues exactly, and exit status 0.
 """
@@ -43,7 +43,7 @@ class Interruption:
 
     @property
     def reason(self) -> str:
-        """Why this process should end; '' if it should not."""
+        """Return why this process should end, '' if it should not."""
         if self.signals.received:
             return self.signals.received
         late = self.hours is not None and time.monotonic() - self.begin >= self.hours * 3600

@@ -1,4 +1,4 @@
-"""Batches whose objective or gradients are not finite change nothing, are named, and end a run if there are too many.
+"""Skip batches with a non-finite objective or gradient, and end a run with too many.
 
 The verdict is a tensor on the device. On the CPU the host reads it at every step, which costs nothing there. On a GPU
 the fused optimizers skip the step themselves (``found_inf``), and the host reads the verdicts once in a while.
@@ -125,7 +125,7 @@ class FiniteGuard:
 
     @property
     def problem(self) -> str:
-        """Why the run must end; '' if it may continue. Equal in every process."""
+        """Return why the run must end, '' if it may continue. It is equal in every process."""
         if self.skipped <= self.limit:
             return ""
         return (

@@ -25,7 +25,7 @@ class ProgressPicture:
         return "ProgressPicture()"
 
     def update(self, last: bool) -> None:
-        """Draw the picture if it is due; after the last epoch it is."""
+        """Draw the picture if it is due. It always is after the last epoch."""
         if not last and time.monotonic() - self._drawn <= DRAW_SECONDS:
             return
         try:

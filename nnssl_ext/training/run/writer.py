@@ -1,4 +1,4 @@
-"""Checkpoints are written while the training goes on: a copy of the state, in a thread, one write at a time."""
+"""Write checkpoints in the background, from a copy, one at a time."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class CheckpointWriter:
             self.wait()  # nnU-Net removes checkpoint_latest.pth next
 
     def wait(self) -> bool:
-        """Until nothing is being written; whether all of the last write was.
+        """Wait until nothing is being written. Return whether the last write succeeded.
 
         Raises:
             UserError: If it could not be, unless the training is to go on.
