@@ -22,6 +22,7 @@ BENCHMARKS = {
     "dino_step": "3DINO's student step against its bare blocks and heads",
     "resolution": "voxels of the plan per voxel that each method's network sees",
     "learning": "whether an objective learns, on real crops and on shuffled voxels",
+    "dino_learning": "whether 3DINO's terms learn: gradients, information of the targets, masked patches",
     "gpu": "everything on a GPU in one command: values, stock commands, compiler, speed, loader, ranks, a study",
     "launches": "kernels of a step outside the network, for each method",
     "record": "weights, objectives, transfers and a study that must not change when code moves",

@@ -88,7 +88,6 @@ def prototype_cross_entropy(
     temperature: float,
     *,
     weight: Tensor | None = None,
-    prototype_scale: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``distillation.prototype_cross_entropy`` in chunks, keeping no logits.
 
@@ -101,7 +100,6 @@ def prototype_cross_entropy(
         pairs: (S, T) weight of each pair of vectors.
         temperature: Temperature of the student.
         weight: (N,) weight of each sample. None is 1.
-        prototype_scale: Factor of the gradient of ``prototype_weight``.
 
     Returns:
         The total () with gradient, and the losses (N,) without; float32.
@@ -118,7 +116,6 @@ def prototype_cross_entropy(
             pairs,
             temperature,
             weight,
-            prototype_scale,
             dtype,
             torch.is_grad_enabled(),
         )
@@ -140,7 +137,6 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         pairs: Tensor,
         temperature: float,
         weight: Tensor,
-        prototype_scale: Tensor | float,
         dtype: torch.dtype,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -167,7 +163,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
                 _add_product(to_prototypes, flat.T, (student[rows] * scale).flatten(0, 1).to(dtype))
         # the length of a prototype does not matter: remove the gradient along it
         along = torch.linalg.vecdot(to_prototypes, prototypes)[:, None]
-        to_weight = to_prototypes.addcmul_(along, prototypes, value=-1).mul_(prototype_scale / norm)
+        to_weight = to_prototypes.addcmul_(along, prototypes, value=-1).div_(norm)
         context.gradients = to_student, to_weight
         context.mark_non_differentiable(losses)
         return losses.sum(), losses
@@ -177,7 +173,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         to_student, to_weight = context.gradients
         context.gradients = None
         upstream = gradients[0]
-        return to_student.mul_(upstream), to_weight.mul_(upstream), *(None,) * 10
+        return to_student.mul_(upstream), to_weight.mul_(upstream), *(None,) * 9
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

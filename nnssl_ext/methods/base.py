@@ -76,11 +76,13 @@ class ParameterGroup:
         parameters: Trainable parameters.
         lr_scale: Multiple of the learning rate.
         weight_decay_scale: Multiple of the weight decay.
+        frozen: Share of the steps, from the first on, with a learning rate of 0.
     """
 
     parameters: list[nn.Parameter]
     lr_scale: float = 1.0
     weight_decay_scale: float = 1.0
+    frozen: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,16 @@ class Method(nn.Module, ABC):
             UserError: If there is nothing to read.
         """
         return CaseSource(index)
+
+    @classmethod
+    def sampling(cls, settings: Any, geometry: DataGeometry) -> tuple[tuple[int, int, int], int]:
+        """Return crop edges and batch size where the plans set neither. Default: the plan's patch and batch.
+
+        Args:
+            settings: Settings of the method.
+            geometry: The data, with the plan's patch as ``crop_size`` and the plan's batch size.
+        """
+        return geometry.crop_size, geometry.batch_size
 
     @classmethod
     @abstractmethod

@@ -22,6 +22,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.files import check_writable
 from nnssl_ext.methods import SCHEMAS, DataGeometry, Method
 from nnssl_ext.networks.backbone import Backbone, backbone_of
+from nnssl_ext.networks.base import triple
 from nnssl_ext.networks.target import target_network
 from nnssl_ext.recipe import read_json
 from nnssl_ext.settings import PLANS_KEY, CommonSettings, split_sections
@@ -118,9 +119,13 @@ def check_plans(
     channels = determine_num_input_channels(manager, config, dataset_json)
     with torch.device("meta"):
         backbone = target_backbone(manager, config, channels, 2)
-    crop_size = tuple(common.crop_size or config.patch_size)
+    crop_size = triple(common.crop_size or config.patch_size)
     batch_size = common.batch_size or config.batch_size
-    geometry = DataGeometry(crop_size, tuple(config.spacing), channels, tuple(backbone.strides), batch_size=batch_size)
+    strides, spacing = tuple(backbone.strides), tuple(config.spacing)
+    geometry = DataGeometry(crop_size, spacing, channels, strides, batch_size=batch_size)
+    if common.crop_size is None and common.batch_size is None:
+        crop_size, batch_size = method.sampling(settings, geometry)
+        geometry = replace(geometry, crop_size=crop_size, batch_size=batch_size)
     problem = backbone.crop_problem(geometry.crop_size)
     if problem:
         raise UserError(f"{where}, configuration '{configuration}': {problem}")

@@ -25,6 +25,7 @@ def build_optimizer(
             "params": group.parameters,
             "lr_scale": group.lr_scale,
             "weight_decay_scale": group.weight_decay_scale,
+            "frozen": group.frozen,
             "weight_decay": 0.0,
         }
         for group in groups
@@ -59,7 +60,8 @@ def set_rates(optimizer: torch.optim.Optimizer, recipe: OptimizerRecipe, peak: f
     """
     rate, decay = learning_rate_at(recipe, peak, step, steps), weight_decay_at(recipe, step, steps)
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_scale", 1.0)
+        frozen = step < group.get("frozen", 0.0) * steps
+        group["lr"] = 0.0 if frozen else rate * group.get("lr_scale", 1.0)
         group["weight_decay"] = decay * group.get("weight_decay_scale", 1.0)
 
 

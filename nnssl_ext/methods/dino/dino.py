@@ -24,16 +24,12 @@ from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, ParameterGroup, Readable, ValidationCheck
 from nnssl_ext.methods.dino.health import ValidationBuffer, kept_patches, sign_of_collapse
 from nnssl_ext.methods.dino.networks import DistilledNetwork, reader_of
-from nnssl_ext.methods.dino.settings import DINOSettings, local_size
-from nnssl_ext.networks.base import Backbone
+from nnssl_ext.methods.dino.settings import GLOBALS, DINOSettings, local_size, resolved, small_crops
+from nnssl_ext.networks.base import Backbone, Triple
 from nnssl_ext.views.masking import expand_blocks
 from nnssl_ext.views.multicrop import ViewKind, crop_views, draw_patch_masks
 from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.spatial import SpatialRange
-
-GLOBALS = 2
-#: Sinkhorn needs this many samples per step to balance prototypes.
-SINKHORN_BATCH = 256
 
 
 class DINO(Method):
@@ -56,9 +52,9 @@ class DINO(Method):
     patch_center: Tensor
     pairs: Tensor
     teacher_temperature: Tensor
-    prototype_scale: Tensor
 
     def __init__(self, backbone: Backbone, settings: DINOSettings, geometry: DataGeometry) -> None:
+        settings = resolved(settings, geometry)
         super().__init__(backbone, settings, geometry)
         backbone.train_encoder_only()
         self.warming_up = False
@@ -74,17 +70,18 @@ class DINO(Method):
         self.register_buffer("image_center", torch.zeros(settings.prototypes))
         self.register_buffer("patch_center", torch.zeros(settings.prototypes))
         # rows are student views, columns teacher views: every pair but a view with itself
-        pairs = torch.ones(GLOBALS + settings.local_crops, GLOBALS)
+        pairs = torch.ones(GLOBALS + (settings.local_crops or 0), GLOBALS)
         pairs[:GLOBALS].fill_diagonal_(0)
         self.register_buffer("pairs", pairs / pairs.sum(), persistent=False)
         # tensors, so that a compiled method is not compiled again when they change
-        self.register_buffer("teacher_temperature", torch.tensor(settings.teacher_temperature[1]), persistent=False)
-        self.register_buffer("prototype_scale", torch.ones(()), persistent=False)
-        batch = geometry.batch_size
-        automatic = "sinkhorn" if batch >= SINKHORN_BATCH else "softmax"
-        self.centering = automatic if settings.centering == "auto" else settings.centering
+        last = (settings.teacher_temperature or [1.0])[-1]  # never null once resolved
+        self.register_buffer("teacher_temperature", torch.tensor(last), persistent=False)
         self.validation = ValidationBuffer()
         self._averaged_tensors: tuple[list[Tensor], list[Tensor]] | None = None
+
+    @classmethod
+    def sampling(cls, settings: DINOSettings, geometry: DataGeometry) -> tuple[Triple, int]:
+        return small_crops(settings, geometry)
 
     @classmethod
     def crops(cls, settings: DINOSettings, geometry: DataGeometry) -> CropRequest:
@@ -96,7 +93,7 @@ class DINO(Method):
         settings = self.settings
         return OptimizerRecipe(
             settings.optimizer,
-            5e-4,
+            0.002 * math.sqrt((self.geometry.batch_size or 1) / 1024),  # the published rule
             settings.weight_decay,
             settings.schedule,
             settings.warmup,
@@ -107,18 +104,21 @@ class DINO(Method):
     def parameter_groups(self) -> list[ParameterGroup]:
         """Group parameters by layer and weight decay.
 
-        Learning rates fall towards the input. Biases, norms and tokens have no weight decay.
+        Learning rates fall towards the input. Biases, norms and tokens have no weight decay. Prototypes are frozen at
+        first by a learning rate of 0: with zero gradients Adam's first steps after it would be too large.
         """
         layers, decay = self.backbone.layers(), self.settings.layer_decay
         scales = {id(p): decay ** (len(layers) - level) for level, layer in enumerate(layers) for p in layer}
         for parameter in self.backbone.stem.parameters():
             scales[id(parameter)] *= self.settings.stem_lr_scale
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        prototypes = {id(self.student.head(level).prototype_weight) for level in ("image", "patch")}
+        groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
         for parameter in self.student.parameters():
             if parameter.requires_grad:
                 decays = float(parameter.ndim > 1 and len(parameter) > 1)
-                groups.setdefault((scales.get(id(parameter), 1.0), decays), []).append(parameter)
-        return [ParameterGroup(parameters, scale, decays) for (scale, decays), parameters in groups.items()]
+                frozen = self.settings.freeze_prototypes if id(parameter) in prototypes else 0.0
+                groups.setdefault((scales.get(id(parameter), 1.0), decays, frozen), []).append(parameter)
+        return [ParameterGroup(parameters, *options) for options, parameters in groups.items()]
 
     def clipped_modules(self) -> list[nn.Module]:
         """Clip the network and each head separately, as DINOv2.
@@ -168,6 +168,7 @@ class DINO(Method):
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute ``loss`` and its terms ``image``, ``patch`` and ``koleo``, each (B,)."""
+        settings = self.settings
         clean, masked, index = views["global"], views["masked"].flatten(0, 1), views["masked_index"]
         number = len(clean)
         student, teacher = self.student, self.teacher
@@ -188,7 +189,9 @@ class DINO(Method):
             "patch", predicted_patches[:, None], target_patches[:, None], one, views["weight"]
         )
         patch = image.new_zeros(number).index_add(0, views["sample"], rows)
-        koleo = self._koleo(features.float().unflatten(0, (number, GLOBALS)))
+        koleo = torch.zeros_like(image)
+        if settings.koleo_weight:
+            koleo = self._koleo(features.float().unflatten(0, (number, GLOBALS)))
         if not self.training:
             kept = to_device(kept_patches(patches.shape[1]), patches.device)
             prediction, target = student.patch_head(patches[:, kept]), teacher.patch_head(teacher_patches[:, kept])
@@ -200,22 +203,20 @@ class DINO(Method):
                 target,
                 masked[:, kept],
             )
-        settings = self.settings
         loss = attach_gradient(image, image_total) + settings.patch_weight * attach_gradient(patch, patch_total)
-        return {"loss": loss + settings.koleo_weight * koleo, "image": image, "patch": patch, "koleo": koleo}
+        return {"loss": loss + (settings.koleo_weight or 0.0) * koleo, "image": image, "patch": patch, "koleo": koleo}
 
     def before_step(self, progress: float) -> None:
         settings = self.settings
         self.warming_up = progress < settings.warmup
-        first, last = settings.teacher_temperature
+        first, last = settings.teacher_temperature or (0.0, 0.0)  # never null once resolved
         share = min(1.0, progress / settings.temperature_warmup) if settings.temperature_warmup else 1.0
         self.teacher_temperature.fill_(first + (last - first) * share)
-        self.prototype_scale.fill_(float(progress >= settings.freeze_prototypes))
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """Move the teacher towards the student, running statistics included."""
-        start = self.settings.teacher_momentum
+        start = self.settings.teacher_momentum or 0.0
         momentum = 1 - (1 - start) * (1 + math.cos(math.pi * progress)) / 2
         teacher, student = self._averaged()
         torch._foreach_lerp_(teacher, student, 1 - momentum)
@@ -244,10 +245,8 @@ class DINO(Method):
         """
         targets = self._targets(level, teacher)
         prototypes, temperature = self.student.head(level).prototype_weight, self.settings.student_temperature
-        result = prototype_cross_entropy(
-            student, prototypes, targets, pairs, temperature, weight=weight, prototype_scale=self.prototype_scale
-        )
-        if self.training and self.centering == "softmax":
+        result = prototype_cross_entropy(student, prototypes, targets, pairs, temperature, weight=weight)
+        if self.training and self.settings.centering == "softmax":
             with torch.no_grad():
                 center, momentum = self._center(level), self.settings.center_momentum
                 center.copy_(update_center(center, teacher.flatten(0, 1), targets.prototypes, momentum))
@@ -255,7 +254,7 @@ class DINO(Method):
 
     def _targets(self, level: str, teacher: Tensor) -> Targets:
         prototypes, temperature = self.teacher.head(level).prototypes, self.teacher_temperature
-        if self.centering == "sinkhorn":
+        if self.settings.centering == "sinkhorn":
             bias = sinkhorn_bias(teacher.flatten(0, 1), prototypes, temperature)
         else:
             bias = -self._center(level) / temperature

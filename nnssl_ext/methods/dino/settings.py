@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods.base import DataGeometry
@@ -12,6 +14,16 @@ from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import CustomIntensitySettings, default
 
 XU, DINOV2 = "3DINO", "DINOv2"
+#: Global views of a sample, and local ones where they are half as large.
+GLOBALS, LOCALS = 2, 8
+#: Sinkhorn needs this many samples per step to balance prototypes. Published temperatures and momentum suit it, too.
+LARGE_BATCH = 256
+#: KoLeo needs this many samples per step. With 16, its gradient is still four times that of the image term.
+KOLEO_BATCH = 64
+#: Samples per step where the plan has fewer. Crops shrink instead, so that the voxels per step stay about the plan's.
+MIN_BATCH, MAX_BATCH = 16, 64
+#: Voxels per step may exceed the plan's by this factor to reach ``MIN_BATCH``.
+MAX_EXCESS = 1.5
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,12 @@ class DINOSettings(TrainingSettings):
     global_depth: list[float] = setting(
         [0.5, 1.0], "Range of the share of its depth.", source=XU, low=0.01, high=1, length=2
     )
-    local_crops: int = setting(8, "Local views of a sample.", source=XU, low=0)
+    local_crops: int | None = setting(
+        None,
+        "Local views of a sample; null is 8, or as many as have the voxels of the global ones together.",
+        source="8 in 3DINO",
+        low=0,
+    )
     local_size: list[int] | None = setting(
         None,
         "Edges of a local view in voxels; null is half of the crop's, rounded up to what the network takes.",
@@ -82,8 +99,13 @@ class DINOSettings(TrainingSettings):
     bottleneck_dim: int = setting(256, "Width of a projected vector.", source=XU, low=2)
     prototypes: int = setting(4096, "Prototypes of each head.", source="65,536 in 3DINO", low=2)
     student_temperature: float = setting(0.1, "Temperature of the student.", source=XU, low=0.001)
-    teacher_temperature: list[float] = setting(
-        [0.04, 0.07], "Temperature of the teacher at the start and after its warmup.", source=XU, low=0.001, length=2
+    teacher_temperature: list[float] | None = setting(
+        None,
+        "Temperature of the teacher at the start and after its warmup; null is 0.04 and 0.07 from 256 samples per step "
+        "on, 0.02 and 0.03 below.",
+        source="0.04 and 0.07 in 3DINO",
+        low=0.001,
+        length=2,
     )
     temperature_warmup: float = setting(
         0.3, "Share of the steps over which the teacher's temperature rises.", source=DINOV2, low=0, high=1
@@ -95,11 +117,18 @@ class DINOSettings(TrainingSettings):
         choices=("auto", "softmax", "sinkhorn"),
     )
     center_momentum: float = setting(0.9, "Momentum of the mean that softmax centering subtracts.", low=0, high=1)
-    teacher_momentum: float = setting(
-        0.992, "EMA momentum of the teacher at the start; 1 at the end.", source=XU, low=0, high=1
+    teacher_momentum: float | None = setting(
+        None,
+        "EMA momentum of the teacher at the start, 1 at the end; null is 0.992 from 256 samples per step on, 0.996 "
+        "below.",
+        source="0.992 in 3DINO",
+        low=0,
+        high=1,
     )
     patch_weight: float = setting(1.0, "Weight of the masked-patch term.", source=XU, low=0)
-    koleo_weight: float = setting(0.1, "Weight of KoLeo.", source=XU, low=0)
+    koleo_weight: float | None = setting(
+        None, "Weight of KoLeo; null is 0.1 from 64 samples per step on, 0 below.", source="0.1 in 3DINO", low=0
+    )
     freeze_prototypes: float = setting(
         0.01, "Share of the steps before the student's prototypes move.", source=DINOV2, low=0, high=1
     )
@@ -154,3 +183,55 @@ def local_size(settings: DINOSettings, geometry: DataGeometry) -> Triple:
             f"Use {legal}."
         )
     return triple(settings.local_size)
+
+
+def resolved(settings: DINOSettings, geometry: DataGeometry) -> DINOSettings:
+    """Replace null settings by the values for a crop and a batch size."""
+    large = geometry.batch_size >= LARGE_BATCH
+    room = GLOBALS * math.prod(geometry.crop_size) // math.prod(local_size(settings, geometry))
+    automatic: dict[str, Any] = {
+        "teacher_temperature": [0.04, 0.07] if large else [0.02, 0.03],
+        "teacher_momentum": 0.992 if large else 0.996,
+        "koleo_weight": 0.1 if geometry.batch_size >= KOLEO_BATCH else 0.0,
+        "local_crops": max(1, min(LOCALS, room)),
+    }
+    chosen = {name: value for name, value in automatic.items() if getattr(settings, name) is None}
+    if settings.centering == "auto":
+        chosen["centering"] = "sinkhorn" if large else "softmax"
+    return replace(settings, **chosen)
+
+
+def view_voxels(settings: DINOSettings, geometry: DataGeometry) -> int:
+    """Count the voxels of all views of a sample."""
+    number = resolved(settings, geometry).local_crops or 0
+    return GLOBALS * math.prod(geometry.crop_size) + number * math.prod(local_size(settings, geometry))
+
+
+def small_crops(settings: DINOSettings, geometry: DataGeometry) -> tuple[Triple, int]:
+    """Trade crop size for samples, at about the voxels per step of the plan's patch and batch.
+
+    The aim is 16 samples. Each crop keeps two voxels at the bottleneck along strided axes. A transformer keeps four
+    tokens per axis.
+
+    Args:
+        settings: Settings that decide about local views.
+        geometry: The plan's patch as ``crop_size``, and its batch size.
+
+    Returns:
+        Crop edges and batch size; the plan's where its batch is large enough.
+    """
+    patch, batch = geometry.crop_size, geometry.batch_size
+    if batch >= MIN_BATCH:
+        return triple(patch), batch
+    total, transformer = geometry.strides[-1], len(geometry.strides) == 1
+    shrink = (batch / MIN_BATCH) ** (1 / 3)
+    edges = []
+    for edge, step in zip(patch, total, strict=True):
+        lowest = step * (4 if transformer else 2 if step > 1 else 1)
+        edges.append(min(edge, max(lowest, round(edge * shrink / step) * step)))
+    crop = triple(edges)
+    voxels, budget = view_voxels(settings, replace(geometry, crop_size=crop)), view_voxels(settings, geometry) * batch
+    samples = max(batch, budget // voxels)
+    if samples < MIN_BATCH and MIN_BATCH * voxels <= MAX_EXCESS * budget:
+        samples = MIN_BATCH
+    return crop, min(samples, MAX_BATCH)

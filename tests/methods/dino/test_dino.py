@@ -10,7 +10,9 @@ from torch import Tensor
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import DataGeometry
 from nnssl_ext.methods.dino.dino import DINO
-from nnssl_ext.methods.dino.settings import DINOSettings, local_size
+from nnssl_ext.methods.dino.settings import DINOSettings, local_size, resolved, view_voxels
+from nnssl_ext.networks.base import Triple
+from nnssl_ext.training.optimization import build_optimizer, set_rates
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom
 from tests.conftest import Environment
 from tests.datasets import OWN_NETWORKS
@@ -19,7 +21,14 @@ from tests.methods.helpers import CPU, batch_of, build, views_of, write_cases
 Data = Callable[[str], Environment]
 KINDS = ["plain", "residual", "anisotropic", *OWN_NETWORKS]
 SMALL = replace(
-    DINOSettings(), local_crops=2, hidden_dim=16, bottleneck_dim=8, prototypes=32, token_stride=4, freeze_prototypes=0.0
+    DINOSettings(),
+    local_crops=2,
+    hidden_dim=16,
+    bottleneck_dim=8,
+    prototypes=32,
+    token_stride=4,
+    freeze_prototypes=0.0,
+    koleo_weight=0.1,
 )
 LEARNING = replace(
     SMALL,
@@ -166,33 +175,79 @@ def test_the_teacher_follows_and_is_what_is_written(folder: Path) -> None:
     assert list(method.exported.state_dict()) == list(method.network.state_dict())
 
 
-def test_schedules() -> None:
-    method = build(
-        DINO, replace(SMALL, teacher_temperature=[0.04, 0.07], temperature_warmup=0.5, freeze_prototypes=0.1)
-    )
-    for progress, temperature, moves in ((0.0, 0.04, 0.0), (0.25, 0.055, 1.0), (0.5, 0.07, 1.0), (0.9, 0.07, 1.0)):
+def test_the_teachers_temperature_rises() -> None:
+    method = build(DINO, replace(SMALL, teacher_temperature=[0.04, 0.07], temperature_warmup=0.5))
+    for progress, temperature in ((0.0, 0.04), (0.25, 0.055), (0.5, 0.07), (0.9, 0.07)):
         method.before_step(progress)
         assert method.teacher_temperature.item() == pytest.approx(temperature)
-        assert method.prototype_scale.item() == moves
 
 
-def test_frozen_prototypes_get_no_gradient_but_take_part(folder: Path) -> None:
-    method = build(DINO, replace(SMALL, freeze_prototypes=0.5))
-    for progress, moves in ((0.0, False), (0.6, True)):
-        method.before_step(progress)
-        method.zero_grad()
+def test_prototypes_are_frozen_by_their_learning_rate(folder: Path) -> None:
+    method = build(DINO, replace(SMALL, freeze_prototypes=0.5, warmup=0.0))
+    optimizer = build_optimizer(method.optimizer(), method.parameter_groups(), 1e-3)
+    prototypes = [method.student.head(level).prototype_weight for level in ("image", "patch")]
+    for step, moves in ((0, False), (4, False), (5, True)):
+        set_rates(optimizer, method.optimizer(), 1e-3, step, 10)
+        before = [weight.detach().clone() for weight in prototypes]
+        optimizer.zero_grad()
         method(views_of(folder, method, [0, 1]))["loss"].sum().backward()
-        gradient = method.student.image_head.prototype_weight.grad
-        assert gradient is not None
-        assert bool((gradient != 0).any()) == moves
+        optimizer.step()
+        for old, weight in zip(before, prototypes, strict=True):
+            assert weight.grad is not None
+            assert weight.grad.any()  # Adam's averages are right when the rate rises
+            assert torch.equal(old, weight) != moves
+            # a first step of zero gradients would make it several times as long
+            assert (weight - old).abs().max() < 1.5e-3
 
 
-def test_centering_follows_the_batch_size() -> None:
-    geometry = build(DINO, SMALL).geometry
-    for batch, expected in ((2, "softmax"), (255, "softmax"), (256, "sinkhorn")):
-        method = build(DINO, SMALL)
-        method.__init__(method.backbone, SMALL, replace(geometry, batch_size=batch))
-        assert method.centering == expected
+@pytest.mark.parametrize(
+    ("batch", "centering", "temperature", "momentum", "koleo"),
+    [
+        (2, "softmax", [0.02, 0.03], 0.996, 0.0),
+        (63, "softmax", [0.02, 0.03], 0.996, 0.0),
+        (64, "softmax", [0.02, 0.03], 0.996, 0.1),
+        (255, "softmax", [0.02, 0.03], 0.996, 0.1),
+        (256, "sinkhorn", [0.04, 0.07], 0.992, 0.1),
+    ],
+)
+def test_defaults_follow_the_batch_size(
+    batch: int, centering: str, temperature: list[float], momentum: float, koleo: float
+) -> None:
+    method = build(DINO, SMALL)
+    settings = replace(SMALL, koleo_weight=None)
+    method.__init__(method.backbone, settings, replace(method.geometry, batch_size=batch))
+    chosen = method.settings
+    assert (chosen.centering, chosen.teacher_temperature) == (centering, temperature)
+    assert (chosen.teacher_momentum, chosen.koleo_weight) == (momentum, koleo)
+    assert method.optimizer().learning_rate == pytest.approx(0.002 * (batch / 1024) ** 0.5)
+    named = replace(SMALL, koleo_weight=0.3, teacher_momentum=0.5, teacher_temperature=[0.1, 0.2], centering="sinkhorn")
+    assert resolved(named, method.geometry) == named
+
+
+@pytest.mark.parametrize(
+    ("patch", "stride", "stages", "batch", "crop", "samples"),
+    [
+        ((128, 128, 128), (32, 32, 32), 6, 2, (64, 64, 64), 16),  # a third more voxels than the plan's
+        ((48, 80, 96), (8, 16, 16), 5, 3, (24, 48, 48), 16),
+        ((32, 48, 64), (8, 16, 16), 5, 2, (16, 32, 32), 10),
+        ((16, 320, 320), (1, 64, 64), 7, 2, (8, 128, 128), 21),
+        ((96, 96, 96), (16, 16, 16), 1, 2, (64, 64, 64), 6),  # four tokens along each axis
+        ((64, 64, 64), (8, 8, 8), 4, 24, (64, 64, 64), 24),
+    ],
+)
+def test_a_small_batch_becomes_a_larger_one_of_smaller_crops(
+    patch: Triple, stride: Triple, stages: int, batch: int, crop: Triple, samples: int
+) -> None:
+    plan = DataGeometry(patch, (1.0, 1.0, 1.0), 1, ((1, 1, 1),) * (stages - 1) + (stride,), batch_size=batch)
+    assert DINO.sampling(DINOSettings(), plan) == (crop, samples)
+    before = view_voxels(DINOSettings(), plan) * batch
+    after = view_voxels(DINOSettings(), replace(plan, crop_size=crop)) * samples
+    assert 0.7 * before < after < 1.5 * before
+
+
+def test_local_views_are_fewer_where_they_cannot_be_smaller() -> None:
+    for size, expected in (((128, 128, 128), 8), ((96, 96, 96), 6), ((64, 64, 64), 2)):
+        assert resolved(DINOSettings(), geometry(size, (32, 32, 32))).local_crops == expected
 
 
 def test_rates_fall_towards_the_input_and_biases_do_not_decay() -> None:

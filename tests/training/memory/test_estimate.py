@@ -41,7 +41,7 @@ def test_every_method_has_an_estimate(method: str) -> None:
 def test_a_teacher_and_momentum_are_counted() -> None:
     dino = estimate("plain", "dino")
     assert dino.weights > 1.8 * dino.gradients
-    sgd = estimate("plain", settings={"volume_fusion": {"optimiser": "sgd"}})
+    sgd = estimate("plain", settings={"volume_fusion": {"optimizer": "sgd"}})
     assert sgd.optimiser == sgd.gradients
 
 

@@ -20,14 +20,28 @@ SMALL = {
     "mask_probability": 1.0,
 }
 #: Targets that are neither centred nor sharpened.
-BROKEN = {**SMALL, "teacher_temperature": [1.0, 1.0], "center_momentum": 1.0, "patience": 2}
+BROKEN = {
+    **SMALL,
+    "teacher_temperature": [1.0, 1.0],
+    "center_momentum": 1.0,
+    "patience": 2,
+    "teacher_momentum": 0.992,
+    "koleo_weight": 0.1,
+}
 
 
 def test_a_collapsed_run_stops_and_a_healthy_one_does_not(
     with_data: Data, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment = with_data("plain")
-    common = {"epochs": 4, "validation_iterations": 4, "save_every": 1, "seed": 1}
+    common = {
+        "epochs": 4,
+        "validation_iterations": 4,
+        "save_every": 1,
+        "seed": 1,
+        "learning_rate": 5e-4,
+        "batch_size": 2,
+    }
     environment.write_plans("plain", "healthy", {**common, "dino": {**SMALL, "patience": 2}})
     assert (pretrain(environment, "plain", "healthy", trainer=TRAINER) / "checkpoint_final.pth").is_file()
 
