@@ -46,7 +46,7 @@ def test_every_combination_learns_on_one_batch(folder: Path, aggregator: str, lo
     views = views_of(folder, method, [0, 1])
     chance = math.log(32) if loss == "infonce" else math.log(2)
     optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 3e-3)
-    for _ in range(25):
+    for _ in range(40):
         value = method(views)["loss"].mean()
         optimiser.zero_grad()
         value.backward()

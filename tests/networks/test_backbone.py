@@ -147,7 +147,7 @@ def test_depth_strides_of_each_network() -> None:
         backbone = backbone_of(network(kind).eval())
         backbone.drop_depth_strides()
         assert {feature.shape[2] for feature in backbone.features(image)} == {4}
-    with pytest.raises(ValueError, match="use a U-Net"):
+    with pytest.raises(ValueError, match="Use a U-Net"):
         backbone_of(network("vit")).drop_depth_strides()
 
 

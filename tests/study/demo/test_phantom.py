@@ -87,7 +87,7 @@ def test_anisotropy_and_channels() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (PhantomOptions(cases=5, labeled=4, test=2), "a phantom of 5 cases with 4 labelled and 2 test cases cannot"),
+        (PhantomOptions(cases=5, labeled=4, test=2), "a phantom of 5 cases with 4 labeled and 2 test cases cannot"),
         (PhantomOptions(channels=0), "channels must be at least 1"),
         (PhantomOptions(spacing=(0.0, 1.0, 1.0)), "spacings between 0 and 6 mm"),
     ],

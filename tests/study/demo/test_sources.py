@@ -69,7 +69,7 @@ def test_names_and_contents_are_checked(task: Path, tmp_path: Path) -> None:
         _ = DecathlonSource(tmp_path / "Task01_Absent").dataset
     with pytest.raises(UserError, match="is not named TaskXX_NAME"):
         _ = DecathlonSource(task.parent).dataset
-    with pytest.raises(UserError, match="has 10 labelled cases: too few for 8 and a test set"):
+    with pytest.raises(UserError, match="has 10 labeled cases: too few for 8 and a test set"):
         written(DecathlonSource(task, labeled=8), tmp_path)
     (task / "dataset.json").unlink()
     with pytest.raises(UserError, match=r"has no dataset\.json; a Decathlon task has"):
