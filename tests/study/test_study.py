@@ -19,6 +19,7 @@ import pytest
 from nnssl_ext.cli import main
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
+from nnssl_ext.study.grid import Grid, Run
 from nnssl_ext.study.protocol import SCRATCH, TOTAL
 from tests.conftest import Environment
 
@@ -86,19 +87,25 @@ def test_a_failed_run_is_reported_and_stops_nobody(
 ) -> None:
     environment = with_data("labelled")
     monkeypatch.chdir(environment.root)
-    (environment.root / "bad.pth").write_bytes(b"nothing")
-    study = [*WORDS[:8], "scratch", "--init", "bad=bad.pth", *WORDS[10:], *RATE, "-o", "st"]
+    command = Grid.command
+
+    def failing(grid: Grid, run: Run) -> list[str]:
+        """Fail every fine-tuning of the pretrained weights."""
+        return [sys.executable, "-c", "raise SystemExit(3)"] if run.arm.method and run.labels else command(grid, run)
+
+    monkeypatch.setattr(Grid, "command", failing)
+    study = [*WORDS, "--total-baseline", "0", *RATE, "-o", "st"]
     with pytest.raises(UserError, match="2 runs failed and are missing .* logs: .*labels_2_subset_0.txt"):
         main(study)
     results = pd.read_csv(environment.root / "st" / "results.csv")
     assert set(results["arm"]) == {SCRATCH}
     text = (environment.root / "st" / "report.md").read_text()
-    assert "Failed: bad labels_2_subset_0" in text
-    assert "no pair of runs is finished" in text
+    assert "Failed: VolumeFusion labels_2_subset_0" in text
+    assert "| VolumeFusion |  |  |  | not measured |" in text
     # a later call that runs nothing knows it still
     with pytest.raises(UserError, match="2 runs failed and are missing"):
         main([*study, "--report-only"])
-    assert "Failed: bad labels_2_subset_0" in (environment.root / "st" / "report.md").read_text()
+    assert "Failed: VolumeFusion labels_2_subset_0" in (environment.root / "st" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -114,7 +121,7 @@ def test_a_failed_run_is_reported_and_stops_nobody(
         (["--fold", "-1"], "expected 0 to 4"),
         (["-p", "nothing"], "has no plans 'nothing'"),
         (["-c", "3d_half"], "no configuration '3d_half'"),
-        (["--pretraining-seeds", "2"], "expected a divisor of --subsets 1"),
+        (["--pretraining-seeds", "3"], "expected a divisor of --subsets 2"),
         (["--primary-class", "liver"], "--primary-class: expected one of"),
         (["--group-by", "z+"], "finds nothing in case"),
         (["--pretrain-on", "777"], "777"),
