@@ -226,6 +226,12 @@ class DINO(Method):
         teacher, student = self._averaged()
         torch._foreach_lerp_(teacher, student, 1 - momentum)
 
+    @torch.no_grad()
+    def after_start_from(self) -> None:
+        """Start the student from the teacher, as the published high-resolution stage does."""
+        teacher, student = self._averaged()
+        torch._foreach_copy_(student, teacher)
+
     def check_validation(self, measures: dict[str, float]) -> ValidationCheck:
         found = self.validation.measures(self._targets)
         # a vision transformer starts with features that are all alike (LayerScale), until the learning rate has risen
