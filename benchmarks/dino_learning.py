@@ -145,6 +145,7 @@ def main() -> None:
     run = prepare(arguments.d, arguments.settings, arguments.seed, arguments.shuffled)
     method, recipe, steps = run.method, run.method.optimizer(), arguments.steps
     optimizer = build_optimizer(recipe, method.parameter_groups(), run.rate)
+    clipped = [list(module.parameters()) for module in method.clipped_modules()]
     rows: list[dict[str, Any]] = []
     seconds = 0.0
     method.train()
@@ -169,7 +170,7 @@ def main() -> None:
         torch.manual_seed(step_seed(run.seed, step))
         optimizer.zero_grad(set_to_none=True)
         run.loss(run.views(step * run.batch, run.batch, 0))["loss"].mean().backward()
-        clip_gradients(method.clipped_modules(), recipe.max_grad_norm)
+        clip_gradients(clipped, recipe.max_grad_norm)
         optimizer.step()
         method.after_step((step + 1) / steps)
         seconds += time.process_time() - begin

@@ -212,6 +212,9 @@ class Method(nn.Module, ABC):
     def after_step(self, progress: float) -> None:
         """Run after each optimizer step; ``progress`` is the finished share of the training, in [0, 1]."""
 
+    def after_start_from(self) -> None:
+        """Run once the state of a finished run has been loaded, to start a further stage from it."""
+
     def check_validation(self, measures: dict[str, float]) -> ValidationCheck:
         """Evaluate all validation samples together, with equal results in all processes.
 

@@ -18,7 +18,7 @@ from nnssl_ext.views.augmentations import Augmentation, Chosen, IntensitySetting
 from nnssl_ext.views.cpu.chunks import has_kernels
 from nnssl_ext.views.random import BatchRandom, pack_to_device
 
-__all__ = ["CustomIntensitySettings", "IntensityDraw", "IntensitySettings", "default"]
+__all__ = ["CustomIntensitySettings", "Exclusive", "IntensityDraw", "IntensitySettings", "default"]
 
 
 def default(name: str, value: Any, source: str = "") -> Any:
@@ -37,6 +37,30 @@ class CustomIntensitySettings(IntensitySettings):
     low_resolution_probability: float = default("low_resolution_probability", 0.0, source="0.25 in nnU-Net")
     inverted_gamma_probability: float = default("inverted_gamma_probability", 0.0, source="0.1 in nnU-Net")
     retain_stats: bool = default("retain_stats", False, source="true in nnU-Net")
+
+
+@dataclass(frozen=True)
+class Exclusive:
+    """Augmentations of which an image gets one at most.
+
+    Attributes:
+        names: The augmentations. Their own chances are weights.
+        probability: Chance that an image gets one of them.
+    """
+
+    names: tuple[str, ...]
+    probability: float
+
+    def choose(self, settings: IntensitySettings, uniform: np.ndarray, chosen: np.ndarray) -> None:
+        """Overwrite the columns of the group in ``chosen`` (images, kinds), drawn from ``uniform`` of that shape."""
+        columns = [n for n, kind in enumerate(settings.in_use) if kind.name in self.names]
+        if not columns or not self.probability:
+            chosen[:, columns] = False
+            return
+        weights = np.cumsum([getattr(settings, f"{settings.in_use[n].name}_probability") for n in columns])
+        place = uniform[:, columns[0]] / self.probability  # below 1 where the image gets one
+        which = np.searchsorted(weights / weights[-1], place, side="right")
+        chosen[:, columns] = which[:, None] == np.arange(len(columns))
 
 
 @dataclass
@@ -61,6 +85,7 @@ class IntensityDraw:
         channels: int,
         spacing: Sequence[float],
         views: int = 1,
+        exclusive: Sequence[Exclusive] = (),
     ) -> IntensityDraw:
         """Draw for a batch.
 
@@ -70,6 +95,7 @@ class IntensityDraw:
             channels: C.
             spacing: Voxel edges in mm.
             views: V; each view of a sample is an image of its own.
+            exclusive: Groups of which an image gets one augmentation at most.
         """
         if not settings.in_use:
             return cls([], views * channels, len(random))
@@ -81,6 +107,8 @@ class IntensityDraw:
         chances = np.array([getattr(settings, f"{kind.name}_probability") for kind in settings.in_use])
         ends = np.cumsum(numbers, dtype=int)
         chosen_images = uniform[:, ends - numbers] < chances  # (B V, kinds): most kinds change nothing in a batch
+        for group in exclusive:
+            group.choose(settings, uniform[:, ends - numbers], chosen_images)
         steps = []
         for n in np.flatnonzero(chosen_images.any(0)).tolist():
             kind = settings.in_use[n]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
+from nnssl_ext.views.appearance import Exclusive, IntensityDraw, IntensitySettings
 from nnssl_ext.views.random import BatchRandom
 from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_batch, is_constant, subview
 
@@ -61,6 +61,7 @@ def crop_views(
     kind: ViewKind,
     intensity: IntensitySettings,
     random: BatchRandom,
+    exclusive: Sequence[Exclusive] = (),
 ) -> Tensor:
     """Cut the views of one kind out of each sample's region: (B, V, C, D, H, W), each with its own intensities.
 
@@ -72,6 +73,7 @@ def crop_views(
         kind: Number, size and range of the views.
         intensity: Their intensity views.
         random: One stream per sample.
+        exclusive: Groups of intensity views of which a view gets one at most.
     """
     views = []
     for b, box in enumerate(boxes):
@@ -82,7 +84,7 @@ def crop_views(
                 if not is_constant(drawn, kind.size):
                     break
             views.append(drawn)
-    return look_at(views, kind, intensity, random)
+    return look_at(views, kind, intensity, random, exclusive)
 
 
 def crop_read_views(
@@ -92,11 +94,18 @@ def crop_read_views(
     return look_at([row[b] for b in range(len(random)) for row in rows], kind, intensity, random)
 
 
-def look_at(views: Sequence[SourceBox], kind: ViewKind, intensity: IntensitySettings, random: BatchRandom) -> Tensor:
+def look_at(
+    views: Sequence[SourceBox],
+    kind: ViewKind,
+    intensity: IntensitySettings,
+    random: BatchRandom,
+    exclusive: Sequence[Exclusive] = (),
+) -> Tensor:
     """Cut placed views, those of a sample in a row, and apply intensity views: (B V) boxes -> (B, V, C, D, H, W)."""
     crops, _ = crop_batch(views, kind.size, random.device)
     image = crops.unflatten(0, (len(random), -1))
-    draw = IntensityDraw.draw(intensity, random, image.shape[2], kind.turns.spacing, views=image.shape[1])
+    spacing, number = kind.turns.spacing, image.shape[1]
+    draw = IntensityDraw.draw(intensity, random, image.shape[2], spacing, views=number, exclusive=exclusive)
     return draw.apply(image)
 
 

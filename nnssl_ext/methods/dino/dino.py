@@ -24,10 +24,10 @@ from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, ParameterGroup, Readable, ValidationCheck
 from nnssl_ext.methods.dino.health import ValidationBuffer, kept_patches, sign_of_collapse
 from nnssl_ext.methods.dino.networks import DistilledNetwork, reader_of
-from nnssl_ext.methods.dino.settings import GLOBALS, DINOSettings, local_size, resolved, small_crops
+from nnssl_ext.methods.dino.settings import GLOBALS, MAX_SHARED_REGION, DINOSettings, resolved, small_crops, view_kinds
 from nnssl_ext.networks.base import Backbone, Triple
 from nnssl_ext.views.masking import expand_blocks
-from nnssl_ext.views.multicrop import ViewKind, crop_views, draw_patch_masks
+from nnssl_ext.views.multicrop import crop_views, draw_patch_masks, look_at
 from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.spatial import SpatialRange
 
@@ -58,7 +58,7 @@ class DINO(Method):
         super().__init__(backbone, settings, geometry)
         backbone.train_encoder_only()
         self.warming_up = False
-        self.local_size = local_size(settings, geometry)
+        self.kinds, self.looks = view_kinds(settings, geometry), settings.intensity.of_views()
         self.student = DistilledNetwork(
             reader_of(backbone, settings.token_stride),
             hidden_dim=settings.hidden_dim,
@@ -85,9 +85,10 @@ class DINO(Method):
 
     @classmethod
     def crops(cls, settings: DINOSettings, geometry: DataGeometry) -> CropRequest:
-        local_size(settings, geometry)  # raises before anything is written
-        still = SpatialRange(geometry.spacing)
-        return CropRequest((Crop(geometry.crop_size, still, scale=settings.region, fit=True),))
+        kinds = view_kinds(resolved(settings, geometry), geometry)  # raises before anything is written
+        still, each = SpatialRange(geometry.spacing), settings.region > MAX_SHARED_REGION
+        views = tuple(kinds) if each else ()
+        return CropRequest((Crop(geometry.crop_size, still, scale=settings.region, fit=True, views=views),))
 
     def optimizer(self) -> OptimizerRecipe:
         settings = self.settings
@@ -145,16 +146,10 @@ class DINO(Method):
             masked patches its position ``masked_index`` (M,) among B x 2 x N, its ``weight`` (M,) and its ``sample``
             (M,). For networks without a mask token also ``masked_image``, the global views with masked patches.
         """
-        settings, region, device = self.settings, self.geometry.crop_size, random.device
-        turns = SpatialRange(self.geometry.spacing, settings.flip, settings.rot90)
-
-        def cut(number: int, size: tuple[int, int, int], area: list[float], depth: list[float]) -> Tensor:
-            kind = ViewKind(number, size, (area[0], area[1]), (depth[0], depth[1]), turns)
-            return crop_views(batch.boxes[0], region, kind, settings.intensity, random)
-
-        views = {"global": cut(GLOBALS, region, settings.global_area, settings.global_depth)}
+        settings, device = self.settings, random.device
+        views = {"global": torch.cat([self._view(batch, random, n) for n in range(GLOBALS)], 1)}
         if settings.local_crops:
-            views["local"] = cut(settings.local_crops, self.local_size, settings.local_area, settings.local_depth)
+            views["local"] = self._view(batch, random, GLOBALS)
         number = math.prod(self.grid)
         masked = draw_patch_masks(random, GLOBALS, number, settings.mask_probability, settings.mask_ratio)
         index = masked.flatten().nonzero()[:, 0]
@@ -165,6 +160,16 @@ class DINO(Method):
         if self.student.reader.masks_voxels:
             views["masked_image"] = self._mask(views["global"], views["masked"], random)
         return views
+
+    def _view(self, batch: CropBatch, random: BatchRandom, place: int) -> Tensor:
+        """Make the views of one kind: (B, V, C, D, H, W)."""
+        kind, (intensity, exclusive) = self.kinds[place], self.looks[place]
+        if len(batch.boxes) == 1:
+            return crop_views(batch.boxes[0], self.geometry.crop_size, kind, intensity, random, exclusive)
+        first = sum(earlier.number for earlier in self.kinds[:place])
+        rows = batch.boxes[first : first + kind.number]
+        boxes = [box for sample in zip(*rows, strict=True) for box in sample]
+        return look_at(boxes, kind, intensity, random, exclusive)
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute ``loss`` and its terms ``image``, ``patch`` and ``koleo``, each (B,)."""
@@ -220,6 +225,12 @@ class DINO(Method):
         momentum = 1 - (1 - start) * (1 + math.cos(math.pi * progress)) / 2
         teacher, student = self._averaged()
         torch._foreach_lerp_(teacher, student, 1 - momentum)
+
+    @torch.no_grad()
+    def after_start_from(self) -> None:
+        """Start the student from the teacher, as the published high-resolution stage does."""
+        teacher, student = self._averaged()
+        torch._foreach_copy_(student, teacher)
 
     def check_validation(self, measures: dict[str, float]) -> ValidationCheck:
         found = self.validation.measures(self._targets)

@@ -11,9 +11,13 @@ from nnssl_ext.methods.base import DataGeometry
 from nnssl_ext.methods.common import TrainingSettings
 from nnssl_ext.networks.base import Triple, triple
 from nnssl_ext.settings import setting
-from nnssl_ext.views.appearance import CustomIntensitySettings, default
+from nnssl_ext.views.appearance import CustomIntensitySettings, Exclusive, IntensitySettings, default
+from nnssl_ext.views.multicrop import ViewKind
+from nnssl_ext.views.spatial import SpatialRange
 
 XU, DINOV2 = "3DINO", "DINOv2"
+#: Above this multiple of the crop, each view reads its own box instead of one box for the region.
+MAX_SHARED_REGION = 2.0
 #: Global views of a sample, and local ones where they are half as large.
 GLOBALS, LOCALS = 2, 8
 #: Sinkhorn needs this many samples per step to balance prototypes. Published temperatures and momentum suit it, too.
@@ -35,8 +39,35 @@ class DINOIntensitySettings(CustomIntensitySettings):
     noise: list[float] = default("noise", [0.0, 0.1])
     histogram_probability: float = default("histogram_probability", 0.8, source=XU)
     blur_probability: float = default("blur_probability", 0.5, source=XU)
-    sharpen_probability: float = default("sharpen_probability", 0.2, source=XU)
+    sharpen_probability: float = default("sharpen_probability", 0.5, source=XU)
     gibbs_probability: float = default("gibbs_probability", 0.2, source=XU)
+    exclusive_probability: float | None = setting(
+        0.8,
+        "Chance that a view gets one of gamma curve, noise and histogram shift, whose own chances are weights; null "
+        "draws each by its own chance.",
+        source=XU,
+        low=0,
+        high=1,
+    )
+    filters_by_view: bool = setting(
+        True,
+        "Whether the first global view is blurred or sharpened, the second gets Gibbs ringing, and local ones are "
+        "blurred; false gives all views all filters.",
+        source=XU,
+    )
+
+    def of_views(self) -> list[tuple[IntensitySettings, list[Exclusive]]]:
+        """Return settings and exclusive groups of the first and second global view and of local views."""
+        groups = []
+        if self.exclusive_probability is not None:
+            groups.append(Exclusive(("gamma", "noise", "histogram"), self.exclusive_probability))
+        if not self.filters_by_view:
+            return [(self, groups)] * 3
+        return [
+            (replace(self, gibbs_probability=0.0), [*groups, Exclusive(("blur", "sharpen"), 1.0)]),
+            (replace(self, blur_probability=0.0, sharpen_probability=0.0), groups),
+            (replace(self, sharpen_probability=0.0, gibbs_probability=0.0), groups),
+        ]
 
 
 @dataclass(frozen=True)
@@ -183,6 +214,17 @@ def local_size(settings: DINOSettings, geometry: DataGeometry) -> Triple:
             f"Use {legal}."
         )
     return triple(settings.local_size)
+
+
+def view_kinds(settings: DINOSettings, geometry: DataGeometry) -> list[ViewKind]:
+    """Return the first and second global view and the local views, if there are any."""
+    turns = SpatialRange(geometry.spacing, settings.flip, settings.rot90)
+    kinds = [
+        (GLOBALS // 2, geometry.crop_size, settings.global_area, settings.global_depth),
+        (GLOBALS // 2, geometry.crop_size, settings.global_area, settings.global_depth),
+        (settings.local_crops or 0, local_size(settings, geometry), settings.local_area, settings.local_depth),
+    ]
+    return [ViewKind(n, size, (a[0], a[1]), (d[0], d[1]), turns) for n, size, a, d in kinds if n]
 
 
 def resolved(settings: DINOSettings, geometry: DataGeometry) -> DINOSettings:

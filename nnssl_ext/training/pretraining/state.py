@@ -105,6 +105,7 @@ def _take_over(method: Method, own: Mapping[str, Any], path: Path) -> None:
             f"more tensors; plan with the same recipe"
         )
     method.load_state_dict(theirs)
+    method.after_start_from()
 
 
 def _resized_positions(table: Tensor, grid: Sequence[int] | None, learned: LearnedPositions, path: Path) -> Tensor:

@@ -10,9 +10,10 @@ from torch import Tensor
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import DataGeometry
 from nnssl_ext.methods.dino.dino import DINO
-from nnssl_ext.methods.dino.settings import DINOSettings, local_size, resolved, view_voxels
+from nnssl_ext.methods.dino.settings import DINOIntensitySettings, DINOSettings, local_size, resolved, view_voxels
 from nnssl_ext.networks.base import Triple
 from nnssl_ext.training.optimization import build_optimizer, set_rates
+from nnssl_ext.views.appearance import IntensityDraw
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom
 from tests.conftest import Environment
 from tests.datasets import OWN_NETWORKS
@@ -183,7 +184,7 @@ def test_the_teachers_temperature_rises() -> None:
 
 
 def test_prototypes_are_frozen_by_their_learning_rate(folder: Path) -> None:
-    method = build(DINO, replace(SMALL, freeze_prototypes=0.5, warmup=0.0))
+    method = build(DINO, replace(SMALL, freeze_prototypes=0.5, warmup=0.0, mask_probability=1.0))
     optimizer = build_optimizer(method.optimizer(), method.parameter_groups(), 1e-3)
     prototypes = [method.student.head(level).prototype_weight for level in ("image", "patch")]
     for step, moves in ((0, False), (4, False), (5, True)):
@@ -324,3 +325,41 @@ def test_low_precision_is_near_and_can_be_trained(folder: Path, dtype: torch.dty
     # the scaler starts too high and halves, a few times
     assert taken >= (8 if dtype == torch.float16 else 12)
     assert all(value.isfinite().all() for value in method.state_dict().values())
+
+
+def test_intensity_views_differ_by_view() -> None:
+    draws = []
+    for place, (settings, exclusive) in enumerate(DINOSettings().intensity.of_views()):
+        random = BatchRandom(place, VIEWS, range(400), CPU)
+        steps = IntensityDraw.draw(settings, random, 1, (1.0, 1.0, 1.0), exclusive=exclusive).steps
+        draws.append({kind.name: set(chosen.rows.tolist()) for kind, chosen in steps})
+    for found in draws:
+        curves = [found[name] for name in ("gamma", "noise", "histogram")]
+        assert sum(map(len, curves)) == len(set.union(*curves))  # one of them at most
+        assert 0.75 < sum(map(len, curves)) / 400 < 0.85
+        assert all(len(rows) > 60 for rows in curves)
+    first, second, local = draws
+    assert first["blur"] ^ first["sharpen"] == set(range(400))
+    assert "gibbs" not in first
+    assert {"blur", "sharpen"}.isdisjoint(second)
+    assert 0.15 < len(second["gibbs"]) / 400 < 0.25
+    assert {"sharpen", "gibbs"}.isdisjoint(local)
+    assert 0.4 < len(local["blur"]) / 400 < 0.6
+
+
+def test_intensity_views_can_be_the_same_for_all() -> None:
+    settings = DINOIntensitySettings(exclusive_probability=None, filters_by_view=False)
+    assert settings.of_views() == [(settings, [])] * 3
+
+
+def test_views_of_a_large_region_are_read_one_by_one(folder: Path) -> None:
+    method = build(DINO, replace(SMALL, region=3.0))
+    batch = batch_of(folder, method, [0, 1])
+    assert len(batch.boxes) == 2 + 2
+    views = method.views(batch, BatchRandom(0, VIEWS, [0, 1], CPU))
+    assert views["global"].shape == (2, 2, 2, 16, 16, 16)
+    assert views["local"].shape[:3] == (2, 2, 2)
+    method(views)["loss"].sum().backward()
+    alone = method.views(batch_of(folder, method, [1]), BatchRandom(0, VIEWS, [1], CPU))
+    for key in ("global", "local"):
+        assert torch.equal(views[key][1], alone[key][0])
