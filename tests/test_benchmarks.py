@@ -108,6 +108,7 @@ def test_startup_prints_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_step_prints_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["rotation", "--plan", "hippocampus", "--batch", "1", "--repeats", "1", "--workers", "0", "--json"]
     monkeypatch.setattr(sys, "argv", ["step", *words])
+    monkeypatch.setenv("nnUNet_extTrainer", str(REPOSITORY / "trainers"))
     step.main()
     out = capsys.readouterr().out
     (row,) = json.loads(out[out.index("{\n") :])["rows"]
@@ -307,4 +308,4 @@ def test_the_record_of_the_first_version_holds_every_item() -> None:
     content = json.loads((REPOSITORY / "benchmarks" / "record_before.json").read_text())
     assert content["revision"] == "63a6425"
     assert set(content["items"]) == set(record.names())
-    assert set(record.METHODS) == set(METHODS)
+    assert set(METHODS) - set(record.METHODS) == {"models_genesis"}  # newer than the record

@@ -198,7 +198,9 @@ class nnsslTrainer_Finetune(ManagedTrainer):
             group["lr"] = rate * scale * group.get("lr_scale", 1.0)
         torch.manual_seed(step_seed(self.seed, self.step, rank()))
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(batch)
+        with self.autocast():
+            output = self.network(to_device(batch["data"], self.device))
+            loss = self.loss(output, to_device(batch["target"], self.device))
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()
             self.grad_scaler.unscale_(self.optimizer)
@@ -219,11 +221,6 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         if self.averaged is not None:
             self.averaged.update()
         return {"loss": loss.detach().float().cpu().numpy()}
-
-    def _loss(self, batch: dict) -> torch.Tensor:
-        data, target = to_device(batch["data"], self.device), to_device(batch["target"], self.device)
-        with self.autocast():
-            return self.loss(self.network(data), target)
 
     def after_step(self) -> None:
         self._keep_snapshot()

@@ -133,16 +133,16 @@ def step_of(fold: Path) -> int:
 @pytest.mark.parametrize(
     ("arguments", "change", "message"),
     [
-        (["-num_gpus", "2"], {}, "-num_gpus 2 starts processes of its own, and torchrun has started 2"),
+        (["-num_gpus", "2"], {}, "-num_gpus 2 needs -device cuda, got cpu"),
         (["-tr", "nnsslTrainer_VolumeFuison"], {}, "did you mean 'nnsslTrainer_VolumeFusion'"),
         (["-tr", "nnUNetTrainer"], {}, "trainer 'nnUNetTrainer' takes GPUs only where there are several processes"),
         (
             ["-tr", "nnUNetTrainer", "-device", "cuda"],
             {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"},
-            "trainer 'nnUNetTrainer' runs on one machine only",
+            "no CUDA device was found; use -device cpu",
         ),
         (["-device", "cuda"], {"CUDA_VISIBLE_DEVICES": ""}, "no CUDA device was found; use -device cpu"),
-        (["-device", "mps"], {}, "several processes need -device cuda or cpu, got mps"),
+        (["-device", "mps"], {}, "no MPS device was found"),
         (["--resume"], {}, "unrecognized arguments: --resume"),
         (["--c", "--val"], {}, "--c and --val exclude each other"),
         (["-p", "one_sample"], {}, "batch size 1 is smaller than the number of GPUs (2)"),
