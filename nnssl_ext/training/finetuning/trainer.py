@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         self.weight_decay = s.weight_decay
         self.num_epochs = math.ceil(s.steps / s.steps_per_epoch)
         self.num_iterations_per_epoch = s.steps_per_epoch
-        self.num_val_iterations_per_epoch = s.validation_iterations
-        self.save_every = s.save_every
+        self.num_val_iterations_per_epoch, self.save_every = s.validation_iterations, s.save_every
         self.predicted_by = self.common.target_trainer
         self.averaged: MovingAverage | None = None
 
@@ -105,7 +105,8 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         torch.manual_seed(self.seed)
         super().initialize()
         avoid_two_slice_bug(self.network, self.device, self.amp_dtype)
-        self.trained = list(self.network.parameters())
+        # a callable, since nnU-Net prints every other attribute into debug.json
+        self.clip = partial(torch.nn.utils.clip_grad_norm_, list(self.network.parameters()), 12)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, None]:
         return build_optimizer(self.network, self.settings, self.initial_lr), None
@@ -211,7 +212,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
             if group["part"] in frozen:
                 for parameter in group["params"]:
                     parameter.grad = None
-        torch.nn.utils.clip_grad_norm_(self.trained, 12)
+        self.clip()
         if self.grad_scaler is not None:
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
@@ -301,8 +302,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
                 raise SystemExit(0) from error
 
     def _validate_snapshots(self) -> None:
-        settings, network = self.settings, self.plain_network
-        final = self.exported_weights()
+        settings, network, final = self.settings, self.plain_network, self.exported_weights()
         _, cases = self.do_split()
         evaluation = Evaluation(
             network=self.network,

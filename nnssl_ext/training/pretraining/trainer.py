@@ -7,6 +7,7 @@ knows no method by name.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -116,7 +117,9 @@ class PretrainingTrainer(ManagedTrainer):
         self.initial_lr = self.recipe.learning_rate if common.learning_rate is None else common.learning_rate
         self.weight_decay = self.recipe.weight_decay
         self.optimizer = build_optimizer(self.recipe, self.method.parameter_groups(), self.initial_lr)
-        self.clipped = [list(module.parameters()) for module in self.method.clipped_modules()]
+        # lists are built once; a callable, since nnU-Net prints every other attribute into debug.json
+        clipped = [list(module.parameters()) for module in self.method.clipped_modules()]
+        self.clip = partial(clip_gradients, clipped, self.recipe.max_grad_norm)
         self.guard = FiniteGuard(self.method, self.optimizer, common.max_nonfinite_batches, self.print_to_log_file)
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         self.logger.update_config({"hparas": {"method": self.method.name, "initial_lr": self.initial_lr}})
@@ -176,13 +179,13 @@ class PretrainingTrainer(ManagedTrainer):
             if self.grad_scaler is not None:
                 self.grad_scaler.scale(loss).backward()
                 self.grad_scaler.unscale_(self.optimizer)
-                clip_gradients(self.clipped, self.recipe.max_grad_norm)
+                self.clip()
                 allows(loss, None)
                 self.grad_scaler.step(self.optimizer)
                 self.grad_scaler.update()
             else:
                 loss.backward()
-                if allows(loss, clip_gradients(self.clipped, self.recipe.max_grad_norm)):
+                if allows(loss, self.clip()):
                     self.optimizer.step()
             self.step += 1
             self.method.after_step(self.step / self.total_steps)
