@@ -118,11 +118,11 @@ class CaseSource:
 
     def datasets(self, request: Any, seed: int, split: Split, log: Callable[[str], None]) -> Datasets:
         training, validation = split()
-        if set(validation) <= set(training):
-            log("Fold 'all': the objective is validated on crops of the training cases.")
-        elif len(validation) < request.min_cases:
+        if len(validation) < request.min_cases:
             log(f"{len(validation)} validation cases are too few: using training cases instead.")
             validation = training
+        elif set(validation) <= set(training):
+            log("Fold 'all': the objective is validated on crops of the training cases.")
         return (
             CropDataset(self.index, training, request, seed),
             CropDataset(self.index, validation, request, seed, VALIDATION),
