@@ -19,6 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from nnssl_ext.environment import commands_path, cores
+from nnssl_ext.errors import UserError
 from nnssl_ext.external_trainers import trainer_folders
 from nnssl_ext.files import replaced_on_success
 from nnssl_ext.provenance import revision, versions
@@ -213,7 +214,7 @@ def perform(grid: Grid, run: Run, execute: Callable[[_Clock], int | None]) -> fl
     if run.kind != PRETRAINING:
         try:
             keep_metrics(grid, run, clock.note())
-        except Exception:  # an unreadable prediction raises anything
+        except (Exception, UserError):  # an unreadable prediction raises anything
             with grid.log_file(run).open("a", encoding="utf-8") as log:
                 log.write(f"The predictions could not be measured:\n{traceback.format_exc()}")
             drop_predictions(grid, run)  # the next call predicts again, from the checkpoints

@@ -77,7 +77,7 @@ def pretraining_advice(
         largest = memory.largest_batch(total) * world()
         fits = f", an estimated {largest} fits" if 0 < largest < checked.batch_size else ""
         needs += f", which needs an estimated {memory.peak(batch) / GIB:.1f} GiB on a GPU"
-    except Exception:  # an estimate is a help; without it the line still tells the rest
+    except (Exception, UserError):  # an estimate is a help; without it the line still tells the rest
         fits = ""
     change = [f"a smaller nnssl_ext.batch_size (now {checked.batch_size}{fits})", "a smaller nnssl_ext.crop_size"]
     if not checked.common.activation_checkpointing:
