@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.losses.reconstruction import MIN_VARIANCE, explained_variance, squared_error
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
+from nnssl_ext.methods.panels import Panel
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.visible_norms import VisibleNorms
 from nnssl_ext.settings import setting
@@ -132,6 +134,19 @@ class MaskedAutoencoder(Method):
             result["explained_variance"] = explained_variance(error, views["target"], weight)
             result["shuffled_variance"] = explained_variance(shuffled, views["shuffled_target"], weight)
         return result
+
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        if self.visible:
+            self.visible.mask = views["visible"][:1]
+        prediction, masked = self.network(views["image"][:1])[0, 0], views["weight"][0, 0] > 0
+        target = views["target"][0, 0]
+        return [
+            [
+                Panel("masked input", views["image"][0, 0]),
+                Panel("prediction in masked blocks", torch.where(masked, prediction, target)),
+                Panel("truth (target)", target),
+            ]
+        ]
 
 
 def default_block(geometry: DataGeometry) -> list[int]:

@@ -19,13 +19,21 @@ from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import TrainingSettings, region_size, view_size
 from nnssl_ext.methods.encoder_only import EncoderMethod, classification
+from nnssl_ext.methods.panels import Panel
 from nnssl_ext.networks.base import Backbone, Triple
 from nnssl_ext.networks.heads import GridHead, layers
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
 from nnssl_ext.views.filters import simulate_thick_slices
 from nnssl_ext.views.random import BatchRandom, to_device
-from nnssl_ext.views.rotations import cube_group, grid_rotations, published_rotations, same_spacing
+from nnssl_ext.views.rotations import (
+    cube_group,
+    grid_rotations,
+    published_rotations,
+    rotate_back,
+    rotation_name,
+    same_spacing,
+)
 from nnssl_ext.views.spatial import SpatialRange, crop_batch, rotation_matrix, subview
 
 TALEB = "Taleb et al. 2020"
@@ -144,6 +152,20 @@ class Rotation(EncoderMethod):
         loss = loss + spacing_loss - spacing_loss.detach()
         chance = 1 / len(self.rotations)
         return self.result(loss, features, chance, accuracy=accuracy, spacing_accuracy=spacing_accuracy)
+
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        predicted = self.head(self.encode(views["image"][:1]))[0].argmax(-1).tolist()
+        rows = []
+        for image, right, guess in zip(views["image"][0, :, 0], views["rotation"][0].tolist(), predicted, strict=True):
+            true, guessed = self.rotations[right], self.rotations[guess]
+            rows.append(
+                [
+                    Panel(f"rotated by {rotation_name(true)} (input)", image),
+                    Panel(f"rotated back by the prediction, {rotation_name(guessed)}", rotate_back(image, guessed)),
+                    Panel("rotated back by the truth (target)", rotate_back(image, true)),
+                ]
+            )
+        return rows
 
 
 class SpacingClassifier(nn.Module):
