@@ -277,10 +277,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         return best or super().latest_is_due(best)
 
     def after_training(self) -> None:
-        """End the process if it was asked to, before the validation of whole cases.
-
-        That validation answers no signal. ``--c`` does it.
-        """
+        """Leave if asked, before the validation of whole cases, which answers no signal. ``--c`` repeats it."""
         reason = self.interruption.agreed(0)
         if reason:
             self.leave(reason, not self.disable_checkpointing)
