@@ -16,7 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class GlobalBatchNorm(_BatchNorm):
-    """Normalize with the statistics of all processes. Parameters, buffers and names are those of ``nn.BatchNorm3d``."""
+    """Normalize with the statistics of all processes.
+
+    Parameters, buffers and names are those of ``nn.BatchNorm3d``.
+    """
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Accept any number of axes."""
@@ -52,7 +55,7 @@ class GlobalBatchNorm(_BatchNorm):
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over all processes, and sum their gradients in the backward pass."""
+    """Sum values over all processes, and gradients likewise."""
 
     @staticmethod
     def forward(context: Any, values: Tensor) -> Tensor:
@@ -68,7 +71,10 @@ class _Sum(torch.autograd.Function):
 
 
 def synchronize(module: nn.Module) -> nn.Module:
-    """Replace each batch norm in ``module`` by a ``GlobalBatchNorm`` with its parameters and buffers."""
+    """Replace each batch norm in ``module`` by a ``GlobalBatchNorm``.
+
+    Parameters and buffers are kept.
+    """
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm) and not isinstance(child, GlobalBatchNorm):
             norm = GlobalBatchNorm(

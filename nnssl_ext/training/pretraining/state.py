@@ -1,4 +1,4 @@
-"""Define the content of a pretraining checkpoint and what must agree to continue from it."""
+"""Define the content of a pretraining checkpoint."""
 
 from __future__ import annotations
 
@@ -54,19 +54,22 @@ def of_all_processes(outputs: Outputs) -> Outputs:
 
 
 def stored(outputs: Outputs) -> dict[str, Tensor]:
-    """Join an epoch's terms so far for a checkpoint: one tensor per term."""
+    """Join an epoch's terms for a checkpoint, one tensor each."""
     return {key: torch.cat([step[key] for step in outputs]).cpu() for key in outputs[0]} if outputs else {}
 
 
 def restored(terms: dict[str, Tensor], device: torch.device) -> Outputs:
-    """Return the terms that ``stored`` kept: all of them in the first process, none in the others."""
+    """Split the terms of ``stored`` over processes.
+
+    The first process takes all of them.
+    """
     if not terms:
         return []
     return [{key: (value if rank() == 0 else value[:0]).to(device) for key, value in terms.items()}]
 
 
 def start_from(method: Method, text: str) -> str:
-    """Start from pretrained weights, and describe for the log what was taken.
+    """Start from pretrained weights and describe what was taken.
 
     A finished run of the same method hands over network, heads, teacher and centers. Every other source that
     ``nnssl_ext transfer`` takes fills the network, and the teacher where there is one.
@@ -92,7 +95,10 @@ def _own_section(path: Path) -> dict[str, Any]:
 
 
 def _take_over(method: Method, own: Mapping[str, Any], path: Path) -> None:
-    """Load the state of a finished run. The crop may differ: positions are resized to the network's grid."""
+    """Load the state of a finished run.
+
+    The crop may differ: positions are resized to the network's grid.
+    """
     mine, theirs = method.state_dict(), dict(own["state"])
     learned = method.backbone.learned_positions()
     for name, tensor in mine.items():
@@ -109,7 +115,7 @@ def _take_over(method: Method, own: Mapping[str, Any], path: Path) -> None:
 
 
 def _resized_positions(table: Tensor, grid: Sequence[int] | None, learned: LearnedPositions, path: Path) -> Tensor:
-    """Resize learned positions from a checkpoint's grid of tokens to the network's."""
+    """Resize learned positions to the network's token grid."""
     number = table.shape[1] - learned.prefix
     if grid is None:  # files of earlier versions do not say it
         grid = [round(number ** (1 / 3))] * 3
