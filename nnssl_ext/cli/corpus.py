@@ -114,10 +114,7 @@ def _folder(number: int, name: str, like: Path) -> Path:
 
 
 def _choices(option: str, words: list[str]) -> list[tuple[str, str]]:
-    """Split ``SOURCE=VALUE`` at the last sign.
-
-    Without a source the value is for all.
-    """
+    """Split ``SOURCE=VALUE`` at the last sign. Without a source the value is for all."""
     found = []
     for word in words:
         source, _, value = word.rpartition("=")

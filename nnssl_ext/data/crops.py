@@ -70,10 +70,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class CropRequest:
-    """Request the crops of one sample.
-
-    The first is always from the sample's own case.
-    """
+    """Request the crops of one sample. The first is always from the sample's own case."""
 
     crops: tuple[Crop, ...]
 
@@ -156,10 +153,7 @@ class CropDataset(Dataset):
         self.cases = sorted(self.cases)
 
     def __getitem__(self, sample: int) -> Sample:
-        """Read a sample.
-
-        Another case replaces one that cannot be read.
-        """
+        """Read a sample. Another case replaces one that cannot be read."""
         drawn = list(self.draw_cases(sample))
         bad: dict[str, str] = {}
         substitutes = sample_generator(self.seed, self.stream + SUBSTITUTES, sample)
@@ -197,10 +191,7 @@ class CropDataset(Dataset):
         return 4 * channels * voxels
 
     def draw_cases(self, sample: int) -> tuple[str, str]:
-        """Draw a sample's own case and another one.
-
-        Each case comes once before any comes again.
-        """
+        """Draw a sample's own case and another one. Each case comes once before any comes again."""
         number = len(self.cases)
         turn, place = divmod(sample, number)
         own = _shuffled(self.seed, self.stream, turn, number)[place]
@@ -284,10 +275,7 @@ def _read_view(data: Any, region: SourceBox, crop: Crop, kind: ViewKind, generat
 
 
 def noise_box(shape: tuple[int, ...], case: str) -> SourceBox:
-    """Return a box of noise (C, D, H, W).
-
-    torch's own generator keeps its state.
-    """
+    """Return a box of noise (C, D, H, W). torch's own generator keeps its state."""
     noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     return SourceBox(noise, np.eye(3), (np.asarray(shape[1:]) - 1) / 2, case)
 

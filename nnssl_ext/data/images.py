@@ -105,10 +105,7 @@ class ImageFolder:
         return []
 
     def fingerprint(self) -> dict[str, str]:
-        """Return one digest of all names.
-
-        The images are not read.
-        """
+        """Return one digest of all names. The images are not read."""
         names = "\n".join(name for files in self.files for name in files)
         return {f"the list of {len(self)} images": hashlib.sha256(names.encode()).hexdigest()}
 
@@ -147,10 +144,7 @@ class ImageDataset(Dataset):
         self.names = self.images.validation if self.stream == VALIDATION else self.images.training
 
     def __getitem__(self, sample: int) -> Sample:
-        """Read a region.
-
-        Another image replaces one that cannot be read, which is named.
-        """
+        """Read a region. Another image replaces one that cannot be read, which is named."""
         skipped = []
         turn, place = divmod(sample, len(self.names))
         order = _shuffled(self.seed, self.stream, turn, len(self.names))
@@ -174,10 +168,7 @@ class ImageDataset(Dataset):
         return [self.names[int(_shuffled(self.seed, self.stream, turn, len(self.names))[place])]]
 
     def sample_bytes(self) -> int:
-        """Estimate the memory of a sample.
-
-        Images are reduced to less than twice the crop's edges.
-        """
+        """Estimate the memory of a sample. Images are reduced to less than twice the crop's edges."""
         return 4 * 3 * self.request.size[0] * self.request.size[1]
 
     def _read(self, name: str, sample: int) -> SourceBox:
@@ -209,10 +200,7 @@ def draw_region(
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """Convert an image to three colors of eight bits.
-
-    More bits are stretched to their range.
-    """
+    """Convert an image to three colors of eight bits. More bits are stretched to their range."""
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float64)
         low, high = values.min(), values.max()

@@ -45,10 +45,7 @@ class CaseRecord:
 
 
 class CaseIndex:
-    """Hold the records of all cases in a folder.
-
-    Make one with ``build``.
-    """
+    """Hold the records of all cases in a folder. Make one with ``build``."""
 
     def __init__(self, folder: Path, cases: list[str], keys: np.ndarray, table: dict[str, Any]) -> None:
         self.folder = folder
@@ -88,10 +85,7 @@ class CaseIndex:
         return depth, height, width
 
     def fingerprint(self) -> dict[str, str]:
-        """Digest each case: shape, size and body map.
-
-        '' for excluded cases.
-        """
+        """Digest each case: shape, size and body map. '' for excluded cases."""
         rows = zip(self._table["shape"], self._keys[:, 0], self._table["body"], strict=True)
         digests = (crc32(body.tobytes(), crc32(f"{shape.tolist()} {size}".encode())) for shape, size, body in rows)
         return {

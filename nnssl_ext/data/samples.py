@@ -83,10 +83,7 @@ class SampleSource(Protocol):
         """Return unreadable names with their reasons."""
 
     def fingerprint(self) -> dict[str, str]:
-        """Return digests by name.
-
-        Another state of the data has other digests.
-        """
+        """Return digests by name. Another state of the data has other digests."""
 
     def datasets(self, request: Any, seed: int, split: Split, log: Callable[[str], None]) -> Datasets:
         """Make the training and the validation data set.

@@ -223,10 +223,7 @@ class ManagedTrainer(nnUNetTrainer):
         return min((self.current_epoch + 1) * self.steps_per_epoch, self.total_steps)
 
     def next_epoch(self) -> int:
-        """Return the epoch to continue with.
-
-        It is this one until its steps and their evaluation are done.
-        """
+        """Return the epoch to continue with. It is this one until its steps and their evaluation are done."""
         done = self.step >= self._last_step_of_epoch() and not self.outputs
         return self.current_epoch + int(done)
 

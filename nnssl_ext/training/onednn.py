@@ -24,10 +24,7 @@ class TwoSliceConv3d(nn.Conv3d):
 
 
 def avoid_two_slice_bug(network: nn.Module, device: torch.device, precision: torch.dtype | None) -> None:
-    """Turn convolutions into ``TwoSliceConv3d`` on CPUs in bfloat16.
-
-    Parameters and names stay.
-    """
+    """Turn convolutions into ``TwoSliceConv3d`` on CPUs in bfloat16. Parameters and names stay."""
     if device.type == "cpu" and precision is torch.bfloat16:
         for module in network.modules():
             if type(module) is nn.Conv3d:

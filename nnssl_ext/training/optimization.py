@@ -18,10 +18,7 @@ STATES = {"sgd": 1, "adam": 2, "adamw": 2}
 def build_optimizer(
     recipe: OptimizerRecipe, groups: Iterable[ParameterGroup], learning_rate: float
 ) -> torch.optim.Optimizer:
-    """Build a recipe's optimizer.
-
-    Each group keeps its scales for ``set_rates``.
-    """
+    """Build a recipe's optimizer. Each group keeps its scales for ``set_rates``."""
     groups = list(groups)
     described: list[dict[str, Any]] = [
         {
@@ -76,10 +73,7 @@ def clip_gradients(modules: Iterable[Sequence[Tensor]], max_norm: float) -> Tens
 
 
 def weight_decay_at(recipe: OptimizerRecipe, step: int, steps: int) -> float:
-    """Return the weight decay at a step.
-
-    It follows half a cosine to its final value.
-    """
+    """Return the weight decay at a step. It follows half a cosine to its final value."""
     if recipe.final_weight_decay is None:
         return recipe.weight_decay
     share = (1 - math.cos(math.pi * step / max(1, steps))) / 2
@@ -87,10 +81,7 @@ def weight_decay_at(recipe: OptimizerRecipe, step: int, steps: int) -> float:
 
 
 def learning_rate_at(recipe: OptimizerRecipe, peak: float, step: int, steps: int) -> float:
-    """Return the learning rate at a step.
-
-    Linear warmup to ``peak``, then the schedule, which ends at zero.
-    """
+    """Return the learning rate at a step. Linear warmup to ``peak``, then the schedule, which ends at zero."""
     warmup = round(recipe.warmup * steps)
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -13,10 +13,7 @@ from nnssl_ext.training.distributed.ranks import world
 
 
 def wrap_for_training(method: Method, device: torch.device, compiled: bool) -> nn.Module:
-    """Return the callable of a training step.
-
-    Its parameters are the method's own.
-    """
+    """Return the callable of a training step. Its parameters are the method's own."""
     if world() > 1:
         # in place, so that the method keeps its parameters; batch statistics are those of the global batch
         (nn.SyncBatchNorm.convert_sync_batchnorm if device.type == "cuda" else synchronize)(method)
@@ -57,10 +54,7 @@ def set_memory_format(
 
 
 def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
-    """Give optimizer state the memory format of its weights.
-
-    Fused optimizers read both in memory order.
-    """
+    """Give optimizer state the memory format of its weights. Fused optimizers read both in memory order."""
     for weight, values in optimizer.state.items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
@@ -86,10 +80,7 @@ def mixed_precision(device: torch.device, precision: str = "auto") -> torch.dtyp
 
 
 def computes_in_bfloat16(device: torch.device | None = None) -> bool:
-    """Check that a GPU computes in bfloat16.
-
-    torch's own check counts those that only emulate it.
-    """
+    """Check that a GPU computes in bfloat16. torch's own check counts those that only emulate it."""
     return bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
 
 

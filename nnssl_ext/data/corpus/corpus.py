@@ -171,10 +171,7 @@ class Corpus:
         return CorpusTarget(plans, self.configuration, dataset_json, scratch, contents)
 
     def _results(self, items: Sequence[Item], target: CorpusTarget) -> Iterator[list[Prepared]]:
-        """Yield results in the items' order.
-
-        The first of duplicates is then kept.
-        """
+        """Yield results in the items' order. The first of duplicates is then kept."""
         pool = WorkerPool(partial(prepare, target=target), min(self.processes, len(items)), _time_limit)
         try:
             for item, result in zip(items, pool.run(items), strict=True):

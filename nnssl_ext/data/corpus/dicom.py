@@ -154,10 +154,7 @@ def _read_header(path: Path) -> Dataset:
 
 
 def _lacks_preamble(start: bytes) -> bool:
-    """Return whether bytes begin DICOM without a preamble.
-
-    Then an element of group 2 or 8 comes first.
-    """
+    """Return whether bytes begin DICOM without a preamble. Then an element of group 2 or 8 comes first."""
     if start[:2] not in (b"\x02\x00", b"\x08\x00") or len(start) < 16 or start[3:4] != b"\x00":
         return False
     return start[4:6] in (b"UL", b"UI", b"CS", b"OB") or start[5:8] == b"\x00\x00\x00"
@@ -182,10 +179,7 @@ def _read_series(headers: list[_Header], canonical: bool) -> Iterator[Volume | U
 
 
 def _kind(header: _Header) -> str:
-    """Name the kind of a file that is no slice.
-
-    '' if it may be one.
-    """
+    """Name the kind of a file that is no slice. '' if it may be one."""
     data = header.data
     if header.sop == DICOMDIR:
         return "DICOMDIR"
@@ -278,10 +272,7 @@ def _planes(header: _Header) -> list[_Plane]:
 
 
 def _place_tomography(data: Dataset, planes: list[_Plane]) -> None:
-    """Place the frames of nuclear medicine.
-
-    Only the first one's position is stored, in the detector's sequence.
-    """
+    """Place the frames of nuclear medicine. Only the first one's position is stored, in the detector's sequence."""
     groups, distance = (data,), data.get("SpacingBetweenSlices")
     first = _value(groups, "DetectorInformationSequence", "ImagePositionPatient", 3)
     orientation = _value(groups, "DetectorInformationSequence", "ImageOrientationPatient", 6)

@@ -33,10 +33,7 @@ CONSTANT = "is constant once it is normalized and resampled"
 
 
 class NotWrittenError(Exception):
-    """Report a case that cannot be written.
-
-    It is plain, so that it passes between processes.
-    """
+    """Report a case that cannot be written. It is plain, so that it passes between processes."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +112,7 @@ def left_out(item: Item, verdict: Unusable) -> Entry:
 
 
 def _read(item: Item, plans: PlansManager) -> Iterator[tuple[tuple[int, ...], list[Volume] | Unusable]]:
-    """Yield the channels and volumes of each case.
-
-    Instead of volumes, the reason why there are none.
-    """
+    """Yield the channels and volumes of each case. Instead of volumes, the reason why there are none."""
     canonical = plans.image_reader_writer_class.__name__.endswith("WithReorient")
     if item.dicom:
         for found in read_folder(item.files[0], canonical):

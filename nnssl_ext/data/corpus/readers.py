@@ -261,10 +261,7 @@ def _check_text_header(path: str, header: dict[str, str]) -> None:
 
 
 def _utf8_name(path: str, link: Path) -> str:
-    """Return a name that ITK opens in any locale.
-
-    It may be a link.
-    """
+    """Return a name that ITK opens in any locale. It may be a link."""
     try:
         return os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError:

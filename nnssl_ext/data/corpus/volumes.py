@@ -119,10 +119,7 @@ class Volume:
             raise NotAnImage("label map", f"only {structures} different values")
 
     def digest(self) -> bytes:
-        """Hash voxels, shape and spacing.
-
-        The hash is equal for equal content in any format and axis order.
-        """
+        """Hash voxels, shape and spacing. The hash is equal for equal content in any format and axis order."""
         volume = self.canonical()
         head = f"{volume.array.shape} {[round(edge, 4) for edge in volume.spacing]}".encode()
         return hashlib.sha256(head + hashlib.sha256(volume.array.data).digest()).digest()
@@ -143,10 +140,7 @@ def checked_affine(affine: np.ndarray) -> np.ndarray:
 
 
 def largest_cosine(affine: np.ndarray) -> float:
-    """Return the largest absolute cosine between two axes.
-
-    It is infinite for unusable affines.
-    """
+    """Return the largest absolute cosine between two axes. It is infinite for unusable affines."""
     axes = affine[:3, :3]
     lengths = np.linalg.norm(axes, axis=0)
     if not np.isfinite(affine).all() or lengths.min() <= 0:
@@ -172,10 +166,7 @@ def label_values(array: np.ndarray, name: str = "") -> int:
 
 
 def _equal_neighbors(array: np.ndarray, background: float) -> float:
-    """Return the share of equal neighbors within planes.
-
-    Pairs of background do not count.
-    """
+    """Return the share of equal neighbors within planes. Pairs of background do not count."""
     planes = array[:: max(1, array.size // (20 * SAMPLE))]
     equal = pairs = 0
     for first, second in ((planes[:, :-1], planes[:, 1:]), (planes[:, :, :-1], planes[:, :, 1:])):

@@ -16,10 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class GlobalBatchNorm(_BatchNorm):
-    """Normalize with the statistics of all processes.
-
-    Parameters, buffers and names are those of ``nn.BatchNorm3d``.
-    """
+    """Normalize with the statistics of all processes. Parameters, buffers and names are those of ``nn.BatchNorm3d``."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Accept any number of axes."""
@@ -71,10 +68,7 @@ class _Sum(torch.autograd.Function):
 
 
 def synchronize(module: nn.Module) -> nn.Module:
-    """Replace each batch norm in ``module`` by a ``GlobalBatchNorm``.
-
-    Parameters and buffers are kept.
-    """
+    """Replace each batch norm in ``module`` by a ``GlobalBatchNorm``. Parameters and buffers are kept."""
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm) and not isinstance(child, GlobalBatchNorm):
             norm = GlobalBatchNorm(

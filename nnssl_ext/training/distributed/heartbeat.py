@@ -102,10 +102,7 @@ class Heartbeat:
         return [value.decode() for value in self._store.multi_get([f"{what}{other}" for other in range(self.count)])]
 
     def _end_with(self, word: str) -> None:
-        """Record how this process ended.
-
-        The first process ends last, since it may hold the store.
-        """
+        """Record how this process ended. The first process ends last, since it may hold the store."""
         with suppress(RuntimeError):  # the store is gone with its process
             self._store.set(f"beat{self.number}", word)
             deadline = time.monotonic() + SILENCE_SECONDS
@@ -192,10 +189,7 @@ class Heartbeat:
 
 
 def _final(beat: str) -> bool:
-    """Return whether a process has ended.
-
-    A failed one may still ask which process reports the error.
-    """
+    """Return whether a process has ended. A failed one may still ask which process reports the error."""
     return beat.startswith((_DONE, _SAID))
 
 

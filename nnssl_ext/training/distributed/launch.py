@@ -137,10 +137,7 @@ def _take_device(device: str, place: Place) -> str:
 
 
 def _end_hard_on_gpus(error: BaseException, place: Place) -> None:
-    """End a failed process at once, if it uses NCCL.
-
-    Python's clean-up could wait there for processes that are gone.
-    """
+    """End a failed process at once, if it uses NCCL. Python's clean-up could wait there for processes that are gone."""
     failed = not (isinstance(error, SystemExit) and error.code in (None, 0))
     if failed and place.world > 1 and dist.is_initialized() and dist.get_backend() == "nccl":
         sys.stderr.flush()

@@ -24,10 +24,7 @@ def world() -> int:
 
 
 def rank_device(device: torch.device) -> torch.device:
-    """Return the device of this rank.
-
-    On CUDA it is the GPU of the local rank, otherwise ``device``.
-    """
+    """Return the device of this rank. On CUDA it is the GPU of the local rank, otherwise ``device``."""
     if device.type != "cuda":
         return device
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank() % max(1, torch.cuda.device_count()))))

@@ -64,10 +64,7 @@ def meet(number: int, world: int) -> dist.Store:
 
 
 def from_the_first(key: str, make: Callable[[], T]) -> T:
-    """Send a result of the first process to all.
-
-    A collective would time out after minutes.
-    """
+    """Send a result of the first process to all. A collective would time out after minutes."""
     if world() == 1:
         return make()
     made: list[Any] = [None]

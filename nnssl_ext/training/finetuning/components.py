@@ -50,10 +50,7 @@ def finetune_settings(plans: dict) -> tuple[CommonSettings, FinetuneSettings]:
 
 
 def rate_at(settings: FinetuneSettings, peak: float, step: int) -> float:
-    """Return the learning rate of a step.
-
-    There is one schedule over all steps, or one for each phase (sawtooth).
-    """
+    """Return the learning rate of a step. There is one schedule over all steps, or one for each phase (sawtooth)."""
     start, end = 0, settings.steps
     if settings.restart_schedule:
         for bound in sorted({int(settings.head_only_steps), int(settings.freeze_encoder_steps)} - {0}):
@@ -78,10 +75,7 @@ def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def encoder_layers(network: nn.Module) -> list[list[nn.Parameter]]:
-    """Return the encoder's parameters layer by layer from the input.
-
-    Those of an unknown network are one layer.
-    """
+    """Return the encoder's parameters layer by layer from the input. Those of an unknown network are one layer."""
     try:
         return backbone_of(network).layers()
     except ValueError:
@@ -115,10 +109,7 @@ def build_optimizer(network: nn.Module, settings: FinetuneSettings, learning_rat
 
 
 def _without_decay(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """Split off vectors, which have no weight decay.
-
-    Norms and biases are vectors.
-    """
+    """Split off vectors, which have no weight decay. Norms and biases are vectors."""
     weights = [parameter for parameter in group["params"] if parameter.ndim > 1]
     vectors = [parameter for parameter in group["params"] if parameter.ndim <= 1]
     halves = [{**group, "params": weights}, {**group, "params": vectors, "weight_decay": 0.0}]
@@ -189,10 +180,7 @@ class MovingAverage:
 
 
 def predict_alone(network: nn.Module) -> None:
-    """Keep forward passes from waiting for other processes.
-
-    The others predict other cases or none.
-    """
+    """Keep forward passes from waiting for other processes. The others predict other cases or none."""
     if isinstance(network, DistributedDataParallel):
         network.require_forward_param_sync = False
 

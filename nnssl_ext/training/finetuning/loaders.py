@@ -51,24 +51,15 @@ class SeededBatches(Dataset):
         return batch
 
     def watch(self, tick: Callable[[], None]) -> None:
-        """Call ``tick`` for each case of a batch.
-
-        A slow batch then does not look like a hung worker.
-        """
+        """Call ``tick`` for each case of a batch. A slow batch then does not look like a hung worker."""
         self.batches._data.load_case = _Counted(self._load_case, tick)
 
     def sources(self, number: int) -> list[str]:
-        """Name a batch for messages.
-
-        Its cases are drawn only while it is made.
-        """
+        """Name a batch for messages. Its cases are drawn only while it is made."""
         return [f"batch {number} of the {'validation' if self.stream else 'training'}"]
 
     def sample_bytes(self) -> int:
-        """Estimate the memory of a batch.
-
-        It holds the image, and labels of two bytes at all resolutions.
-        """
+        """Estimate the memory of a batch. It holds the image, and labels of two bytes at all resolutions."""
         voxels = int(np.prod(self.batches.final_patch_size))
         return self.batches.batch_size * voxels * (4 * self.channels + 4)
 

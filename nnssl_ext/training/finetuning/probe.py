@@ -51,10 +51,7 @@ class ProbeNetwork(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """Predict logits from the features of all stages.
-
-    Its name keeps nnU-Net from loading it.
-    """
+    """Predict logits from the features of all stages. Its name keeps nnU-Net from loading it."""
 
     #: nnU-Net switches it, though there is only one output.
     deep_supervision = False

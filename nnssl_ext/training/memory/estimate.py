@@ -116,10 +116,7 @@ def step_memory(
 def build_method(
     method: type[Method], build: Build, settings: Any, geometry: DataGeometry, device: torch.device
 ) -> Method:
-    """Build a method in training mode.
-
-    The random generator keeps its state.
-    """
+    """Build a method in training mode. The random generator keeps its state."""
     # heads draw their initial values
     with torch.random.fork_rng(devices=[]):
         with device:
@@ -129,10 +126,7 @@ def build_method(
 
 
 def planned_memory(method: type[Method], plans: dict, configuration: str, dataset: dict, **known: Any) -> StepMemory:
-    """Estimate the memory of a run's step.
-
-    Arguments and errors are those of ``planned``.
-    """
+    """Estimate the memory of a run's step. Arguments and errors are those of ``planned``."""
     precision = plans.get(PLANS_KEY, {}).get("precision", "auto")
     return step_memory(method, *planned(method, plans, configuration, dataset, **known), precision)
 

@@ -87,10 +87,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
-    """Replace ``scaled_dot_product_attention``.
-
-    On CPUs it has no fused kernel for a learned mask.
-    """
+    """Replace ``scaled_dot_product_attention``. On CPUs it has no fused kernel for a learned mask."""
     low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     mask = None if attn_mask is None else attn_mask.to(low)
     return _FusedAttention.apply(query.to(low), key.to(low), value.to(low), mask)

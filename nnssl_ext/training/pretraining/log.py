@@ -40,10 +40,7 @@ class PlainLog(LocalLogger):
 
 
 class PretrainingLog(LocalLogger):
-    """Keep one float per epoch and key, for any key.
-
-    Checkpoints then need no pickles.
-    """
+    """Keep one float per epoch and key, for any key. Checkpoints then need no pickles."""
 
     def __init__(self, readable: Readable) -> None:
         super().__init__()
@@ -59,10 +56,7 @@ class PretrainingLog(LocalLogger):
         super().log(key, float(value), epoch)
 
     def log_means(self, prefix: str, means: Mapping[str, float], epoch: int) -> None:
-        """Log the means of an epoch.
-
-        ``loss`` is named as in nnU-Net, others ``PREFIX_NAME``.
-        """
+        """Log the means of an epoch. ``loss`` is named as in nnU-Net, others ``PREFIX_NAME``."""
         for key, value in means.items():
             self.log(f"{prefix}_losses" if key == "loss" else f"{prefix}_{key}", value, epoch)
 
@@ -86,10 +80,7 @@ class PretrainingLog(LocalLogger):
         return bool(patience) and sum(log[COLLAPSED][-patience:]) == patience
 
     def smoothed_val_loss(self) -> float:
-        """Return the moving average of the validation objective.
-
-        Its minimum marks checkpoint_best.
-        """
+        """Return the moving average of the validation objective. Its minimum marks checkpoint_best."""
         average, *rest = self.my_fantastic_logging["val_losses"]
         for value in rest:
             average = (1 - NEWEST) * average + NEWEST * value

@@ -59,10 +59,7 @@ def stored(outputs: Outputs) -> dict[str, Tensor]:
 
 
 def restored(terms: dict[str, Tensor], device: torch.device) -> Outputs:
-    """Split the terms of ``stored`` over processes.
-
-    The first process takes all of them.
-    """
+    """Split the terms of ``stored`` over processes. The first process takes all of them."""
     if not terms:
         return []
     return [{key: (value if rank() == 0 else value[:0]).to(device) for key, value in terms.items()}]
@@ -95,10 +92,7 @@ def _own_section(path: Path) -> dict[str, Any]:
 
 
 def _take_over(method: Method, own: Mapping[str, Any], path: Path) -> None:
-    """Load the state of a finished run.
-
-    The crop may differ: positions are resized to the network's grid.
-    """
+    """Load the state of a finished run. The crop may differ: positions are resized to the network's grid."""
     mine, theirs = method.state_dict(), dict(own["state"])
     learned = method.backbone.learned_positions()
     for name, tensor in mine.items():
@@ -130,7 +124,7 @@ def _resized_positions(table: Tensor, grid: Sequence[int] | None, learned: Learn
 def network_weights(
     method: Method, heads: Mapping[str, Tensor], lengths: Mapping[str, float]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the complete state dict of the data set's own network, for fine-tuning.
+    """Return the state dict of the data set's own network.
 
     It holds all pretrained tensors under every alias. Fresh heads of the data set's width take the place of heads that
     the method trained for itself.
@@ -151,13 +145,13 @@ def network_weights(
 
 
 def fresh_heads(network: nn.Module) -> dict[str, Tensor]:
-    """Return the heads of a new network of the data set's width, under every alias."""
+    """Return a new network's heads under every alias."""
     backbone = backbone_of(network)
     return {k: v for k, v in network.state_dict().items() if backbone.is_head(k)}
 
 
 def method_section(method: Method, checked: Checked) -> dict[str, Any]:
-    """Return the part of a checkpoint's ``nnssl_ext`` that describes the method, its data and its origin."""
+    """Describe method, data and origin for a checkpoint."""
     learned = method.backbone.learned_positions()
     return {
         "format": checkpoint.FORMAT,
@@ -184,7 +178,7 @@ def identity(
     fold: int | str,
     architecture: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return what a checkpoint and the run that continues it must have in common, as JSON values.
+    """Return what a run and its checkpoint must share.
 
     Args:
         method: What pretrains.
@@ -254,7 +248,7 @@ def refuse_other_data(stored: dict[str, str] | None, mine: dict[str, str], sourc
 def adaptation_plan(
     method: Method, geometry: DataGeometry, plans_name: str, configuration_name: str, configuration: dict
 ) -> dict[str, Any]:
-    """Return the contract by which nnU-Net's ``nnUNetv2_train_pretrained`` and nnssl read a pretrained checkpoint.
+    """Return the adaptation plan that nnU-Net and nnssl read.
 
     Args:
         method: The method.

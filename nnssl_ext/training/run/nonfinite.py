@@ -111,10 +111,7 @@ class FiniteGuard:
         self._pending.clear()
 
     def _line(self, steps: Sequence[tuple[int, bool, Sequence[str]]]) -> str:
-        """Describe a skipped step.
-
-        Each process gives (number, whether the loss was at fault, cases).
-        """
+        """Describe a skipped step. Each process gives (number, whether the loss was at fault, cases)."""
         at_fault = [rank for rank, (_, fault, _) in enumerate(steps) if fault]
         named = [(rank, shorten(steps[rank][2], 20)) for rank in at_fault or range(len(steps))]
         cases = [text if world() == 1 else f"{text} (process {rank})" for rank, text in named]
@@ -125,10 +122,7 @@ class FiniteGuard:
 
     @property
     def problem(self) -> str:
-        """Return why the run must end, '' otherwise.
-
-        It is equal in every process.
-        """
+        """Return why the run must end, '' otherwise. It is equal in every process."""
         if self.skipped <= self.limit:
             return ""
         return (

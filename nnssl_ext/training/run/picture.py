@@ -22,10 +22,7 @@ class ProgressPicture:
         self.draw, self.log, self._drawn = draw, log, time.monotonic()
 
     def update(self, last: bool) -> None:
-        """Draw the picture if it is due.
-
-        It always is after the last epoch.
-        """
+        """Draw the picture if it is due. It always is after the last epoch."""
         if not last and time.monotonic() - self._drawn <= DRAW_SECONDS:
             return
         try:
