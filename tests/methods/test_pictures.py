@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nnssl_ext.data.crops import collate
-from nnssl_ext.data.images import ImageDataset, ImageFolder
+from nnssl_ext.data.images import ImageDataset, ImageFolder, ImageRequest
 from nnssl_ext.losses.dense import IGNORE
 from nnssl_ext.methods import METHODS, DataGeometry
 from nnssl_ext.methods.dino.settings import DINOSettings
@@ -42,7 +42,9 @@ def shown(
         geometry = DataGeometry(SIZE, (1.0, 1.0, 1.0), 2, tuple(backbone.strides), classes=images.classes)
         method = method_class(backbone, chosen, geometry).eval()
         indices = list(range(samples or method.picture_samples))
-        data = ImageDataset(images, method.crops(method.settings, geometry), 0)
+        request = method.crops(method.settings, geometry)
+        assert isinstance(request, ImageRequest)
+        data = ImageDataset(images, request, 0)
         views = method.views(collate([data[i] for i in indices]), BatchRandom(0, VIEWS, indices, CPU))
     else:
         method = build(method_class, chosen, kind=kind).eval()
@@ -175,7 +177,7 @@ def test_contrastive_predictive_coding_shows_the_chosen_targets(tmp_path: Path, 
 
 
 def test_rotation_turns_views_back(tmp_path: Path) -> None:
-    settings = {"jitter_angle": 0.0, "thick_slice_probability": 0.0, "copies": 6, "intensity": OFF}
+    settings: dict[str, Any] = {"jitter_angle": 0.0, "thick_slice_probability": 0.0, "copies": 6, "intensity": OFF}
     method, views, rows = shown(tmp_path, "rotation", **settings)
     assert len(set(views["rotation"][0].tolist())) > 2
     for row in rows[1:]:
