@@ -22,7 +22,8 @@ QUICK: dict[str, Any] = {
     "iterations_per_epoch": 3,
     "validation_iterations": 2,
     "save_every": 1,
-    "dino": {"local_crops": 2, "hidden_dim": 64, "bottleneck_dim": 16, "prototypes": 128},
+    "pretext_picture_every": 0,
+    "dino": {"local_crops": 2, "hidden_dim": 64, "bottleneck_dim": 16, "prototypes": 128, "teacher_momentum": 0.5},
 }
 
 _NUMBERS = {

@@ -1,4 +1,4 @@
-"""Exemplar: two views of one crop are nearer to each other than to crops of other cases.
+"""Pull views of a crop together, and crops apart.
 
 Dosovitskiy et al., "Discriminative Unsupervised Feature Learning with Exemplar Convolutional Neural Networks", TPAMI
 2016. As a triplet loss in 3-D: Taleb et al., "3D Self-Supervised Methods for Medical Imaging", NeurIPS 2020, arXiv
@@ -24,6 +24,7 @@ from nnssl_ext.losses.triplet import plain_triplet, semi_hard_triplet, squared_d
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings, region_size, view_size
 from nnssl_ext.methods.encoder_only import EncoderMethod
+from nnssl_ext.methods.panels import Panel, axial
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.settings import setting
@@ -35,11 +36,13 @@ from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_batch, subview
 TALEB = "Taleb et al. 2020"
 #: Extent of a view rotated by up to 15 degrees about each axis, as a multiple of its edge: median, and largest.
 MEDIAN_EXTENT, MAX_EXTENT = 1.25, 1.5
+#: Nearest images in a row of the picture.
+NEAREST = 6
 
 
 @dataclass(frozen=True)
 class ExemplarIntensitySettings(CustomIntensitySettings):
-    """Stronger intensity views, because the histogram must not identify a crop."""
+    """Stronger views, so that no histogram identifies a crop."""
 
     gamma_probability: float = default("gamma_probability", 0.8)
     noise_probability: float = default("noise_probability", 0.3)
@@ -79,7 +82,7 @@ class ExemplarSettings(SharedSettings):
 
 
 class Exemplar(EncoderMethod):
-    """Pull two views of one crop together and push crops of other cases away.
+    """Pull two views together and other cases away.
 
     A triplet loss with semi-hard negatives on embeddings of the encoder. Trains the encoder.
     Taleb et al., NeurIPS 2020, after Dosovitskiy et al., TPAMI 2016.
@@ -91,6 +94,7 @@ class Exemplar(EncoderMethod):
     Settings = ExemplarSettings
     readable = Readable("triplet_accuracy", "Negatives that are farther than the positive")
     min_batch_size = 2  # negatives are chosen from the batch
+    picture_samples = 4
 
     settings: ExemplarSettings
 
@@ -143,6 +147,21 @@ class Exemplar(EncoderMethod):
             farther = (squared_distances(anchor, candidates) > near) & allowed
             measures["triplet_accuracy"] = farther.sum(1) / allowed.sum(1)
         return self.result(loss, embedded, 0.5, **measures)
+
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        embedded = self.embed(self.encode(views["image"])).flatten(0, 1)  # (3 B, E)
+        images, cases = axial(views["image"]).flatten(0, 1), views["case"].flatten()
+        rows = []
+        for anchor in range(0, len(images), 3):
+            distances = squared_distances(embedded[anchor : anchor + 1], embedded)[0]
+            distances[anchor] = torch.inf
+            row = [Panel("anchor\n", images[anchor])]
+            for place in distances.argsort()[: min(NEAREST, len(images) - 1)].tolist():
+                other = "same case" if cases[place] == cases[anchor] else "other case"
+                what = "positive" if place == anchor + 1 else other
+                row.append(Panel(f"{what}\n{distances[place]:.3f}", images[place]))
+            rows.append(row)
+        return rows
 
     def embed(self, features: Tensor) -> Tensor:
         """(B, 3, 8 F) -> (B, 3, E)."""

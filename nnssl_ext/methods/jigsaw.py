@@ -1,4 +1,4 @@
-"""Jigsaw: recognize the order in which the patches of a window were shuffled.
+"""Recognize the order of a window's shuffled patches.
 
 Noroozi and Favaro, "Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles", ECCV 2016. In 3-D:
 Taleb et al., "3D Self-Supervised Methods for Medical Imaging", NeurIPS 2020, arXiv 2006.03829.
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.methods.base import DataGeometry, Readable
 from nnssl_ext.methods.encoder_only import classification
+from nnssl_ext.methods.panels import Panel, assemble, assembled_center
 from nnssl_ext.methods.patches import PatchMethod, SpacedPatchSettings
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead, layers
@@ -46,7 +47,7 @@ class JigsawSettings(SpacedPatchSettings):
 
 
 class Jigsaw(PatchMethod):
-    """Classify which of P permutations shuffled the patches of a window.
+    """Classify the permutation of a window's patches.
 
     Each patch is encoded by itself. A head sees the patches' vectors in the shuffled order. Trains the encoder.
     Taleb et al., NeurIPS 2020, after Noroozi and Favaro, ECCV 2016.
@@ -87,7 +88,7 @@ class Jigsaw(PatchMethod):
         )
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """Return ``patches`` (B, N, C, D, H, W) in their own order, and ``order`` (B, Q)."""
+        """Return ``patches`` (B, N, C, D, H, W) and ``order`` (B, Q)."""
         patches = self.read_patches(batch, random, self.layout.starts(random))
         order = random.integers(0, len(self.permutations) - 1, (self.settings.permutations_per_window,))
         return {"patches": patches, "order": to_device(order, random.device)}
@@ -96,15 +97,36 @@ class Jigsaw(PatchMethod):
         """Return ``loss``. In evaluation also ``accuracy``, ``chance`` and health. Each is (B,)."""
         label = views["order"]
         features = self.encode(views["patches"])
-        # a patch's vector does not depend on its place, so one pass serves all puzzles of a window
-        embedded, sample = self.embed(features), torch.arange(len(label), device=label.device)
-        shuffled = embedded[sample[:, None, None], self.permutations[label]]  # (B, Q, N, E)
-        loss, accuracy = classification(self.head(shuffled.flatten(2)), label)
+        loss, accuracy = classification(self._logits(features, label), label)
         return self.result(loss, features, 1 / len(self.permutations), accuracy=accuracy)
+
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        patches, order = views["patches"][0, :, 0], views["order"][:1, :1]
+        predicted = self._logits(self.encode(views["patches"][:1]), order).argmax(-1)
+        shuffled = patches[self.permutations[order[0, 0]]]
+        restored = torch.empty_like(patches)
+        restored[self.permutations[predicted[0, 0]]] = shuffled
+        shown = {
+            f"in order {int(order)} (input)": shuffled,
+            f"put back by the predicted order {int(predicted)}": restored,
+            "in their places (target)": patches,
+        }
+        grid = self.layout.grid
+        center = assembled_center(self.layout.patch, grid)
+        return [[Panel(title, assemble(own, grid), center=center) for title, own in shown.items()]]
+
+    def _logits(self, features: Tensor, order: Tensor) -> Tensor:
+        """Score all permutations for each puzzle: (B, N, 8 F), (B, Q) -> (B, Q, P)."""
+        # a patch's vector does not depend on its place, so one pass serves all puzzles of a window
+        embedded, sample = self.embed(features), torch.arange(len(order), device=order.device)
+        shuffled = embedded[sample[:, None, None], self.permutations[order]]  # (B, Q, N, E)
+        return self.head(shuffled.flatten(2))
 
 
 def distant_permutations(generator: np.random.Generator, number: int, wanted: int) -> np.ndarray:
-    """Choose permutations (P, number) int64 with a large mutual Hamming distance.
+    """Choose distant permutations (P, number) int64.
+
+    Their mutual Hamming distance is large.
 
     A random pool is searched in order. The largest distance is kept at which enough permutations are found.
     """

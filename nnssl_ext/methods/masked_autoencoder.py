@@ -1,4 +1,4 @@
-"""Masked autoencoder: predict the voxels of masked blocks with the whole network.
+"""Predict the voxels of masked blocks.
 
 It is the control for claims about the other methods, and the strongest published objective for segmentation with
 residual encoders. He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022. Convolutional and 3-D:
@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.losses.reconstruction import MIN_VARIANCE, explained_variance, squared_error
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
+from nnssl_ext.methods.panels import Panel
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.visible_norms import VisibleNorms
 from nnssl_ext.settings import setting
@@ -53,7 +55,7 @@ class MaskedAutoencoderSettings(SharedSettings):
 
 
 class MaskedAutoencoder(Method):
-    """Predict the voxels of masked blocks from the visible ones.
+    """Predict masked blocks from the visible voxels.
 
     The loss is the mean squared error over masked voxels. Trains encoder and decoder.
     He et al., CVPR 2022, and Wald et al., CVPR 2025.
@@ -133,9 +135,22 @@ class MaskedAutoencoder(Method):
             result["shuffled_variance"] = explained_variance(shuffled, views["shuffled_target"], weight)
         return result
 
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        if self.visible:
+            self.visible.mask = views["visible"][:1]
+        prediction, masked = self.network(views["image"][:1])[0, 0], views["weight"][0, 0] > 0
+        target = views["target"][0, 0]
+        return [
+            [
+                Panel("masked input", views["image"][0, 0]),
+                Panel("prediction in masked blocks", torch.where(masked, prediction, target)),
+                Panel("truth (target)", target),
+            ]
+        ]
+
 
 def default_block(geometry: DataGeometry) -> list[int]:
-    """Compute block edges of equal length in mm: 16 voxels of the finest axis, at most a quarter of the crop."""
+    """Compute block edges of equal length in mm. 16 voxels of the finest axis, at most a quarter of the crop."""
     length = EDGE * min(geometry.spacing)
     return [
         max(1, min(round(length / spacing), edge // 4))

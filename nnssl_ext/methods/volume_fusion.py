@@ -1,4 +1,4 @@
-"""VolumeFusion: segment a fused image into the levels at which a foreground crop was mixed in.
+"""Segment a fused image into its mixing levels.
 
 Wang et al., "MIS-FM", arXiv 2306.16925, and "Volume Fusion-based Self-Supervised Pretraining for 3D Medical Image
 Segmentation", IEEE Transactions on Image Processing 34:6041, 2025.
@@ -20,6 +20,7 @@ from nnssl_ext.losses.dense import IGNORE, deep_supervision_weights, downsample_
 from nnssl_ext.losses.fused import dice_cross_entropy
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
+from nnssl_ext.methods.panels import Panel
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
 from nnssl_ext.views.cpu.chunks import sample_chunks, scratch
@@ -159,7 +160,7 @@ class VolumeFusion(Method):
         return views if shuffled is None else {**views, "shuffled": shuffled}
 
     def _fuse(self, foreground: Tensor, background: Tensor, level: Tensor, random: BatchRandom) -> Tensor:
-        """Fuse in place of ``background``, with the noise of an unmixed crop everywhere."""
+        """Fuse within ``background``, with the noise of an unmixed crop."""
         s = self.settings
         missing = missing_noise(foreground, background, level, s.levels) if s.match_noise else None
         fuse(foreground, background, level, s.levels, s.ignore_below)
@@ -191,6 +192,18 @@ class VolumeFusion(Method):
             result["shuffled_dice"] = hard_dice(self._outputs(views["shuffled"])[0], views["level"])
         return result
 
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        level = views["level"][0]
+        known = level.float().masked_fill(level == IGNORE, torch.nan)
+        predicted = self._outputs(views["image"][:1])[0][0].argmax(0)
+        return [
+            [
+                Panel("fused input", views["image"][0, 0]),
+                Panel("level of the foreground (target)", known, "levels"),
+                Panel("predicted level", predicted, "levels"),
+            ]
+        ]
+
     def _outputs(self, image: Tensor) -> Sequence[Tensor]:
         """Return all outputs, the finest first."""
         outputs = self.network(image)
@@ -214,7 +227,7 @@ class VolumeFusion(Method):
 
 
 def split_filters(settings: IntensitySettings) -> tuple[IntensitySettings, IntensitySettings]:
-    """Split intensity views into those of each crop and those of the fused image."""
+    """Split intensity views into crops' and fused image's."""
     chances = {f.name for f in fields(settings) if f.name.endswith("_probability")}
     chances -= {name for name in chances if name.endswith("_channel_probability")}
     of_fused = {f"{name}_probability" for name in FILTERS}

@@ -1,4 +1,4 @@
-"""3DINO: self-distillation between views of a region and on masked patches.
+"""Distill between views of a region and on masked patches.
 
 Xu et al., "3DINO", npj Digital Medicine 2025, which is DINOv2 (Oquab et al., TMLR 2024, arXiv 2304.07193) in 3-D:
 image-level self-distillation (DINO, arXiv 2104.14294), masked patch-level self-distillation (iBOT, arXiv 2111.07832)
@@ -25,6 +25,7 @@ from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Parame
 from nnssl_ext.methods.dino.health import ValidationBuffer, kept_patches, sign_of_collapse
 from nnssl_ext.methods.dino.networks import DistilledNetwork, reader_of
 from nnssl_ext.methods.dino.settings import GLOBALS, MAX_SHARED_REGION, DINOSettings, resolved, small_crops, view_kinds
+from nnssl_ext.methods.panels import Panel, axial, principal_colors
 from nnssl_ext.networks.base import Backbone, Triple
 from nnssl_ext.views.masking import expand_blocks
 from nnssl_ext.views.multicrop import crop_views, draw_patch_masks, look_at
@@ -33,7 +34,9 @@ from nnssl_ext.views.spatial import SpatialRange
 
 
 class DINO(Method):
-    """A student predicts an EMA teacher's output for other views of a region and for masked patches.
+    """A student predicts an EMA teacher's output.
+
+    It does so for other views of a region and for masked patches.
 
     Xu et al., "3DINO", npj Digital Medicine 2025, which is DINOv2 in 3-D. Only the encoder is trained. The teacher is
     exported.
@@ -129,7 +132,7 @@ class DINO(Method):
         return [self.student.reader, self.student.image_head, self.student.patch_head]
 
     def train(self, mode: bool = True) -> DINO:
-        """Set the mode of the student; the teacher stays in evaluation mode."""
+        """Set the student's mode. The teacher stays in evaluation."""
         super().train(mode)
         self.teacher.eval()
         return self
@@ -139,7 +142,7 @@ class DINO(Method):
         return self.teacher.reader.network
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """Crop global and local views of a region, and mask patches of the global ones.
+        """Crop views of a region and mask the global ones.
 
         Returns:
             ``global`` (B, 2, C, D, H, W) and ``local`` (B, V, C, D, H, W); ``masked`` (B, 2, N) bool; for each of the M
@@ -162,7 +165,7 @@ class DINO(Method):
         return views
 
     def _view(self, batch: CropBatch, random: BatchRandom, place: int) -> Tensor:
-        """Make the views of one kind: (B, V, C, D, H, W)."""
+        """Make views of one kind: (B, V, C, D, H, W)."""
         kind, (intensity, exclusive) = self.kinds[place], self.looks[place]
         if len(batch.boxes) == 1:
             return crop_views(batch.boxes[0], self.geometry.crop_size, kind, intensity, random, exclusive)
@@ -172,7 +175,7 @@ class DINO(Method):
         return look_at(boxes, kind, intensity, random, exclusive)
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Compute ``loss`` and its terms ``image``, ``patch`` and ``koleo``, each (B,)."""
+        """Compute ``loss``, ``image``, ``patch`` and ``koleo``, each (B,)."""
         settings = self.settings
         clean, masked, index = views["global"], views["masked"].flatten(0, 1), views["masked_index"]
         number = len(clean)
@@ -211,6 +214,29 @@ class DINO(Method):
         loss = attach_gradient(image, image_total) + settings.patch_weight * attach_gradient(patch, patch_total)
         return {"loss": loss + (settings.koleo_weight or 0.0) * koleo, "image": image, "patch": patch, "koleo": koleo}
 
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        clean, masked = views["global"][0], views["masked"][0]
+        image = views["masked_image"][0] if "masked_image" in views else clean
+        tokens = self.teacher.reader(clean)[1], self.student.reader(image, masked)[1]
+        colors = [self._volumes(own.unflatten(-1, self.grid)) for own in principal_colors(*tokens)]  # (3, 2, D, H, W)
+        masked_voxels = self._volumes(masked.unflatten(-1, self.grid).float()) > 0
+        rows = [
+            [
+                Panel(f"view {n + 1} (teacher's input)", clean[n, 0]),
+                Panel("masked (student's input)", clean[n, 0].masked_fill(masked_voxels[n], torch.nan)),
+                Panel("teacher's tokens (target)", colors[0][:, n], "colors"),
+                Panel("student's tokens", colors[1][:, n], "colors"),
+            ]
+            for n in range(GLOBALS)
+        ]
+        if "local" in views:
+            rows.append([Panel(f"local view {n + 1}", view) for n, view in enumerate(axial(views["local"][0]))])
+        return rows
+
+    def _volumes(self, values: Tensor) -> Tensor:
+        """Repeat values of patches for their voxels: (..., d, h, w) -> (..., D, H, W)."""
+        return expand_blocks(values, self.geometry.crop_size, self.student.reader.patch)
+
     def before_step(self, progress: float) -> None:
         settings = self.settings
         self.warming_up = progress < settings.warmup
@@ -228,7 +254,7 @@ class DINO(Method):
 
     @torch.no_grad()
     def after_start_from(self) -> None:
-        """Start the student from the teacher, as the published high-resolution stage does."""
+        """Start the student from the teacher. The published high-resolution stage does so."""
         teacher, student = self._averaged()
         torch._foreach_copy_(student, teacher)
 
@@ -242,7 +268,7 @@ class DINO(Method):
     def _distill(
         self, level: str, student: Tensor, teacher: Tensor, pairs: Tensor, weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Compute the cross-entropy of one level, and move its center.
+        """Compute one level's cross-entropy, and move its center.
 
         Args:
             level: ``image`` or ``patch``.
@@ -273,7 +299,7 @@ class DINO(Method):
 
     @torch.compiler.disable  # it registers gradient hooks
     def _koleo(self, features: Tensor) -> Tensor:
-        """Compute KoLeo of each global view among the same view of all samples: (B, 2, F) -> (B,)."""
+        """Compute KoLeo over samples: (B, 2, F) -> (B,)."""
         kind = features.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         everyone, own = gather_samples(features, self.geometry.batch_size)
@@ -301,7 +327,7 @@ class DINO(Method):
         return self
 
     def _averaged(self) -> tuple[list[Tensor], list[Tensor]]:
-        """List the teacher's tensors that follow the student's, and the student's."""
+        """List the teacher's and the student's averaged tensors."""
         if self._averaged_tensors is None:
             parameters = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
             pairs: list[tuple[Tensor, Tensor]] = [(theirs, own) for theirs, own in parameters if own.requires_grad]

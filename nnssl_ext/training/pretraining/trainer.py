@@ -1,4 +1,4 @@
-"""PretrainingTrainer: the bridge between a self-supervised method and stock ``nnUNetv2_train``.
+"""Run a self-supervised method in stock ``nnUNetv2_train``.
 
 nnU-Net gives the command, folders, logs and checkpoints; the method gives crops, views and objective. The trainer
 knows no method by name.
@@ -33,6 +33,7 @@ from nnssl_ext.training.optimization import build_optimizer, clip_gradients, set
 from nnssl_ext.training.pretraining import state
 from nnssl_ext.training.pretraining.loaders import Unreadable, sample_loaders
 from nnssl_ext.training.pretraining.log import PretrainingLog
+from nnssl_ext.training.pretraining.picture import PretextPicture, Rows
 from nnssl_ext.training.pretraining.summary import next_command, summarize, summary_text
 from nnssl_ext.training.run.folder import FINAL
 from nnssl_ext.training.run.nonfinite import FiniteGuard
@@ -41,7 +42,9 @@ from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom, step_seed
 
 
 class PretrainingTrainer(ManagedTrainer):
-    """Pretrains the network of a data set's plans. A subclass names the method.
+    """Pretrain the network of a data set's plans.
+
+    A subclass names the method.
 
     Raises:
         UserError: Before anything is written, for every input that cannot work.
@@ -67,6 +70,9 @@ class PretrainingTrainer(ManagedTrainer):
         self.enable_deep_supervision = self.method_class.deep_supervision
         self.inference_allowed_mirroring_axes = (0, 1, 2)
         self.log = self.logger.local_logger = PretrainingLog(self.method_class.readable)
+        self.pretext = PretextPicture(
+            self.folder.path / "pretext.png", common.pretext_picture_every, common.epochs, self.print_to_log_file
+        )
         limit = common.max_unreadable_fraction
         self.unreadable = Unreadable(samples.kind, len(samples), limit, self.print_to_log_file)
         self.unreadable.note(samples.left_out())
@@ -129,7 +135,7 @@ class PretrainingTrainer(ManagedTrainer):
         self.method.backbone.set_deep_supervision(enabled)
 
     def plot_network_architecture(self) -> None:
-        """Draw nothing: stock needs an outdated package for it, and logs that it is missing."""
+        """Draw nothing, since stock needs an outdated package for it."""
 
     def get_dataloaders(self) -> tuple[Iterator[CropBatch], Iterable[CropBatch]]:
         checked = self.checked
@@ -166,7 +172,7 @@ class PretrainingTrainer(ManagedTrainer):
         self.print_to_log_file(f"Epoch {self.current_epoch}")
 
     def train_step(self, batch: CropBatch) -> dict[str, Tensor]:
-        """Do one optimizer step. Terms stay on the device, so that the host does not wait."""
+        """Do one optimizer step. The host does not wait for its terms."""
         set_rates(self.optimizer, self.recipe, self.initial_lr, self.step, self.total_steps)
         self.method.before_step(self.step / self.total_steps)
         # dropout and the like draw from torch's own generator: the same at each step, however often a run restarts
@@ -207,17 +213,28 @@ class PretrainingTrainer(ManagedTrainer):
 
     def validation_step(self, batch: CropBatch) -> dict[str, Tensor]:
         with torch.no_grad():
-            return self._terms(batch, VALIDATION + VIEWS)
+            terms = self._terms(batch, VALIDATION + VIEWS)
+        if self.local_rank == 0:
+            self.pretext.keep(batch, self.method.picture_samples)
+        return terms
 
     def _terms(self, batch: CropBatch, stream: int) -> dict[str, Tensor]:
         self.unreadable.note(batch.skipped)
         if batch.failure:
             raise UserError(f"{batch.failure}; repair or remove it, then go on with --c")
-        random = BatchRandom(self.common.seed, stream, batch.indices, self.device)
-        with torch.no_grad():
-            views = self.method.views(batch, random)
+        views = self._views(batch, stream)
         with self.autocast():
             return self.objective(views)
+
+    def _views(self, batch: CropBatch, stream: int) -> dict[str, Tensor]:
+        random = BatchRandom(self.common.seed, stream, batch.indices, self.device)
+        with torch.no_grad():
+            return self.method.views(batch, random)
+
+    def _show(self, batch: CropBatch) -> Rows:
+        views = self._views(batch, VALIDATION + VIEWS)
+        with self.autocast(), torch.no_grad():
+            return self.method.picture(views)
 
     def on_train_epoch_end(self, train_outputs: state.Outputs) -> None:
         means = mean_over_samples(train_outputs)
@@ -236,6 +253,7 @@ class PretrainingTrainer(ManagedTrainer):
         measures = mean_over_samples(val_outputs)
         check = self.method.check_validation(measures)
         self.log.log_means("val", {**measures, **check.measures}, self.current_epoch)
+        self.pretext.update(self.current_epoch, self.method.title, self.checked.geometry.spacing, self._show)
         if check.collapse:
             self.print_to_log_file(f"Sign of a collapse: {check.collapse}")
         if self.log.has_collapsed(bool(check.collapse), check.patience, self.current_epoch):
@@ -258,7 +276,7 @@ class PretrainingTrainer(ManagedTrainer):
         return best
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Write and print a summary, in the place of stock's validation of a segmentation."""
+        """Write and print a summary in the place of a validation."""
         if self.local_rank != 0:
             return
         file, name = self.folder.path / FINAL, self.run_name

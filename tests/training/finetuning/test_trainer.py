@@ -202,7 +202,7 @@ def test_out_of_memory_is_one_line(with_data: Data, monkeypatch: pytest.MonkeyPa
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(nnsslTrainer_Finetune, "_loss", fail)
+    monkeypatch.setattr(nnsslTrainer_Finetune, "autocast", fail)
     with pytest.raises(SystemExit) as stopped:
         tune(environment, "labelled", "run")
     line = str(stopped.value.code)
