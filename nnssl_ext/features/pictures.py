@@ -92,5 +92,5 @@ def _scaled(values: np.ndarray) -> np.ndarray:
 
 def _write(figure: Figure, path: Path) -> None:
     with replaced_on_success(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+        figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
