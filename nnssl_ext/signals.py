@@ -1,4 +1,4 @@
-"""End a long piece of work between two steps when the user, the terminal or the cluster asks for it."""
+"""End long work between two steps when asked to."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ _MAY_BE_IGNORED = ("SIGINT", "SIGHUP")
 
 
 class EndSignals:
-    """Note signals that ask this process to end, instead of dying from them.
+    """Note signals to end, instead of dying from them.
 
     Work looks at ``received`` between two steps, saves what there is and says how to go on. A second Ctrl-C raises
     KeyboardInterrupt at once. Outside the main thread, where Python allows no handlers, nothing is noted.
+
+    Args:
+        at_once: Raise KeyboardInterrupt at the first signal, for work without steps. Later signals are ignored.
 
     Example:
         with EndSignals() as signals:
@@ -31,12 +34,9 @@ class EndSignals:
         received: Name of the signal that came; '' if none did.
     """
 
-    def __init__(self) -> None:
-        self.received = ""
+    def __init__(self, at_once: bool = False) -> None:
+        self.at_once, self.received = at_once, ""
         self._earlier: dict[int, Any] = {}
-
-    def __repr__(self) -> str:
-        return f"EndSignals({self.received or 'none'})"
 
     def __enter__(self) -> EndSignals:
         if threading.current_thread() is threading.main_thread():
@@ -54,14 +54,16 @@ class EndSignals:
         self._earlier.clear()
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if name == self.received == "SIGINT":
-            raise KeyboardInterrupt
+        name, before = signal.Signals(number).name, self.received
+        if self.at_once and before:
+            return
         self.received = name
+        if self.at_once or name == before == "SIGINT":
+            raise KeyboardInterrupt
 
 
 def ignore_in_worker() -> None:
-    """Leave Ctrl-C and a closed terminal, which reach every process, to the main process."""
+    """Leave the terminal's signals to the main process."""
     for name in _MAY_BE_IGNORED:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

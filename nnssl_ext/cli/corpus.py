@@ -1,4 +1,4 @@
-"""Make a pretraining data set from images without labels, preprocessed like another data set.
+"""Make a pretraining data set from unlabeled images.
 
     nnssl_ext corpus -d 801 -n OpenBrain --like 4 SOURCE...
 
@@ -17,15 +17,12 @@ import os
 import re
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from nnssl_ext.commands import train_command
 from nnssl_ext.errors import UserError
+from nnssl_ext.signals import EndSignals
 
 if TYPE_CHECKING:
     from nnssl_ext.data.corpus.corpus import Corpus
@@ -34,10 +31,6 @@ if TYPE_CHECKING:
 
 #: Damaged volumes that are named at the end; corpus.json names all.
 SHOWN = 20
-
-
-class Stopped(BaseException):
-    """A signal asked the command to end."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,47 +74,26 @@ def run(arguments: argparse.Namespace) -> None:
     wishes = Wishes(corpus.channels, channels, schemes)
     unused_words(wishes, arguments.sources)
     not_read: dict[str, NotRead] = {source: {} for source in arguments.sources}
+    signals = EndSignals(at_once=True)
     try:
-        with _stoppable():
+        with signals:
             found = [item for source in arguments.sources for item in items_of(source, wishes, not_read[source])]
             items = {item.files: item for item in found}
             manifest = corpus.add(list(items.values()), arguments.max_failures, arguments.retry, not_read)
-    except Stopped as stop:
-        number = stop.args[0]
+    except KeyboardInterrupt:
         kept = corpus.manifest().counts()["kept"] if corpus.folder.is_dir() else 0
         print(
-            f"Stopped by {signal.Signals(number).name}: {kept} volumes are in {corpus.folder.name}, none is lost. "
+            f"Stopped by {signals.received}: {kept} volumes are in {corpus.folder.name}, none is lost. "
             "Call the same command again to go on.",
             file=sys.stderr,
         )
-        raise SystemExit(128 + number) from None
+        raise SystemExit(128 + getattr(signal, signals.received)) from None
     except UserError:
         if corpus.folder.is_dir():
             _list_passed_by(corpus.manifest(), not_read)
             _note_foreign(corpus, corpus.manifest())
         raise
     _report(corpus, manifest, not_read)
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Raise ``Stopped`` once on Ctrl-C, SIGTERM and a closed terminal, so that what was made is kept."""
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-    def stop(number: int, _: FrameType | None) -> None:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
-        raise Stopped(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    earlier = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _folder(number: int, name: str, like: Path) -> Path:
@@ -186,7 +158,7 @@ def _report(corpus: Corpus, manifest: Manifest, not_read: dict[str, NotRead]) ->
 
 
 def _list_passed_by(manifest: Manifest, not_read: dict[str, NotRead]) -> None:
-    """Count by kind what is intact and no 3-D image, and files of unread kinds."""
+    """Count unread files and files without a 3-D image."""
     from nnssl_ext.data.corpus.manifest import NO_IMAGE
 
     kinds: dict[str, list[str]] = {}
@@ -204,7 +176,7 @@ def _list_passed_by(manifest: Manifest, not_read: dict[str, NotRead]) -> None:
 
 
 def _note_foreign(corpus: Corpus, manifest: Manifest) -> None:
-    """Suggest another normalization for images that are not CT or become constant under a CT plan."""
+    """Suggest another normalization for images other than CT."""
     from nnssl_ext.data.corpus.preparation import CONSTANT
 
     foreign = {
@@ -223,7 +195,7 @@ def _note_foreign(corpus: Corpus, manifest: Manifest) -> None:
 
 
 def _note_own(corpus: Corpus, manifest: Manifest) -> None:
-    """Warn that a Dice on images of the pretraining is too good."""
+    """Warn of validation images within the corpus."""
     own = Path(os.environ.get("nnUNet_raw", "")).resolve() / corpus.like.name / "imagesTr"
     if any(Path(file).parent == own for entry in manifest.all() for file in entry.files):
         print(

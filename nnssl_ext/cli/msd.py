@@ -1,4 +1,4 @@
-"""The Medical Segmentation Decathlon: fetch its tasks, convert, predict, and make the archive its site takes.
+"""Fetch, convert, predict and submit tasks of the Decathlon.
 
     nnssl_ext msd list
     nnssl_ext msd fetch Task04 [-o FOLDER] [--url MIRROR]
@@ -12,10 +12,10 @@ Between convert and predict stands nnU-Net: plan, preprocess, pretrain, fine-tun
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
+from nnssl_ext.environment import named_folder
 from nnssl_ext.errors import UserError
 
 
@@ -78,7 +78,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     from nnssl_ext.study.decathlon.tasks import convert_task, task_of_path, unpack
 
-    raw = _variable("nnUNet_raw")
+    raw = named_folder("nnUNet_raw")
     raw.mkdir(parents=True, exist_ok=True)
     for path in arguments.tasks:
         task = task_of_path(path)
@@ -93,7 +93,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _check_number(dataset: str) -> None:
-    """nnU-Net finds data sets by their number, which must be one's own."""
+    """Refuse a data set number that is taken."""
     from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
     from nnssl_ext.commands import dataset_number
@@ -108,10 +108,10 @@ def _predict(arguments: argparse.Namespace) -> None:
     from nnssl_ext.study.decathlon.tasks import find_task, run_stock
 
     task = find_task(arguments.task)
-    images = _variable("nnUNet_raw") / task.dataset / "imagesTs"
+    images = named_folder("nnUNet_raw") / task.dataset / "imagesTs"
     if not images.is_dir() or not any(images.glob("*.nii.gz")):
         raise UserError(f"no test images in {images}; nnssl_ext msd convert makes them from a task with imagesTs")
-    model = _variable("nnUNet_results") / task.dataset / f"{arguments.tr}__{arguments.p}__{arguments.c}"
+    model = named_folder("nnUNet_results") / task.dataset / f"{arguments.tr}__{arguments.p}__{arguments.c}"
     absent = [fold for fold in arguments.f if not (model / f"fold_{fold}" / "checkpoint_final.pth").is_file()]
     if absent:
         raise UserError(f"{model} has no finished fold {', '.join(absent)}; train it, or name the folds with -f")
@@ -123,7 +123,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _check_predictor(folder: Path, model: Path, arguments: argparse.Namespace) -> None:
-    """Note which model predicts into a folder, so that no call goes on with another's predictions."""
+    """Note the predicting model, and refuse another one."""
     from nnssl_ext.recipe import read_json, write_json
 
     files = [model / f"fold_{fold}" / "checkpoint_final.pth" for fold in arguments.f]
@@ -148,7 +148,7 @@ def _submit(arguments: argparse.Namespace) -> None:
         task = find_task(name)
         if not Path(folder).is_dir() or task.folder in predictions:
             raise UserError(f"expected each task once as TASK=FOLDER with its predictions, got '{word}'")
-        raw = _variable("nnUNet_raw") / task.dataset
+        raw = named_folder("nnUNet_raw") / task.dataset
         predictions[task.folder] = Predictions(task.folder, Path(folder), raw)
     cases = write_archive([predictions[name] for name in sorted(predictions)], arguments.o)
     published = sum(task.test for task in TASKS if task.folder in predictions)
@@ -157,10 +157,3 @@ def _submit(arguments: argparse.Namespace) -> None:
         print(f"note: {published} test cases of these tasks are published", file=sys.stderr)
     if len(predictions) < len(TASKS):
         print(f"note: the site evaluates archives of all {len(TASKS)} tasks", file=sys.stderr)
-
-
-def _variable(name: str) -> Path:
-    value = os.environ.get(name)
-    if not value:
-        raise UserError(f"{name} is not set; export it as nnU-Net's documentation says")
-    return Path(value)

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from nnssl_ext.methods import METHODS, SCHEMAS
-    from nnssl_ext.recipe import Recipe, assignments_recipe, derive_plans, load_recipe, read_json, write_json
+    from nnssl_ext.recipe import derive_plans, read_json, recipes_of, write_json
     from nnssl_ext.settings import split_sections
     from nnssl_ext.training.checks import check_plans
 
@@ -86,9 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         geometry = read_source(arguments.like_source).geometry
         plans, alike = plans_like(plans, geometry, arguments.o, configurations)
-    recipes: list[Recipe] = [
-        assignments_recipe([word]) if "=" in word else load_recipe(word) for word in arguments.overlays
-    ]
+    recipes = recipes_of(arguments.overlays)
     for recipe in recipes:  # names the recipe that is wrong, which the merged plans cannot
         split_sections(recipe.settings, SCHEMAS, recipe.name)
     derived = derive_plans(plans, arguments.o, recipes, configurations)
@@ -107,7 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _rename_settings(files: Sequence[str]) -> None:
-    """Rewrite plans or recipes whose settings have names of version 0.1."""
+    """Rewrite settings that have names of version 0.1."""
     from nnssl_ext.recipe import read_json, write_json
     from nnssl_ext.renamed import rename_settings
 
@@ -122,7 +120,7 @@ def _rename_settings(files: Sequence[str]) -> None:
 
 
 def _plan_memory(arguments: argparse.Namespace, plans: dict, configurations: list[str], dataset: dict) -> list[str]:
-    """Set the batch if a target is given, and return lines about the memory of a step."""
+    """Set the batch for a target, and describe the memory."""
     from nnssl_ext.training.memory.estimate import GIB
     from nnssl_ext.training.memory.plan import fitting_batch, needs_of, wanted_methods
 

@@ -1,4 +1,4 @@
-"""Settings that methods share: intensity views, spatial views and optimization."""
+"""Share settings of views and optimization between methods."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nnssl_ext.views.spatial import SpatialRange
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Intensity views and optimization. Settings of a method derive from it and may change defaults."""
+    """Intensity views and optimization of a method. Settings of a method derive from it and may change defaults."""
 
     intensity: IntensitySettings = field(default_factory=IntensitySettings)
     optimizer: str = setting("adamw", "Optimizer.", choices=("adam", "adamw", "sgd"))
@@ -31,16 +31,18 @@ class TrainingSettings:
     warmup: float = setting(0.02, "Share of the steps with a rising learning rate.", low=0, high=0.9)
 
     def heaviest(self) -> Any:
-        """Return settings that draw what takes most memory at every step, for estimates."""
+        """Return settings that need most memory, for estimates."""
         return self
 
     def recipe(self, learning_rate: float) -> OptimizerRecipe:
-        """Build the optimizer recipe with the method's peak learning rate."""
+        """Build the optimizer recipe."""
         return OptimizerRecipe(self.optimizer, learning_rate, self.weight_decay, self.schedule, self.warmup)
 
 
 def view_size(geometry: DataGeometry, margin: float, alike: np.ndarray | None = None) -> Triple:
-    """Compute the edges of rotated views that show the plan's resolution in most cases.
+    """Compute the edges of rotated views.
+
+    They show the plan's resolution in most cases.
 
     A rotated view reaches beyond its edges. In cases that are hardly larger than the crop, a smaller view is taken
     rather than a magnified one.
@@ -57,7 +59,7 @@ def view_size(geometry: DataGeometry, margin: float, alike: np.ndarray | None = 
 
 
 def region_size(geometry: DataGeometry, view: Triple, extent: float) -> Triple:
-    """Compute the region to read for rotated views, within the cases.
+    """Compute the region to read for rotated views.
 
     Args:
         geometry: The data and the network's strides.

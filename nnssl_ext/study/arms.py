@@ -1,4 +1,4 @@
-"""The arms of a study."""
+"""Define the arms of a study."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import TRAINERS
-from nnssl_ext.recipe import Recipe, assignments_recipe, load_recipe, merged
+from nnssl_ext.recipe import Recipe, merged, recipes_of
 from nnssl_ext.study.protocol import SCRATCH, TITLES, TOTAL
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One side of the comparison.
+    """Describe one side of the comparison.
 
     Attributes:
         name: Name in the report. ``METHOD+RECIPE`` where recipes of fine-tuning are compared.
@@ -36,19 +36,19 @@ class Arm:
 
     @property
     def weights_name(self) -> str:
-        """Return the name that arms with the same pretrained weights share."""
+        """Return the name of the arm's pretrained weights."""
         return self.name.partition("+")[0]
 
     @property
     def own_rate(self) -> float | None:
-        """Return the learning rate that the arm's recipe fixes, if it does."""
+        """Return the learning rate of the arm's own recipe."""
         return self.finetune.get("learning_rate")
 
 
 def arms_of(
     methods: Sequence[str], inits: Sequence[str], total_baseline: int, finetune: Sequence[str] = ()
 ) -> list[Arm]:
-    """Build the arms that the command line names. Scratch comes first.
+    """Build the arms of the command line, scratch first.
 
     Args:
         methods: Trainer names without ``nnsslTrainer_``.
@@ -100,8 +100,7 @@ def _finetune_recipe(word: str) -> tuple[str, dict[str, Any]]:
     if not rest or not _is_name(name):
         raise UserError(f"--finetune: expected NAME=RECIPE, got '{word}'.")
     settings: dict[str, Any] = {}
-    for part in rest.split(","):
-        recipe = assignments_recipe([part]) if "=" in part else load_recipe(part)
+    for recipe in recipes_of(rest.split(",")):
         _refuse_other_parts(recipe, word)
         settings = merged(settings, recipe.settings.get("finetune", {}))
     for setting in ("steps", "snapshots", "seed"):

@@ -1,4 +1,4 @@
-"""Build the network of a data set's plans, and write the filled network."""
+"""Build a plan's network, and write the filled one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nnssl_ext.configurations import configuration_of, unusable
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import file_digest
 from nnssl_ext.networks.adaptation_plan import adaptation_plan
-from nnssl_ext.networks.target import target_network
+from nnssl_ext.networks.target import planned_network
 from nnssl_ext.provenance import revision, versions
 from nnssl_ext.recipe import read_json
 from nnssl_ext.transfer.heads import output_names
@@ -27,7 +27,7 @@ from nnssl_ext.transfer.transfer import TargetNetwork
 
 @dataclass(frozen=True)
 class TargetPlans:
-    """Plans, one of their configurations, and the trainer that builds its network."""
+    """Name plans, a configuration and a trainer."""
 
     plans: PlansManager
     configuration_name: str
@@ -75,11 +75,10 @@ def build_target(to: TargetPlans, seed: int) -> TargetNetwork:
     Raises:
         UserError: If the trainer is not found or cannot build its network from these plans.
     """
-    heads = to.plans.get_label_manager(to.dataset_json).num_segmentation_heads
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = target_network(to.plans, to.configuration, to.channels, heads, trainer=to.trainer)
+            network = planned_network(to.plans, to.configuration_name, to.dataset_json, to.trainer)
     except Exception as error:  # a user's own trainer may fail in any way
         raise UserError(
             f"{to.trainer} cannot build a network from plans {to.plans.plans_name}, {to.configuration_name}: {error!r}"
@@ -99,7 +98,7 @@ def build_target(to: TargetPlans, seed: int) -> TargetNetwork:
 
 
 def check_free(path: Path) -> None:
-    """Refuse a file that exists or a folder that does not.
+    """Refuse an existing file or a missing folder.
 
     Raises:
         UserError: In either case.
@@ -113,7 +112,7 @@ def check_free(path: Path) -> None:
 def write(
     path: Path, target: TargetNetwork, to: TargetPlans, source: PretrainedWeights, report: Report, seed: int
 ) -> None:
-    """Write the filled network. The file is a source for further transfers too.
+    """Write the filled network, a source for further transfers.
 
     Raises:
         UserError: If the file exists or cannot be written.

@@ -1,4 +1,4 @@
-"""A pretraining data set without labels, preprocessed by another data set's plans.
+"""Build a pretraining data set by another data set's plans.
 
 The result is an ordinary preprocessed nnU-Net data set: stock ``nnUNetv2_train`` pretrains on it, and the checkpoint
 fits the other data set. Cases appear whole or not at all. A second call adds new files.
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
+from nnssl_ext.configurations import configuration_of, unusable
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.data.corpus import TARGET_KEY
 from nnssl_ext.data.corpus.manifest import DUPLICATE, KEPT, NO_IMAGE, UNUSABLE, Entry, Manifest
@@ -53,7 +53,7 @@ PLAN_WIDE = ("transpose_forward", "image_reader_writer", "foreground_intensity_p
 
 @dataclass
 class Corpus:
-    """A corpus and the target data set whose plans it follows.
+    """Preprocess unlabeled images like a target data set.
 
     Args:
         folder: ``nnUNet_preprocessed/DatasetXXX_NAME``.
@@ -71,32 +71,26 @@ class Corpus:
 
     def __post_init__(self) -> None:
         self._plans = read_json(self.like / f"{self.plans}.json")
-        known = self._plans["configurations"]
-        if self.configuration not in known:
-            raise UserError(
-                f"plans {self.plans} of {self.like.name} have no '{self.configuration}'; they have {', '.join(known)}"
-            )
-        manager = PlansManager(self._plans).get_configuration(self.configuration)
-        if len(manager.patch_size) != 3 or manager.previous_stage_name is not None:
-            raise UserError(f"configuration '{self.configuration}' is 2-D or a cascade stage; give 3d_fullres")
-        self._configuration = manager.configuration
-        self.data = self.folder / manager.data_identifier
+        self._configuration = configuration_of(self._plans, self.configuration)
+        if reason := unusable(self.configuration, self._configuration, "give"):
+            raise UserError(reason)
+        self.data = self.folder / self._configuration["data_identifier"]
         self.target_json = read_json(self.like / "dataset.json")
         if self.folder.exists() and not (self.folder / "corpus.json").is_file() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} exists and is no corpus; give another -d and -n")
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """Names of the target's channels."""
+        """Return the names of the target's channels."""
         return channel_names(self.target_json, self.like / "dataset.json")
 
     @property
     def normalization(self) -> list[str]:
-        """The plan's normalization schemes, one per channel."""
+        """Return the plan's normalization schemes, one per channel."""
         return self._configuration["normalization_schemes"]
 
     def manifest(self) -> Manifest:
-        """The corpus's manifest as it was last written."""
+        """Read the corpus's manifest."""
         return Manifest.load(self.folder / "corpus.json", self._head())
 
     def add(
@@ -106,7 +100,7 @@ class Corpus:
         retry: bool = False,
         not_read: Mapping[str, NotRead] | None = None,
     ) -> Manifest:
-        """Preprocess the items that are not in the corpus yet.
+        """Preprocess the items that are not there yet.
 
         Args:
             items: Of all sources.
@@ -177,7 +171,7 @@ class Corpus:
         return CorpusTarget(plans, self.configuration, dataset_json, scratch, contents)
 
     def _results(self, items: Sequence[Item], target: CorpusTarget) -> Iterator[list[Prepared]]:
-        """Yield the results of each item in the items' order, so that the first of duplicates is kept."""
+        """Yield results in the items' order. The first of duplicates is then kept."""
         pool = WorkerPool(partial(prepare, target=target), min(self.processes, len(items)), _time_limit)
         try:
             for item, result in zip(items, pool.run(items), strict=True):
@@ -186,7 +180,7 @@ class Corpus:
             raise UserError(f"{error}; make room and call again, it goes on where it stopped") from error
 
     def _take(self, manifest: Manifest, result: Prepared, records: dict[str, CaseRecord]) -> None:
-        """Move a prepared case to its place, unless its content is there already."""
+        """Move a prepared case to its place, unless it is a duplicate."""
         entry = result.entry
         twin = manifest.case_of(entry.content) if entry.status == KEPT else ""
         if twin:
@@ -222,7 +216,7 @@ class Corpus:
         return json.loads(json.dumps(head))
 
     def _describe(self, folder: Path, manifest: Manifest) -> None:
-        """Write the files beside the cases that stock nnU-Net expects."""
+        """Write the files that stock expects beside the cases."""
         labels = {key: self.target_json[key] for key in ("labels", "regions_class_order") if key in self.target_json}
         dataset_json = {
             "name": self.folder.name,
@@ -246,7 +240,9 @@ def _time_limit(item: Item) -> float:
 
 
 class Limit:
-    """Limit of damaged volumes. What is intact and no image does not count.
+    """Limit damaged volumes.
+
+    Intact files that are no image do not count.
 
     Args:
         percent: Of all volumes.

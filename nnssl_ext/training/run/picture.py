@@ -1,4 +1,4 @@
-"""The progress picture of a run, which must neither slow a run down nor end it."""
+"""Draw a run's progress without slowing or ending it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DRAW_SECONDS = 15.0
 
 
 class ProgressPicture:
-    """Draws progress.png now and then, and after the last epoch.
+    """Draw progress.png now and then, and at the end.
 
     Args:
         draw: Draws the picture.
@@ -20,9 +20,6 @@ class ProgressPicture:
 
     def __init__(self, draw: Callable[[], None], log: Callable[[str], None]) -> None:
         self.draw, self.log, self._drawn = draw, log, time.monotonic()
-
-    def __repr__(self) -> str:
-        return "ProgressPicture()"
 
     def update(self, last: bool) -> None:
         """Draw the picture if it is due. It always is after the last epoch."""
