@@ -26,19 +26,18 @@ def masks(
     Args:
         pool: One of ``POOLS``.
         shape: Edges of the volume.
-        labels: (D, H, W) label map, for ``mask``. Labels from 1 on are regions.
+        labels: (D, H, W) label map, for ``mask``. The image and each label from 1 on are regions.
         names: Names of labels. Others are called by their number.
     """
-    if pool == "mask" and labels is not None:
-        for value in torch.unique(labels[labels > 0]).tolist():
-            yield names.get(value, str(value)), labels == value
-        return
     # an axis of odd length shares its middle, so that none of the octants of a slice is empty
     halves = [((0, (edge + 1) // 2), (edge // 2, edge)) if pool == "octants" else ((0, edge),) for edge in shape]
     for box in product(*halves):
         mask = torch.zeros(*shape, dtype=torch.bool)
         mask[tuple(slice(*ends) for ends in box)] = True
         yield IMAGE, mask
+    if pool == "mask" and labels is not None:
+        for value in torch.unique(labels[labels > 0]).tolist():
+            yield names.get(value, str(value)), labels == value
 
 
 def pooled(

@@ -122,7 +122,7 @@ def write(
         for stage, values in stages.items()
     ]
     if not rows:
-        raise UserError("Expected vectors, got none: no case was read, or no mask has a label. Check the files")
+        raise UserError("Expected vectors, got none: no case could be read. Check the files")
     columns = [f"f{number}" for number in range(max(len(values) for *_, values in rows))]
     # stages of fewer channels leave the last columns empty
     table = np.full((len(rows), len(columns)), np.nan, np.float32)

@@ -97,8 +97,8 @@ def test_regions_of_labels(labelled: Environment, weights: Path) -> None:
     masks = labelled.dataset("labelled") / "gt_segmentations"
     features(weights, "-i", images(labelled), "-o", second, "--pool", "mask", "--mask", masks)
     named, numbered = (pd.read_csv(out / "features.csv") for out in (first, second))
-    assert set(named["region"]) == {"organ", "tumour"}
-    numbered["region"] = numbered["region"].map({1: "organ", 2: "tumour"})
+    assert set(named["region"]) == {"image", "organ", "tumour"}
+    numbered["region"] = numbered["region"].replace({"1": "organ", "2": "tumour"})
     pd.testing.assert_frame_equal(named, numbered)
 
 

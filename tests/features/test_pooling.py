@@ -41,13 +41,15 @@ def test_labels_are_pooled_by_their_share_of_each_feature() -> None:
     labels = torch.randint(0, 4, SHAPE, generator=torch.Generator().manual_seed(1))
     labels[labels == 2] = 0
     found = vectors("mask", labels, {1: "organ"})
-    assert list(found) == ["organ", "3"]
+    assert list(found) == [IMAGE, "organ", "3"]
     for region, value in (("organ", 1), ("3", 3)):
         assert found[region].numpy() == pytest.approx(by_hand(random_map(), labels.numpy() == value), abs=1e-5)
 
 
-def test_a_case_without_labels_has_no_vectors() -> None:
-    assert vectors("mask", torch.zeros(SHAPE, dtype=torch.int)) == {}
+def test_a_case_without_labels_has_the_vector_of_the_image() -> None:
+    found = vectors("mask", torch.zeros(SHAPE, dtype=torch.int))
+    assert list(found) == [IMAGE]
+    assert torch.equal(found[IMAGE], vectors("mean")[IMAGE])
 
 
 def test_octants_follow_each_other() -> None:
