@@ -90,11 +90,11 @@ def run(arguments: argparse.Namespace) -> None:
         print(remark)
     print(f"{len(cases)} cases, plans {plans.plans.plans_name}, {plans.configuration_name}")
     folder.mkdir(parents=True, exist_ok=True)
-    settings = results.settings(source, plans, encoder, stages, arguments.pool, arguments.maps, report)
+    batch = arguments.batch or plans.configuration.batch_size
+    extraction = Extraction(encoder, plans, stages, arguments.pool, names, arguments.maps, batch, folder)
+    settings = results.settings(source, extraction, report)
     with lock_file(folder / ".lock", str(folder)):
         results.check_settings(folder, settings)
-        batch = arguments.batch or plans.configuration.batch_size
-        extraction = Extraction(encoder, plans, stages, arguments.pool, names, arguments.maps, batch, folder)
         try:
             vectors, failed = extraction.run(cases)
         except torch.OutOfMemoryError as error:

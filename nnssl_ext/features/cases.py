@@ -37,7 +37,7 @@ class Case:
 
     @property
     def signature(self) -> str:
-        """Describe the state of the files, which changes when one of them does."""
+        """Describe the files by name, size and time."""
         files = [*self.images, *([self.mask] if self.mask else [])]
         return " ".join(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
 
@@ -58,9 +58,9 @@ class Preprocessed:
 
 
 def preprocess(case: Case, plans: TargetPlans) -> Preprocessed:
-    """Crop, resample and normalize a case by the plans, or read it if that is done already.
+    """Crop, resample and normalize a case by the plans.
 
-    Labels are resampled label by label, as nnU-Net's are.
+    A preprocessed case is read as it is. Labels are resampled label by label, as nnU-Net's are.
 
     Raises:
         UserError: If a file cannot be read or does not suit the plans.
@@ -88,9 +88,10 @@ def preprocess(case: Case, plans: TargetPlans) -> Preprocessed:
 
 
 def image_cases(folder: Path, plans: TargetPlans) -> list[Case]:
-    """List the cases in a folder of images, named as nnU-Net names them: CASE_0000.nii.gz, one for each channel.
+    """List the cases in a folder of images.
 
-    Plans of one channel take files without ``_0000``, too.
+    Names are nnU-Net's: CASE_0000.nii.gz, CASE_0001.nii.gz and so on, one file for each channel. Plans of one channel
+    take files without ``_0000``, too.
 
     Raises:
         UserError: If the folder is missing or empty, or a case lacks a channel.
@@ -119,7 +120,9 @@ def image_cases(folder: Path, plans: TargetPlans) -> list[Case]:
 
 
 def dataset_cases(raw: Path | None, preprocessed: Path, plans: TargetPlans, original: bool) -> list[Case]:
-    """List the training cases of a data set: preprocessed ones where they will do, else the raw images.
+    """List the training cases of a data set.
+
+    They are the preprocessed ones where these suffice, else the raw images.
 
     Args:
         raw: The data set's folder in nnUNet_raw; None if there is none.
@@ -171,7 +174,7 @@ def with_masks(cases: list[Case], masks: Path, plans: TargetPlans) -> list[Case]
 
 
 def region_names(dataset_json: Mapping[str, Any]) -> dict[int, str]:
-    """Name the labels of a data set. Labels of several values (regions) have no name of their own."""
+    """Name the labels of a data set, without regions of several labels."""
     labels = dataset_json.get("labels", {})
     return {int(value): str(name) for name, value in labels.items() if isinstance(value, (int, str))}
 

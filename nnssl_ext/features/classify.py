@@ -1,4 +1,4 @@
-"""Measure by cross-validation how well simple classifiers tell labels apart from vectors."""
+"""Cross-validate simple classifiers on vectors."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class Score:
 
 
 def read_labels(path: Path, group_by: str | None) -> pd.DataFrame:
-    """Read a table with the columns case, label and, if cases belong together, group.
+    """Read the labels and groups of cases.
 
     Args:
-        path: A csv file.
+        path: A csv file with the columns case, label and, if cases belong together, group.
         group_by: Another column for the groups, or a regular expression. Its first group, or all that it matches in a
             case's name, is the case's group.
 
@@ -128,7 +128,7 @@ def cross_validate(vectors: np.ndarray, labels: Sequence[str], groups: Sequence[
 
 
 def _interval(right: np.ndarray, truth: np.ndarray, members: np.ndarray, seed: int) -> tuple[float, float]:
-    """Compute the 95 % interval of the balanced accuracy: groups are drawn with replacement."""
+    """Compute the 95 % interval of the balanced accuracy by a bootstrap over groups."""
     groups, kinds = members.max() + 1, truth.max() + 1
     hits, sizes = np.zeros((groups, kinds)), np.zeros((groups, kinds))
     np.add.at(hits, (members, truth), right)

@@ -1,6 +1,7 @@
-"""Extract the features of cases into a folder, case by case, so that an interrupted call can go on.
+"""Extract the features of cases into a folder.
 
-The folder holds features.csv (or .parquet) and features.json, features.png and map.png, and maps/ if asked for.
+An interrupted call can go on, since each case is kept when it is finished. The folder holds features.csv (or .parquet)
+and features.json, features.png and map.png, and maps/ if asked for.
 ``cases/`` keeps the vectors of each finished case, and ``basis.npz`` the principal axes of the first.
 """
 
@@ -35,7 +36,7 @@ ALL = 0
 
 @dataclass(frozen=True)
 class Extraction:
-    """What is extracted from each case.
+    """Extract vectors, maps and pictures of cases.
 
     Attributes:
         encoder: The filled encoder.
@@ -92,7 +93,7 @@ class Extraction:
         return self.folder / "cases" / f"{case.name}.npz"
 
     def _finished(self, case: Case) -> Vectors:
-        """Read the vectors of a case. Empty if it is to be extracted, because it is new or its files have changed."""
+        """Read the vectors of a finished case. Empty if it is new or has changed."""
         if not self._file(case).is_file():
             return {}
         with np.load(self._file(case), allow_pickle=False) as stored:
@@ -104,9 +105,9 @@ class Extraction:
     def _basis(
         self, case: Case, loaded: Preprocessed, found: Mapping[int, Tensor], grid: Grid
     ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Return the principal axes of each stage: those of the first case, so that all maps have one meaning.
+        """Return the principal axes of each stage.
 
-        Its map is drawn, too.
+        They are those of the first case, so that maps of all cases can be compared. Its map is drawn, too.
         """
         file = self.folder / "basis.npz"
         if not file.is_file():

@@ -23,7 +23,9 @@ from nnssl_ext.transfer.target import TargetPlans
 
 
 def principal_axes(found: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the mean and the principal axes of a map's voxels, weighted with their share of the image.
+    """Compute mean and principal axes of a map's voxels.
+
+    Voxels are weighted with their share of the image.
 
     Args:
         found: (C, d, h, w).
@@ -52,9 +54,10 @@ def enlarge(found: Tensor, grid: Grid) -> Tensor:
 
 
 def on_image(volume: Tensor, properties: Mapping[str, Any], plans: TargetPlans) -> np.ndarray:
-    """Bring a preprocessed volume to the image's own grid, as nnU-Net does with its predictions.
+    """Bring a preprocessed volume to the image's own grid.
 
-    Outside the box that nnU-Net crops to, the result is zero. (K, D, H, W) -> (K, *edges of the image).
+    nnU-Net does the same with its predictions. Outside the box that nnU-Net crops to, the result is zero. (K, D, H, W)
+    -> (K, *edges of the image).
     """
     spacing = [properties["spacing"][axis] for axis in plans.plans.transpose_forward]
     current = plans.configuration.spacing
@@ -67,7 +70,7 @@ def on_image(volume: Tensor, properties: Mapping[str, Any], plans: TargetPlans) 
 
 
 def affine_of(properties: Mapping[str, Any]) -> np.ndarray:
-    """Return the NIfTI affine of the grid on which nnU-Net's reader read an image.
+    """Return the NIfTI affine of an image that nnU-Net read.
 
     The readers that reorient images give the reoriented grid.
     """
@@ -83,7 +86,7 @@ def affine_of(properties: Mapping[str, Any]) -> np.ndarray:
 
 
 def write_nifti(volume: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    """Write a volume (K, D, H, W) as 4-D NIfTI (W, H, D, K) atomically."""
+    """Write a volume as 4-D NIfTI atomically: (K, D, H, W) -> (W, H, D, K)."""
     image = nibabel.Nifti1Image(volume.transpose(3, 2, 1, 0), affine)
     with replaced_on_success(path) as temporary, gzip.open(temporary, "wb", compresslevel=1) as file:
         image.to_stream(file)

@@ -18,9 +18,9 @@ RANGE = (2, 98)
 
 
 def draw_vectors(vectors: Mapping[int, np.ndarray], labels: Sequence[str], path: Path) -> None:
-    """Draw the first two principal components of the vectors, a panel for each stage.
+    """Draw the first two principal components of the vectors.
 
-    Columns are brought to unit variance first. Components are drawn at one scale.
+    Each stage has a panel. Columns are brought to unit variance first. Components are drawn at one scale.
 
     Args:
         vectors: Stage -> (cases, columns).
@@ -51,11 +51,11 @@ def draw_vectors(vectors: Mapping[int, np.ndarray], labels: Sequence[str], path:
 
 
 def draw_map(image: np.ndarray, maps: Mapping[int, np.ndarray], aspect: float, name: str, path: Path) -> None:
-    """Draw slices of an image, and the first three components of its maps as red, green and blue.
+    """Draw slices of an image and of its maps in color.
 
     Args:
         image: (D, H, W).
-        maps: Stage -> (3, D, H, W).
+        maps: Stage -> (3, D, H, W), drawn as red, green and blue. Missing components are black.
         aspect: Height of a voxel to its width.
         name: Name of the case.
         path: File to write.
@@ -84,7 +84,7 @@ def draw_map(image: np.ndarray, maps: Mapping[int, np.ndarray], aspect: float, n
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:
-    """Scale each component to 0 to 1: (K, D, H, W). Fewer than three components leave the others black."""
+    """Scale each component to 0 to 1: (K, D, H, W)."""
     low, high = np.percentile(values, RANGE, axis=(1, 2, 3), keepdims=True)
     scaled = np.clip((values - low) / np.maximum(high - low, 1e-6), 0, 1)
     return np.pad(scaled, ((0, 3 - len(scaled)), *[(0, 0)] * 3)) if len(scaled) == 2 else scaled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pydoc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,21 +98,18 @@ def _target(
     return checked_plans(dict(plans), dict(dataset_json), configuration, trainer)
 
 
-def _classes(content: Any) -> list[str]:
-    """Collect the dotted paths that nnU-Net would import to build the networks of plans."""
-    if not isinstance(content, (Mapping, list, tuple)):
-        return []
-    if isinstance(content, (list, tuple)):
-        return [name for value in content for name in _classes(value)]
-    kwargs = _mapping(content.get("arch_kwargs"))
-    imported = [kwargs.get(key) for key in content.get("_kw_requires_import") or ()]
-    named = [content.get("network_class_name"), *imported]
-    found = [str(name) for name in named if name is not None]
-    return found + [name for value in content.values() for name in _classes(value)]
+def _classes(plans: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the dotted paths that nnU-Net would import to build the networks of plans."""
+    for configuration in _mapping(plans.get("configurations")).values():
+        architecture = _mapping(_mapping(configuration).get("architecture"))
+        kwargs = _mapping(architecture.get("arch_kwargs"))
+        names = [kwargs.get(key) for key in architecture.get("_kw_requires_import") or ()]
+        yield from (str(name) for name in [architecture.get("network_class_name"), *names] if name is not None)
 
 
 def _is_trusted(name: str) -> bool:
-    """Tell whether a dotted path leads to a layer or network of a trusted package, not through it to something else."""
+    """Tell whether a dotted path leads to a layer or network of a trusted package."""
+    # the path may lead through a trusted module to something else, such as torch.nn.functional.torch.hub.load
     found = pydoc.locate(name) if name.startswith(TRUSTED) else None
     return isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(TRUSTED)
 

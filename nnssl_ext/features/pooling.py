@@ -47,9 +47,10 @@ def pooled(
     strides: Sequence[Sequence[int]],
     largest: bool = False,
 ) -> dict[str, dict[int, Tensor]]:
-    """Pool maps over masks: region -> stage -> (C,). Vectors of masks of one region follow each other (octants).
+    """Pool maps over masks: region -> stage -> (C,).
 
-    A mean weights each voxel of a stage with its share of the mask, so that padding counts nowhere.
+    Vectors of several masks of one region, such as octants, follow each other. A mean weights each voxel of a stage
+    with its share of the mask, so that padding counts nowhere.
 
     Args:
         maps: Stage -> (C, d, h, w).

@@ -1,4 +1,4 @@
-"""Write the table of vectors, what it is made of, pictures and scores."""
+"""Write the table of vectors, its description, a picture and scores."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ import pandas as pd
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.features.classify import cross_validate
-from nnssl_ext.features.extract import ALL, Vectors
+from nnssl_ext.features.extract import ALL, Extraction, Vectors
 from nnssl_ext.features.pictures import draw_vectors
-from nnssl_ext.features.window import Encoder
 from nnssl_ext.files import file_digest, replaced_on_success
 from nnssl_ext.provenance import revision, versions
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.transfer.report import Report
 from nnssl_ext.transfer.source import PretrainedWeights
-from nnssl_ext.transfer.target import TargetPlans
 
 CAUTION = (
     "Frozen features rank convolutional encoders wrongly for segmentation. Compare weights by fine-tuning: "
@@ -33,27 +31,10 @@ CAUTION = (
 SAME = ("checkpoint", "plans", "stages", "pool", "maps")
 
 
-def settings(
-    source: PretrainedWeights,
-    plans: TargetPlans,
-    encoder: Encoder,
-    stages: Sequence[int],
-    pool: str,
-    components: int | None,
-    report: Report,
-) -> dict[str, Any]:
-    """Describe what vectors are made of, as JSON values.
-
-    Args:
-        source: The weights.
-        plans: The plans.
-        encoder: The filled encoder.
-        stages: Numbers of the extracted stages.
-        pool: The pooling.
-        components: Components of the maps, None without maps.
-        report: What came from the source.
-    """
-    configuration, parts = plans.configuration, 8 if pool == "octants" else 1
+def settings(source: PretrainedWeights, extraction: Extraction, report: Report) -> dict[str, Any]:
+    """Describe how the vectors are made, as JSON values."""
+    plans, encoder, components = extraction.plans, extraction.encoder, extraction.components
+    configuration, parts = plans.configuration, 8 if extraction.pool == "octants" else 1
     return {
         "checkpoint": {"file": source.path.name, "kind": source.kind, "sha256": file_digest(source.path)},
         "plans": {
@@ -72,9 +53,9 @@ def settings(
                 "channels": encoder.channels[stage],
                 "columns": parts * encoder.channels[stage],
             }
-            for stage in stages
+            for stage in extraction.stages
         ],
-        "pool": pool,
+        "pool": extraction.pool,
         "maps": "none" if components is None else "all channels" if components == ALL else f"{components} components",
         "matched": report.as_dict(),
         "caution": CAUTION,
@@ -103,7 +84,9 @@ def check_settings(folder: Path, content: Mapping[str, Any]) -> None:
 def write(
     folder: Path, content: dict[str, Any], found: Mapping[str, Vectors], labels: pd.DataFrame | None, parquet: bool
 ) -> None:
-    """Write the table and features.json, draw the vectors, and cross-validate where there are labels.
+    """Write the table and features.json, and draw the vectors.
+
+    With labels, classifiers are cross-validated.
 
     Args:
         folder: Folder to write.

@@ -1,4 +1,4 @@
-"""Compute feature maps of a whole volume with a sliding window, as nnU-Net predicts.
+"""Compute feature maps of a whole volume with nnU-Net's sliding window.
 
 C channel, D H W voxels of the volume, d h w voxels of a stage.
 """
@@ -23,7 +23,9 @@ STEP = 0.5
 
 
 class Encoder:
-    """Encoder of a network in evaluation mode, with 3-D maps for 2-D networks too.
+    """Encoder of a network in evaluation mode.
+
+    A 2-D network has maps of one slice each.
 
     Args:
         backbone: Access to the network.
@@ -47,7 +49,10 @@ class Encoder:
 
     @torch.inference_mode()
     def features(self, tiles: Tensor, stages: int) -> list[Tensor]:
-        """Compute the maps of the first stages: (B, C, D, H, W) -> [(B, channels, d, h, w)] on the CPU."""
+        """Compute the maps of the first stages, on the CPU.
+
+        (B, C, D, H, W) -> [(B, channels, d, h, w)].
+        """
         tiles = tiles.to(self.device)
         maps = self.backbone.features(tiles.squeeze(2) if self.flat else tiles, stages)
         return [(found.unsqueeze(2) if self.flat else found).float().cpu() for found in maps]
@@ -95,7 +100,7 @@ class Grid:
         )
 
     def pad(self, volume: Tensor) -> Tensor:
-        """Pad a volume (..., D, H, W) with zeros, which is the mean after nnU-Net's normalization."""
+        """Pad a volume (..., D, H, W) with zeros, as nnU-Net does."""
         sides = [
             (start, whole - start - edge)
             for edge, start, whole in zip(self.shape, self.before, self.padded, strict=True)
@@ -108,7 +113,7 @@ class Grid:
         return volume[(slice(None), *inside)]
 
     def share(self, mask: Tensor, stride: Sequence[int]) -> Tensor:
-        """Measure which share of each voxel of a stage lies in a mask: (D, H, W) -> (d, h, w)."""
+        """Measure the share of each feature in a mask: (D, H, W) -> (d, h, w)."""
         return F.avg_pool3d(self.pad(mask.float())[None], tuple(stride), tuple(stride))[0]
 
 

@@ -54,9 +54,7 @@ def target_plans(folder: Path, plans_name: str, configuration: str, trainer: str
     return checked_plans(plans, read_json(folder / "dataset.json"), configuration, trainer)
 
 
-def checked_plans(
-    plans: dict[str, Any], dataset_json: dict[str, Any], configuration: str, trainer: str
-) -> TargetPlans:
+def checked_plans(plans: dict[str, Any], dataset_json: dict[str, Any], configuration: str, trainer: str) -> TargetPlans:
     """Choose a configuration of plans, and the trainer that builds its network.
 
     Raises:

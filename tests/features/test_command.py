@@ -105,9 +105,9 @@ def test_regions_of_labels(labelled: Environment, weights: Path) -> None:
 def test_maps_lie_on_the_images(labelled: Environment, weights: Path) -> None:
     features(weights, "-i", images(labelled), "-o", labelled.root / "a", "--stage", "1", "--maps")
     features(weights, "-i", images(labelled), "-o", labelled.root / "b", "--stage", "1", "--maps", "2")
-    image = nibabel.load(images(labelled) / "case_03_0000.nii.gz")
+    image = nibabel.Nifti1Image.from_filename(images(labelled) / "case_03_0000.nii.gz")
     for out, channels in (("a", 8), ("b", 2)):
-        found = nibabel.load(labelled.root / out / "maps" / "case_03_stage1.nii.gz")
+        found = nibabel.Nifti1Image.from_filename(labelled.root / out / "maps" / "case_03_stage1.nii.gz")
         assert found.shape == (*image.shape, channels)
         assert found.affine == pytest.approx(image.affine)
         assert np.isfinite(found.get_fdata()).all()

@@ -47,7 +47,7 @@ def test_a_map_lies_on_the_images_grid(tmp_path: Path, reader: str) -> None:
     grid = Grid.of(loaded.image.shape[1:], (16, 16, 16), (4, 4, 4))
     values = enlarge(grid.pad(loaded.image), grid)
     write_nifti(on_image(values, loaded.properties, to), affine_of(loaded.properties), written)
-    found, image = nibabel.load(written), nibabel.load(path)
+    found, image = nibabel.Nifti1Image.from_filename(written), nibabel.Nifti1Image.from_filename(path)
     assert found.affine == pytest.approx(image.affine, abs=1e-4)
     assert found.shape == (*image.shape, 1)
     assert found.get_data_dtype() == np.float32
