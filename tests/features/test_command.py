@@ -181,6 +181,8 @@ def test_plans_in_a_checkpoint_run_no_foreign_code(labelled: Environment, weight
     [
         (["--stage", "9"], r"got '9'. Choose from 0 \(stride 1x1x1, 4 channels\)"),
         (["--mask", "somewhere"], "Expected --pool mask with --mask"),
+        (["--batch", "0"], "Expected --batch of at least 1"),
+        (["--maps=-1"], "Expected --batch of at least 1 and --maps of at least 0"),
         (["-c", "2d_fullres"], "have no configuration '2d_fullres'"),
         (["--pool", "mask"], "Expected a label map of each case, got none of case_00"),
         (["--pool", "mask", "--mask", "."], "Expected a mask for each case"),
