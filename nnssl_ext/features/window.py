@@ -81,7 +81,8 @@ class Grid:
         nnU-Net spreads tiles evenly over the voxels. A strided encoder samples a volume at every n-th voxel, so a tile
         that begins between two samples computes other features at the same place. Here tiles are spread over the
         deepest stage's grid: each begins at a multiple of the total stride, and so of every stage's stride. Features of
-        overlapping tiles then belong to the same voxels. The volume is padded at its end to a multiple, too.
+        overlapping tiles then belong to the same voxels. The volume is padded at its end to a multiple, too. The step
+        is rounded down to whole samples, or else some samples would lie at the border of every tile that holds them.
 
         Args:
             shape: Edges of the volume.
@@ -89,14 +90,18 @@ class Grid:
             total: Stride from the image to the deepest stage.
         """
         padded = [-(-max(edge, tile) // step) * step for edge, tile, step in zip(shape, patch, total, strict=True)]
-        sizes = [[edge // step for edge, step in zip(edges, total, strict=True)] for edges in (padded, patch)]
-        starts = compute_steps_for_sliding_window(*sizes, STEP)
+        starts = []
+        for edge, tile, step in zip(padded, patch, total, strict=True):
+            samples = tile // step
+            share = max(int(samples * STEP), 1) / samples
+            (found,) = compute_steps_for_sliding_window((edge // step,), (samples,), share)
+            starts.append(tuple(sorted({start * step for start in found})))
         return cls(
             tuple(shape),
             # a small volume lies in the middle, as nnU-Net pads it
             tuple(max(tile - edge, 0) // 2 for edge, tile in zip(shape, patch, strict=True)),
             tuple(padded),
-            tuple(tuple(s * step for s in sorted(set(axis))) for axis, step in zip(starts, total, strict=True)),
+            tuple(starts),
         )
 
     def pad(self, volume: Tensor) -> Tensor:

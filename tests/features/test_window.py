@@ -1,5 +1,6 @@
 """Feature maps of whole volumes from tiles."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -92,7 +93,13 @@ def test_a_shifted_volume_has_shifted_features() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "patch", "total"), [((9, 40, 33), (16, 16, 32), (4, 4, 8)), ((5, 7, 9), (8, 8, 8), (8, 8, 8))]
+    ("shape", "patch", "total"),
+    [
+        ((9, 40, 33), (16, 16, 32), (4, 4, 8)),
+        ((5, 7, 9), (8, 8, 8), (8, 8, 8)),
+        ((40, 130, 154), (32, 48, 48), (8, 16, 16)),
+        ((300, 200, 100), (160, 112, 80), (32, 16, 16)),
+    ],
 )
 def test_tiles_begin_at_strides_and_cover_all(
     shape: tuple[int, ...], patch: tuple[int, ...], total: tuple[int, ...]
@@ -103,10 +110,8 @@ def test_tiles_begin_at_strides_and_cover_all(
         ends = [start + patch[axis] for start in starts]
         assert starts[0] == 0
         assert ends[-1] == grid.padded[axis] >= shape[axis]
-        assert all(start <= end for start, end in zip(starts[1:], ends, strict=False))
-        assert max(b - a for a, b in zip((0, *starts), (*starts, starts[-1]), strict=True)) <= max(
-            patch[axis] // 2, total[axis]
-        )
+        gaps = [after - before for before, after in pairwise(starts)]
+        assert all(0 < gap <= max(patch[axis] // 2, total[axis]) for gap in gaps)
     image = volume(*shape)
     assert torch.equal(grid.crop(grid.pad(image)), image)
 
