@@ -109,7 +109,7 @@ class Rotation(EncoderMethod):
         return [nn.ModuleList(task), self.spacing_classifier]
 
     def optimizer(self) -> OptimizerRecipe:
-        return self.settings.recipe(1e-3)
+        return self.settings.recipe(1e-3, self.backbone)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Return ``image`` (B, N, C, D, H, W) and ``rotation`` (B, N)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +41,12 @@ class Backbone(ABC):
 
     Args:
         network: The network. It is not owned.
+
+    Class attributes:
+        is_transformer: Whether the encoder is a vision transformer, which can leave out masked tokens.
     """
+
+    is_transformer: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -67,6 +72,18 @@ class Backbone(ABC):
 
         (B, C, D, H, W) -> [(B, channels[i], *edges / strides[i])].
         """
+
+    def train_mask_token(self) -> None:  # noqa: B027 a default
+        """Train the mask token, for an objective that masks tokens. Networks without a trainable one do nothing."""
+
+    def visible_output(self, image: Tensor, visible: Tensor) -> Tensor:
+        """Run the network without its masked tokens. The mask token takes their place in the decoder.
+
+        Args:
+            image: (B, C, D, H, W).
+            visible: (B, V) positions of the visible tokens.
+        """
+        raise NotImplementedError("only vision transformers leave out tokens")
 
     @abstractmethod
     def encoder_parameters(self, stages: int | None = None) -> Iterable[nn.Parameter]:

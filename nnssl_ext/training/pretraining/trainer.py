@@ -33,7 +33,7 @@ from nnssl_ext.training.optimization import build_optimizer, clip_gradients, set
 from nnssl_ext.training.pretraining import state
 from nnssl_ext.training.pretraining.loaders import Unreadable, sample_loaders
 from nnssl_ext.training.pretraining.log import PretrainingLog
-from nnssl_ext.training.pretraining.summary import next_command, summarize, summary_text
+from nnssl_ext.training.pretraining.summary import next_command, recipe_commands, summarize, summary_text
 from nnssl_ext.training.run.folder import FINAL
 from nnssl_ext.training.run.nonfinite import FiniteGuard
 from nnssl_ext.training.wrapping import match_memory_format, set_memory_format, wrap_for_training
@@ -262,7 +262,13 @@ class PretrainingTrainer(ManagedTrainer):
         if self.local_rank != 0:
             return
         file, name = self.folder.path / FINAL, self.run_name
-        command = next_command(name, self.common.target_trainer, self.dataset_json, file) if file.is_file() else None
+        after: dict[str, Any] = {"checkpoint": None, "next_command": None}
+        if file.is_file():
+            command = next_command(name, self.common.target_trainer, self.dataset_json, file)
+            after = {"checkpoint": str(file), "next_command": command}
+            if self.method.backbone.is_transformer:
+                recipe = "finetune_transformer"
+                after["recipe_commands"] = recipe_commands(name, recipe, self.dataset_json, file)
         content = summarize(
             self.log.my_fantastic_logging,
             self.method.readable,
@@ -276,7 +282,7 @@ class PretrainingTrainer(ManagedTrainer):
             },
             steps=self.step,
             batch_size=self.checked.batch_size,
-            after={"checkpoint": str(file) if file.is_file() else None, "next_command": command},
+            after=after,
         )
         write_json(content, self.folder.path / "pretraining_summary.json")
         learned_from = self.checked.samples.summary(self.checked.training_cases)
