@@ -104,11 +104,13 @@ class ValidationCheck:
         measures: Measures that need all validation samples together. They go into the log.
         collapse: Sign of a feature collapse and its remedy; '' if there is none.
         patience: Validations in a row with such a sign after which a run stops; 0 never stops.
+        solved: Advice where the task is solved and teaches little more; '' otherwise.
     """
 
     measures: dict[str, float] = field(default_factory=dict)
     collapse: str = ""
     patience: int = 5
+    solved: str = ""
 
 
 class Method(nn.Module, ABC):

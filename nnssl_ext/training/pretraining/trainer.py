@@ -238,6 +238,8 @@ class PretrainingTrainer(ManagedTrainer):
         self.log.log_means("val", {**measures, **check.measures}, self.current_epoch)
         if check.collapse:
             self.print_to_log_file(f"Sign of a collapse: {check.collapse}")
+        if check.solved:
+            self.print_to_log_file(f"Solved: {check.solved}")
         if self.log.has_collapsed(bool(check.collapse), check.patience, self.current_epoch):
             raise UserError(
                 f"the features have collapsed ({check.patience} epochs in a row): {check.collapse}; earlier "
