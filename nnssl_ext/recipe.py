@@ -128,6 +128,11 @@ def assignments_recipe(assignments: Iterable[str]) -> Recipe:
     return recipe
 
 
+def recipes_of(words: Iterable[str]) -> list[Recipe]:
+    """Read a command line's recipes and settings, in their order."""
+    return [assignments_recipe([word]) if "=" in word else load_recipe(word) for word in words]
+
+
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Merge ``above`` into a copy of ``below``, objects key by key."""
     result = deepcopy(dict(below))

@@ -20,6 +20,9 @@ class EndSignals:
     Work looks at ``received`` between two steps, saves what there is and says how to go on. A second Ctrl-C raises
     KeyboardInterrupt at once. Outside the main thread, where Python allows no handlers, nothing is noted.
 
+    Args:
+        at_once: Raise KeyboardInterrupt at the first signal, for work without steps. Later signals are ignored.
+
     Example:
         with EndSignals() as signals:
             for item in items:
@@ -31,12 +34,9 @@ class EndSignals:
         received: Name of the signal that came; '' if none did.
     """
 
-    def __init__(self) -> None:
-        self.received = ""
+    def __init__(self, at_once: bool = False) -> None:
+        self.at_once, self.received = at_once, ""
         self._earlier: dict[int, Any] = {}
-
-    def __repr__(self) -> str:
-        return f"EndSignals({self.received or 'none'})"
 
     def __enter__(self) -> EndSignals:
         if threading.current_thread() is threading.main_thread():
@@ -54,10 +54,12 @@ class EndSignals:
         self._earlier.clear()
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if name == self.received == "SIGINT":
-            raise KeyboardInterrupt
+        name, before = signal.Signals(number).name, self.received
+        if self.at_once and before:
+            return
         self.received = name
+        if self.at_once or name == before == "SIGINT":
+            raise KeyboardInterrupt
 
 
 def ignore_in_worker() -> None:

@@ -34,3 +34,11 @@ def test_nohup_stays_in_force() -> None:
             assert signals.received == ""
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_work_without_steps_ends_at_once_and_only_once() -> None:
+    with EndSignals(at_once=True) as signals:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)  # what is being kept must not be interrupted
+    assert signals.received == "SIGTERM"

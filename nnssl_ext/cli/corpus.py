@@ -17,15 +17,12 @@ import os
 import re
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from nnssl_ext.commands import train_command
 from nnssl_ext.errors import UserError
+from nnssl_ext.signals import EndSignals
 
 if TYPE_CHECKING:
     from nnssl_ext.data.corpus.corpus import Corpus
@@ -34,10 +31,6 @@ if TYPE_CHECKING:
 
 #: Damaged volumes that are named at the end; corpus.json names all.
 SHOWN = 20
-
-
-class Stopped(BaseException):
-    """A signal asked the command to end."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,47 +74,26 @@ def run(arguments: argparse.Namespace) -> None:
     wishes = Wishes(corpus.channels, channels, schemes)
     unused_words(wishes, arguments.sources)
     not_read: dict[str, NotRead] = {source: {} for source in arguments.sources}
+    signals = EndSignals(at_once=True)
     try:
-        with _stoppable():
+        with signals:
             found = [item for source in arguments.sources for item in items_of(source, wishes, not_read[source])]
             items = {item.files: item for item in found}
             manifest = corpus.add(list(items.values()), arguments.max_failures, arguments.retry, not_read)
-    except Stopped as stop:
-        number = stop.args[0]
+    except KeyboardInterrupt:
         kept = corpus.manifest().counts()["kept"] if corpus.folder.is_dir() else 0
         print(
-            f"Stopped by {signal.Signals(number).name}: {kept} volumes are in {corpus.folder.name}, none is lost. "
+            f"Stopped by {signals.received}: {kept} volumes are in {corpus.folder.name}, none is lost. "
             "Call the same command again to go on.",
             file=sys.stderr,
         )
-        raise SystemExit(128 + number) from None
+        raise SystemExit(128 + getattr(signal, signals.received)) from None
     except UserError:
         if corpus.folder.is_dir():
             _list_passed_by(corpus.manifest(), not_read)
             _note_foreign(corpus, corpus.manifest())
         raise
     _report(corpus, manifest, not_read)
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Raise ``Stopped`` once on Ctrl-C, SIGTERM and a closed terminal, so that what was made is kept."""
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-    def stop(number: int, _: FrameType | None) -> None:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
-        raise Stopped(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    earlier = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _folder(number: int, name: str, like: Path) -> Path:

@@ -12,10 +12,10 @@ Between convert and predict stands nnU-Net: plan, preprocess, pretrain, fine-tun
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
+from nnssl_ext.environment import named_folder
 from nnssl_ext.errors import UserError
 
 
@@ -78,7 +78,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     from nnssl_ext.study.decathlon.tasks import convert_task, task_of_path, unpack
 
-    raw = _variable("nnUNet_raw")
+    raw = named_folder("nnUNet_raw")
     raw.mkdir(parents=True, exist_ok=True)
     for path in arguments.tasks:
         task = task_of_path(path)
@@ -108,10 +108,10 @@ def _predict(arguments: argparse.Namespace) -> None:
     from nnssl_ext.study.decathlon.tasks import find_task, run_stock
 
     task = find_task(arguments.task)
-    images = _variable("nnUNet_raw") / task.dataset / "imagesTs"
+    images = named_folder("nnUNet_raw") / task.dataset / "imagesTs"
     if not images.is_dir() or not any(images.glob("*.nii.gz")):
         raise UserError(f"no test images in {images}; nnssl_ext msd convert makes them from a task with imagesTs")
-    model = _variable("nnUNet_results") / task.dataset / f"{arguments.tr}__{arguments.p}__{arguments.c}"
+    model = named_folder("nnUNet_results") / task.dataset / f"{arguments.tr}__{arguments.p}__{arguments.c}"
     absent = [fold for fold in arguments.f if not (model / f"fold_{fold}" / "checkpoint_final.pth").is_file()]
     if absent:
         raise UserError(f"{model} has no finished fold {', '.join(absent)}; train it, or name the folds with -f")
@@ -148,7 +148,7 @@ def _submit(arguments: argparse.Namespace) -> None:
         task = find_task(name)
         if not Path(folder).is_dir() or task.folder in predictions:
             raise UserError(f"expected each task once as TASK=FOLDER with its predictions, got '{word}'")
-        raw = _variable("nnUNet_raw") / task.dataset
+        raw = named_folder("nnUNet_raw") / task.dataset
         predictions[task.folder] = Predictions(task.folder, Path(folder), raw)
     cases = write_archive([predictions[name] for name in sorted(predictions)], arguments.o)
     published = sum(task.test for task in TASKS if task.folder in predictions)
@@ -157,10 +157,3 @@ def _submit(arguments: argparse.Namespace) -> None:
         print(f"note: {published} test cases of these tasks are published", file=sys.stderr)
     if len(predictions) < len(TASKS):
         print(f"note: the site evaluates archives of all {len(TASKS)} tasks", file=sys.stderr)
-
-
-def _variable(name: str) -> Path:
-    value = os.environ.get(name)
-    if not value:
-        raise UserError(f"{name} is not set; export it as nnU-Net's documentation says")
-    return Path(value)

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from nnssl_ext.methods import METHODS, SCHEMAS
-    from nnssl_ext.recipe import Recipe, assignments_recipe, derive_plans, load_recipe, read_json, write_json
+    from nnssl_ext.recipe import derive_plans, read_json, recipes_of, write_json
     from nnssl_ext.settings import split_sections
     from nnssl_ext.training.checks import check_plans
 
@@ -86,9 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         geometry = read_source(arguments.like_source).geometry
         plans, alike = plans_like(plans, geometry, arguments.o, configurations)
-    recipes: list[Recipe] = [
-        assignments_recipe([word]) if "=" in word else load_recipe(word) for word in arguments.overlays
-    ]
+    recipes = recipes_of(arguments.overlays)
     for recipe in recipes:  # names the recipe that is wrong, which the merged plans cannot
         split_sections(recipe.settings, SCHEMAS, recipe.name)
     derived = derive_plans(plans, arguments.o, recipes, configurations)

@@ -152,9 +152,6 @@ class CropDataset(Dataset):
         self.folder = self.index.folder
         self.cases = sorted(self.cases)
 
-    def __repr__(self) -> str:
-        return f"CropDataset({len(self.cases)} cases, {len(self.request.crops)} crops a sample)"
-
     def __getitem__(self, sample: int) -> Sample:
         """Read a sample. Another case replaces one that cannot be read."""
         drawn = list(self.draw_cases(sample))

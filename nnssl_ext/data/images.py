@@ -86,9 +86,6 @@ class ImageFolder:
         counts = [len(files[::VALIDATION_SHARE]) for files in self.files]
         self.classes = SampleClasses(tuple(names), max(counts) / sum(counts))
 
-    def __repr__(self) -> str:
-        return f"ImageFolder({len(self)} images of {len(self.classes.names)} classes in {self.folder})"
-
     def __len__(self) -> int:
         return sum(map(len, self.files))
 
@@ -146,9 +143,6 @@ class ImageDataset(Dataset):
 
     def __post_init__(self) -> None:
         self.names = self.images.validation if self.stream == VALIDATION else self.images.training
-
-    def __repr__(self) -> str:
-        return f"ImageDataset({len(self.names)} images)"
 
     def __getitem__(self, sample: int) -> Sample:
         """An image that cannot be read is named, and another takes its place."""

@@ -56,9 +56,6 @@ class CaseIndex:
         #: Cases that a run excludes, and why.
         self.left_out: dict[str, str] = {}
 
-    def __repr__(self) -> str:
-        return f"CaseIndex({len(self.cases)} cases in {self.folder})"
-
     def __getitem__(self, case: str) -> CaseRecord:
         row = self._row[case]
         shape = tuple(int(n) for n in self._table["shape"][row])

@@ -88,9 +88,6 @@ class SteadyLoader:
         self.dataset, self.shard, self.workers, self.pin_memory = dataset, shard, workers, pin_memory
         self.log, self.waiting, self.join = log, waiting, join
 
-    def __repr__(self) -> str:
-        return f"SteadyLoader({self.dataset!r}, batches {self.shard.first} to {self.shard.last})"
-
     def __len__(self) -> int:
         return len(self.shard)
 
@@ -124,9 +121,6 @@ class Progress:
 
     def __init__(self, workers: int) -> None:
         self._counts = multiprocessing.Array("q", max(1, workers), lock=False)
-
-    def __repr__(self) -> str:
-        return f"Progress({self.total})"
 
     def tick(self) -> None:
         """Count one step of this worker."""

@@ -49,6 +49,16 @@ def target_network(
     )
 
 
+def planned_network(
+    plans_manager: PlansManager, configuration: str, dataset_json: dict, trainer: str | None = None
+) -> nn.Module:
+    """Build a trainer's network with the channels and labels of a data set, as ``target_network``."""
+    config = plans_manager.get_configuration(configuration)
+    channels = determine_num_input_channels(plans_manager, config, dataset_json)
+    outputs = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
+    return target_network(plans_manager, config, channels, outputs, trainer=trainer)
+
+
 def check_stock_weights(file: Path, trainer_class: Any, plans: dict, configuration: str, dataset_json: dict) -> None:
     """Refuse a file of ``-pretrained_weights`` that stock's loader cannot fit to the trainer's network.
 

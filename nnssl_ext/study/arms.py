@@ -9,7 +9,7 @@ from typing import Any
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import TRAINERS
-from nnssl_ext.recipe import Recipe, assignments_recipe, load_recipe, merged
+from nnssl_ext.recipe import Recipe, merged, recipes_of
 from nnssl_ext.study.protocol import SCRATCH, TITLES, TOTAL
 
 
@@ -100,8 +100,7 @@ def _finetune_recipe(word: str) -> tuple[str, dict[str, Any]]:
     if not rest or not _is_name(name):
         raise UserError(f"--finetune: expected NAME=RECIPE, got '{word}'.")
     settings: dict[str, Any] = {}
-    for part in rest.split(","):
-        recipe = assignments_recipe([part]) if "=" in part else load_recipe(part)
+    for recipe in recipes_of(rest.split(",")):
         _refuse_other_parts(recipe, word)
         settings = merged(settings, recipe.settings.get("finetune", {}))
     for setting in ("steps", "snapshots", "seed"):

@@ -13,10 +13,10 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_ext.errors import UserError
+from nnssl_ext.networks.target import planned_network
 from nnssl_ext.recipe import read_json
 from nnssl_ext.settings import CommonSettings
 from nnssl_ext.study.grid import PRETRAINING, Grid
-from nnssl_ext.training.checks import target_network
 from nnssl_ext.training.wrapping import mixed_precision
 
 #: Steps before the clock starts, and on it.
@@ -79,8 +79,7 @@ def seconds_per_step(
     manager = PlansManager(plans)
     config = manager.get_configuration(configuration)
     channels = determine_num_input_channels(manager, config, dataset_json)
-    outputs = manager.get_label_manager(dataset_json).num_segmentation_heads
-    network = target_network(manager, config, channels, outputs).to(device)
+    network = planned_network(manager, configuration, dataset_json).to(device)
     batch = torch.randn(config.batch_size, channels, *config.patch_size, device=device)
     dtype = mixed_precision(device, common.precision)
     begin = 0.0

@@ -15,7 +15,7 @@ from nnssl_ext.external_trainers import find_trainer, trainer_folders
 from nnssl_ext.files import lock_file
 from nnssl_ext.methods import METHODS, SCHEMAS
 from nnssl_ext.networks.target import check_stock_weights
-from nnssl_ext.recipe import Recipe, assignments_recipe, derive_plans, load_recipe, read_json, write_json
+from nnssl_ext.recipe import Recipe, derive_plans, read_json, recipes_of, write_json
 from nnssl_ext.settings import PLANS_KEY, FinetuneSettings, split_sections
 from nnssl_ext.study.arms import Arm
 from nnssl_ext.study.corpus import PretrainingData, pretraining_data, write_pretraining_data
@@ -34,13 +34,13 @@ from nnssl_ext.training.checks import check_plans
 from nnssl_ext.training.finetuning.components import finetune_settings
 
 
-def recipes_of(overlays: Sequence[str]) -> list[Recipe]:
+def checked_recipes(overlays: Sequence[str]) -> list[Recipe]:
     """Read the command line's recipes and settings, and check names and types.
 
     Raises:
         UserError: For an unknown one.
     """
-    recipes = [assignments_recipe([word]) if "=" in word else load_recipe(word) for word in overlays]
+    recipes = recipes_of(overlays)
     for recipe in recipes:
         split_sections(recipe.settings, SCHEMAS, recipe.name)
     return recipes
@@ -48,7 +48,7 @@ def recipes_of(overlays: Sequence[str]) -> list[Recipe]:
 
 def optimizer_of(source: Path, plans: str, configuration: str, overlays: Sequence[str]) -> str:
     """Return the fine-tuner's optimizer of a data set's plans with overlays."""
-    derived = derive_plans(read_json(source / f"{plans}.json"), plans, recipes_of(overlays), [configuration])
+    derived = derive_plans(read_json(source / f"{plans}.json"), plans, checked_recipes(overlays), [configuration])
     _, sections = split_sections(derived.get(PLANS_KEY, {}), SCHEMAS, f"plans {plans}")
     settings: FinetuneSettings = sections["finetune"]
     return settings.optimizer
@@ -128,7 +128,7 @@ class Study:
     def _checked_plans(self) -> dict:
         p = self.protocol
         plans = read_json(self.source / f"{p.plans}.json")
-        recipes = recipes_of(p.overlays)
+        recipes = checked_recipes(p.overlays)
         for recipe in recipes:
             for name in ("steps", "snapshots", "learning_rate", "seed"):
                 if name in recipe.settings.get("finetune", {}):

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Template
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_ext import checkpoint
 from nnssl_ext.commands import dataset_word
 from nnssl_ext.errors import UserError
-from nnssl_ext.networks.target import target_network
+from nnssl_ext.networks.target import planned_network
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.transfer.locate import CONFIG, NOTE, PLAN, SAFETENSORS, WEIGHTS
 from nnssl_ext.transfer.names import canonical_weights
@@ -186,10 +185,7 @@ def _save_safetensors(content: Mapping[str, Any], path: Path) -> None:
 
     arguments = content["init_args"]
     manager = PlansManager(arguments["plans"])
-    configuration = manager.get_configuration(arguments["configuration"])
-    channels = determine_num_input_channels(manager, configuration, arguments["dataset_json"])
-    outputs = manager.get_label_manager(arguments["dataset_json"]).num_segmentation_heads
-    network = target_network(manager, configuration, channels, outputs)
+    network = planned_network(manager, arguments["configuration"], arguments["dataset_json"])
     network.load_state_dict(content["network_weights"])
     own = content["nnssl_ext"]
     noted = {"title": own.get("title"), "trained": own.get("trained")}

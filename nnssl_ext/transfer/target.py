@@ -16,7 +16,7 @@ from nnssl_ext.configurations import configuration_of, unusable
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import file_digest
 from nnssl_ext.networks.adaptation_plan import adaptation_plan
-from nnssl_ext.networks.target import target_network
+from nnssl_ext.networks.target import planned_network
 from nnssl_ext.provenance import revision, versions
 from nnssl_ext.recipe import read_json
 from nnssl_ext.transfer.heads import output_names
@@ -65,11 +65,10 @@ def build_target(to: TargetPlans, seed: int) -> TargetNetwork:
     Raises:
         UserError: If the trainer is not found or cannot build its network from these plans.
     """
-    heads = to.plans.get_label_manager(to.dataset_json).num_segmentation_heads
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = target_network(to.plans, to.configuration, to.channels, heads, trainer=to.trainer)
+            network = planned_network(to.plans, to.configuration_name, to.dataset_json, to.trainer)
     except Exception as error:  # a user's own trainer may fail in any way
         raise UserError(
             f"{to.trainer} cannot build a network from plans {to.plans.plans_name}, {to.configuration_name}: {error!r}"

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
+from nnssl_ext.configurations import configuration_of, unusable
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.data.corpus import TARGET_KEY
 from nnssl_ext.data.corpus.manifest import DUPLICATE, KEPT, NO_IMAGE, UNUSABLE, Entry, Manifest
@@ -71,16 +71,10 @@ class Corpus:
 
     def __post_init__(self) -> None:
         self._plans = read_json(self.like / f"{self.plans}.json")
-        known = self._plans["configurations"]
-        if self.configuration not in known:
-            raise UserError(
-                f"plans {self.plans} of {self.like.name} have no '{self.configuration}'; they have {', '.join(known)}"
-            )
-        manager = PlansManager(self._plans).get_configuration(self.configuration)
-        if len(manager.patch_size) != 3 or manager.previous_stage_name is not None:
-            raise UserError(f"configuration '{self.configuration}' is 2-D or a cascade stage; give 3d_fullres")
-        self._configuration = manager.configuration
-        self.data = self.folder / manager.data_identifier
+        self._configuration = configuration_of(self._plans, self.configuration)
+        if reason := unusable(self.configuration, self._configuration, "give"):
+            raise UserError(reason)
+        self.data = self.folder / self._configuration["data_identifier"]
         self.target_json = read_json(self.like / "dataset.json")
         if self.folder.exists() and not (self.folder / "corpus.json").is_file() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} exists and is no corpus; give another -d and -n")

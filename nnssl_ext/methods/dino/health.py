@@ -47,9 +47,6 @@ class ValidationBuffer:
         self._batches: list[tuple[Tensor, ...]] = []
         self._samples = 0
 
-    def __repr__(self) -> str:
-        return f"ValidationBuffer({len(self._batches)} batches)"
-
     @torch.compiler.disable
     def add(
         self, total: int, features: Tensor, output: Tensor, prediction: Tensor, patches: Tensor, masked: Tensor

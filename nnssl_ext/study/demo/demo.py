@@ -17,7 +17,7 @@ from nnssl_ext.environment import cores
 from nnssl_ext.errors import UserError
 from nnssl_ext.host_memory import keep_memory
 from nnssl_ext.methods import METHODS, TRAINERS
-from nnssl_ext.recipe import assignments_recipe, derive_plans, load_recipe, read_json, write_json
+from nnssl_ext.recipe import derive_plans, load_recipe, read_json, recipes_of, write_json
 from nnssl_ext.resources import resource_folder
 from nnssl_ext.settings import CommonSettings
 from nnssl_ext.study.demo.chain import Chain, Step
@@ -229,7 +229,7 @@ class Demo:
             from nnssl_ext.study.estimate import seconds_per_step
 
             recipe = load_recipe(self.recipe)
-            recipes = [recipe, *map(assignments_recipe, [[word] for word in self.settings if "=" in word])]
+            recipes = [recipe, *recipes_of(word for word in self.settings if "=" in word)]
             plans = derive_plans(read_json(self.preprocessed / "nnUNetPlans.json"), PLANS, recipes, [CONFIGURATION])
             dataset_json = read_json(self.preprocessed / "dataset.json")
             device = torch.device(self.device)

@@ -54,9 +54,6 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
         self._unanswered = 0
 
-    def __repr__(self) -> str:
-        return f"Heartbeat({'on' if self._thread else 'off'}, process {self.number} of {self.count})"
-
     def __enter__(self) -> Heartbeat:
         if self.count > 1 and not Heartbeat._on:
             Heartbeat._on = True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -162,9 +164,6 @@ class MovingAverage:
         self._trained: list[torch.Tensor] = list(network.parameters())
         self._buffers = list(self.module.buffers()), list(network.buffers())
 
-    def __repr__(self) -> str:
-        return f"MovingAverage(decay {self.decay}, {self.updates} updates)"
-
     @torch.no_grad()
     def update(self) -> None:
         """Take up the trained weights."""
@@ -191,15 +190,12 @@ def to_device(tensors: Any, device: torch.device) -> Any:
     return tensors.to(device, non_blocking=True)
 
 
-class OtherWeights:
-    """A context in which the network holds other weights."""
-
-    def __init__(self, network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-        self.network, self.weights = network, weights
-
-    def __enter__(self) -> None:
-        self.before = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
-        self.network.load_state_dict(self.weights)
-
-    def __exit__(self, *_: object) -> None:
-        self.network.load_state_dict(self.before)
+@contextmanager
+def other_weights(network: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Load other weights into the network within a block."""
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.load_state_dict(weights)
+    try:
+        yield
+    finally:
+        network.load_state_dict(before)

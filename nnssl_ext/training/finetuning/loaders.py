@@ -40,9 +40,6 @@ class SeededBatches(Dataset):
         self.batches, self.seed, self.stream, self.channels = batches, seed, stream, channels
         self._load_case = batches._data.load_case
 
-    def __repr__(self) -> str:
-        return f"SeededBatches(seed {self.seed}, {'validation' if self.stream else 'training'})"
-
     def __getitem__(self, number: int) -> dict[str, Any]:
         states = np.random.SeedSequence((self.seed, self.stream, rank(), number)).generate_state(3, np.uint32)
         before = torch.get_rng_state()

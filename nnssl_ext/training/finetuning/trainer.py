@@ -30,11 +30,11 @@ from nnssl_ext.training.finetuning.components import (
     PEAK,
     PHASES,
     MovingAverage,
-    OtherWeights,
     build_optimizer,
     finetune_settings,
     frozen_components,
     hold_statistics,
+    other_weights,
     predict_alone,
     rate_at,
     to_device,
@@ -89,6 +89,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         self.num_val_iterations_per_epoch, self.save_every = s.validation_iterations, s.save_every
         self.predicted_by = self.common.target_trainer
         self.averaged: MovingAverage | None = None
+        self.held: tuple[str, ...] | None = None
 
     def check(
         self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device
@@ -177,10 +178,11 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         if self.step == 0:
             self.save_checkpoint(str(self.folder.path / LATEST))
         elif not self.snapshot_file(self.step).is_file():
-            self._keep_snapshot()
+            self.after_step()
 
     def on_train_epoch_start(self) -> None:
         self.network.train()
+        self.held = None
         first = self.current_epoch * self.steps_per_epoch
         self.num_iterations_per_epoch = min(self.steps_per_epoch, self.total_steps - first)
         rate = rate_at(self.settings, self.initial_lr, first)
@@ -193,7 +195,9 @@ class nnsslTrainer_Finetune(ManagedTrainer):
     def train_step(self, batch: dict) -> dict:
         rate = rate_at(self.settings, self.initial_lr, self.step)
         frozen = frozen_components(self.settings, self.step)
-        hold_statistics(self.plain_network, self.settings, frozen)
+        if frozen != self.held:  # grouping parameters takes time: once an epoch and at each release
+            hold_statistics(self.plain_network, self.settings, frozen)
+            self.held = frozen
         for group in self.optimizer.param_groups:
             scale = self.settings.encoder_lr_scale if group["part"] == "encoder" else 1
             group["lr"] = rate * scale * group.get("lr_scale", 1.0)
@@ -224,9 +228,6 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         return {"loss": loss.detach().float().cpu().numpy()}
 
     def after_step(self) -> None:
-        self._keep_snapshot()
-
-    def _keep_snapshot(self) -> None:
         """Keep the weights if the settings ask for them after this step."""
         if self.step in self.settings.snapshots:
             self.save_checkpoint(str(self.snapshot_file(self.step)))
@@ -290,7 +291,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         with self.folder.locked() if self.local_rank == 0 else nullcontext():
             try:
                 if not any(self.snapshot_file(step).is_file() for step in self.settings.snapshots):
-                    with OtherWeights(self.plain_network, self.exported_weights()):
+                    with other_weights(self.plain_network, self.exported_weights()):
                         super().perform_actual_validation(save_probabilities)
                 elif rank() == 0:
                     self._validate_snapshots()
@@ -326,9 +327,9 @@ class nnsslTrainer_Finetune(ManagedTrainer):
             if step == settings.steps or not self.snapshot_file(step).is_file():
                 continue
             weights = checkpoint.load(self.snapshot_file(step))["network_weights"]
-            with OtherWeights(network, weights):
+            with other_weights(network, weights):
                 evaluation.run(self.folder.path / f"validation_step_{step:06d}")
-        with OtherWeights(network, final):
+        with other_weights(network, final):
             dice = evaluation.run(self.folder.path / "validation")
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
         self.print_to_log_file(f"Mean Validation Dice: {dice}")

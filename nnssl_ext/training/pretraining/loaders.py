@@ -58,9 +58,6 @@ class Unreadable:
         self.kind, self.total, self.limit, self.log = kind, total, limit, log
         self.names: list[str] = []
 
-    def __repr__(self) -> str:
-        return f"Unreadable({len(self.names)} of {self.total})"
-
     def note(self, names: Iterable[str]) -> None:
         """Log each name once. The text after ': ' in a name is the reason.
 

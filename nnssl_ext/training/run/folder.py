@@ -37,9 +37,6 @@ class RunFolder:
     def __init__(self, path: Path, log: Callable[[str], None]) -> None:
         self.path, self.log = path, log
 
-    def __repr__(self) -> str:
-        return f"RunFolder({self.path})"
-
     def checkpoints(self) -> list[str]:
         """Return the names of checkpoints to continue from, the newest first."""
         return [name for name in CHAIN if (self.path / name).is_file()]

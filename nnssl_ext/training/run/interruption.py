@@ -31,9 +31,6 @@ class Interruption:
         self.hours = time_limit(hours)
         self.signals = EndSignals()
 
-    def __repr__(self) -> str:
-        return f"Interruption({self.reason or 'none'})"
-
     def __enter__(self) -> Interruption:
         self.signals.__enter__()
         return self

@@ -48,9 +48,6 @@ class FiniteGuard:
         self._at_fault = self._verdict
         self._pending: list[tuple[int, Sequence[str], Tensor, Tensor]] = []
 
-    def __repr__(self) -> str:
-        return f"FiniteGuard({self.skipped} of at most {self.limit} batches skipped)"
-
     @contextmanager
     def step(self, number: int, cases: Sequence[str]) -> Iterator[Callable[[Tensor, Tensor | None], bool]]:
         """Guard one step, from before the forward pass until after the optimizer and all that follows it.

@@ -21,9 +21,6 @@ class ProgressPicture:
     def __init__(self, draw: Callable[[], None], log: Callable[[str], None]) -> None:
         self.draw, self.log, self._drawn = draw, log, time.monotonic()
 
-    def __repr__(self) -> str:
-        return "ProgressPicture()"
-
     def update(self, last: bool) -> None:
         """Draw the picture if it is due. It always is after the last epoch."""
         if not last and time.monotonic() - self._drawn <= DRAW_SECONDS:

@@ -28,9 +28,6 @@ class CheckpointWriter:
         self._failures: list[tuple[Path, BaseException]] = []
         self._written = True
 
-    def __repr__(self) -> str:
-        return f"CheckpointWriter({'writing' if self._thread is not None and self._thread.is_alive() else 'idle'})"
-
     def __enter__(self) -> CheckpointWriter:
         return self
 

@@ -154,7 +154,7 @@ def test_a_signal_ends_it_in_one_line_and_a_later_call_goes_on(
         write_image(images / f"more_{number}.nii.gz", volume(100 + number, (24, 24, 24)))
 
     def interrupt() -> None:
-        while not (data().is_dir() and list_cases(data())):
+        while not (data().is_dir() and len(list_cases(data())) > 1):  # the manifest knows the first one
             time.sleep(0.01)
         os.kill(os.getpid(), getattr(signal, name))
 
