@@ -1,4 +1,4 @@
-"""List the methods without importing them, which would load torch and take seconds."""
+"""List the methods without importing torch."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Entry:
 
 
 def trainer_of(title: str) -> str:
-    """Return the name of a method's trainer, which follows from its title."""
+    """Return the trainer's name of a method's title."""
     return "nnsslTrainer_" + "".join(word[0].upper() + word[1:] for word in title.split())
 
 
 def catalog() -> list[Entry]:
-    """Read the methods' class attributes from their files, in the order of their titles."""
+    """Read the methods' class attributes, sorted by title."""
     files = sorted((PACKAGE / "methods").rglob("*.py"))
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
     return sorted((entry for tree in trees for entry in _entries(tree)), key=lambda entry: entry.title.lower())

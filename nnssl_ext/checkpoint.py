@@ -1,4 +1,4 @@
-"""Write and read checkpoints: plain Python and tensors only, written atomically.
+"""Write and read checkpoints without pickles.
 
 Stock keys as nnU-Net reads them, ``nnssl_adaptation_plan`` as nnU-Net's master and nnssl read it, and our own under
 ``nnssl_ext``. Every file opens with ``torch.load(file, weights_only=True)``: no pickle is ever executed.
@@ -25,7 +25,7 @@ FORMAT = 3
 
 
 def plain(value: Any, memory: dict[Any, Tensor] | None = None, copy: bool = False) -> Any:
-    """Convert numpy values to Python's, mappings to dicts, and move tensors to the CPU.
+    """Convert values to plain Python and CPU tensors.
 
     Tensors that share memory share it afterwards: a U-Net's state dict names most tensors up to four times.
 
@@ -56,7 +56,7 @@ def plain(value: Any, memory: dict[Any, Tensor] | None = None, copy: bool = Fals
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:
-    """Compute the sha256 of a state dict: names, shapes, types and bytes, in the order of the names."""
+    """Compute the sha256 of a state dict. It covers names, shapes, types and bytes, in the order of the names."""
     result = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
@@ -66,7 +66,7 @@ def digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def content_digest(content: Mapping[str, Any]) -> str:
-    """Compute the sha256 of a checkpoint without its own entry. Tensors that share memory count once."""
+    """Compute the sha256 of a checkpoint's content. Its own entry is left out. Tensors that share memory count once."""
     result, memory = hashlib.sha256(), dict[Any, str]()
 
     def feed(value: Any) -> None:
@@ -93,7 +93,9 @@ def content_digest(content: Mapping[str, Any]) -> str:
 
 
 def save(content: Mapping[str, Any], path: Path, before: Callable[[Path], None] | None = None) -> None:
-    """Write a checkpoint atomically. The old file is replaced only after the new one has been read back.
+    """Write a checkpoint atomically.
+
+    The old file is replaced only after the new one has been read back.
 
     Args:
         content: With ``network_weights`` and ``nnssl_ext``, to which the sha256 of the weights and of all are added.
@@ -120,7 +122,7 @@ def save(content: Mapping[str, Any], path: Path, before: Callable[[Path], None] 
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Load a checkpoint of this package onto the CPU and check its sha256. Pickles are never executed.
+    """Load a checkpoint and check its sha256.
 
     Raises:
         UserError: If it is missing, damaged, from elsewhere or from a later version.
@@ -139,7 +141,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def verify(content: Any, path: Path) -> None:
-    """Check that content read from ``path`` is a checkpoint of this package, of a known format, and undamaged.
+    """Check that content is an undamaged checkpoint.
 
     Raises:
         UserError: If it is not.
@@ -160,7 +162,7 @@ def verify(content: Any, path: Path) -> None:
 
 
 def refuse_older(content: Mapping[str, Any], source: str) -> None:
-    """Refuse to continue a run that an earlier version of nnssl_ext began.
+    """Refuse to continue a run of an earlier version.
 
     Raises:
         UserError: With the version that continues it.

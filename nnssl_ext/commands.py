@@ -1,4 +1,4 @@
-"""Build nnU-Net's command lines, quoted so that they can be pasted."""
+"""Build nnU-Net's command lines, quoted for pasting."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAME = re.compile(r"Dataset(\d{3,})_")
 
 
 def dataset_word(name: str) -> str:
-    """Return a data set's number as commands take it, or its name where the number is not enough.
+    """Return a data set's number, or its name if ambiguous.
 
     Stock nnU-Net takes every folder that begins with the number, so that 103 also finds Dataset1035_X.
     """
@@ -24,7 +24,7 @@ def dataset_word(name: str) -> str:
 
 
 def dataset_number(name: str) -> int:
-    """Return the number in a data set's name, of three or more digits.
+    """Return the number in a data set's name.
 
     Raises:
         ValueError: If it has none.
@@ -38,7 +38,7 @@ def dataset_number(name: str) -> int:
 def train_words(
     dataset: str, configuration: str, fold: str | int, *, plans: str = "nnUNetPlans", trainer: str = "nnUNetTrainer"
 ) -> list[str]:
-    """Return the words of an ``nnUNetv2_train`` command, without options at their defaults.
+    """Return the words of an ``nnUNetv2_train`` command.
 
     Args:
         dataset: Full name of the data set.
@@ -61,6 +61,6 @@ def train_command(
     trainer: str = "nnUNetTrainer",
     weights: str | Path | None = None,
 ) -> str:
-    """Return an ``nnUNetv2_train`` command line, as ``train_words``, with ``-pretrained_weights`` if given."""
+    """Return an ``nnUNetv2_train`` command line."""
     words = train_words(dataset, configuration, fold, plans=plans, trainer=trainer)
     return shlex.join([*words, *(["-pretrained_weights", str(weights)] if weights is not None else [])])

@@ -11,7 +11,7 @@ from nnssl_ext.errors import UserError
 
 
 def configuration_of(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a configuration with inherited values filled in and old formats converted.
+    """Return a configuration, inherited values included.
 
     Raises:
         UserError: If the plans do not have it or it cannot be resolved.
@@ -33,7 +33,7 @@ def configuration_of(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def configurations_3d(plans: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the resolved 3-D configurations by name, without cascade stages.
+    """Return the 3-D configurations without cascade stages.
 
     Raises:
         UserError: If one cannot be resolved.
@@ -44,7 +44,7 @@ def configurations_3d(plans: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def unusable(name: str, configuration: Mapping[str, Any], purpose: str, flat: bool = False) -> str:
-    """Return why a configuration is not for pretraining or transfer, or '' if it is.
+    """Return why a configuration is unusable, '' otherwise.
 
     Args:
         name: Name of the configuration.
@@ -63,5 +63,5 @@ def unusable(name: str, configuration: Mapping[str, Any], purpose: str, flat: bo
 
 
 def total_stride(configuration: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the stride per axis from the input to the bottleneck of a resolved configuration's network."""
+    """Return the stride per axis to the bottleneck."""
     return tuple(np.prod(configuration["architecture"]["arch_kwargs"]["strides"], axis=0).tolist())

@@ -1,4 +1,4 @@
-"""Find problems of an installation or a data set, and say what to do about them.
+"""Find problems of an installation or a data set.
 
 Without a data set, nothing here imports torch or nnU-Net: importlib, nvidia-smi and the files say enough, in a fraction
 of the time.
@@ -69,7 +69,7 @@ class Finding:
 
 
 def examine(dataset: str | None) -> Iterator[Finding]:
-    """Check the environment and, if one is named, a data set."""
+    """Check the environment and, if named, a data set."""
     yield from examine_environment()
     if dataset is not None:
         for name in PROCESSES:  # nnU-Net's import would fail at what has been found by now
@@ -79,7 +79,7 @@ def examine(dataset: str | None) -> Iterator[Finding]:
 
 
 def write_report(findings: Sequence[Finding], file: str) -> None:
-    """Write findings to a file, without paths and names of data sets, cases or people.
+    """Write findings to a file without paths and names.
 
     Raises:
         UserError: If the file cannot be written.
@@ -100,7 +100,7 @@ def write_report(findings: Sequence[Finding], file: str) -> None:
 
 
 def examine_environment() -> Iterator[Finding]:
-    """Check packages, device, nnU-Net's variables, disk, shared memory and trainers."""
+    """Check packages, device, variables, disk and trainers."""
     yield Finding(
         "Python", f"{platform.python_version()}, nnssl_ext {__version__}, {platform.system()}, {cores()} cores"
     )
@@ -109,7 +109,7 @@ def examine_environment() -> Iterator[Finding]:
 
 
 def kept_going(subject: str, findings: Iterator[Finding]) -> Iterator[Finding]:
-    """Yield findings. If a check fails, that is one more finding."""
+    """Yield findings. A failed check is one more."""
     try:
         yield from findings
     except (Exception, UserError) as error:
@@ -134,7 +134,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _torchvision(torch: str, torchvision: str) -> Iterator[Finding]:
-    """Compare torch with what torchvision was built for; nnU-Net imports both."""
+    """Compare torch with what torchvision was built for."""
     advice = "install both from the same index: pip install --force-reinstall torch torchvision"
     if "missing" in (torch, torchvision):
         yield Finding("torchvision", "", f"torch is {torch}, torchvision {torchvision}", advice)
@@ -151,7 +151,7 @@ def _torchvision(torch: str, torchvision: str) -> Iterator[Finding]:
 
 
 def _version(package: str) -> str:
-    """Return a package's version, with the build where its version.py says it, as torch's does."""
+    """Return a package's version, for torch with its build."""
     try:
         found = version(package)
     except PackageNotFoundError:
@@ -251,7 +251,7 @@ def _trainers() -> Iterator[Finding]:
 
 
 def examine_dataset(dataset: str) -> Iterator[Finding]:
-    """Check plans, legal crops, preprocessed cases and files of one data set."""
+    """Check plans, crops, cases and files of a data set."""
     yield from kept_going("torch", _torch_device())
     try:
         folder = dataset_folder(dataset)

@@ -1,4 +1,4 @@
-"""Read and check nnU-Net's environment: variables, data sets, devices and shared memory."""
+"""Read and check nnU-Net's environment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def use_utf8() -> None:
-    """Run the command again in Python's UTF-8 mode where the locale has another encoding.
+    """Run again in UTF-8 mode where the locale differs.
 
     nnU-Net reads JSON and writes logs in the locale's encoding. Processes that are started inherit the mode.
     """
@@ -36,7 +36,7 @@ def use_utf8() -> None:
 
 
 def named_folder(name: str) -> Path:
-    """Return the folder that one of nnU-Net's variables names. It need not exist.
+    """Return the folder that a variable names.
 
     Raises:
         UserError: If the variable is empty.
@@ -60,7 +60,7 @@ def required_folder(name: str) -> Path:
 
 
 def process_problem(name: str) -> str:
-    """Return why nnU-Net cannot use a variable of ``PROCESSES``, or '' if it can."""
+    """Return why nnU-Net cannot use a variable, else ''."""
     value = os.environ.get(name)
     if value is None or (value.isascii() and value.isdigit()):
         return ""
@@ -68,7 +68,7 @@ def process_problem(name: str) -> str:
 
 
 def check_processes() -> None:
-    """Refuse numbers of processes that stop nnU-Net with a traceback.
+    """Refuse numbers of processes that stop nnU-Net.
 
     Raises:
         UserError: For the first such variable.
@@ -108,24 +108,24 @@ def _identifier(text: str) -> int:
 
 
 def commands_path() -> str:
-    """Return PATH with the commands of this Python's environment first."""
+    """Return PATH with this environment's commands first."""
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def cores() -> int:
-    """Count the CPU cores that this process may use. A scheduler or container may allow fewer than there are."""
+    """Count the CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def worker_count() -> int:
-    """Return the number of reading processes: nnUNet_n_proc_DA, else up to four. Box reads need no more."""
+    """Return the number of reading processes. nnUNet_n_proc_DA, else up to four: box reads need no more."""
     if "nnUNet_n_proc_DA" in os.environ:
         return int(os.environ["nnUNet_n_proc_DA"])
     return min(4, cores())
 
 
 def check_device(device: str) -> None:
-    """Refuse a kind of device that torch does not find.
+    """Refuse a device that torch does not find.
 
     Raises:
         UserError: With the device to use instead.
@@ -146,7 +146,9 @@ def default_device() -> str:
 
 
 def check_shared_memory(batch_bytes: int, workers: int) -> None:
-    """Refuse a /dev/shm that cannot hold the batches on their way from the workers. torch ends with a bus error there.
+    """Refuse a /dev/shm that is too small for batches.
+
+    torch ends with a bus error there.
 
     Raises:
         UserError: If fewer batches fit than there are workers, or fewer than two.
@@ -164,7 +166,7 @@ def check_shared_memory(batch_bytes: int, workers: int) -> None:
 
 
 def check_split(folder: Path, fold: int | str) -> None:
-    """Refuse a read-only data set without a split, which nnU-Net would write.
+    """Refuse a read-only data set without a split.
 
     Args:
         folder: The preprocessed data set.
@@ -182,12 +184,12 @@ def check_split(folder: Path, fold: int | str) -> None:
 
 
 def launched() -> bool:
-    """Tell whether torchrun, or a launcher that sets its variables, started this process."""
+    """Return whether torchrun or the like started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def time_limit(hours: float | None) -> float | None:
-    """Return the limit in hours: the variable's, else the setting's.
+    """Return the limit in hours: variable, else setting.
 
     Raises:
         UserError: If the variable is no positive number.
@@ -205,7 +207,7 @@ def time_limit(hours: float | None) -> float | None:
 
 
 def set_threads(device: str) -> None:
-    """Give torch the threads that OMP_NUM_THREADS allows, on the CPU and where it is set.
+    """Limit torch's threads to OMP_NUM_THREADS on the CPU.
 
     Stock nnUNetv2_train sets torch to all cores. Two trainings side by side then spin against each other, and each is
     several times slower than with its own share of the cores.

@@ -1,8 +1,8 @@
-"""The exceptions for bad input."""
+"""Define the exceptions for bad input."""
 
 
 class UserError(SystemExit):
-    """Report input that cannot be used, in one line: what was expected, what was got, what to do.
+    """Report unusable input in one line.
 
     It derives from SystemExit, because stock ``nnUNetv2_train`` lets nothing else end the program with a line on stderr
     and status 1 instead of a traceback.
@@ -17,4 +17,4 @@ class UserError(SystemExit):
 
 
 class RefusedError(ValueError):
-    """Report a file that is not what it should be. The message says why."""
+    """Report a file that is not what it should be."""

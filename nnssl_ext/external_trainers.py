@@ -1,4 +1,4 @@
-"""Find trainers in the folders of nnUNet_extTrainer, as nnU-Net does.
+"""Find trainers in nnUNet_extTrainer, as nnU-Net does.
 
 nnU-Net looks through its own trainers, then imports the modules of each folder in order until one has the name.
 """
@@ -27,18 +27,18 @@ def named_trainer_folders() -> list[str]:
 
 
 def is_ours(folder: str | Path) -> bool:
-    """Tell whether a folder is the one with our trainers, however its path is written."""
+    """Return whether a folder is that of our trainers."""
     return Path(folder).resolve() == resource_folder("trainers").resolve()
 
 
 def trainer_folders() -> str:
-    """Return nnUNet_extTrainer with our trainers appended if they are missing."""
+    """Return nnUNet_extTrainer with our trainers."""
     named = named_trainer_folders()
     return os.pathsep.join(named if any(map(is_ours, named)) else [*named, str(resource_folder("trainers"))])
 
 
 def our_trainers() -> list[str]:
-    """List the names of our trainers, which are those of their files."""
+    """List the names of our trainers."""
     return sorted(path.stem for path in resource_folder("trainers").glob("nnsslTrainer_*.py"))
 
 
@@ -74,7 +74,7 @@ def find_trainer(name: str) -> type:
 
 
 def failing_modules(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Import the modules of a folder as nnU-Net does, and yield those that fail, each with the reason."""
+    """Yield a folder's modules that fail to import."""
     known = set(sys.modules)
     sys.path.insert(0, str(folder.absolute()))
     try:
@@ -94,7 +94,7 @@ def failing_modules(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def holder_of(trainer: str) -> Path | None:
-    """Return the file in which nnU-Net will find a trainer, without importing any; None if there is none."""
+    """Return the file that defines a trainer, else None."""
     defines = re.compile(rf"^(class {trainer}\b|{trainer}\s*=|(from|import) .*\b{trainer}\b)", re.MULTILINE)
     for folder in [*_stock_folders(), *map(Path, named_trainer_folders())]:
         for _, file in _modules(folder):
@@ -104,7 +104,7 @@ def holder_of(trainer: str) -> Path | None:
 
 
 def _modules(folder: Path, package: str = "") -> Iterator[tuple[str, Path]]:
-    """Yield names and files of the modules in a folder, those of packages last."""
+    """Yield names and files of a folder's modules."""
     entries = list(pkgutil.iter_modules([str(folder)]))
     for entry in entries:
         if not entry.ispkg and (folder / f"{entry.name}.py").is_file():
@@ -115,7 +115,7 @@ def _modules(folder: Path, package: str = "") -> Iterator[tuple[str, Path]]:
 
 
 def _stock_trainers() -> list[str]:
-    """List the names of nnU-Net's trainer modules, which are those of their main classes."""
+    """List the names of nnU-Net's trainers."""
     return [name.rpartition(".")[2] for folder in _stock_folders() for name, _ in _modules(folder)]
 
 

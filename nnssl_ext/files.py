@@ -16,7 +16,7 @@ from nnssl_ext.errors import UserError
 
 @contextmanager
 def replaced_on_success(path: Path) -> Iterator[Path]:
-    """Yield a temporary file that replaces ``path`` if the block ends without an exception.
+    """Yield a temporary file that replaces ``path`` on success.
 
     It lies in the same folder and is flushed to the disk first. After an exception, ``path`` is left as it was.
 
@@ -51,7 +51,7 @@ def file_digest(path: Path) -> str:
 
 
 def lock_file(path: Path, work: str) -> FileLock:
-    """Take a lock that is released when this process ends, even if it is killed.
+    """Take a lock that ends with this process.
 
     Args:
         path: Lock file.
@@ -69,7 +69,9 @@ def lock_file(path: Path, work: str) -> FileLock:
 
 
 def check_writable(folder: Path, name: str) -> None:
-    """Refuse a folder in which nothing can be written. It need not exist yet; nothing is left behind.
+    """Refuse a folder that cannot be written.
+
+    It need not exist yet. Nothing is left behind.
 
     Args:
         folder: The folder.

@@ -1,4 +1,4 @@
-"""Read files from elsewhere safely: nothing in them is executed, and none is unpacked beyond its plausible size."""
+"""Read foreign files safely: nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ACTIVE = (b"LazyArray", b"proxy-source", b"\xa3b2o")
 
 
 def load_tensors(path: Path, safe: list[Any] = NUMPY_SCALARS) -> Any:
-    """Load the tensors and plain values of a ``torch.save`` file onto the CPU. A pickle is never executed.
+    """Load tensors and plain values onto the CPU.
 
     Raises:
         RefusedError: If it claims to hold more than it stores.
@@ -79,7 +79,7 @@ def check_tensors(content: Any) -> None:
 
 
 def open_blosc2(path: Path, **options: Any) -> blosc2.NDArray:
-    """Open the array in a .b2nd file. Blosc2 objects that run code when they are opened are refused.
+    """Open a .b2nd array. Objects that run code are refused.
 
     Raises:
         RefusedError: For such a file, and for one without an array.
@@ -118,7 +118,7 @@ def load_npz(path: Path, name: str) -> np.ndarray:
 def unpack_tar(
     path: Path, target: Path, wanted: Callable[[tarfile.TarFile], Iterable[tarfile.TarInfo]] | None = None
 ) -> None:
-    """Unpack a tar file below ``target``. No member leaves that folder.
+    """Unpack a tar file within ``target``.
 
     Args:
         path: The file.

@@ -21,7 +21,7 @@ MAX_KEPT = (2**31 - 1, 32 << 20)
 
 
 def keep_memory(device: str) -> None:
-    """Take memory in huge pages and keep it, if ``device`` is the CPU. Variables that are set already stay."""
+    """Keep memory in huge pages if ``device`` is the CPU. Variables that are set already stay."""
     if device != "cpu":
         return
     os.environ.setdefault(HUGE_PAGES, "1")

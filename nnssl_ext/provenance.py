@@ -1,4 +1,4 @@
-"""Record what made a file: versions, the revision of the code and the hardware."""
+"""Record versions, revision and hardware."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("nnunetv2", "torch", "dynamic-network-architectures", "batchgenerato
 
 @cache
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages behind a checkpoint."""
+    """Return the versions of Python and of packages."""
     found = {"nnssl_ext": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def revision() -> str:
-    """Return the git revision of a checkout, or '' for an installed package."""
+    """Return a checkout's git revision, else ''."""
     if not (PACKAGE.parent / ".git").exists():
         return ""
     command = ["git", "-C", str(PACKAGE.parent), "rev-parse", "HEAD"]
@@ -42,7 +42,7 @@ def revision() -> str:
 
 
 def hardware() -> str:
-    """Describe the device for a model card, without the name of the machine."""
+    """Describe the device without the machine's name."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{cores()} CPU cores, {platform.machine()}"

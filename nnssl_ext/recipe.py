@@ -1,4 +1,4 @@
-"""Merge recipes, the JSON files of plans/, into a data set's own nnU-Net plans.
+"""Merge recipes into a data set's own plans.
 
 A recipe has up to four parts::
 
@@ -77,7 +77,7 @@ def available_recipes() -> list[str]:
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """Read a recipe by its name in plans/ or by the path of a JSON file.
+    """Read a recipe by name or path.
 
     Raises:
         UserError: If it does not exist, is no JSON, or has an unknown part.
@@ -101,7 +101,7 @@ def load_recipe(name_or_path: str) -> Recipe:
 
 
 def assignments_recipe(assignments: Iterable[str]) -> Recipe:
-    """Build a recipe from command-line words like ``epochs=200`` or ``volume_fusion.levels=4``.
+    """Build a recipe from words like ``epochs=200``.
 
     Values are JSON, or strings if they are no JSON. Names that begin with ``configuration.`` and ``architecture.``
     belong to these parts.
@@ -129,12 +129,12 @@ def assignments_recipe(assignments: Iterable[str]) -> Recipe:
 
 
 def recipes_of(words: Iterable[str]) -> list[Recipe]:
-    """Read a command line's recipes and settings, in their order."""
+    """Read recipes and settings of a command line."""
     return [assignments_recipe([word]) if "=" in word else load_recipe(word) for word in words]
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge ``above`` into a copy of ``below``, objects key by key."""
+    """Merge ``above`` into a copy of ``below``."""
     result = deepcopy(dict(below))
     for key, value in above.items():
         if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
@@ -145,7 +145,7 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def derive_plans(plans: Mapping[str, Any], name: str, recipes: list[Recipe], configurations: list[str]) -> dict:
-    """Merge recipes into a data set's plans, in their order.
+    """Merge recipes into plans, in their order.
 
     ``data_identifier`` stays, so that the preprocessed data is shared. Changed configurations are resolved first:
     inherited values are filled in, old formats converted.
@@ -183,7 +183,7 @@ def _apply(target: dict, configuration: ConfigurationOverlay, architecture: Arch
 
 
 def legal_patch(configuration: Mapping[str, Any], limit: int | None) -> list[int]:
-    """Round a patch to whole strides within a limit, with two voxels at the bottleneck, which suit every network."""
+    """Round a patch to whole strides within a limit. Two voxels at the bottleneck suit every network."""
     edges = []
     for edge, stride in zip(configuration["patch_size"], total_stride(configuration), strict=True):
         steps = (edge + stride // 2) // stride
@@ -194,7 +194,7 @@ def legal_patch(configuration: Mapping[str, Any], limit: int | None) -> list[int
 
 
 def _apply_architecture(target: dict, overlay: ArchitectureOverlay, where: str) -> bool:
-    """Change a configuration's network and return whether its class changed."""
+    """Change a network. Return whether its class changed."""
     plan = target["architecture"]
     replaced = overlay.network_class_name not in (None, plan["network_class_name"])
     if replaced:
@@ -223,7 +223,7 @@ def _apply_architecture(target: dict, overlay: ArchitectureOverlay, where: str) 
 
 
 def default_kwargs(network_class_name: str, spacing: list[float], where: str) -> dict[str, Any]:
-    """Return the strides of a network's class for a spacing, if the class has ``strides_for``.
+    """Return a network's strides for a spacing, if known.
 
     Args:
         network_class_name: Dotted path.
@@ -245,7 +245,7 @@ def default_kwargs(network_class_name: str, spacing: list[float], where: str) ->
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """Return the content of a JSON file in UTF-8, with or without a byte-order mark.
+    """Read a JSON file, with or without byte-order mark.
 
     Args:
         path: The file.
@@ -273,7 +273,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def check_json(content: Any) -> None:
-    """Refuse content that is nested more deeply than any settings.
+    """Refuse content that is nested too deeply.
 
     Raises:
         RefusedError: Beyond ``MAX_JSON_DEPTH`` levels.

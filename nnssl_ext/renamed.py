@@ -1,4 +1,4 @@
-"""Settings that version 0.2 renamed, by section of the plans.
+"""List settings that version 0.2 renamed, by section.
 
 Section '' holds the settings that every method shares, section '*' those of every other section.
 """
@@ -80,12 +80,12 @@ RENAMED: dict[str, dict[str, str]] = {
 
 
 def current_name(section: str, name: str) -> str | None:
-    """Return the name that a setting of a section has now, or None if it was not renamed."""
+    """Return a renamed setting's new name, else None."""
     return RENAMED.get(section, {}).get(name) or (RENAMED["*"].get(name) if section else None)
 
 
 def rename_settings(settings: Mapping[str, Any], section: str = "") -> tuple[dict[str, Any], dict[str, str]]:
-    """Give the settings of an old plans file their current names.
+    """Give old settings their current names.
 
     Args:
         settings: Content of ``nnssl_ext`` in the plans, or one section of it.

@@ -1,4 +1,4 @@
-"""Locate the trainers/ and plans/ folders, inside the package or beside it in a checkout."""
+"""Locate the folders trainers/ and plans/."""
 
 from pathlib import Path
 
@@ -6,6 +6,6 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def resource_folder(name: str) -> Path:
-    """Return the folder ``trainers`` or ``plans``, from a wheel or a checkout."""
+    """Return ``trainers`` or ``plans``, from wheel or checkout."""
     packaged = PACKAGE / name
     return packaged if packaged.is_dir() else PACKAGE.parent / name

@@ -1,4 +1,4 @@
-"""Declare settings as dataclasses and check values from the plans against them.
+"""Declare settings as dataclasses and check values.
 
 A schema is a frozen dataclass. Its fields are made with ``setting(...)`` or are schemas themselves.
 """
@@ -113,7 +113,7 @@ class CommonSettings:
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """Settings of ``nnsslTrainer_Finetune``, a segmentation training with or without pretrained weights."""
+    """Settings of ``nnsslTrainer_Finetune``."""
 
     seed: int = setting(0, "Seed of initial weights, cases, crops and augmentation. Each fold derives its own.", low=0)
     steps: int = setting(250_000, "Optimizer steps.", source="nnU-Net: 1,000 epochs of 250", low=1)
@@ -181,7 +181,7 @@ def check_settings(schema: type[Schema], given: Any, where: str, prefix: str = "
 
 
 def split_sections(given: Any, schemas: Mapping[str, type], where: str) -> tuple[CommonSettings, dict[str, Any]]:
-    """Check all settings of a plans file, common ones and every section.
+    """Check all settings of a plans file.
 
     Returns:
         The common settings, and the checked settings of each name in ``schemas``.
@@ -200,7 +200,7 @@ def split_sections(given: Any, schemas: Mapping[str, type], where: str) -> tuple
 
 
 def unknown_name(kind: str, got: str, known: list[str], where: str) -> str:
-    """Return the error line for an unknown name, with the nearest known one."""
+    """Return the error for an unknown name, with a hint."""
     near = difflib.get_close_matches(got, known, n=1, cutoff=0.4)
     hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
     return f"{where}: unknown {kind} '{got}'; {hint}"
@@ -255,7 +255,7 @@ def _check_scalar(kind: type, value: Any, limits: Mapping[str, Any], name: str, 
 
 
 def settings_table(schema: type, prefix: str = "") -> list[str]:
-    """Return the rows of a Markdown table of settings: name, type, default, meaning, source."""
+    """Return a Markdown table of settings."""
     hints = typing.get_type_hints(schema)
     rows = []
     for entry in fields(schema):

@@ -1,4 +1,4 @@
-"""End a long piece of work between two steps when the user, the terminal or the cluster asks for it."""
+"""End long work between two steps when asked to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAY_BE_IGNORED = ("SIGINT", "SIGHUP")
 
 
 class EndSignals:
-    """Note signals that ask this process to end, instead of dying from them.
+    """Note signals to end, instead of dying from them.
 
     Work looks at ``received`` between two steps, saves what there is and says how to go on. A second Ctrl-C raises
     KeyboardInterrupt at once. Outside the main thread, where Python allows no handlers, nothing is noted.
@@ -63,7 +63,7 @@ class EndSignals:
 
 
 def ignore_in_worker() -> None:
-    """Leave Ctrl-C and a closed terminal, which reach every process, to the main process."""
+    """Leave the terminal's signals to the main process."""
     for name in _MAY_BE_IGNORED:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

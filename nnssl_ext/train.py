@@ -1,4 +1,4 @@
-"""Run ``nnUNetv2_train`` with its own arguments, after checks that turn its tracebacks into one line.
+"""Run ``nnUNetv2_train`` after checks of its input.
 
 Variables, data set, plans, trainer, device and weights are checked before nnU-Net's entry point takes over.
 ``torchrun ... -m nnssl_ext.train`` does the same on several GPUs or machines.
@@ -74,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def stock_parser() -> argparse.ArgumentParser:
-    """Return a parser of ``nnUNetv2_train``'s arguments whose errors are ``UserError``."""
+    """Return a parser of ``nnUNetv2_train``'s arguments."""
     parser = _Parser(prog="nnssl_ext train", add_help=False)
     for name in ("dataset_name_or_id", "configuration", "fold"):
         parser.add_argument(name)
@@ -89,7 +89,7 @@ def stock_parser() -> argparse.ArgumentParser:
 
 
 def _check(arguments: Sequence[str], hours: str | None) -> argparse.Namespace:
-    """Return the parsed arguments if they can work, and put ``--max-time`` where all processes read it."""
+    """Return the parsed arguments if they can work."""
     known = stock_parser().parse_args(arguments)
     _check_together(known)
     if hours is not None:
@@ -130,7 +130,7 @@ def _check_together(known: argparse.Namespace) -> None:
 
 
 def _check_number(word: str, folder: Path) -> None:
-    """Refuse a number that stock nnU-Net finds for several data sets; it takes 103 for Dataset1035_X, too."""
+    """Refuse a number that stock finds several times. It takes 103 for Dataset1035_X, too."""
     if word.startswith("Dataset"):
         return
     from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
@@ -190,7 +190,7 @@ def _check_checkpoints(known: argparse.Namespace, runs: Path) -> None:
 
 
 def _check_batches(trainer_class: Any, configuration: dict[str, Any], dataset_json: dict[str, Any]) -> None:
-    """Refuse a shared memory that cannot hold the batches of stock's or our loaders."""
+    """Refuse a shared memory too small for the batches."""
     from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
     workers = environment.worker_count() if hasattr(trainer_class, "method_class") else get_allowed_n_proc_DA()

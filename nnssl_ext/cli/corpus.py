@@ -1,4 +1,4 @@
-"""Make a pretraining data set from images without labels, preprocessed like another data set.
+"""Make a pretraining data set from unlabeled images.
 
     nnssl_ext corpus -d 801 -n OpenBrain --like 4 SOURCE...
 
@@ -158,7 +158,7 @@ def _report(corpus: Corpus, manifest: Manifest, not_read: dict[str, NotRead]) ->
 
 
 def _list_passed_by(manifest: Manifest, not_read: dict[str, NotRead]) -> None:
-    """Count by kind what is intact and no 3-D image, and files of unread kinds."""
+    """Count unread files and files without a 3-D image."""
     from nnssl_ext.data.corpus.manifest import NO_IMAGE
 
     kinds: dict[str, list[str]] = {}
@@ -176,7 +176,7 @@ def _list_passed_by(manifest: Manifest, not_read: dict[str, NotRead]) -> None:
 
 
 def _note_foreign(corpus: Corpus, manifest: Manifest) -> None:
-    """Suggest another normalization for images that are not CT or become constant under a CT plan."""
+    """Suggest another normalization for images other than CT."""
     from nnssl_ext.data.corpus.preparation import CONSTANT
 
     foreign = {
@@ -195,7 +195,7 @@ def _note_foreign(corpus: Corpus, manifest: Manifest) -> None:
 
 
 def _note_own(corpus: Corpus, manifest: Manifest) -> None:
-    """Warn that a Dice on images of the pretraining is too good."""
+    """Warn of validation images within the corpus."""
     own = Path(os.environ.get("nnUNet_raw", "")).resolve() / corpus.like.name / "imagesTr"
     if any(Path(file).parent == own for entry in manifest.all() for file in entry.files):
         print(

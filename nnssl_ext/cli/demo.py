@@ -1,4 +1,4 @@
-"""Run the whole pipeline on a phantom or a Decathlon task, and write a result page.
+"""Run the whole pipeline on a phantom or a Decathlon task.
 
     nnssl_ext demo [--output nnssl_demo] [--minutes 8] [--msd TaskXX_NAME[.tar]]
 

@@ -1,4 +1,4 @@
-"""Check the installation and a data set, and say what to do about each problem.
+"""Check the installation and a data set, with advice.
 
     nnssl_ext doctor [-d DATASET] [--report FILE]
 

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def settings_tables() -> str:
-    """Return Markdown tables of the common settings, each method's and the fine-tuner's."""
+    """Return Markdown tables of all settings."""
     from nnssl_ext.methods import METHODS  # imports torch
     from nnssl_ext.settings import CommonSettings, FinetuneSettings, settings_table
 

@@ -1,4 +1,4 @@
-"""The Medical Segmentation Decathlon: fetch its tasks, convert, predict, and make the archive its site takes.
+"""Fetch, convert, predict and submit tasks of the Decathlon.
 
     nnssl_ext msd list
     nnssl_ext msd fetch Task04 [-o FOLDER] [--url MIRROR]
@@ -93,7 +93,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _check_number(dataset: str) -> None:
-    """nnU-Net finds data sets by their number, which must be one's own."""
+    """Refuse a data set number that is taken."""
     from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
     from nnssl_ext.commands import dataset_number
@@ -123,7 +123,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _check_predictor(folder: Path, model: Path, arguments: argparse.Namespace) -> None:
-    """Note which model predicts into a folder, so that no call goes on with another's predictions."""
+    """Note the predicting model, and refuse another one."""
     from nnssl_ext.recipe import read_json, write_json
 
     files = [model / f"fold_{fold}" / "checkpoint_final.pth" for fold in arguments.f]

@@ -1,4 +1,4 @@
-"""Write a phantom, a raw nnU-Net data set of synthetic cases, few of them labeled.
+"""Write a phantom, a raw data set of synthetic cases.
 
     nnssl_ext phantom -d 900 -o "$nnUNet_raw" --cases 60 --labeled 6 --seed 0
 

@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _rename_settings(files: Sequence[str]) -> None:
-    """Rewrite plans or recipes whose settings have names of version 0.1."""
+    """Rewrite settings that have names of version 0.1."""
     from nnssl_ext.recipe import read_json, write_json
     from nnssl_ext.renamed import rename_settings
 
@@ -120,7 +120,7 @@ def _rename_settings(files: Sequence[str]) -> None:
 
 
 def _plan_memory(arguments: argparse.Namespace, plans: dict, configurations: list[str], dataset: dict) -> list[str]:
-    """Set the batch if a target is given, and return lines about the memory of a step."""
+    """Set the batch for a target, and describe the memory."""
     from nnssl_ext.training.memory.estimate import GIB
     from nnssl_ext.training.memory.plan import fitting_batch, needs_of, wanted_methods
 

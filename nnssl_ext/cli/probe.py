@@ -1,4 +1,4 @@
-"""Compare frozen pretrained encoders in minutes, under a linear voxel-wise head.
+"""Compare frozen encoders in minutes, under a linear head.
 
     nnssl_ext probe vf=.../checkpoint_final.pth mae=.../checkpoint_final.pth -d 802 -c 3d_fullres -p PLANS -o PROBE
 

@@ -1,4 +1,4 @@
-"""Study whether pretraining pays on a data set, at several label budgets, over paired runs.
+"""Study whether pretraining pays on a data set.
 
     nnssl_ext study -d 802 -c 3d_fullres --methods scratch MaskedAutoencoder VolumeFusion \\
         --labels 1 2 4 8 24 all --subsets 8 --steps 600 --snapshots 75 150 300 600 -o STUDY
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def study_of(arguments: argparse.Namespace, folder: Path, device: str) -> Study:
-    """Build the study of data set ``arguments.d`` from the command line."""
+    """Build the study of one data set from the options."""
     from nnssl_ext.environment import dataset_folder
     from nnssl_ext.study.arms import arms_of
     from nnssl_ext.study.study import Study
@@ -122,7 +122,7 @@ def study_of(arguments: argparse.Namespace, folder: Path, device: str) -> Study:
 
 
 def _estimate(studies: list[Study]) -> None:
-    """Print the estimated cost of each study and of all together."""
+    """Print the estimated cost of all studies."""
     from nnssl_ext.study.estimate import estimate
     from nnssl_ext.study.study import locked
 
@@ -136,7 +136,7 @@ def _estimate(studies: list[Study]) -> None:
 
 
 def _run(study: Study, arguments: argparse.Namespace) -> str:
-    """Run one study, print its answers, and return which runs failed."""
+    """Run one study, print answers, and return failures."""
     from nnssl_ext.study.analysis import Analysis, load_results
     from nnssl_ext.study.report import write_report
     from nnssl_ext.study.study import locked

@@ -1,4 +1,4 @@
-"""Run nnUNetv2_train with the same arguments, find our trainers, and report errors in one line.
+"""Run nnUNetv2_train, and report errors in one line.
 
 nnssl_ext train 4 3d_fullres 0 -tr nnsslTrainer_VolumeFusion [--max-time HOURS]
 

@@ -1,4 +1,4 @@
-"""Fit pretrained weights to the network of a data set's plans.
+"""Fit pretrained weights to a data set's network.
 
     nnssl_ext transfer SOURCE -d 9 -c 3d_fullres -o init.pth
     nnUNetv2_train 9 3d_fullres 0 -pretrained_weights init.pth

@@ -19,7 +19,7 @@ SUFFIXES = (".b2nd", ".npy", ".npz")
 
 
 def list_cases(folder: Path) -> dict[str, tuple[int, int]]:
-    """List the cases of a preprocessed folder, sorted, with size and mtime of their file."""
+    """List the cases of a folder with size and mtime."""
     found: dict[str, tuple[int, int, int]] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -34,7 +34,9 @@ def list_cases(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def open_case(folder: Path, case: str) -> Any:
-    """Open a case (C, D, H, W). Slicing reads only the slice (.b2nd and .npy).
+    """Open a case (C, D, H, W).
+
+    Slicing reads only the slice (.b2nd and .npy).
 
     Raises:
         FileNotFoundError: If there is no file of the case.
@@ -56,7 +58,7 @@ def open_case(folder: Path, case: str) -> Any:
 
 
 def shorten(names: Iterable[str], most: int = 5) -> str:
-    """Join names in one line and cut them after ``most``."""
+    """Join names and cut them after ``most``."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,4 +1,4 @@
-"""Crops: the request of a method, and a dataset that reads it.
+"""Request crops and read them from cases.
 
 Case, place and matrix of a sample are pure functions of (seed, global index). A worker reads only the box that a crop
 needs, and augments nothing.
@@ -70,13 +70,13 @@ class Crop:
 
 @dataclass(frozen=True)
 class CropRequest:
-    """The crops of one sample, in order. The first is always from the sample's own case."""
+    """Request the crops of one sample. The first is always from the sample's own case."""
 
     crops: tuple[Crop, ...]
 
     @property
     def fits_cases(self) -> bool:
-        """Return whether the crops depend on the size of the cases."""
+        """Return whether crops depend on the cases' size."""
         return any(crop.fit for crop in self.crops)
 
     @property
@@ -85,7 +85,7 @@ class CropRequest:
         return 2 if any(crop.other_case for crop in self.crops) else 1
 
     def placeholder(self, channels: int, sample: int) -> list[SourceBox]:
-        """Return boxes of noise in the place of one sample, to trace shapes."""
+        """Return boxes of noise for tracing shapes."""
         sizes = [
             size
             for crop in self.crops
@@ -112,7 +112,7 @@ class Sample(NamedTuple):
 
 @dataclass
 class CropBatch:
-    """B samples: their global indices, and B boxes for each crop of the request."""
+    """Hold B samples: indices, and B boxes per crop."""
 
     indices: list[int]
     boxes: list[list[SourceBox]]
@@ -125,7 +125,7 @@ class CropBatch:
 
     @property
     def cases(self) -> list[str]:
-        """Return the names of all cases in the batch, for messages."""
+        """Return the names of all cases in the batch."""
         return sorted({box.case for row in self.boxes for box in row})
 
 
@@ -181,7 +181,7 @@ class CropDataset(Dataset):
         return list(drawn[: self.request.min_cases])
 
     def sample_bytes(self) -> int:
-        """Estimate the memory of a sample from a few draws of its crops."""
+        """Estimate the memory of a sample from a few draws."""
         generator, channels = np.random.default_rng(0), int(self.index.channels().max())
         voxels = 0
         for crop in self.request.crops:
@@ -225,7 +225,7 @@ def _place(
     case: str,
     resample: bool | None = None,
 ) -> SourceBox:
-    """Draw the matrix of a crop and its center in a case, with no data yet.
+    """Draw the matrix and center of a crop.
 
     Args:
         crop: The crop.
@@ -248,7 +248,7 @@ def _place(
 
 
 def _read_box(data: Any, place: SourceBox, size: Sequence[int]) -> tuple[SourceBox, bool]:
-    """Read what a crop with edges ``size`` needs, and whether it has only one value in each channel.
+    """Read a crop's box and whether it is constant.
 
     Raises:
         ValueError: If it holds a value that is not finite.
@@ -263,7 +263,7 @@ def _read_box(data: Any, place: SourceBox, size: Sequence[int]) -> tuple[SourceB
 
 
 def _read_view(data: Any, region: SourceBox, crop: Crop, kind: ViewKind, generator: np.random.Generator) -> SourceBox:
-    """Read the box of one view. A view that is smaller than its box is cut here, so that less is sent."""
+    """Read a view's box, cut to the view's size."""
     for _ in range(CONSTANT_TRIES):
         box, constant = _read_box(data, draw_view(region, crop.size, kind, generator), kind.size)
         if not constant:
@@ -287,7 +287,7 @@ def draw_center(
     body: np.ndarray,
     parts: Sequence[np.ndarray] = (),
 ) -> np.ndarray:
-    """Draw the center (3,) of a crop in voxels from nnU-Net's places, preferring those with body.
+    """Draw a crop's center (3,), preferring body.
 
     A crop lies within the volume. Along an axis where the volume is smaller it is centered and padded on both sides.
     The first of several places is taken that has at least half the case's mean share of body. With patches it is the
@@ -320,7 +320,10 @@ def draw_center(
 def body_center(
     generator: np.random.Generator, volume: np.ndarray, size: Sequence[int], body: np.ndarray
 ) -> np.ndarray:
-    """Draw the center (3,) of a crop up to an eighth of its edges from the body's center, within the volume."""
+    """Draw a crop's center (3,) near the body's center.
+
+    It lies within an eighth of the crop's edges and in the volume.
+    """
     edges = np.asarray(size)
     middle = np.argwhere(body).mean(0) + 0.5 if body.any() else np.asarray(body.shape) / 2
     wanted = middle / body.shape * volume - edges / 2 + generator.uniform(-0.125, 0.125, 3) * edges
@@ -329,7 +332,7 @@ def body_center(
 
 
 def collate(samples: list[Sample]) -> CropBatch:
-    """Collate samples to a batch. Boxes keep their sizes. One failure makes the batch a failure."""
+    """Collate samples. One failure makes the batch a failure."""
     failure = next((sample.failure for sample in samples if sample.failure), "")
     boxes = [] if failure else [list(row) for row in zip(*(sample.boxes for sample in samples), strict=True)]
     skipped = tuple(name for sample in samples for name in sample.skipped)

@@ -1,5 +1,4 @@
-"""Folders of labelled 2-D images, ``class/image.png``, as samples: torchvision's ImageFolder layout, any size, grey or
-colour.
+"""Read labeled 2-D images, ``class/image.png``, as samples.
 
 C colours, H W pixels.
 """
@@ -34,7 +33,7 @@ SUBSTITUTES = 8
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One random resized crop of an image per sample (Szegedy et al., CVPR 2015).
+    """Request one random resized crop (Szegedy et al., CVPR 2015).
 
     Attributes:
         size: Edges H, W of the crop in pixels.
@@ -53,7 +52,7 @@ class ImageRequest:
     fits_cases = False
 
     def placeholder(self, channels: int, sample: int) -> list[SourceBox]:
-        """Return a box of noise in the place of one sample, to trace shapes."""
+        """Return a box of noise for tracing shapes."""
         return [noise_box((3, 1, *self.size), "0/image.png")]
 
 
@@ -96,7 +95,7 @@ class ImageFolder:
 
     @cached_property
     def validation(self) -> list[str]:
-        """Return the images of every class that are kept for validation, at least one each."""
+        """Return the validation images, at least one per class."""
         return [name for files in self.files for name in files[::VALIDATION_SHARE]]
 
     def summary(self, training_cases: int) -> str:
@@ -127,7 +126,7 @@ class ImageFolder:
 
 @dataclass
 class ImageDataset(Dataset):
-    """Samples by global index, each one region of an image as uint8, for ``torch.utils.data.DataLoader``.
+    """Read regions of images as uint8, by global index.
 
     Args:
         images: The folder.
@@ -145,7 +144,7 @@ class ImageDataset(Dataset):
         self.names = self.images.validation if self.stream == VALIDATION else self.images.training
 
     def __getitem__(self, sample: int) -> Sample:
-        """An image that cannot be read is named, and another takes its place."""
+        """Read a region. Another image replaces one that cannot be read, which is named."""
         skipped = []
         turn, place = divmod(sample, len(self.names))
         order = _shuffled(self.seed, self.stream, turn, len(self.names))
@@ -169,7 +168,7 @@ class ImageDataset(Dataset):
         return [self.names[int(_shuffled(self.seed, self.stream, turn, len(self.names))[place])]]
 
     def sample_bytes(self) -> int:
-        """Estimate the memory of a sample: images are reduced to less than twice the crop's edges."""
+        """Estimate the memory of a sample. Images are reduced to less than twice the crop's edges."""
         return 4 * 3 * self.request.size[0] * self.request.size[1]
 
     def _read(self, name: str, sample: int) -> SourceBox:
@@ -191,7 +190,7 @@ class ImageDataset(Dataset):
 def draw_region(
     generator: np.random.Generator, height: int, width: int, request: ImageRequest
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a random region of an image: lowest corner and end (2,) in pixels."""
+    """Draw a region: lowest corner and end (2,) in pixels."""
     area = generator.uniform(*request.area) * height * width
     ratio = np.exp(generator.uniform(*np.log(request.aspect)))
     edges = np.sqrt([area / ratio, area * ratio])

@@ -1,4 +1,4 @@
-"""Index preprocessed cases, so that a start opens none of them.
+"""Index preprocessed cases, so that a start opens none.
 
 The index holds the shape of each case, a coarse map of the body, and problems. A case is read once: when it is new or
 its file has changed. The index lies beside the configuration's folder, because nnU-Net refuses unknown files in it.
@@ -45,7 +45,7 @@ class CaseRecord:
 
 
 class CaseIndex:
-    """Records of all cases in a folder. Make one with ``build``."""
+    """Hold the records of all cases in a folder. Make one with ``build``."""
 
     def __init__(self, folder: Path, cases: list[str], keys: np.ndarray, table: dict[str, Any]) -> None:
         self.folder = folder
@@ -70,11 +70,11 @@ class CaseIndex:
         return {self.cases[row]: str(self._table["problem"][row]) for row in rows}
 
     def channels(self) -> np.ndarray:
-        """Return the number of channels per case, 0 for unreadable ones."""
+        """Return each case's channels, 0 for unreadable ones."""
         return self._table["shape"][:, 0]
 
     def common_size(self) -> tuple[int, int, int]:
-        """Return the 10th percentile of edges per axis, in voxels."""
+        """Return the 10th percentile of edges per axis."""
         rows = [row for row, case in enumerate(self.cases) if case not in self.left_out]
         depth, height, width = np.percentile(self._table["shape"][rows, 1:], 10, axis=0, method="lower").tolist()
         return depth, height, width
@@ -85,7 +85,7 @@ class CaseIndex:
         return depth, height, width
 
     def fingerprint(self) -> dict[str, str]:
-        """Digest shape, file size and body map per case, '' for excluded cases."""
+        """Digest each case: shape, size and body map. '' for excluded cases."""
         rows = zip(self._table["shape"], self._keys[:, 0], self._table["body"], strict=True)
         digests = (crc32(body.tobytes(), crc32(f"{shape.tolist()} {size}".encode())) for shape, size, body in rows)
         return {
@@ -102,7 +102,7 @@ class CaseIndex:
         show_progress: bool = False,
         known: Mapping[str, CaseRecord] | None = None,
     ) -> CaseIndex:
-        """Index a preprocessed folder and read only new or changed cases.
+        """Index a folder and read only changed cases.
 
         Args:
             folder: ``nnUNet_preprocessed/DatasetXXX_NAME/PLANS_CONFIGURATION``.
@@ -158,7 +158,7 @@ def _empty_table(cases: int) -> dict[str, Any]:
 
 
 def _take_over(path: Path, cases: list[str], keys: np.ndarray, table: dict[str, Any]) -> list[int]:
-    """Copy the rows of unchanged cases from an earlier index. Return the other rows."""
+    """Copy the rows of unchanged cases. Return the others."""
     with np.load(path, allow_pickle=False) as stored:
         if int(stored["version"]) != VERSION:
             return list(range(len(cases)))
@@ -178,7 +178,7 @@ def _take_over(path: Path, cases: list[str], keys: np.ndarray, table: dict[str, 
 
 
 def examine(folder: Path, case: str) -> CaseRecord:
-    """Read a whole case and find its shape, body map and problem."""
+    """Read a whole case: shape, body map and problem."""
     nothing = CaseRecord((0, 0, 0, 0), np.zeros((0, 0, 0), dtype=bool))
     try:
         data = np.asarray(open_case(folder, case)[:])
@@ -204,7 +204,9 @@ def record_of(data: np.ndarray) -> CaseRecord:
 
 
 def body_map(data: np.ndarray) -> np.ndarray:
-    """Map the body on a grid of at most ``BINS`` bins per axis: bool, from the image alone.
+    """Map the body on a grid of bins.
+
+    bool, at most ``BINS`` bins per axis, from the image alone.
 
     A voxel is body when its mean over channels exceeds Li's minimum cross-entropy threshold (Li and Tam 1998).
     """

@@ -1,4 +1,4 @@
-"""A data loader that replaces dead or hung workers, limits what is prefetched, and always ends.
+"""Load data with workers that are replaced when lost.
 
 Samples are pure functions of their number, so new workers continue with the batch that is due.
 """
@@ -37,7 +37,9 @@ _IDLE = -1
 
 @dataclass
 class Shard(Sampler[list[int]]):
-    """The sample indices of one rank, batch by batch: of each global batch every ``world``-th, from ``rank`` on.
+    """List one rank's samples, batch by batch.
+
+    Of each global batch every ``world``-th, from ``rank`` on.
 
     Args:
         first, last: Global batches first..last-1.
@@ -61,7 +63,7 @@ class Shard(Sampler[list[int]]):
 
 
 class SteadyLoader:
-    """The batches of a shard, as often as one iterates.
+    """Iterate over the batches of a shard.
 
     Args:
         dataset: Samples by number. ``sources(sample)`` names what a sample is read from, and ``sample_bytes()``
@@ -113,7 +115,7 @@ class SteadyLoader:
 
 
 class Progress:
-    """Counts what workers have read, in memory that all processes share.
+    """Count what workers have read, in shared memory.
 
     Args:
         workers: How many there are.
@@ -150,7 +152,7 @@ def prefetching(batch_bytes: int, workers: int) -> tuple[int, int]:
 
 
 class _Crew:
-    """The workers of one DataLoader, from its first batch to its end."""
+    """Run the workers of one DataLoader."""
 
     def __init__(self, loader: SteadyLoader, shard: Shard) -> None:
         samples = -(-shard.batch_size // shard.world)
@@ -198,7 +200,7 @@ class _Crew:
             ending.join(END_SECONDS)
 
     def next(self, waiting: Callable[[], None]) -> Any:
-        """Return the next batch, or note in ``problem`` that a worker is dead or hangs."""
+        """Return the next batch, or note a lost worker."""
         begin, count = time.monotonic(), self.progress.total
         while True:
             asked = time.monotonic()
@@ -257,7 +259,7 @@ class _Crew:
 
 @contextmanager
 def unanswered(give_up: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Call ``give_up`` from another thread if the block takes longer.
+    """Call ``give_up`` if the block takes longer.
 
     A batch is fetched from the worker that made it. If that one is stopped, the fetch has no time limit of its own, and
     only the worker's death ends it.
@@ -272,7 +274,7 @@ def unanswered(give_up: Callable[[], None], seconds: float) -> Iterator[None]:
 
 
 class _Watched(Dataset):
-    """A dataset that shows the main process what it is reading and that it proceeds."""
+    """Show the main process what is being read."""
 
     def __init__(self, dataset: Any, reading: Any, progress: Progress) -> None:
         self.dataset, self.reading, self.progress = dataset, reading, progress

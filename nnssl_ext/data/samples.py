@@ -1,4 +1,4 @@
-"""Interfaces of training samples: what a method requests, where samples come from, the data sets that read them."""
+"""Define requests, sources and data sets of samples."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SampleRequest(Protocol):
     def fits_cases(self) -> bool: ...
 
     def placeholder(self, channels: int, sample: int) -> list[SourceBox]:
-        """Return boxes of noise in the place of one sample, to trace shapes."""
+        """Return boxes of noise for tracing shapes."""
 
 
 class SampleDataset(Protocol):
@@ -49,7 +49,7 @@ class SampleDataset(Protocol):
     def __getitem__(self, sample: int) -> Sample: ...
 
     def sources(self, sample: int) -> list[str]:
-        """Return the names of what a sample is read from, for messages."""
+        """Name what a sample is read from."""
 
     def sample_bytes(self) -> int:
         """Estimate the memory of a sample."""
@@ -80,7 +80,7 @@ class SampleSource(Protocol):
         """Describe what is learned from, in a few words."""
 
     def left_out(self) -> list[str]:
-        """Name what is left out from the start as unreadable, each with its reason."""
+        """Return unreadable names with their reasons."""
 
     def fingerprint(self) -> dict[str, str]:
         """Return digests by name. Another state of the data has other digests."""

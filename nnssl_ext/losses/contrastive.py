@@ -34,7 +34,7 @@ def info_nce(
 
 
 def paired_bce(predictions: Tensor, candidates: Tensor, right: Tensor, draw: Tensor) -> Tensor:
-    """Compute the sigmoid cross-entropy of the right and one wrong candidate.
+    """Compute the cross-entropy of a right and a wrong candidate.
 
     Scores are scalar products.
 
@@ -77,7 +77,7 @@ def hits(scores: Tensor, right: Tensor) -> Tensor:
 
 
 def within_sample(scores: Tensor, right: Tensor, sample: Tensor) -> Tensor:
-    """Exclude the candidates of other samples from ``scores`` (P, K).
+    """Exclude other samples' candidates from ``scores`` (P, K).
 
     Args:
         scores: (P, K).

@@ -21,7 +21,9 @@ MAX_LOGITS = 1 << 25
 
 
 class Targets(NamedTuple):
-    """The teacher's distributions: ``softmax(vectors @ prototypes.T / temperature + bias)``.
+    """Describe the teacher's distributions.
+
+    ``softmax(vectors @ prototypes.T / temperature + bias)``
 
     Attributes:
         vectors: (N, T, E) teacher output.
@@ -74,7 +76,7 @@ def target_distributions(targets: Targets) -> Tensor:
 
 
 def update_center(center: Tensor, vectors: Tensor, prototypes: Tensor, momentum: float) -> Tensor:
-    """Update the moving average of teacher logits over all processes.
+    """Update the mean of teacher logits over all processes.
 
     Args:
         center: (K,) the average so far.
@@ -95,7 +97,7 @@ def update_center(center: Tensor, vectors: Tensor, prototypes: Tensor, momentum:
 
 
 def sinkhorn_bias(vectors: Tensor, prototypes: Tensor, temperature: Tensor | float, iterations: int = 3) -> Tensor:
-    """Compute the bias that spreads targets evenly over all prototypes.
+    """Compute the bias that spreads targets evenly.
 
     Sinkhorn-Knopp iterations in logarithms over the samples of all processes. Each iteration divides by the total of
     each prototype, then by the total of each sample. The last division is the softmax of the targets.
@@ -127,7 +129,7 @@ def sinkhorn_bias(vectors: Tensor, prototypes: Tensor, temperature: Tensor | flo
 
 
 def _all_reduce_logsumexp(own: Tensor) -> Tensor:
-    """Combine log-sums (K,) of all processes; 0 where no process has a sample."""
+    """Combine all processes' log-sums (K,). 0 where no process has a sample."""
     if dist.is_available() and dist.is_initialized():
         largest = own.clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -139,7 +141,7 @@ def _all_reduce_logsumexp(own: Tensor) -> Tensor:
 
 
 def koleo(vectors: Tensor, everyone: Tensor, own: Tensor, epsilon: float = 1e-8) -> Tensor:
-    """Compute minus the log distance to the nearest other vector.
+    """Compute minus the log distance to the nearest vector.
 
     Sablayrolles et al., "Spreading vectors for similarity search", ICLR 2019, arXiv 1806.03198. Minimizing it spreads
     vectors evenly over the unit sphere. A single vector has no neighbor: its value is 0.

@@ -1,4 +1,6 @@
-"""Losses with hand-written gradients: same values as their definitions, less memory and fewer passes.
+"""Compute losses with hand-written gradients.
+
+Values equal those of the definitions, with less memory and fewer passes.
 
 B batch, V voxels, K classes or prototypes. N samples, S student and T teacher vectors of each, E width of a vector.
 The definitions are ``dense.dice_cross_entropy`` and ``distillation.prototype_cross_entropy``.
@@ -35,7 +37,9 @@ def dice_cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _DiceCrossEntropy(torch.autograd.Function):
-    """Four passes over (B, K, V) instead of autograd's dozen; one tensor of that size is kept instead of five.
+    """Compute Dice and cross-entropy in four passes.
+
+    Autograd needs a dozen over (B, K, V), and keeps five tensors of that size instead of one.
 
     Below, y is a voxel's label, p a probability, c whether the voxel counts.
     """
@@ -123,7 +127,7 @@ def prototype_cross_entropy(
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
-    """Loss and gradients of one chunk of samples at a time."""
+    """Compute loss and gradients one chunk at a time."""
 
     @staticmethod
     def forward(
@@ -185,14 +189,14 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _chunks(student: Tensor, teacher: Tensor, prototypes: Tensor) -> list[slice]:
-    """Split samples so that no more than ``MAX_LOGITS`` logits exist at once."""
+    """Split samples to at most ``MAX_LOGITS`` logits."""
     each = (student.shape[1] + teacher.shape[1]) * len(prototypes)
     step = max(1, distillation.MAX_LOGITS // each)
     return [slice(low, low + step) for low in range(0, len(student), step)]
 
 
 def _logits(vectors: Tensor, prototypes: Tensor, temperature: Tensor | float, bias: Tensor | None = None) -> Tensor:
-    """Compute logits of (n, S, E) in float32, multiplied in the prototypes' type: (n, S, K)."""
+    """Compute logits of (n, S, E) in float32: (n, S, K). They are multiplied in the prototypes' type."""
     scaled = (vectors.flatten(0, -2) / temperature).to(prototypes.dtype)
     if bias is not None and prototypes.dtype == bias.dtype:
         logits = torch.addmm(bias, scaled, prototypes.T)
@@ -203,14 +207,14 @@ def _logits(vectors: Tensor, prototypes: Tensor, temperature: Tensor | float, bi
 
 
 def _targets(targets: Targets, rows: slice, pairs: Tensor) -> Tensor:
-    """Sum the targets of each student vector over its pairs: (n, S, K)."""
+    """Sum each student vector's targets: (n, S, K)."""
     logits = _logits(targets.vectors[rows], targets.prototypes, targets.temperature, targets.bias)
     distributions = logits.softmax(-1)  # (n, T, K)
     return distributions if pairs.shape == (1, 1) else torch.einsum("st,ntk->nsk", pairs, distributions)
 
 
 def attach_gradient(rows: Tensor, total: Tensor) -> Tensor:
-    """Attach the gradient of ``total`` () to the per-sample values ``rows`` (B,)."""
+    """Attach the gradient of ``total`` () to ``rows`` (B,)."""
     return rows + (total - total.detach()) / max(1, len(rows))
 
 

@@ -1,4 +1,4 @@
-"""The global batch in every process, with gradient, in the order of samples.
+"""Gather the global batch in every process, with gradient.
 
 B samples of this process, G samples of all processes. With W processes, rank r holds the samples r, r + W, r + 2 W, ...
 of the global batch. So all counts are known, and no process waits for them.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class _Gather(torch.autograd.Function):
-    """Gather rows of all ranks; each rank receives the sum of all gradients of its rows."""
+    """Gather rows of all ranks, and sum their gradients."""
 
     @staticmethod
     def forward(context: Any, rows: Tensor, total: int) -> Tensor:

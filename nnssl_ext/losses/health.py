@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def feature_deviation(features: Tensor) -> Tensor:
-    """Compute the mean standard deviation of features over samples, (N, F) -> ()."""
+    """Compute features' mean deviation over samples, (N, F) -> ()."""
     return features.float().std(0, correction=0).mean()
 
 

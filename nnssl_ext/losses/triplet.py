@@ -1,4 +1,4 @@
-"""Triplet losses: bring anchors nearer to positives than to negatives, by a margin.
+"""Bring anchors nearer to positives than to negatives.
 
 A anchors, K candidates, F features.
 """
@@ -45,7 +45,7 @@ def semi_hard_triplet(anchors: Tensor, positives: Tensor, candidates: Tensor, al
 
 
 def plain_triplet(anchors: Tensor, positives: Tensor, negatives: Tensor, margin: float) -> Tensor:
-    """Compute the triplet loss with one given negative per anchor.
+    """Compute the triplet loss of given negatives.
 
     Args:
         anchors: (A, F).

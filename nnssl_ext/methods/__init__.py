@@ -1,4 +1,4 @@
-"""Registry of methods. A new method is its file and a line here."""
+"""Register methods: a file and a line here each."""
 
 from nnssl_ext.catalog import trainer_of
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, ParameterGroup, Readable, ValidationCheck

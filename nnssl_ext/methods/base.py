@@ -21,7 +21,7 @@ from nnssl_ext.views.random import BatchRandom
 
 @dataclass(frozen=True)
 class DataGeometry:
-    """The data and the network's strides, as a method sees them.
+    """Describe the data and the network's strides.
 
     Attributes:
         crop_size: Edges of the network's input, in voxels.
@@ -89,7 +89,7 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class Readable:
-    """A measure beside the loss that people can interpret; ``key`` is its name in ``forward``'s result."""
+    """Name a measure that people can interpret. ``key`` is its name in ``forward``'s result."""
 
     key: str
     title: str
@@ -147,17 +147,19 @@ class Method(nn.Module, ABC):
         self.geometry = geometry
 
     def __str__(self) -> str:
-        """Describe what was chosen for these data, in one line for the log."""
+        """Describe in one line what was chosen for these data."""
         return self.title
 
     @classmethod
     def output_channels(cls, settings: Any, geometry: DataGeometry) -> int | None:
-        """Return the width of the network's heads during pretraining; None keeps the data set's."""
+        """Return the heads' width, None for the data set's."""
         return None
 
     @classmethod
     def check_backbone(cls, backbone: Backbone) -> None:
-        """Check that the method can train a network, given one on the meta device.
+        """Check that the method can train a network.
+
+        It is on the meta device.
 
         Raises:
             ValueError: If the network lacks what the method needs, in one line.
@@ -165,7 +167,7 @@ class Method(nn.Module, ABC):
 
     @classmethod
     def samples(cls, common: CommonSettings, index: CaseIndex) -> SampleSource:
-        """Open what samples are read from. Default: the cases of the data set.
+        """Open the samples' source. Default: the data set's cases.
 
         Raises:
             UserError: If there is nothing to read.
@@ -174,7 +176,9 @@ class Method(nn.Module, ABC):
 
     @classmethod
     def sampling(cls, settings: Any, geometry: DataGeometry) -> tuple[tuple[int, int, int], int]:
-        """Return crop edges and batch size where the plans set neither. Default: the plan's patch and batch.
+        """Return crop edges and batch size. Default: the plan's.
+
+        It is asked where the plans set neither.
 
         Args:
             settings: Settings of the method.
@@ -205,7 +209,7 @@ class Method(nn.Module, ABC):
         return [ParameterGroup(decayed), ParameterGroup(plain, weight_decay_scale=0.0)]
 
     def clipped_modules(self) -> list[nn.Module]:
-        """Return modules whose gradient norms are clipped separately. Default: the whole method."""
+        """Return modules clipped separately. Default: the whole method."""
         return [self]
 
     @abstractmethod
@@ -217,19 +221,21 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``loss`` and its named terms, each (B,); in evaluation also the readable measure."""
+        """Return ``loss`` and its terms, each (B,). In evaluation also the readable measure."""
 
     def before_step(self, progress: float) -> None:
-        """Run before each optimizer step; ``progress`` is the finished share of the training, in [0, 1)."""
+        """Run before each optimizer step. ``progress`` is the finished share of the training, in [0, 1)."""
 
     def after_step(self, progress: float) -> None:
-        """Run after each optimizer step; ``progress`` is the finished share of the training, in [0, 1]."""
+        """Run after each optimizer step. ``progress`` is the finished share of the training, in [0, 1]."""
 
     def after_start_from(self) -> None:
-        """Run once the state of a finished run has been loaded, to start a further stage from it."""
+        """Start a further stage from a loaded run's state."""
 
     def check_validation(self, measures: dict[str, float]) -> ValidationCheck:
-        """Evaluate all validation samples together, with equal results in all processes.
+        """Evaluate all validation samples together.
+
+        Results are equal in all processes.
 
         Args:
             measures: Means over the validation samples of what ``forward`` returned.
@@ -238,5 +244,5 @@ class Method(nn.Module, ABC):
 
     @property
     def exported(self) -> nn.Module:
-        """The network whose weights are written: the student, or its teacher."""
+        """Return the network whose weights are written. It is the student, or its teacher."""
         return self.network

@@ -1,4 +1,4 @@
-"""Settings that methods share: intensity views, spatial views and optimization."""
+"""Share settings of views and optimization between methods."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRANSFORMER_RECIPE = OptimizerRecipe("adamw", 3e-4, 0.05, "cosine", 0.05, max_gr
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Intensity views and optimization. Settings of a method derive from it and may change defaults."""
+    """Intensity views and optimization of a method. Settings of a method derive from it and may change defaults."""
 
     intensity: IntensitySettings = field(default_factory=IntensitySettings)
     optimizer: str = setting("adamw", "Optimizer.", choices=("adam", "adamw", "sgd"))
@@ -44,7 +44,7 @@ class TrainingSettings:
     )
 
     def heaviest(self) -> Any:
-        """Return settings that draw what takes most memory at every step, for estimates."""
+        """Return settings that need most memory, for estimates."""
         return self
 
     def recipe(self, learning_rate: float, backbone: Backbone) -> OptimizerRecipe:
@@ -66,7 +66,9 @@ class TrainingSettings:
 
 
 def view_size(geometry: DataGeometry, margin: float, alike: np.ndarray | None = None) -> Triple:
-    """Compute the edges of rotated views that show the plan's resolution in most cases.
+    """Compute the edges of rotated views.
+
+    They show the plan's resolution in most cases.
 
     A rotated view reaches beyond its edges. In cases that are hardly larger than the crop, a smaller view is taken
     rather than a magnified one.
@@ -83,7 +85,7 @@ def view_size(geometry: DataGeometry, margin: float, alike: np.ndarray | None = 
 
 
 def region_size(geometry: DataGeometry, view: Triple, extent: float) -> Triple:
-    """Compute the region to read for rotated views, within the cases.
+    """Compute the region to read for rotated views.
 
     Args:
         geometry: The data and the network's strides.

@@ -1,4 +1,4 @@
-"""Contrastive predictive coding: predict the vectors of patches from those of earlier patches.
+"""Predict patches from earlier patches by contrast.
 
 van den Oord et al., "Representation Learning with Contrastive Predictive Coding", arXiv 1807.03748. In 3-D: Taleb et
 al., "3D Self-Supervised Methods for Medical Imaging", NeurIPS 2020, arXiv 2006.03829.
@@ -66,7 +66,7 @@ class ContrastivePredictiveCodingSettings(PatchSettings):
 
 
 class ContrastivePredictiveCoding(PatchMethod):
-    """Predict the embeddings of later rows of patches from earlier rows.
+    """Predict embeddings of later rows from earlier rows.
 
     A context network summarizes the rows that are seen. A linear layer per target predicts an embedding, and the loss
     is InfoNCE over all patches of the global batch. Trains the encoder. Taleb et al., NeurIPS 2020, after van den
@@ -160,7 +160,7 @@ class ContrastivePredictiveCoding(PatchMethod):
     def _accuracies(
         self, predicted: Tensor, candidates: Tensor, positive: Tensor, excluded: Tensor
     ) -> dict[str, Tensor]:
-        """Measure the accuracy among a window's targets and among all patches of the batch: (B,) each."""
+        """Measure accuracy within windows and the batch: (B,) each."""
         score = similarities if self.settings.loss == "infonce" else products
         scores = score(predicted, candidates).masked_fill(excluded, -torch.inf)
         number = self.overlaps.shape[1]

@@ -19,7 +19,7 @@ from nnssl_ext.networks.heads import grid_features
 
 
 class EncoderMethod(Method):
-    """Train the encoder's features. The decoder keeps its initial values, unless a term trains it, too.
+    """Train the encoder. The decoder keeps its initial values unless a term trains it.
 
     Args:
         backbone: The network.
@@ -50,7 +50,10 @@ class EncoderMethod(Method):
         self.channels = backbone.channels[: stages or None][-1]
 
     def encode(self, crops: Tensor) -> Tensor:
-        """Average the deepest feature map over octants: (B, N, C, D, H, W) -> (B, N, 8 F). All crops take one pass."""
+        """Encode all crops in one pass: (B, N, C, D, H, W) -> (B, N, 8 F).
+
+        It averages the deepest feature map over octants.
+        """
         features = self.backbone.features(crops.flatten(0, 1), self.stages)[-1]
         return grid_features(features).unflatten(0, crops.shape[:2])
 

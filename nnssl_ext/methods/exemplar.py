@@ -1,4 +1,4 @@
-"""Exemplar: two views of one crop are nearer to each other than to crops of other cases.
+"""Pull views of a crop together, and crops apart.
 
 Dosovitskiy et al., "Discriminative Unsupervised Feature Learning with Exemplar Convolutional Neural Networks", TPAMI
 2016. As a triplet loss in 3-D: Taleb et al., "3D Self-Supervised Methods for Medical Imaging", NeurIPS 2020, arXiv
@@ -40,7 +40,7 @@ MEDIAN_EXTENT, MAX_EXTENT = 1.25, 1.5
 
 @dataclass(frozen=True)
 class ExemplarIntensitySettings(CustomIntensitySettings):
-    """Stronger intensity views, because the histogram must not identify a crop."""
+    """Stronger views, so that no histogram identifies a crop."""
 
     gamma_probability: float = default("gamma_probability", 0.8)
     noise_probability: float = default("noise_probability", 0.3)
@@ -86,7 +86,7 @@ class ExemplarSettings(SharedSettings):
 
 
 class Exemplar(EncoderMethod):
-    """Pull two views of one crop together and push crops of other cases away.
+    """Pull two views together and other cases away.
 
     A triplet loss with semi-hard negatives on embeddings of the encoder. Trains the encoder.
     Taleb et al., NeurIPS 2020, after Dosovitskiy et al., TPAMI 2016.

@@ -1,4 +1,4 @@
-"""Jigsaw: recognize the order in which the patches of a window were shuffled.
+"""Recognize the order of a window's shuffled patches.
 
 Noroozi and Favaro, "Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles", ECCV 2016. In 3-D:
 Taleb et al., "3D Self-Supervised Methods for Medical Imaging", NeurIPS 2020, arXiv 2006.03829.
@@ -46,7 +46,7 @@ class JigsawSettings(SpacedPatchSettings):
 
 
 class Jigsaw(PatchMethod):
-    """Classify which of P permutations shuffled the patches of a window.
+    """Classify the permutation of a window's patches.
 
     Each patch is encoded by itself. A head sees the patches' vectors in the shuffled order. Trains the encoder.
     Taleb et al., NeurIPS 2020, after Noroozi and Favaro, ECCV 2016.
@@ -87,7 +87,7 @@ class Jigsaw(PatchMethod):
         )
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """Return ``patches`` (B, N, C, D, H, W) in their own order, and ``order`` (B, Q)."""
+        """Return ``patches`` (B, N, C, D, H, W) and ``order`` (B, Q)."""
         patches = self.read_patches(batch, random, self.layout.starts(random))
         order = random.integers(0, len(self.permutations) - 1, (self.settings.permutations_per_window,))
         return {"patches": patches, "order": to_device(order, random.device)}
@@ -104,7 +104,9 @@ class Jigsaw(PatchMethod):
 
 
 def distant_permutations(generator: np.random.Generator, number: int, wanted: int) -> np.ndarray:
-    """Choose permutations (P, number) int64 with a large mutual Hamming distance.
+    """Choose distant permutations (P, number) int64.
+
+    Their mutual Hamming distance is large.
 
     A random pool is searched in order. The largest distance is kept at which enough permutations are found.
     """

@@ -1,4 +1,4 @@
-"""Masked autoencoder: predict the voxels of masked blocks with the whole network.
+"""Predict the voxels of masked blocks.
 
 It is the control for claims about the other methods, and the strongest published objective for segmentation with
 residual encoders. He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022. Convolutional and 3-D:
@@ -62,7 +62,7 @@ class MaskedAutoencoderSettings(SharedSettings):
 
 
 class MaskedAutoencoder(Method):
-    """Predict the voxels of masked blocks from the visible ones.
+    """Predict masked blocks from the visible voxels.
 
     The loss is the mean squared error over masked voxels. Trains encoder and decoder.
     He et al., CVPR 2022, and Wald et al., CVPR 2025.

@@ -1,4 +1,4 @@
-"""Models Genesis: restore a crop from a corrupted version with the whole network.
+"""Restore a crop from a corrupted version.
 
 Zhou et al., "Models Genesis", Medical Image Analysis 67:101840, 2021, arXiv 2004.07882.
 

@@ -82,7 +82,7 @@ class PatchMethod(EncoderMethod):
 
     @classmethod
     def crops(cls, settings: Any, geometry: DataGeometry) -> CropRequest:
-        """Request one unrotated, unpadded window whose patches are mostly body."""
+        """Request one unrotated, unpadded window, mostly body."""
         layout = cls.solve_layout(settings, geometry)
         still = SpatialRange(geometry.spacing)
         return CropRequest((Crop(layout.window, still, scale=1 / layout.zoom, fit=True, parts=tuple(layout.middles)),))

@@ -1,4 +1,4 @@
-"""Relative patch location: recognize on which side of a central patch another patch lies.
+"""Recognize on which side of a center a patch lies.
 
 Doersch et al., "Unsupervised Visual Representation Learning by Context Prediction", ICCV 2015. In 3-D: Taleb et al.,
 "3D Self-Supervised Methods for Medical Imaging", NeurIPS 2020, arXiv 2006.03829.
@@ -35,7 +35,7 @@ class RelativePatchLocationSettings(SpacedPatchSettings):
 
 
 class RelativePatchLocation(PatchMethod):
-    """Classify where a patch lies relative to the central patch of a grid.
+    """Classify a patch's place relative to the central patch.
 
     Central patch and neighbor are encoded by themselves. A head sees both vectors. Trains the encoder.
     Taleb et al., NeurIPS 2020, after Doersch et al., ICCV 2015.

@@ -75,7 +75,7 @@ class RotationSettings(TrainingSettings):
 
 
 class Rotation(EncoderMethod):
-    """Classify by which rotation of the voxel grid a crop was rotated.
+    """Classify the rotation of a crop's voxel grid.
 
     Beside the task a small classifier learns what the spacing alone reveals. Its accuracy is the number to compare
     with. Trains the encoder. Taleb et al., NeurIPS 2020, after Gidaris et al., ICLR 2018. Restoring cut-out blocks
@@ -104,7 +104,7 @@ class Rotation(EncoderMethod):
 
     @classmethod
     def box(cls, settings: RotationSettings, geometry: DataGeometry) -> tuple[int, int, int]:
-        """Compute the crop's edges, equal along axes that rotations exchange."""
+        """Compute the crop's edges. They are equal along axes that rotations exchange."""
         alike = same_spacing(geometry.spacing) if settings.keep_grid else np.ones((3, 3), bool)
         return view_size(geometry, extent_of(settings.jitter_angle / 2), alike)
 
@@ -116,7 +116,7 @@ class Rotation(EncoderMethod):
 
     @classmethod
     def region(cls, settings: RotationSettings, geometry: DataGeometry) -> Triple:
-        """Compute the region to read, equal along axes with equal edges of the crop."""
+        """Compute the region to read. It is equal along axes with equal edges of the crop."""
         box = cls.box(settings, geometry)
         region = region_size(geometry, box, extent_of(settings.jitter_angle))
         depth, height, width = (min(r for r, b in zip(region, box, strict=True) if b == edge) for edge in box)
@@ -197,7 +197,7 @@ class Rotation(EncoderMethod):
 
 
 class SpacingClassifier(nn.Module):
-    """Classify from the roughness along each axis alone. No gradient reaches the encoder.
+    """Classify from roughness alone, without encoder gradient.
 
     Args:
         classes: Number of rotations.
@@ -223,11 +223,14 @@ def roughness(image: Tensor) -> Tensor:
 
 
 def extent_of(angle: float) -> float:
-    """Compute the extent of a cube rotated by this angle in degrees about each axis, as a multiple of its edge."""
+    """Compute a rotated cube's extent as a multiple of its edge. The angle in degrees is about each axis."""
     return 1 + 2 * math.sin(math.radians(angle))
 
 
 def allowed_rotations(settings: RotationSettings, geometry: DataGeometry) -> list[np.ndarray]:
-    """List the classes: 10 or 24 on isotropic grids, 6 or 8 with one odd axis, 4 with three spacings."""
+    """List the rotation classes of a grid.
+
+    10 or 24 on isotropic grids, 6 or 8 with one odd axis, 4 with three spacings.
+    """
     rotations = published_rotations() if settings.rotations == "published" else cube_group()
     return grid_rotations(rotations, geometry.spacing) if settings.keep_grid else rotations

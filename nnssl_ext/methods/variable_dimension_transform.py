@@ -1,4 +1,4 @@
-"""Variable dimension transform: classify 2-D images as thin volumes with the 3-D encoder.
+"""Classify 2-D images as thin volumes.
 
 Zhang et al., "Advancing 3D Medical Image Analysis with Variable Dimension Transform based Supervised 3D Pre-training",
 arXiv 2201.01426.
@@ -57,7 +57,7 @@ class VariableDimensionTransformSettings(TrainingSettings):
 
 
 class VariableDimensionTransform(EncoderMethod):
-    """Classify labeled natural images, whose colors become the slices of a volume.
+    """Classify labeled photographs with colors as slices.
 
     Every stride along the depth is one during pretraining. Afterwards the same weights run with the plan's strides,
     because a kernel does not depend on its stride. Supervised. Trains the encoder. Zhang et al., arXiv 2201.01426.

@@ -1,4 +1,4 @@
-"""VolumeFusion: segment a fused image into the levels at which a foreground crop was mixed in.
+"""Segment a fused image into its mixing levels.
 
 Wang et al., "MIS-FM", arXiv 2306.16925, and "Volume Fusion-based Self-Supervised Pretraining for 3D Medical Image
 Segmentation", IEEE Transactions on Image Processing 34:6041, 2025.
@@ -159,7 +159,7 @@ class VolumeFusion(Method):
         return views if shuffled is None else {**views, "shuffled": shuffled}
 
     def _fuse(self, foreground: Tensor, background: Tensor, level: Tensor, random: BatchRandom) -> Tensor:
-        """Fuse in place of ``background``, with the noise of an unmixed crop everywhere."""
+        """Fuse within ``background``, with the noise of an unmixed crop."""
         s = self.settings
         missing = missing_noise(foreground, background, level, s.levels) if s.match_noise else None
         fuse(foreground, background, level, s.levels, s.ignore_below)
@@ -214,7 +214,7 @@ class VolumeFusion(Method):
 
 
 def split_filters(settings: IntensitySettings) -> tuple[IntensitySettings, IntensitySettings]:
-    """Split intensity views into those of each crop and those of the fused image."""
+    """Split intensity views into crops' and fused image's."""
     chances = {f.name for f in fields(settings) if f.name.endswith("_probability")}
     chances -= {name for name in chances if name.endswith("_channel_probability")}
     of_fused = {f"{name}_probability" for name in FILTERS}

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def checkpoint_activations(parts: Iterable[nn.Module]) -> None:
-    """Checkpoint the given modules. A module that is checkpointed already stays as it is."""
+    """Checkpoint the given modules, each once."""
     for part in parts:
         # an attribute of the instance: a wrapper would change the names of all tensors
         part.__dict__["forward"] = partial(_computed_twice, part)
@@ -39,7 +39,7 @@ def _computed_twice(part: nn.Module, *inputs: Any, **options: Any) -> Any:
 
 @contextmanager
 def _buffers_kept(part: nn.Module) -> Iterator[None]:
-    """Redirect buffer updates to copies, since a batch norm has counted this batch already."""
+    """Redirect buffer updates to copies. A batch norm has counted this batch already."""
     kept = [(module, name, buffer) for module in part.modules() for name, buffer in module._buffers.items()]
     for module, name, buffer in kept:
         module._buffers[name] = None if buffer is None else buffer.clone()

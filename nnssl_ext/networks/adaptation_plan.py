@@ -1,4 +1,4 @@
-"""Build the adaptation plan that nnU-Net's nnUNetv2_train_pretrained and nnssl read."""
+"""Build the adaptation plan for nnU-Net and nnssl."""
 
 from __future__ import annotations
 
@@ -60,6 +60,6 @@ def _architecture(network: nn.Module, planned: Mapping[str, Any]) -> dict[str, A
 
 
 def _primus_size(network: nn.Module) -> str:
-    """Name a published size of Primus by width and depth; '' for another network."""
+    """Name a published size of Primus, else ''."""
     blocks: Any = getattr(getattr(network, "eva", None), "blocks", ())
     return PRIMUS_SIZES.get((getattr(network, "embed_dim", 0), len(blocks)), "")

@@ -75,7 +75,7 @@ class UNetBackbone(Backbone):
             head.requires_grad_(False)
 
     def crop_problem(self, size: Sequence[int]) -> str:
-        """Explain why the network cannot take a crop with these edges, '' if it can.
+        """Explain why a crop does not fit, else ''.
 
         Upsampled maps fit the skips only if edges are multiples of the total stride. A residual encoder needs twice
         that, because at once the stride its average-pooled skip is broadcast without an error. An instance norm

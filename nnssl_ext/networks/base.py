@@ -1,4 +1,4 @@
-"""Define the backbone: uniform access to a network that plans can build.
+"""Define uniform access to a network of plans.
 
 B batch, C channel, D H W voxels.
 """
@@ -37,7 +37,9 @@ class LearnedPositions(NamedTuple):
 
 
 class Backbone(ABC):
-    """Uniform access to a network: encoder features, trainable parameters, valid crop sizes.
+    """Give uniform access to a network.
+
+    It offers encoder features, trainable parameters and valid crop sizes.
 
     Args:
         network: The network. It is not owned.
@@ -54,7 +56,7 @@ class Backbone(ABC):
     @property
     @abstractmethod
     def strides(self) -> list[tuple[int, ...]]:
-        """Return the cumulative stride of each encoder stage, per axis."""
+        """Return each stage's cumulative stride per axis."""
 
     @property
     @abstractmethod
@@ -68,7 +70,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def features(self, image: Tensor, stages: int | None = None) -> list[Tensor]:
-        """Compute feature maps of the encoder's first stages (None: of all), finest first.
+        """Compute maps of the first stages, finest first.
 
         (B, C, D, H, W) -> [(B, channels[i], *edges / strides[i])].
         """
@@ -102,15 +104,15 @@ class Backbone(ABC):
 
     @abstractmethod
     def crop_problem(self, size: Sequence[int]) -> str:
-        """Explain why the network cannot take a crop with these edges, '' if it can."""
+        """Explain why a crop does not fit, else ''."""
 
     @abstractmethod
     def freeze_coarse_heads(self) -> None:
-        """Freeze the heads of the coarser outputs, which get no gradient without deep supervision."""
+        """Freeze coarse heads, which get no gradient."""
 
     @abstractmethod
     def drop_depth_strides(self) -> None:
-        """Set every stride of the encoder along the first axis to one.
+        """Set all strides along the first axis to one.
 
         Raises:
             ValueError: If the network's weights depend on its strides.
@@ -121,7 +123,7 @@ class Backbone(ABC):
         checkpoint_activations(self.blocks())
 
     def train_encoder_only(self, stages: int | None = None) -> None:
-        """Freeze the decoder and the encoder's stages after the first ``stages``."""
+        """Freeze the decoder and later encoder stages."""
         # a decoder may hold the encoder too, so tensors are compared, not names
         trained = {id(parameter) for parameter in self.encoder_parameters(stages)}
         for parameter in self.network.parameters():
@@ -129,7 +131,7 @@ class Backbone(ABC):
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
 
     def layers(self) -> list[list[nn.Parameter]]:
-        """Return the encoder's parameters stage by stage, for layer-wise learning rates."""
+        """Return the encoder's parameters stage by stage."""
         seen: set[int] = set()
         result = []
         for stages in range(1, len(self.strides) + 1):
@@ -138,7 +140,7 @@ class Backbone(ABC):
         return result
 
     def is_head(self, name: str) -> bool:
-        """Return whether a tensor of the state dict belongs to the outputs."""
+        """Return whether a tensor belongs to the outputs."""
         return HEADS in f".{name}"
 
     def learned_positions(self) -> LearnedPositions | None:
@@ -146,25 +148,25 @@ class Backbone(ABC):
         return None
 
     def equalize_input_channels(self) -> None:
-        """Set the kernels of all input channels to their mean."""
+        """Set all input channels' kernels to their mean."""
         weight = self.stem.weight
         with torch.no_grad():
             weight.copy_(weight.mean(1, keepdim=True).expand_as(weight).clone())
 
     def set_deep_supervision(self, enabled: bool) -> None:
-        """Let the network return all its outputs, full resolution first, or only the first."""
+        """Return all outputs, or only the first."""
         decoder: Any = self.network.decoder
         decoder.deep_supervision = enabled
 
 
 def is_primus(network: nn.Module) -> bool:
-    """Tell whether a network is a ``Primus``, without importing its module, which loads all of timm."""
+    """Return whether a network is a ``Primus``. Its module is not imported, since that loads all of timm."""
     module = sys.modules.get("dynamic_network_architectures.architectures.primus")
     return module is not None and isinstance(network, module.Primus)
 
 
 def cumulative(strides: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """Accumulate strides from stage to stage into strides from the input, per axis."""
+    """Accumulate strides from stage to stage."""
     return [tuple(row) for row in np.cumprod(np.asarray(strides), axis=0).tolist()]
 
 
@@ -175,7 +177,7 @@ def triple(values: Sequence[int]) -> Triple:
 
 
 def edges_problem(size: Sequence[int], total: Sequence[int], least: Sequence[int], last: str = "bottleneck") -> str:
-    """Explain why crop edges do not suit a network, '' if they do.
+    """Explain why crop edges do not fit, else ''.
 
     Args:
         size: Edges of the crop.
@@ -197,7 +199,7 @@ def edges_problem(size: Sequence[int], total: Sequence[int], least: Sequence[int
 
 
 def drop_depth_strides(modules: Iterable[nn.Module]) -> None:
-    """Set the strides of convolutions and pooling layers along the first axis to one."""
+    """Set strides along the first axis to one."""
     for module in modules:
         if isinstance(module, nn.Conv3d):
             module.stride = (1, *module.stride[1:])

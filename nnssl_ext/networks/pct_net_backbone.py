@@ -56,7 +56,7 @@ class PCTNetBackbone(Backbone):
             layer.requires_grad_(False)
 
     def crop_problem(self, size: Sequence[int]) -> str:
-        """Explain why the network cannot take a crop with these edges, '' if it can.
+        """Explain why a crop does not fit, else ''.
 
         Upsampled maps fit the skips only if edges are multiples of the total stride. A batch norm needs more than one
         voxel at the bottleneck.

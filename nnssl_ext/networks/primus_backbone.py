@@ -1,4 +1,4 @@
-"""Define the backbone of Primus, the transformer that nnU-Net's own trainers build.
+"""Define the backbone of Primus.
 
 Wald et al., "Primus: Enforcing Attention Usage for 3D Medical Image Segmentation", arXiv 2503.01835. The
 setting ``nnssl_ext.target_trainer`` names the trainer that builds it.
@@ -23,7 +23,9 @@ PROBE = 32
 
 
 class PrimusBackbone(Backbone):
-    """Backbone of a ``Primus`` of any version, whose encoder has one stage, the tokens.
+    """Back a ``Primus`` of any version.
+
+    Its encoder has one stage, the tokens.
 
     Images may have another grid than the network's own.
 
@@ -97,7 +99,7 @@ class PrimusBackbone(Backbone):
         return [parameter for layer in self.layers() for parameter in layer]
 
     def layers(self) -> list[list[nn.Parameter]]:
-        """Return the parameters of the embedding, then block by block. The last norm belongs to the last block."""
+        """Return parameters of the embedding, then block by block. The last norm belongs to the last block."""
         network, eva = self.network, self.network.eva
         first = [*network.down_projection.parameters(), eva.pos_embed, network.register_tokens]
         blocks = [list(block.parameters()) for block in eva.blocks]
@@ -108,7 +110,7 @@ class PrimusBackbone(Backbone):
         return [*self.network.eva.blocks, self.network.up_projection]
 
     def is_head(self, name: str) -> bool:
-        """Return whether a tensor belongs to the decoder, whose widths depend on the classes."""
+        """Return whether a tensor belongs to the decoder. Its widths depend on the classes."""
         return name.startswith("up_projection.")
 
     def crop_problem(self, size: Sequence[int]) -> str:
@@ -124,13 +126,13 @@ class PrimusBackbone(Backbone):
         raise ValueError("Primus has tokens of fixed edges, so its strides cannot be dropped. Use a U-Net.")
 
     def _positions(self, grid: Sequence[int], registers: int) -> Tensor:
-        """Return learned positions (1, registers + N, E), resized to a token grid."""
+        """Return learned positions resized to a token grid. (1, registers + N, E)"""
         eva = self.network.eva
         own = tuple(grid) if eva.rope is None else tuple(eva.rope.ref_feat_shape)
         return resize_positions(eva.pos_embed, own, grid, registers)
 
     def _rotary(self, grid: Sequence[int]) -> Tensor | None:
-        """Return rotary positions of a grid, stretched to the extent of the network's own."""
+        """Return rotary positions stretched to a grid."""
         rope = self.network.eva.rope
         if rope is None or tuple(grid) == tuple(rope.ref_feat_shape):
             return None if rope is None else rope.get_embed()

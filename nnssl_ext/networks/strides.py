@@ -9,7 +9,7 @@ THICK = 2.0
 
 
 def halving_strides(spacing: Sequence[float], levels: int) -> list[list[int]]:
-    """Halve an axis only once its voxels are about as long as the others.
+    """Halve an axis once its voxels are long enough.
 
     Returns the strides from stage to stage.
 

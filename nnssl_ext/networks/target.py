@@ -1,4 +1,4 @@
-"""Build the network that a trainer builds from a data set's plans."""
+"""Build a trainer's network from a data set's plans."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def target_network(
 def planned_network(
     plans_manager: PlansManager, configuration: str, dataset_json: dict, trainer: str | None = None
 ) -> nn.Module:
-    """Build a trainer's network with the channels and labels of a data set, as ``target_network``."""
+    """Build a network with a data set's channels and labels."""
     config = plans_manager.get_configuration(configuration)
     channels = determine_num_input_channels(plans_manager, config, dataset_json)
     outputs = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
@@ -60,7 +60,7 @@ def planned_network(
 
 
 def check_stock_weights(file: Path, trainer_class: Any, plans: dict, configuration: str, dataset_json: dict) -> None:
-    """Refuse a file of ``-pretrained_weights`` that stock's loader cannot fit to the trainer's network.
+    """Refuse weights that stock cannot load into the network.
 
     Files that only an unsafe unpickler opens, and networks that cannot be built on the meta device, are left to stock.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class VisibleNorms:
-    """Let the instance norms of a network use visible voxels only.
+    """Let instance norms use visible voxels only.
 
     Args:
         network: Its instance norms are changed in place. Their names and parameters stay.

@@ -14,7 +14,9 @@ from nnssl_ext.networks.base import Backbone, LearnedPositions, edges_problem
 
 
 class ViTBackbone(Backbone):
-    """Backbone of a ``ViTUNETR``, whose encoder has one stage, the tokens.
+    """Back a ``ViTUNETR``.
+
+    Its encoder has one stage, the tokens.
 
     Args:
         network: The network. It is not owned.
@@ -57,7 +59,7 @@ class ViTBackbone(Backbone):
         return self.network(image, visible)
 
     def train_mask_token(self) -> None:
-        """Train the mask token, for an objective that masks tokens."""
+        """Train the mask token."""
         self.encoder.mask_token.requires_grad_(True)
 
     def learned_positions(self) -> LearnedPositions:
@@ -67,7 +69,7 @@ class ViTBackbone(Backbone):
         return self.encoder.parameters()
 
     def layers(self) -> list[list[nn.Parameter]]:
-        """Return the parameters of the embedding, then block by block. The last norm belongs to the last block."""
+        """Return parameters of the embedding, then block by block. The last norm belongs to the last block."""
         encoder = self.encoder
         blocks = [list(block.parameters()) for block in encoder.blocks]
         blocks[-1] += list(encoder.norm.parameters())

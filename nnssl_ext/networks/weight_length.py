@@ -31,7 +31,7 @@ _NORMS = (_NormBase, nn.GroupNorm)
 
 
 def normed_convolutions(network: nn.Module) -> list[NormedConvolution]:
-    """Find the convolutions whose whole output goes into norms, in the network's order."""
+    """Find convolutions whose whole output is normed."""
     found: dict[int, NormedConvolution] = {}
     # Primus V2's stem has kernels of one value, some so small that the norm's epsilon matters
     for module in () if is_primus(network) else network.modules():
@@ -41,7 +41,7 @@ def normed_convolutions(network: nn.Module) -> list[NormedConvolution]:
 
 
 def convolution_lengths(network: nn.Module) -> dict[str, float]:
-    """Measure the weights of all convolutions that a norm follows: first name of the weight -> length."""
+    """Measure normed convolutions: name of weight -> length."""
     names = _names(network)
     return {
         f"{names[id(convolution)][0]}.weight": _length(convolution.weight)
@@ -107,7 +107,9 @@ def _in_residual_block(module: nn.Module) -> Iterator[NormedConvolution]:
 
 
 def _in_pct_net(module: nn.Module) -> Iterator[NormedConvolution]:
-    """Pair convolutions with the norms of the next blocks: PCT-Net's blocks begin with a norm.
+    """Pair convolutions with the next blocks' norms.
+
+    PCT-Net's blocks begin with a norm.
 
     Where window attention, which adds its input, sees the map too, there is no pair. Max pooling lies between some of
     them and commutes with the factor. In concatenations the skip comes first.

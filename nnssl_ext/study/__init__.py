@@ -1,1 +1,1 @@
-"""Runs of ordinary trainings, and what is told of them."""
+"""Run ordinary trainings as a study and report them."""

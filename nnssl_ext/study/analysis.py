@@ -55,7 +55,7 @@ class Comparison:
 
 
 def load_results(grid: Grid) -> pd.DataFrame:
-    """Read the metrics of every compared run: columns arm, labels, subset, rate, step, case, organ, dice, nsd."""
+    """Read the metrics of every compared run. Columns: arm, labels, subset, rate, step, case, organ, dice, nsd."""
     frames = []
     for arm in grid.arms:
         if not grid.rate_is_known(arm):
@@ -73,7 +73,7 @@ def load_results(grid: Grid) -> pd.DataFrame:
 
 
 class Analysis:
-    """Answers of a study, from its finished runs.
+    """Answer a study's questions from its finished runs.
 
     Args:
         grid: The study's grid.
@@ -91,7 +91,7 @@ class Analysis:
         return [arm for arm in self.grid.arms if arm.name not in (SCRATCH, TOTAL)]
 
     def score(self, arm: str, labels: int, step: int) -> dict[int, float]:
-        """Return subset -> score of an arm's runs at one budget and step."""
+        """Return subset -> score at one budget and step."""
         if not len(self.scores):
             return {}
         chosen = self.scores.reset_index()
@@ -100,7 +100,7 @@ class Analysis:
         return {int(subset): float(value) for subset, value in values.items() if math.isfinite(value)}
 
     def compare(self, arm: str, against: str, budgets: Sequence[int], step: int) -> list[Comparison]:
-        """Compare an arm with another at several budgets. Budgets without a pair are left out."""
+        """Compare two arms at several budgets. Budgets without pairs are left out."""
         last = self.grid.total_steps() if against == TOTAL else step
         found = []
         for labels in budgets:
@@ -130,7 +130,7 @@ class Analysis:
         return next(arm for arm in self.grid.arms if arm.name == name)
 
     def late_rise(self, labels: int) -> float | None:
-        """Return the rise of scratch over the last third of the steps, None if not measured."""
+        """Return scratch's rise over the last third of steps. None if it is not measured."""
         steps = self.protocol.steps
         before = [step for step in self.protocol.snapshots if 0.6 * steps <= step <= 0.7 * steps]
         if not before:
@@ -147,7 +147,7 @@ class Analysis:
         return found[0] if found else None
 
     def saved(self, arm: str) -> LabelsSaved:
-        """Compute the labels saved at the end of fine-tuning, against scratch with all cases."""
+        """Compute the labels saved, against scratch with all cases."""
         everything, steps = self.grid.cases.groups, self.protocol.steps
         reference = self.score(SCRATCH, everything, steps)
         against_all = {}
@@ -159,14 +159,14 @@ class Analysis:
         return labels_saved(against_all, everything)
 
     def saving(self, arm: str) -> str:
-        """Describe the labels saved: "62 % (24 of 64)", "none shown" or "not measured"."""
+        """Describe the labels saved, such as "62 % (24 of 64)"."""
         saved = self.saved(arm)
         if saved.share is not None:
             return f"{100 * saved.share:.0f} % ({saved.labels} of {saved.everything})"
         return "none shown" if self._measured(arm, saved.everything) else "not measured"
 
     def _measured(self, arm: str, everything: int) -> bool:
-        """Return whether all runs are done that tell how many labels are saved."""
+        """Return whether all runs behind ``saved`` are done."""
         steps, fewer = self.protocol.steps, [labels for labels in self.protocol.labels if labels < everything]
         runs = [self.score(SCRATCH, everything, steps), *(self.score(arm, n, steps) for n in fewer)]
         return all(len(scores) == self.protocol.subsets for scores in runs)
@@ -177,7 +177,7 @@ class Analysis:
         return {step: list(self.score(arm, labels, step).values()) for step in steps}
 
     def reached(self, arm: str, labels: int) -> int | None:
-        """Return the first snapshot at which an arm's mean reaches the final one of scratch."""
+        """Return the first snapshot that reaches scratch's final mean."""
         final = self.score(SCRATCH, labels, self.protocol.steps)
         scores = {step: self.score(arm, labels, step) for step in self.protocol.snapshots}
         shared = sorted(set(final).intersection(*scores.values()))
@@ -188,14 +188,14 @@ class Analysis:
 
     @property
     def endpoint(self) -> str:
-        """Describe the endpoint: "Dice of infarct with 8 labels after 2,000 steps"."""
+        """Describe the endpoint, such as "Dice with 8 labels after 2,000 steps"."""
         p = self.protocol
         of = f" of {p.primary_class}" if p.primary_class else ""
         noun = "labeled group" if p.group_by else "label"
         return f"Dice{of} with {count(p.primary_labels, noun)} after {p.primary_step:,} steps"
 
     def verdict(self, arm: str) -> str:
-        """Say in a few words whether an arm differs from scratch at the endpoint."""
+        """Describe whether an arm differs from scratch."""
         found = self.primary(arm)
         if found is None:
             return "not measured"
@@ -227,7 +227,7 @@ class Analysis:
         )
 
     def labels_sentence(self, arm: str) -> str:
-        """Describe the labels saved, beside those that scratch does not need either."""
+        """Describe the labels saved beside those of scratch."""
         saved, alone = self.saved(arm), self.saved(SCRATCH)
         if saved.share is None:
             measured = self._measured(arm, saved.everything)
@@ -261,18 +261,18 @@ def rounded_p(p: float) -> str:
 
 
 def significance(p: float) -> str:
-    """Format a p value with its name: 'p = 0.031' or 'p < 0.001'."""
+    """Format a named p value: 'p = 0.031' or 'p < 0.001'."""
     text = rounded_p(p)
     return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
 def interval(e: Effect) -> str:
-    """Format an interval in points: '[low, high]', open where there are too few pairs."""
+    """Format an interval in points, '[-, -]' without one."""
     if not math.isfinite(e.low):
         return "[-, -]"
     return f"[{100 * e.low:+.1f}, {100 * e.high:+.1f}]"
 
 
 def count(number: int, noun: str) -> str:
-    """Format a number with its noun: '1 label', '2 labels'."""
+    """Format a number with its noun: '2 labels'."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

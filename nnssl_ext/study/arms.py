@@ -1,4 +1,4 @@
-"""The arms of a study."""
+"""Define the arms of a study."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nnssl_ext.study.protocol import SCRATCH, TITLES, TOTAL
 
 @dataclass(frozen=True)
 class Arm:
-    """One side of the comparison.
+    """Describe one side of the comparison.
 
     Attributes:
         name: Name in the report. ``METHOD+RECIPE`` where recipes of fine-tuning are compared.
@@ -36,19 +36,19 @@ class Arm:
 
     @property
     def weights_name(self) -> str:
-        """Return the name that arms with the same pretrained weights share."""
+        """Return the name of the arm's pretrained weights."""
         return self.name.partition("+")[0]
 
     @property
     def own_rate(self) -> float | None:
-        """Return the learning rate that the arm's recipe fixes, if it does."""
+        """Return the learning rate of the arm's own recipe."""
         return self.finetune.get("learning_rate")
 
 
 def arms_of(
     methods: Sequence[str], inits: Sequence[str], total_baseline: int, finetune: Sequence[str] = ()
 ) -> list[Arm]:
-    """Build the arms that the command line names. Scratch comes first.
+    """Build the arms of the command line, scratch first.
 
     Args:
         methods: Trainer names without ``nnsslTrainer_``.

@@ -1,4 +1,4 @@
-"""Notes and warnings that a reader of a study's report needs."""
+"""Write the notes and warnings of a study's report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a study's grid as array jobs of a cluster, through submitit.
+"""Run a study's grid as cluster jobs through submitit.
 
 Each job trains and measures one run, exactly as a local study does. Results are the same files in the same folder, so a
 study may go on locally what it began on a cluster.
@@ -71,7 +71,7 @@ def executor_of(folder: Path, launcher: str, device: str, jobs: int, options: Se
 
 
 def run_job(grid: Grid, run: Run) -> bool:
-    """Train and measure one run on the node of its job. Return whether it succeeded."""
+    """Train and measure one run. Return whether it succeeded."""
 
     def execute(clock: Any) -> int:
         process = start(grid, run, Slot({"nnUNet_n_proc_DA": str(max(1, min(12, cores())))}))
@@ -83,7 +83,9 @@ def run_job(grid: Grid, run: Run) -> bool:
 
 
 def run_on_cluster(grid: Grid, executor: Any, jobs: int, poll: float = POLL_SECONDS) -> None:
-    """Do every unfinished run in jobs. Jobs that an earlier call left running are waited for.
+    """Do every unfinished run in jobs.
+
+    Jobs that an earlier call left running are waited for.
 
     Ctrl-C, SIGTERM and a closed terminal cancel the jobs, which write their checkpoints.
 
@@ -134,7 +136,7 @@ def _conclude(grid: Grid, run: Run, job: Any) -> None:
 
 
 def _left_running(grid: Grid, note: Path) -> dict[Run, Any]:
-    """Find jobs of an earlier call that still work, so that no run is submitted twice."""
+    """Find the running jobs of an earlier call."""
     if not note.is_file():
         return {}
     import submitit

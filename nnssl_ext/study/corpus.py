@@ -1,4 +1,4 @@
-"""Pretraining on another data set than the target's, without its held-out cases.
+"""Pretrain on another data set, without held-out cases.
 
 A corpus may hold a held-out case under another name. Cases are therefore compared by content: preprocessed alike, the
 same image gives the same voxels.
@@ -31,7 +31,7 @@ SAME_EDGE = 0.02
 
 @dataclass(frozen=True)
 class PretrainingData:
-    """A corpus without the cases that a study holds out.
+    """Name a corpus and the cases to pretrain on.
 
     Attributes:
         name: DatasetXXX_NAME.
@@ -49,7 +49,7 @@ class PretrainingData:
 
 
 def signature(folder: Path, case: str) -> tuple[tuple[int, ...], np.ndarray]:
-    """Return shape (D, H, W) and block means of a preprocessed case.
+    """Return shape (D, H, W) and block means of a case.
 
     The means do not depend on scale and offset of the intensities.
     """
@@ -76,7 +76,7 @@ def same_content(first: tuple[tuple[int, ...], np.ndarray], second: tuple[tuple[
 
 
 def find_twins(corpus: Path, target: Path, held_out: Sequence[str]) -> dict[str, str]:
-    """Find corpus cases with the content of a held-out case: corpus case -> held-out case."""
+    """Find corpus cases that equal held-out cases by content."""
     signatures = {case: signature(target, case) for case in held_out}
     found = {}
     for case in sorted(list_cases(corpus)):
@@ -90,7 +90,7 @@ def find_twins(corpus: Path, target: Path, held_out: Sequence[str]) -> dict[str,
 def pretraining_data(
     dataset: str, target: Path, plans: str, configuration: str, held_out: Sequence[str]
 ) -> PretrainingData:
-    """Check a corpus and find the cases to pretrain on.
+    """Check a corpus and choose its cases.
 
     Args:
         dataset: Name or number of the corpus.
@@ -121,7 +121,7 @@ def pretraining_data(
 
 
 def write_pretraining_data(corpus: PretrainingData, folder: Path, plans: dict) -> None:
-    """Write links, plans and the split of a corpus into a study's nnUNet_preprocessed.
+    """Write links, plans and split of a corpus.
 
     Args:
         corpus: As ``pretraining_data`` returns it.

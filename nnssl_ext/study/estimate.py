@@ -1,4 +1,4 @@
-"""Estimate a study's cost from its steps and a few timed steps of its network."""
+"""Estimate a study's cost from a few timed steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WARM_UP, TIMED = 1, 2
 
 @dataclass(frozen=True)
 class Estimate:
-    """The part of a study that is not done yet.
+    """Describe the unfinished part of a study.
 
     Attributes:
         runs: How many trainings.
@@ -75,7 +75,7 @@ def estimate(grid: Grid) -> Estimate:
 def seconds_per_step(
     plans: dict, configuration: str, dataset_json: dict, common: CommonSettings, device: torch.device
 ) -> float:
-    """Time a forward and backward pass of the plan's network on noise, in seconds."""
+    """Time a step of the plan's network on noise."""
     manager = PlansManager(plans)
     config = manager.get_configuration(configuration)
     channels = determine_num_input_channels(manager, config, dataset_json)

@@ -1,4 +1,6 @@
-"""The runs of a study: ordinary trainings in an nnUNet_preprocessed root of their own.
+"""Define a study's runs and their files.
+
+They are ordinary trainings in an nnUNet_preprocessed root of their own::
 
 STUDY/study.json                    protocol
 STUDY/nnUNet_preprocessed/DATASET   links to the user's preprocessed data, plans and splits of the study
@@ -45,7 +47,7 @@ PRETRAINING, DEVELOPMENT, COMPARISON = "pretraining", "development", "comparison
 
 @dataclass(frozen=True)
 class Run:
-    """One training.
+    """Describe one training.
 
     Attributes:
         arm: The run's arm.
@@ -75,7 +77,7 @@ class Run:
 
 @dataclass
 class Grid:
-    """All runs of a study and their files."""
+    """List all runs of a study and their files."""
 
     folder: Path
     protocol: Protocol
@@ -98,7 +100,7 @@ class Grid:
 
     @cached_property
     def folds(self) -> list[dict[str, list[str]]]:
-        """Return nnU-Net's splits: 0 pretrains, then the development runs, then the compared runs."""
+        """Return nnU-Net's splits: pretraining, development, comparison."""
         c = self.cases
         seen = sorted([*c.pool, *c.held_out]) if self.protocol.transductive else c.pool
         folds = [{"train": seen, "val": []}]
@@ -114,7 +116,7 @@ class Grid:
         return read_json(splits, list)[0]["train"]
 
     def plans_name(self, run: Run) -> str:
-        """Return the name of the plans that a run is trained with."""
+        """Return the name of a run's plans."""
         base = f"{self.protocol.plans}_study"
         if run.kind == PRETRAINING:
             return base + (f"_seed_{run.subset}" if run.subset else "")
@@ -134,17 +136,17 @@ class Grid:
 
     @property
     def _protection(self) -> dict[str, float]:
-        """Return the overlays' settings that protect pretrained weights, switched off for scratch."""
+        """Return the protecting settings, switched off for scratch."""
         asked = self.plans.get(PLANS_KEY, {}).get("finetune", {})
         return {name: value for name, value in UNPROTECTED.items() if name in asked}
 
     @property
     def has_total(self) -> bool:
-        """Return whether scratch is also trained for equal total steps."""
+        """Return whether scratch also has equal total steps."""
         return any(arm.name == TOTAL for arm in self.arms)
 
     def pretrainings(self) -> list[Run]:
-        """List every pretraining once: arms that differ in their recipe share theirs."""
+        """List every pretraining once. Arms that differ in their recipe share theirs."""
         runs = [
             self.pretraining(arm, seed)
             for arm in self.arms
@@ -154,7 +156,7 @@ class Grid:
         return list(dict.fromkeys(runs))
 
     def pretraining(self, arm: Arm, subset: int = 0) -> Run:
-        """Return the pretraining that an arm's run of a subset starts from."""
+        """Return the pretraining behind an arm's run."""
         own = Arm(arm.weights_name, method=arm.method)
         return Run(own, PRETRAINING, 0, subset=subset % self.protocol.pretraining_seeds)
 
@@ -184,10 +186,7 @@ class Grid:
         return [Run(arm, COMPARISON, fold, rate, labels, subset) for labels, subset, fold in places]
 
     def rate(self, arm: Arm) -> float:
-        """Return the rate with the best mean Dice on development cases at the primary step.
-
-        Both baselines take the rate of scratch.
-        """
+        """Return the rate with the best Dice on development cases. Both baselines take the rate of scratch."""
         chosen_by = next(a for a in self.arms if a.name == SCRATCH) if arm.name == TOTAL else arm
         used = self._rate_of_done(chosen_by)
         if used is not None:
@@ -203,7 +202,7 @@ class Grid:
         return max(scores, key=lambda rate: scores[rate]) if scores else self.rates(chosen_by)[0]
 
     def score(self, frame: pd.DataFrame, value: str, by: list[str]) -> pd.Series:
-        """Score runs by the primary class, or by the mean over classes."""
+        """Score runs by the primary class or all classes."""
         name = self.protocol.primary_class
         return run_scores(frame[frame["organ"] == name] if name else frame, value, by)
 
@@ -212,7 +211,7 @@ class Grid:
         return {rate: [run for run in runs if run.rate == rate] for rate in self.rates(arm)} if runs else {}
 
     def _rate_of_done(self, arm: Arm) -> float | None:
-        """Return the rate of an arm's compared runs once one is done. It never changes between them."""
+        """Return the rate of an arm's finished runs. It never changes between them."""
         notes = (self.metrics_file(run).with_suffix(".json") for run in self.compared(arm, 0.0))
         return next((float(read_json(note)["rate"]) for note in notes if note.is_file()), None)
 
@@ -233,24 +232,24 @@ class Grid:
         return self.folder / "runs" / run.arm.name / f"{run.name}.csv"
 
     def log_file(self, run: Run) -> Path:
-        """Return the file that holds the output of a run's command."""
+        """Return the file with a run's output."""
         return self.folder / "logs" / run.arm.name / f"{run.name}.txt"
 
     def failure_mark(self, run: Run) -> Path:
-        """Return the file that exists while a run's last attempt failed."""
+        """Return the mark of a run's failed last attempt."""
         return self.log_file(run).with_suffix(".failed")
 
     def failures(self) -> dict[Run, Path]:
-        """Return runs that failed and were not done since, with their logs."""
+        """Return failed runs with their logs."""
         runs = (run for run in self.all_runs() if not self.done(run) and self.failure_mark(run).is_file())
         return {run: self.log_file(run) for run in runs}
 
     def metrics(self, run: Run) -> pd.DataFrame:
-        """Read the metrics of a finished run: columns step, case, organ, dice, nsd."""
+        """Read a run's metrics: step, case, organ, dice, nsd."""
         return pd.read_csv(self.metrics_file(run))
 
     def weights(self, run: Run) -> Path | None:
-        """Return the file that a fine-tuning starts from, None for scratch."""
+        """Return a fine-tuning's weights, None for scratch."""
         if run.arm.init:
             return self.folder / "init" / f"{run.arm.weights_name}.pth"  # a copy, since the file may change
         if not run.arm.method:
@@ -264,7 +263,7 @@ class Grid:
         return self.metrics_file(run).is_file()
 
     def ready(self) -> Iterator[Run]:
-        """Yield unfinished runs that can start, the most urgent first."""
+        """Yield unfinished runs that can start, most urgent first."""
         yield from (run for run in self.pretrainings() if not self.done(run))
         for arm in self.arms:
             yield from (run for run in self.development(arm) if not self.done(run) and self.is_ready(run))
@@ -275,7 +274,7 @@ class Grid:
         yield from (run for run in runs if not self.done(run) and self.is_ready(run))
 
     def rate_is_known(self, arm: Arm) -> bool:
-        """Return whether an arm's learning rate can be chosen. Rates with a failed run are excluded."""
+        """Return whether an arm's rate can be chosen. Rates with a failed run are excluded."""
         arm = next(a for a in self.arms if a.name == SCRATCH) if arm.name == TOTAL else arm
         by_rate = self._development_by_rate(arm)
         if not by_rate or self._rate_of_done(arm) is not None:
@@ -285,7 +284,7 @@ class Grid:
         return any(complete) and all(a or b for a, b in zip(complete, failed, strict=True))
 
     def all_runs(self) -> list[Run]:
-        """List every run. Arms whose rate is still unknown take the first rate."""
+        """List every run. Unknown rates count as the first."""
         runs = self.pretrainings()
         for arm in self.arms:
             runs += self.development(arm)
@@ -312,7 +311,7 @@ class Grid:
         return self.common.epochs * self.common.iterations_per_epoch
 
     def total_steps(self) -> int:
-        """Return the steps of a pretraining and a fine-tuning together."""
+        """Return the steps of pretraining and fine-tuning together."""
         return self.protocol.steps + self.pretraining_steps()
 
     def last_step(self, run: Run) -> int:
@@ -320,7 +319,7 @@ class Grid:
         return self.total_steps() if run.arm.name == TOTAL else self.protocol.steps
 
     def write_plans(self, run: Run) -> None:
-        """Write the plans of a run: the study's plans with the run's own settings."""
+        """Write a run's plans with its own settings."""
         name, p = self.plans_name(run), self.protocol
         section = self.plans.get(PLANS_KEY, {})
         if run.kind == PRETRAINING:
@@ -341,7 +340,7 @@ class Grid:
         write_json({**self.plans, **own}, folder / f"{name}.json")
 
     def command(self, run: Run) -> list[str]:
-        """Return the command of a run. It continues an interrupted one."""
+        """Return a run's command. It continues an interrupted run."""
         words = ["nnUNetv2_train", self._dataset(run), self.protocol.configuration, str(run.fold)]
         words += ["-tr", self._trainer(run), "-p", self.plans_name(run), "-device", self.device]
         kept = self.fold_folder(run)
@@ -351,7 +350,7 @@ class Grid:
         return [*words, "-pretrained_weights", str(weights)] if weights else words
 
     def shown_command(self, run: Run) -> str:
-        """Return the command of a run from its start, for the report."""
+        """Return a run's command from its start."""
         weights = self.weights(run) if run.kind != PRETRAINING else None
         words = [word for word in self.command(run) if word != "--c"]
         if weights and "-pretrained_weights" not in words:

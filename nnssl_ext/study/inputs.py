@@ -1,4 +1,4 @@
-"""The inputs of a study: data, splits, and digests that tell when one of them changed."""
+"""Read a study's inputs and detect their changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nnssl_ext.study.protocol import grouped
 
 
 def keep_files(arms: Sequence[Arm], folder: Path, keep: bool) -> None:
-    """Copy the arms' files and note their digests, or compare with those noted.
+    """Copy the arms' files, or compare their digests.
 
     Raises:
         UserError: If an arm's file or recipe is another one than its runs started from.
@@ -54,7 +54,7 @@ def keep_files(arms: Sequence[Arm], folder: Path, keep: bool) -> None:
 
 
 def keep_inputs(inputs: dict[str, str], path: Path, keep: bool) -> None:
-    """Note the digests of what all runs share, or compare with those noted.
+    """Note the digests of shared inputs, or compare them.
 
     Raises:
         UserError: If one of them has changed since the study began.
@@ -76,7 +76,7 @@ def digest_of(content: Any) -> str:
 
 
 def digest_of_cases(source: Path, data: Path, cases: Sequence[str]) -> str:
-    """Compute a digest of label maps and of the sizes of preprocessed files.
+    """Digest label maps and sizes of preprocessed files.
 
     Raises:
         UserError: If a file is missing.
@@ -108,7 +108,7 @@ def data_folder(source: Path, plans: str, configuration: str) -> Path:
 
 
 def pool_size(dataset: str, plans: str, configuration: str, fold: int, group_by: str = "") -> int:
-    """Count the labeled groups of a data set that are not held out."""
+    """Count the labeled groups that are not held out."""
     source = dataset_folder(dataset)
     data = data_folder(source, plans, configuration)
     _, pool = held_out_and_pool(source, data, fold, group_by)
@@ -118,7 +118,7 @@ def pool_size(dataset: str, plans: str, configuration: str, fold: int, group_by:
 
 
 def held_out_and_pool(source: Path, data: Path, fold: int, group_by: str = "") -> tuple[list[str], list[str]]:
-    """Return the validation and training cases of a fold, without writing anything.
+    """Return a fold's validation and training cases.
 
     The data set's own split is taken, or the one that nnU-Net would make. Where that divides a group, the groups are
     split by nnU-Net's rule instead.
@@ -148,7 +148,7 @@ def held_out_and_pool(source: Path, data: Path, fold: int, group_by: str = "") -
 
 
 def classes_of(data: Path, cases: Sequence[str]) -> dict[str, set]:
-    """Read the classes that each labeled case shows, as nnU-Net's preprocessing noted them.
+    """Read the classes that each labeled case shows.
 
     A case with nothing but the ignore label is not labeled.
 

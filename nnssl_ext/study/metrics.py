@@ -1,4 +1,4 @@
-"""Dice and normalised surface Dice of a fold's predictions, case by case and class by class."""
+"""Measure Dice and surface Dice of a fold's predictions."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ TOLERANCE = 2.0
 
 
 def tolerance_of(dataset: str) -> float:
-    """The surface tolerance in mm of ``DatasetXXX_NAME``: the Decathlon's for its tasks, else ``TOLERANCE``."""
+    """Return a data set's surface tolerance in mm."""
     return DECATHLON_TOLERANCE.get(re.sub(r"^Dataset\d{3}_", "", dataset), TOLERANCE)
 
 
 def fold_metrics(
     validation: Path, truth: Path, dataset_json: Mapping[str, Any], tolerance: float, reader: BaseReaderWriter
 ) -> pd.DataFrame:
-    """Measure a validation folder: columns case, organ, dice, nsd. NaN without the class.
+    """Measure a folder: case, organ, dice, nsd.
+
+    NaN where neither side has the class.
 
     Args:
         validation: With the predictions and nnU-Net's summary.json.
@@ -54,7 +56,9 @@ def fold_metrics(
 def normalised_surface_dice(
     predicted: np.ndarray, expected: np.ndarray, spacing: tuple[float, ...], tolerance: float
 ) -> float:
-    """Share of both surfaces that lies within ``tolerance`` of the other (Nikolov et al., arXiv 1809.04430), by MONAI.
+    """Compute the share of both surfaces within ``tolerance``.
+
+    Nikolov et al., arXiv 1809.04430, by MONAI.
 
     Args:
         predicted, expected: (D, H, W) bool.
@@ -77,7 +81,7 @@ def normalised_surface_dice(
 
 
 def run_scores(frame: pd.DataFrame, value: str, by: list[str]) -> pd.Series:
-    """A run's score: the mean over cases of each class, then over classes, as nnU-Net's foreground mean.
+    """Average over cases, then classes, as nnU-Net does.
 
     Args:
         frame: Rows of one metric per case and organ.
@@ -88,6 +92,6 @@ def run_scores(frame: pd.DataFrame, value: str, by: list[str]) -> pd.Series:
 
 
 def read_labels(path: Path, reader: BaseReaderWriter) -> tuple[np.ndarray, tuple[float, ...]]:
-    """A label map (D, H, W) and its spacing in mm, D H W."""
+    """Read a label map (D, H, W) and its spacing."""
     labels, properties = reader.read_seg(str(path))
     return labels[0], tuple(float(edge) for edge in properties["spacing"])

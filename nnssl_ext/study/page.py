@@ -1,4 +1,4 @@
-"""A result page: one self-contained HTML file, and its Markdown twin."""
+"""Write a result page as HTML and Markdown."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Picture:
 
 @dataclass
 class Section:
-    """A part of a page. Text is escaped when the page is written.
+    """Hold a part of a page. Text is escaped later.
 
     Attributes:
         title: Heading.
@@ -60,7 +60,7 @@ class Section:
 
 @dataclass
 class Page:
-    """A page: the summary on top, what limits it, then the sections."""
+    """Hold a page: summary, limits, sections."""
 
     title: str
     subtitle: str
@@ -72,7 +72,7 @@ class Page:
 
 
 def render(path: Path, page: Page) -> Path:
-    """Write a self-contained HTML page. Text from files is escaped."""
+    """Write a self-contained HTML page with escaped text."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nnssl_ext.study", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -83,7 +83,7 @@ def render(path: Path, page: Page) -> Path:
 
 
 def render_markdown(path: Path, page: Page) -> Path:
-    """Write the page as Markdown, with its pictures in a folder of the same name."""
+    """Write the page and its pictures as Markdown."""
     folder = path.with_suffix("")
     shutil.rmtree(folder, ignore_errors=True)
     number = 0

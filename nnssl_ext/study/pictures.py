@@ -27,7 +27,7 @@ TILE = 320
 
 
 def colors(names: Iterable[str]) -> dict[str, str]:
-    """Assign each arm its color, the same wherever the same arms are shown."""
+    """Assign each arm its color, equal on all pages."""
     others = cycle(OTHERS)
     return {name: COLORS[name] if name in COLORS else next(others) for name in names}
 
@@ -41,7 +41,7 @@ def png(figure: Figure) -> bytes:
 
 
 def forest(rows: Sequence[tuple[str, Effect]], label: str, row_height: float = 0.34) -> bytes:
-    """Draw a forest plot: one difference with its 95 % interval per row.
+    """Draw a forest plot: one difference with interval per row.
 
     Args:
         rows: Name and effect of each comparison. Open intervals are drawn as a point alone.
@@ -78,7 +78,7 @@ def curves(label: str, lines: Mapping[str, Sequence[float]]) -> bytes:
 
 
 def with_intervals(label: str, arms: Mapping[str, Mapping[int, Sequence[float]]]) -> bytes:
-    """Draw Dice over budgets or steps with 95 % intervals of the mean.
+    """Draw Dice with intervals over budgets or steps.
 
     The range is drawn where there are too few runs for an interval.
 
@@ -110,16 +110,13 @@ def with_intervals(label: str, arms: Mapping[str, Mapping[int, Sequence[float]]]
 
 
 def interval_or_range(scores: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval of the mean of R scores, or the range of too few."""
+    """Return the 95 % interval of a mean. It is the range where there are too few scores."""
     low, high = sign_flip_interval(scores)
     return (low, high) if np.isfinite(low) else (float(scores.min()), float(scores.max()))
 
 
 def bars(values: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
-    """Draw mean Dice per class as bars and cases as dots.
-
-    ``values``: class -> arm -> one value per case.
-    """
+    """Draw mean Dice per class, and cases as dots. ``values``: class -> arm -> one value per case."""
     figure, axis = plt.subplots(figsize=(WIDTH, 1.0 + 0.55 * len(values)), constrained_layout=True)
     for place, arms in enumerate(values.values()):
         for offset, (arm, dice) in zip((-0.2, 0.2), arms.items(), strict=True):
@@ -160,7 +157,7 @@ def tile(image: np.ndarray, labels: np.ndarray | None, color: str, box: tuple[sl
 
 
 def busiest_slice(labels: np.ndarray) -> tuple[int, tuple[slice, slice]]:
-    """Return the axial slice (D, H, W) with most labeled voxels, and a box around them."""
+    """Return the axial slice with most labels and its box."""
     index = int(np.argmax((labels > 0).sum((1, 2))))
     plane, box = labels[index] > 0, []
     for axis in (0, 1):

@@ -1,4 +1,4 @@
-"""The protocol of a label-efficiency study, fixed before the first run.
+"""Fix the protocol of a study before its first run.
 
 It is written into the study's folder once and read back by every later call, so that no result can change it. Arms may
 be added to a finished study. Anything else makes another study.
@@ -29,7 +29,7 @@ ATTEMPTS = 1000
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything that defines a study, as JSON values.
+    """Define a study in JSON values.
 
     Attributes:
         dataset: DatasetXXX_NAME.
@@ -79,7 +79,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Cases:
-    """The role of each case. All lists are sorted.
+    """List the role of each case, sorted.
 
     Attributes:
         held_out: Predicted by every run, seen by no stage.
@@ -127,7 +127,7 @@ def grouped(cases: Sequence[str], pattern: str) -> dict[str, list[str]]:
 
 
 def draw_cases(protocol: Protocol, held_out: Sequence[str], pool: Sequence[str], classes: Mapping[str, set]) -> Cases:
-    """Draw development cases and nested label subsets that show every class.
+    """Draw development cases and nested label subsets.
 
     Args:
         protocol: The study's protocol.
@@ -169,7 +169,7 @@ def draw_cases(protocol: Protocol, held_out: Sequence[str], pool: Sequence[str],
 def _covering_order(
     groups: Sequence[str], shown: Mapping[str, set], number: int, seed: tuple[int, ...], needed: bool = True
 ) -> list[str]:
-    """Draw a random order whose first ``number`` groups show every class.
+    """Draw an order whose first groups show every class.
 
     Raises:
         UserError: If none is found. Without ``needed`` any order will do then.
@@ -190,7 +190,7 @@ def _covering_order(
 
 
 def keep_protocol(protocol: Protocol, path: Path, keep: bool = True) -> None:
-    """Write the protocol (with ``keep``), or compare it with the one on disk.
+    """Write the protocol, or compare it with the file.
 
     Raises:
         UserError: If the folder holds another study.

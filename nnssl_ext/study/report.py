@@ -1,4 +1,4 @@
-"""Write a study's report as HTML and Markdown, and its table of numbers."""
+"""Write a study's report and its table of numbers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _summary(grid: Grid, dice: Analysis) -> Table:
 
 
 def _forest(grid: Grid, dice: Analysis) -> list[Picture]:
-    """Draw the differences to scratch: at every budget, and of equal total steps at the endpoint."""
+    """Draw the differences to scratch."""
     p = grid.protocol
     rows = []
     for arm in dice.tested_arms:
@@ -99,7 +99,7 @@ def _forest(grid: Grid, dice: Analysis) -> list[Picture]:
 
 
 def _curves(grid: Grid, dice: Analysis) -> list[Section]:
-    """Draw Dice over budgets and over steps, where there are several."""
+    """Draw Dice over budgets and steps."""
     p, names = grid.protocol, [arm.name for arm in grid.arms]
     plots = []
     if len(p.snapshots) > 1:
@@ -190,7 +190,7 @@ def _per_class(grid: Grid, dice: Analysis) -> Table:
 
 
 def _every_run(grid: Grid, dice: Analysis) -> Section:
-    """Show the numbers under the tests: a paired run a row, an arm a column."""
+    """Show a paired run a row, an arm a column."""
     p, rows = grid.protocol, []
     for labels in p.labels:
         scores = [
@@ -207,7 +207,7 @@ def _every_run(grid: Grid, dice: Analysis) -> Section:
 
 
 def _held_out_cases(grid: Grid, dice: Analysis) -> list[Section]:
-    """Show the best, median and worst held-out case of the first tested arm."""
+    """Show the best, median and worst held-out case."""
     p = grid.protocol
     shown = [
         arm for arm in grid.arms if arm.name != TOTAL and 0 in dice.score(arm.name, p.primary_labels, p.primary_step)
@@ -236,7 +236,7 @@ def _held_out_cases(grid: Grid, dice: Analysis) -> list[Section]:
 def case_tiles(
     image: np.ndarray | None, truth: np.ndarray, labels: dict[str, np.ndarray], dices: dict[str, float]
 ) -> list[Picture]:
-    """Draw the ground truth and each arm's labels in one axial slice, one tile each.
+    """Draw ground truth and labels in one axial slice.
 
     Args:
         image: (D, H, W), or None for an empty background.
@@ -263,7 +263,7 @@ def _prediction_folder(grid: Grid, arm: Arm) -> Path:
 
 
 def _image(grid: Grid, case: str) -> np.ndarray | None:
-    """Read the raw image of a held-out case, where nnUNet_raw has it."""
+    """Read a case's raw image, if there is one."""
     ending = read_json(grid.preprocessed / "dataset.json")["file_ending"]
     name = case.removesuffix(ending)
     raw = Path(os.environ.get("nnUNet_raw", "")) / grid.protocol.dataset / "imagesTr" / f"{name}_0000{ending}"
@@ -320,7 +320,7 @@ def _commands(grid: Grid) -> Section:
 
 
 def _study_command(grid: Grid) -> str:
-    """Return the command of this study, without options that do not change its numbers."""
+    """Return the command that repeats this study's numbers."""
     p = grid.protocol
     words = ["nnssl_ext", "study", "-d", p.dataset, "-c", p.configuration, "-p", p.plans, "-device", grid.device]
     words += ["--methods", SCRATCH, *dict.fromkeys(arm.weights_name for arm in grid.arms if arm.method)]

@@ -1,4 +1,4 @@
-"""Read the results of stock nnU-Net's runs as tables."""
+"""Read results of stock nnU-Net's runs as tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from nnssl_ext.recipe import read_json
 
 
 def case_dice(validation: Path, dataset_json: dict) -> pd.DataFrame:
-    """Dice per case and class of a validation: columns case, organ, dice (NaN where neither side has any).
+    """Read Dice per case and class: case, organ, dice.
+
+    NaN where neither side has the class.
 
     Args:
         validation: A folder with nnU-Net's summary.json.
@@ -31,7 +33,7 @@ def case_dice(validation: Path, dataset_json: dict) -> pd.DataFrame:
 
 
 def training_log(checkpoint_file: Path) -> dict[str, list[float]]:
-    """The log inside a checkpoint of stock nnU-Net or of ours: a value per epoch and key.
+    """Read the log in a checkpoint: values by key.
 
     Raises:
         UserError: If the file cannot be read without executing pickles.

@@ -1,4 +1,4 @@
-"""Run a study's grid: resumable, in parallel, and past failed runs."""
+"""Run a grid in parallel, resumable and past failures."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ KEEP = ".keep_checkpoints"
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for one run at a time, as environment variables."""
+    """Hold the environment variables of one place for runs."""
 
     variables: dict[str, str]
 
 
 def slots(device: str, jobs: int) -> list[Slot]:
-    """List the places of this machine: ``jobs`` on each GPU, or ``jobs`` that share the CPU."""
+    """List the places of this machine. There are ``jobs`` on each GPU, or ``jobs`` that share the CPU."""
     available = cores()
     if device == "cuda":
         import torch
@@ -97,7 +97,7 @@ def run_grid(grid: Grid, places: Sequence[Slot]) -> None:
 
 
 def leave_if_stopped(grid: Grid, signals: EndSignals) -> None:
-    """End this process with one line if a signal asked for it."""
+    """End this process if a signal asked for it."""
     if signals.received:
         runs = grid.all_runs()
         print(
@@ -225,7 +225,7 @@ def perform(grid: Grid, run: Run, execute: Callable[[_Clock], int | None]) -> fl
 
 
 def start(grid: Grid, run: Run, slot: Slot) -> subprocess.Popen:
-    """Start the command of a run. Its output is appended to the run's log."""
+    """Start a run's command. Output goes to its log."""
     log = grid.log_file(run)
     log.parent.mkdir(parents=True, exist_ok=True)
     grid.write_plans(run)
@@ -241,7 +241,7 @@ def start(grid: Grid, run: Run, slot: Slot) -> subprocess.Popen:
 
 
 def wait(process: subprocess.Popen, clock: _Clock) -> int:
-    """Wait for a command and note its time. Return its status."""
+    """Wait for a command and note its time."""
     while True:
         try:
             return process.wait(NOTE_SECONDS)
@@ -284,14 +284,14 @@ def environment(grid: Grid, run: Run, slot: Slot) -> dict[str, str]:
 
 
 def validated(grid: Grid, run: Run) -> bool:
-    """Return whether a run's command has finished all of its work."""
+    """Return whether a run's command has finished."""
     if run.kind == PRETRAINING:
         return grid.done(run)
     return (grid.fold_folder(run) / "validation" / "summary.json").is_file()
 
 
 def keep_metrics(grid: Grid, run: Run, seconds: float) -> None:
-    """Measure a run's predictions, write the metrics, and delete its checkpoints."""
+    """Measure a run's predictions and delete its checkpoints."""
     fold, file = grid.fold_folder(run), grid.metrics_file(run)
     dataset_json = read_json(grid.preprocessed / "dataset.json")
     folders = {int(path.name.rpartition("_")[2]): path for path in fold.glob("validation_step_*")}
@@ -317,14 +317,16 @@ def drop_predictions(grid: Grid, run: Run) -> None:
 
 
 def drop_checkpoints(grid: Grid, run: Run) -> None:
-    """Delete the checkpoints of a measured run unless the study keeps them."""
+    """Delete a measured run's checkpoints, unless kept."""
     if not (grid.folder / KEEP).exists():
         for checkpoint in grid.fold_folder(run).glob("checkpoint_*.pth"):
             checkpoint.unlink()
 
 
 def _die_with_parent() -> Callable[[], None]:
-    """Return a function that ends a run with the study's process (Linux).
+    """Return a function that ties a run to this process.
+
+    No two runs ever share a folder then (Linux).
 
     No two runs ever share a folder then.
     """

@@ -1,4 +1,4 @@
-"""Inference over paired runs: exact tests, exact intervals, labels and steps saved.
+"""Infer over paired runs: exact tests and intervals.
 
 The unit is the paired run: the same label subset and seed, with and without pretraining. Cases of one trained network
 share that run's luck. A test over cases finds effects where there are none (``benchmarks/simulation.py`` shows how
@@ -43,7 +43,9 @@ class Effect:
 
 
 def effect(differences: Sequence[float], level: float = 0.95) -> Effect:
-    """Compute mean, exact interval and exact two-sided p of R paired differences.
+    """Compute mean, exact interval and exact p.
+
+    They are of R paired differences; p is two-sided.
 
     Raises:
         ValueError: Without any difference, or with one that is not finite.
@@ -84,7 +86,9 @@ def random_effect(differences: Sequence[Sequence[float]], level: float = 0.95) -
 
 
 def sign_flip_p(differences: Sequence[float] | np.ndarray) -> float:
-    """Compute the two-sided p of the mean under random signs (Fisher, The Design of Experiments, 1935).
+    """Compute the two-sided p under random signs.
+
+    Fisher, The Design of Experiments, 1935.
 
     It is exact if each difference is symmetric about zero without a gain. Signs are enumerated up to ``MAX_EXACT``
     pairs, otherwise drawn with a fixed seed.
@@ -93,7 +97,7 @@ def sign_flip_p(differences: Sequence[float] | np.ndarray) -> float:
 
 
 def sign_flip_ps(studies: np.ndarray) -> np.ndarray:
-    """Compute ``sign_flip_p`` of many studies at once: (S, R) -> (S,)."""
+    """Compute ``sign_flip_p`` of many studies: (S, R) -> (S,)."""
     pairs = studies.shape[1]
     # the first sign stays: flipping all signs changes no absolute sum
     signs = np.ones((2 ** (pairs - 1), pairs)) if pairs <= MAX_EXACT else np.ones((DRAWN, pairs))
@@ -110,12 +114,14 @@ def sign_flip_ps(studies: np.ndarray) -> np.ndarray:
 
 
 def _bits(numbers: np.ndarray, width: int) -> np.ndarray:
-    """Return binary digits, the last one first: (N,) -> (N, width)."""
+    """Return binary digits, last first: (N,) -> (N, width)."""
     return (numbers[:, None] >> np.arange(width)) & 1
 
 
 def sign_flip_interval(differences: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Compute the interval that belongs to the sign-flip test (Hartigan, JASA 64:1303, 1969).
+    """Compute the interval of the sign-flip test.
+
+    Hartigan, JASA 64:1303, 1969.
 
     The means of all 2^R - 1 non-empty subsets cut the line into 2^R pieces. Each holds the center of symmetry with the
     same probability. The interval leaves out equally many pieces at both ends. Below six pairs no 95 % interval exists:
@@ -141,7 +147,7 @@ def _subset_means(values: np.ndarray) -> np.ndarray:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Adjust p values by Holm's method, in the order given (Scandinavian Journal of Statistics 6:65, 1979)."""
+    """Adjust p values by Holm's method. Scandinavian Journal of Statistics 6:65, 1979."""
     order = np.argsort(p)
     adjusted, highest = np.empty(len(p)), 0.0
     for place, index in enumerate(order):
@@ -151,7 +157,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def case_wilcoxon(differences: Sequence[float]) -> float:
-    """Compute the two-sided Wilcoxon signed-rank p over cases, which is about these networks only."""
+    """Compute Wilcoxon's p over cases of these networks."""
     values = np.asarray(differences, dtype=float)
     values = values[np.isfinite(values)]
     if len(values) < 2 or not values.any():
@@ -175,7 +181,7 @@ class LabelsSaved:
 
 
 def labels_saved(against_all: Mapping[int, Effect], everything: int, margin: float = MARGIN) -> LabelsSaved:
-    """Find the smallest budget that loses less than ``margin`` Dice against scratch with all labels.
+    """Find the smallest budget that suffices.
 
     Args:
         against_all: Budget n -> the effect of arm(n) - scratch(all).
@@ -189,5 +195,5 @@ def labels_saved(against_all: Mapping[int, Effect], everything: int, margin: flo
 
 
 def steps_to_reach(curve: Mapping[int, float], target: float) -> int | None:
-    """Return the first snapshot whose Dice is at least ``target``, None if none is."""
+    """Return the first snapshot that reaches ``target``."""
     return next((step for step in sorted(curve) if curve[step] >= target), None)

@@ -1,4 +1,4 @@
-"""A label-efficiency study, from the command line's words to its grid of runs."""
+"""Build a study's grid from its protocol."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from nnssl_ext.training.finetuning.components import finetune_settings
 
 
 def checked_recipes(overlays: Sequence[str]) -> list[Recipe]:
-    """Read the command line's recipes and settings, and check names and types.
+    """Read and check recipes and settings.
 
     Raises:
         UserError: For an unknown one.
@@ -47,7 +47,7 @@ def checked_recipes(overlays: Sequence[str]) -> list[Recipe]:
 
 
 def optimizer_of(source: Path, plans: str, configuration: str, overlays: Sequence[str]) -> str:
-    """Return the fine-tuner's optimizer of a data set's plans with overlays."""
+    """Return the fine-tuner's optimizer of plans with overlays."""
     derived = derive_plans(read_json(source / f"{plans}.json"), plans, checked_recipes(overlays), [configuration])
     _, sections = split_sections(derived.get(PLANS_KEY, {}), SCHEMAS, f"plans {plans}")
     settings: FinetuneSettings = sections["finetune"]
@@ -56,7 +56,7 @@ def optimizer_of(source: Path, plans: str, configuration: str, overlays: Sequenc
 
 @dataclass
 class Study:
-    """A study. ``prepare`` it, then run its grid.
+    """Check a study and prepare its grid.
 
     Args:
         folder: Holds everything that the study writes.
@@ -79,7 +79,7 @@ class Study:
         self.source = dataset_folder(self.protocol.dataset)
 
     def prepare(self, keep: bool = True) -> Grid:
-        """Check everything, then write protocol (with ``keep``), links, plans and splits.
+        """Check everything, then write protocol, links and plans.
 
         Raises:
             UserError: For the first thing that cannot work. Nothing is written then.

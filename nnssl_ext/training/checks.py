@@ -1,4 +1,4 @@
-"""Everything that can be wrong before the first step, found before anything is written."""
+"""Find everything that cannot work before anything is written."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class Checked:
-    """A run whose input has been looked at.
+    """Validated inputs of a run.
 
     Attributes:
         common: Settings that all methods share.
@@ -64,7 +64,7 @@ def check_run(
     dataset_json: dict,
     device: torch.device,
 ) -> Checked:
-    """Check plans, settings, network, cases and folders of one run.
+    """Check plans, settings, network, cases and folders.
 
     Raises:
         UserError: One line about the first thing that cannot work.
@@ -108,7 +108,10 @@ def check_run(
 def check_plans(
     method: type[Method], plans: dict, configuration: str, dataset_json: dict
 ) -> tuple[CommonSettings, Any, DataGeometry, int]:
-    """The part of ``check_run`` that needs only the plans: settings, geometry and batch size, the network's limits."""
+    """Check what depends on the plans alone.
+
+    Return the common settings, the method's settings, the data geometry and the batch size.
+    """
     where = f"plans {plans['plans_name']}"
     if reason := unusable(configuration, configuration_of(plans, configuration), "pretrain"):
         raise UserError(reason)
@@ -139,10 +142,7 @@ def target_backbone(
     outputs: int,
     checkpointing: bool = False,
 ) -> Backbone:
-    """Build ``target_network`` as a backbone.
-
-    Raises one line for a network of unknown kind or wrong arguments.
-    """
+    """Build ``target_network`` as a backbone. Raises one line for a network of unknown kind or wrong arguments."""
     try:
         backbone = backbone_of(target_network(plans_manager, configuration_manager, input_channels, outputs))
     except (ValueError, TypeError) as error:
@@ -153,7 +153,7 @@ def target_backbone(
 
 
 def check_backbone(method: type[Method], manager: PlansManager, configuration: str, channels: int) -> None:
-    """One line if the method needs of the network what it has not."""
+    """Refuse a network that lacks what the method needs."""
     with torch.device("meta"):
         backbone = target_backbone(manager, manager.get_configuration(configuration), channels, 2)
     try:
@@ -185,7 +185,7 @@ def _index(folder: Path, channels: int, max_unreadable_fraction: float) -> CaseI
 
 
 def _training_cases(base: Path, cases: list[str], fold: int | str) -> int:
-    """Count the training cases of a fold, as nnU-Net will split them."""
+    """Count the training cases of a fold, as nnU-Net splits them."""
     if fold == "all":
         return len(cases)
     splits = base / "splits_final.json"

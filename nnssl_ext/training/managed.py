@@ -1,4 +1,4 @@
-"""ManagedTrainer: nnU-Net's trainer with a run that survives interruptions, damaged files and lost workers.
+"""Run nnU-Net's trainer past interruptions, damaged files and lost workers.
 
 It owns the run's folder, signals, checkpoints, ``--c``, the epoch loop and the ending. The trainers of pretraining and
 of fine-tuning derive from it and fill a few hooks.
@@ -40,7 +40,7 @@ from nnssl_ext.training.wrapping import mixed_precision
 
 
 class ManagedTrainer(nnUNetTrainer):
-    """Stock nnU-Net's trainer around a managed run.
+    """Manage a run of stock nnU-Net's trainer.
 
     Attributes:
         common: Settings that all trainers share.
@@ -89,7 +89,9 @@ class ManagedTrainer(nnUNetTrainer):
     def check(
         self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device
     ) -> tuple[CommonSettings, str]:
-        """Check all input before anything is written. Return the common settings and the precision.
+        """Check all input before anything is written.
+
+        Return the common settings and the precision.
 
         Raises:
             UserError: One line about the first thing that cannot work.
@@ -98,12 +100,12 @@ class ManagedTrainer(nnUNetTrainer):
     @property
     @abstractmethod
     def steps_per_epoch(self) -> int:
-        """Return the optimizer steps of an epoch. The last epoch may have fewer."""
+        """Return the optimizer steps of an epoch. The last may have fewer."""
 
     @property
     @abstractmethod
     def total_steps(self) -> int:
-        """Optimizer steps of the run."""
+        """Return the optimizer steps of the run."""
 
     @abstractmethod
     def checkpoint_content(self, paths: list[Path]) -> dict[str, Any]:
@@ -111,7 +113,7 @@ class ManagedTrainer(nnUNetTrainer):
 
     @abstractmethod
     def restore_content(self, content: dict[str, Any], source: str) -> None:
-        """Put the trainer into the state that a checkpoint holds.
+        """Restore the state from a checkpoint.
 
         Args:
             content: Content of the checkpoint.
@@ -123,10 +125,10 @@ class ManagedTrainer(nnUNetTrainer):
 
     @abstractmethod
     def is_sound(self) -> bool:
-        """Check that the state is worth keeping: nothing in it has become infinite or NaN."""
+        """Check that the state is finite and worth keeping."""
 
     def gather_outputs(self) -> list[dict[str, Any]]:
-        """Return the outputs of the steps of this epoch, over all processes."""
+        """Gather the outputs of this epoch's steps from all processes."""
         return self.outputs
 
     def after_step(self) -> None:
@@ -169,7 +171,7 @@ class ManagedTrainer(nnUNetTrainer):
 
     @contextmanager
     def _entered(self) -> Iterator[None]:
-        """Lock the folder, keep what an earlier run left, and take the right checkpoint."""
+        """Lock the folder and load the right checkpoint."""
         lock: AbstractContextManager = self.folder.locked() if self.local_rank == 0 else nullcontext()
         with lock, self.writer:
             found = self.folder.checkpoints()
@@ -193,7 +195,7 @@ class ManagedTrainer(nnUNetTrainer):
         dist.barrier()  # stock's own
 
     def _training_steps(self) -> list[dict[str, Any]]:
-        """Do the remaining steps of an epoch and return the outputs of all its steps.
+        """Do the remaining steps of an epoch. Return all outputs.
 
         Raises:
             UserError: If data or numbers do not allow to continue. All steps before are then in checkpoint_latest.pth.
@@ -221,7 +223,7 @@ class ManagedTrainer(nnUNetTrainer):
         return min((self.current_epoch + 1) * self.steps_per_epoch, self.total_steps)
 
     def next_epoch(self) -> int:
-        """Return the epoch to continue with: this one, if its steps or their evaluation are not done."""
+        """Return the epoch to continue with. It is this one until its steps and their evaluation are done."""
         done = self.step >= self._last_step_of_epoch() and not self.outputs
         return self.current_epoch + int(done)
 
@@ -249,18 +251,18 @@ class ManagedTrainer(nnUNetTrainer):
 
     @abstractmethod
     def epoch_lines(self) -> list[tuple[Any, ...]]:
-        """Return what the log says of an epoch beside its losses."""
+        """Return an epoch's log lines beside its losses."""
 
     @abstractmethod
     def is_best(self) -> bool:
-        """Check whether the newest epoch is the best one so far, and remember it."""
+        """Check whether the newest epoch is the best so far."""
 
     def latest_is_due(self, best: bool) -> bool:
         """Check whether checkpoint_latest.pth is due after this epoch."""
         return (self.current_epoch + 1) % self.save_every == 0
 
     def on_train_end(self) -> None:
-        """Write the final checkpoint. If that fails, all others stay.
+        """Write the final checkpoint. If that fails, keep all others.
 
         Stock removes checkpoint_latest.pth in any case, an earlier run's too.
         """
@@ -277,18 +279,18 @@ class ManagedTrainer(nnUNetTrainer):
         self.dataloader_train = self.dataloader_val = None
 
     def leave_if_asked(self) -> None:
-        """Write a checkpoint and end the process if a signal or the time limit asks for it."""
+        """Write a checkpoint and end the process, if asked to."""
         reason = self.interruption.agreed(self.step)
         if reason:
             self.leave(reason, self.keep_progress())
 
     def leave_if_asked_alone(self) -> None:
-        """The same while one process waits, which several processes cannot decide together."""
+        """Call ``leave_if_asked`` where there is one process only."""
         if world() == 1:
             self.leave_if_asked()
 
     def leave(self, reason: str, kept: bool) -> NoReturn:
-        """End the process with status 0 and the line that tells how to continue.
+        """End the process and log how to continue.
 
         Args:
             reason: Why.
@@ -303,13 +305,13 @@ class ManagedTrainer(nnUNetTrainer):
         raise SystemExit(0)
 
     def keep_progress(self) -> bool:
-        """Write checkpoint_latest.pth within an epoch. Return whether it was written."""
+        """Write checkpoint_latest.pth within an epoch. Return whether that worked."""
         self.outputs = self.gather_outputs()
         self.save_checkpoint(str(self.folder.path / LATEST))
         return self.writer.wait() and not self.disable_checkpointing
 
     def save_checkpoint(self, *filenames: str) -> None:
-        """Write checkpoints of the run as it is: the first process's, unless they are switched off.
+        """Write checkpoints from the first process, unless switched off.
 
         Raises:
             UserError: If one cannot be written, or the one before could not be, unless the settings say to go on.
@@ -353,7 +355,7 @@ class ManagedTrainer(nnUNetTrainer):
         )
 
     def stock_state(self) -> dict[str, Any]:
-        """Return what stock keeps in a checkpoint to continue from it."""
+        """Return stock's state to continue from."""
         scaler = self.grad_scaler
         return {
             "optimizer_state": self.optimizer.state_dict(),
@@ -363,7 +365,7 @@ class ManagedTrainer(nnUNetTrainer):
         }
 
     def stock_identity(self) -> dict[str, Any]:
-        """Return what stock keeps in a checkpoint to predict with it."""
+        """Return stock's entries to predict with."""
         return {
             "init_args": self.my_init_kwargs,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
@@ -389,11 +391,11 @@ class ManagedTrainer(nnUNetTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """Build the target trainer's network, which stock's prediction needs to load a checkpoint."""
+        """Build the target trainer's network, as stock's prediction needs it."""
         return target_network(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
 
     def autocast(self) -> AbstractContextManager:
-        """Mixed precision on this run's device."""
+        """Return a context of mixed precision."""
         return torch.autocast(self.device.type, self.amp_dtype) if self.amp_dtype is not None else nullcontext()

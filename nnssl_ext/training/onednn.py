@@ -1,4 +1,4 @@
-"""A workaround for oneDNN's wrong weight gradients of thin bfloat16 maps on CPUs."""
+"""Work around wrong weight gradients of oneDNN in bfloat16."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class TwoSliceConv3d(nn.Conv3d):
-    """A convolution with right weight gradients on CPUs in bfloat16 for maps of two slices.
+    """Convolve maps of two slices with right weight gradients.
 
     The bug: where a kernel of three slides along an axis of two slices, oneDNN 3.13 (in torch 2.15) computes the
     gradient of the weights from memory that was never written. The error is as large as the gradient and not always

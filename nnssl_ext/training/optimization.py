@@ -1,4 +1,4 @@
-"""Make optimizers from recipes, and compute rates as pure functions of the step."""
+"""Build optimizers and compute learning rates per step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATES = {"sgd": 1, "adam": 2, "adamw": 2}
 def build_optimizer(
     recipe: OptimizerRecipe, groups: Iterable[ParameterGroup], learning_rate: float
 ) -> torch.optim.Optimizer:
-    """Build a recipe's optimizer. Each of its groups keeps its scales for ``set_rates``."""
+    """Build a recipe's optimizer. Each group keeps its scales for ``set_rates``."""
     groups = list(groups)
     described: list[dict[str, Any]] = [
         {
@@ -49,7 +49,7 @@ def build_optimizer(
 
 
 def set_rates(optimizer: torch.optim.Optimizer, recipe: OptimizerRecipe, peak: float, step: int, steps: int) -> None:
-    """Set the learning rate and weight decay of every group for one step.
+    """Set learning rate and weight decay for one step.
 
     Args:
         optimizer: From ``build_optimizer``.
@@ -66,14 +66,14 @@ def set_rates(optimizer: torch.optim.Optimizer, recipe: OptimizerRecipe, peak: f
 
 
 def clip_gradients(modules: Iterable[Sequence[Tensor]], max_norm: float) -> Tensor:
-    """Clip the gradient norm of each module. Return the total norm before, ()."""
+    """Clip each module's gradient norm. Return the total norm, ()."""
     norms = [torch.nn.utils.clip_grad_norm_(parameters, max_norm) for parameters in modules]
     # the norm of no gradients is 0 on the CPU
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
 def weight_decay_at(recipe: OptimizerRecipe, step: int, steps: int) -> float:
-    """Return the weight decay at a step, along half a cosine to its final value."""
+    """Return the weight decay at a step. It follows half a cosine to its final value."""
     if recipe.final_weight_decay is None:
         return recipe.weight_decay
     share = (1 - math.cos(math.pi * step / max(1, steps))) / 2
@@ -81,7 +81,7 @@ def weight_decay_at(recipe: OptimizerRecipe, step: int, steps: int) -> float:
 
 
 def learning_rate_at(recipe: OptimizerRecipe, peak: float, step: int, steps: int) -> float:
-    """Return the learning rate at a step: linear warmup to ``peak``, then the schedule, which ends at zero."""
+    """Return the learning rate at a step. Linear warmup to ``peak``, then the schedule, which ends at zero."""
     warmup = round(recipe.warmup * steps)
     if step < warmup:
         return peak * (step + 1) / warmup

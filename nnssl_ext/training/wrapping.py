@@ -1,4 +1,4 @@
-"""Compile a method, wrap it for several processes, and choose precision and memory format."""
+"""Compile and wrap a method, and choose its precision."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nnssl_ext.training.distributed.ranks import world
 
 
 def wrap_for_training(method: Method, device: torch.device, compiled: bool) -> nn.Module:
-    """Return the callable that a training step runs. Its parameters are the method's own."""
+    """Return the callable of a training step. Its parameters are the method's own."""
     if world() > 1:
         # in place, so that the method keeps its parameters; batch statistics are those of the global batch
         (nn.SyncBatchNorm.convert_sync_batchnorm if device.type == "cuda" else synchronize)(method)
@@ -33,7 +33,9 @@ def wrap_for_training(method: Method, device: torch.device, compiled: bool) -> n
 def set_memory_format(
     method: nn.Module, memory_format: str, device: torch.device, precision: torch.dtype | None
 ) -> None:
-    """Set the memory format of convolution weights. Values are equal in either format, up to rounding.
+    """Set the memory format of convolution weights.
+
+    Values are equal in either format, up to rounding.
 
     Call this before the optimizer is made and the method is wrapped.
 
@@ -52,7 +54,7 @@ def set_memory_format(
 
 
 def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
-    """Give a loaded optimizer state its weights' memory format. Fused optimizers read both in memory order."""
+    """Give optimizer state the memory format of its weights. Fused optimizers read both in memory order."""
     for weight, values in optimizer.state.items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor) and value.shape == weight.shape and value.stride() != weight.stride():

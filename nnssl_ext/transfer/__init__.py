@@ -1,1 +1,1 @@
-"""Transfer of pretrained weights from anywhere into the network of any nnU-Net plans."""
+"""Transfer pretrained weights into networks of any plans."""

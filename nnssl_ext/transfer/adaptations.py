@@ -1,4 +1,6 @@
-"""Fit one tensor to another shape: pure functions, each with the response that it keeps.
+"""Fit one tensor to another shape, by pure functions.
+
+Each keeps a response, which its docstring names.
 
 O output and I input channels, k kernel edges, N tokens, E width of a token.
 """
@@ -15,11 +17,11 @@ from nnssl_ext.networks.positions import resize_positions
 
 
 class MisfitError(ValueError):
-    """A change of a tensor's shape for which there is no rule."""
+    """Report a change of shape without a rule."""
 
 
 def input_channels(weight: Tensor, channels: int) -> Tensor:
-    """Fit a first layer to another number of image channels: (O, I, *k) -> (O, channels, *k).
+    """Fit a first layer to other channels: (O, I, *k) -> (O, channels, *k).
 
     More channels repeat the source's in turn, each divided by the number of its repetitions. Fewer take the mean of
     all, multiplied by I / channels. An image whose channels are all alike then gives the same response.
@@ -33,7 +35,7 @@ def input_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def kernel(weight: Tensor, size: Sequence[int]) -> Tensor:
-    """Fit a convolution to another kernel: (O, I, *k) -> (O, I, *size), axis by axis.
+    """Fit a convolution's kernel axis by axis: (O, I, *k) -> (O, I, *size).
 
     To one voxel the kernel is summed. From one voxel it is placed at the center of zeros. A volume that is constant
     along that axis then gives the same response (where no padding is seen).
@@ -57,7 +59,9 @@ def kernel(weight: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def upsampling_kernel(weight: Tensor, size: Sequence[int]) -> Tensor:
-    """Fit a transposed convolution whose kernel is its stride: (I, O, *k) -> (I, O, *size), axis by axis.
+    """Fit a transposed convolution: (I, O, *k) -> (I, O, *size).
+
+    Its kernel is its stride.
 
     The kernel's mean along the axis is repeated. A constant map is then brought to the same mean.
     """
@@ -69,7 +73,9 @@ def upsampling_kernel(weight: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def overlapping_channels(weight: Tensor, initial: Tensor, parts: int = 1) -> Tensor:
-    """Copy the channels of ``weight`` over those of ``initial``. The other axes must be alike.
+    """Copy the channels of ``weight`` over ``initial``.
+
+    The other axes must be alike.
 
     Args:
         weight: (A, B, ...) or (A,).
@@ -89,7 +95,7 @@ def overlapping_channels(weight: Tensor, initial: Tensor, parts: int = 1) -> Ten
 
 
 def patch_kernel(weight: Tensor, size: Sequence[int]) -> Tensor:
-    """Fit a patch embedding to another patch size: (E, I, *k) -> (E, I, *size).
+    """Fit a patch embedding: (E, I, *k) -> (E, I, *size).
 
     Pseudo-inverse resize (Beyer et al., FlexiViT, arXiv 2212.08013), one axis after the other. The token of a patch is
     kept when the patch is resized with the volume: exactly when it grows, in least squares when it shrinks.
@@ -103,7 +109,7 @@ def patch_kernel(weight: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def resizing_matrix(old: int, new: int) -> Tensor:
-    """Compute the matrix that resizes a line of voxels: (new, old), rows of sum 1.
+    """Compute the matrix that resizes a line: (new, old).
 
     Linear interpolation when it grows. The mean over the voxels that a new one covers when it shrinks.
     """
@@ -117,7 +123,7 @@ def resizing_matrix(old: int, new: int) -> Tensor:
 
 
 def positions(table: Tensor, grid: Sequence[int], target: Sequence[int], prefix: int = 0) -> Tensor:
-    """Fit learned positions to another token grid: (1, prefix + N, E) -> (1, prefix + N', E).
+    """Fit learned positions: (1, prefix + N, E) -> (1, prefix + N', E).
 
     Raises:
         MisfitError: If the table does not have the grid's tokens.

@@ -1,4 +1,4 @@
-"""Match stages of the source with stages of the target."""
+"""Match stages of source and target."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ UNMATCHED = 1.0
 
 
 def resolutions(spacing: Sequence[float], strides: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
-    """Compute each stage's millimeters per voxel: voxel spacing times cumulative stride, per axis."""
+    """Compute each stage's millimeters per voxel and axis."""
     result: list[tuple[float, ...]] = []
     current = tuple(float(edge) for edge in spacing)
     for stride in strides:
@@ -21,7 +21,7 @@ def resolutions(spacing: Sequence[float], strides: Sequence[Sequence[int]]) -> l
 
 
 def align(source: Mapping[int, Sequence[float]], target: Mapping[int, Sequence[float]]) -> dict[int, int | None]:
-    """Match each stage of the target with the source's stage of the nearest resolution, or None.
+    """Match each target stage with the source stage of nearest resolution.
 
     Of all matchings that keep the order and use no stage twice, the one with the least sum of distances is taken. A
     distance is the median over the axes, in octaves, so that one thick axis does not decide. Equal medians are told
@@ -48,7 +48,7 @@ def align(source: Mapping[int, Sequence[float]], target: Mapping[int, Sequence[f
 
 
 def align_by_index(source: Sequence[int], target: Sequence[int]) -> dict[int, int | None]:
-    """Match each stage of the target with the source's stage of the same number."""
+    """Match stages of the same number."""
     return {stage: stage if stage in source else None for stage in target}
 
 

@@ -1,4 +1,4 @@
-"""Compare the data of a source with the data of a target, and plan like the source."""
+"""Compare source and target data, and plan alike."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ EQUAL_SPACING = 1.1
 
 
 def differences(source: SourceGeometry, target: SourceGeometry) -> list[str]:
-    """Describe where the source's normalization, spacing and modality differ from the target's, and by how much.
-
-    What one side does not record is not compared.
-    """
+    """Describe differences in normalization, spacing and modality. What one side does not record is not compared."""
     found = []
     if source.normalization and target.normalization and set(source.normalization) ^ set(target.normalization):
         there, here = _listed(source.normalization), _listed(target.normalization)
@@ -45,7 +42,9 @@ def _listed(values: Sequence[str]) -> str:
 def plans_like(
     plans: Mapping[str, Any], geometry: SourceGeometry, name: str, configurations: Sequence[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Give plans the spacing, normalization and patch of a source. The data must be preprocessed again.
+    """Give plans a source's spacing, normalization and patch.
+
+    The data must be preprocessed again.
 
     Args:
         plans: A data set's plans.

@@ -1,4 +1,4 @@
-"""Export a finished pretraining: a Hugging Face folder, safetensors, nnU-Net's zip."""
+"""Export a pretraining as folder, safetensors or zip."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PACKED = ("progress.png", "../plans.json", "../dataset.json", "../dataset_finger
 
 
 def finished_run(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Load the checkpoint of a pretraining run, given as a file or its fold folder.
+    """Load a pretraining checkpoint from file or fold folder.
 
     Raises:
         UserError: If there is none, or it is not that of a pretraining.
@@ -52,7 +52,7 @@ def finished_run(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def export_folder(content: Mapping[str, Any], folder: Path, name: str, license_name: str, safetensors: bool) -> None:
-    """Write the folder that is uploaded to Hugging Face, completely or not at all.
+    """Write the folder for Hugging Face, whole or not.
 
     Args:
         content: The content of a pretraining checkpoint.
@@ -90,7 +90,7 @@ def export_folder(content: Mapping[str, Any], folder: Path, name: str, license_n
 
 
 def model_card(content: Mapping[str, Any], name: str, license_name: str) -> str:
-    """Write the README of a model on Hugging Face, from what the run recorded."""
+    """Write a model's README from its records."""
     own, plan, arguments = content["nnssl_ext"], content["nnssl_adaptation_plan"], content["init_args"]
     configuration = _configuration(plan)
     weights = canonical_weights(content["network_weights"])
@@ -127,7 +127,7 @@ def training_command(content: Mapping[str, Any]) -> str:
 
 
 def prepare_zip(file: Path, content: Mapping[str, Any]) -> str:
-    """Add what nnUNetv2_export_model_to_zip needs beside a pretraining run, and return the command that packs it.
+    """Complete a run for zipping. Return the command.
 
     Stock packs validation/summary.json of every fold. A pretraining has no segmentation to validate, so its own
     summary is put there.
@@ -152,7 +152,7 @@ def prepare_zip(file: Path, content: Mapping[str, Any]) -> str:
 
 
 def _identity(content: Mapping[str, Any]) -> tuple[str, str, str]:
-    """List data set, configuration and fold, as the command line names them."""
+    """List data set, configuration and fold."""
     arguments = content["init_args"]
     return dataset_word(arguments["plans"]["dataset_name"]), arguments["configuration"], str(arguments["fold"])
 

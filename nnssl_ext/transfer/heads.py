@@ -1,4 +1,4 @@
-"""Match the outputs of two segmentation networks by the names of their labels or regions."""
+"""Match outputs of two networks by label names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Rows = tuple[tuple[int, int], ...]
 
 
 def output_names(dataset_json: Mapping[str, Any]) -> tuple[tuple[str, ...], bool]:
-    """List the names of a network's output channels in order, and whether they are regions.
+    """List output names, and whether they are regions.
 
     As nnU-Net's LabelManager: without regions one output for each label but 'ignore', by ascending value; with regions
     one for each of them, in the order of dataset.json, without the background.
@@ -23,6 +23,6 @@ def output_names(dataset_json: Mapping[str, Any]) -> tuple[tuple[str, ...], bool
 
 
 def matching_rows(target: Sequence[str], source: Sequence[str]) -> Rows:
-    """Pair the outputs of equal names: the target's row and the source's."""
+    """Pair outputs of equal names: target and source row."""
     places = {name: row for row, name in enumerate(source)}
     return tuple((row, places[name]) for row, name in enumerate(target) if name in places)

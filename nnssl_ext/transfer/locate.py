@@ -1,4 +1,4 @@
-"""Locate pretrained weights: a file, a folder, a known source or a repository of Hugging Face."""
+"""Locate pretrained weights here or on Hugging Face."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ _LOCAL = re.compile(r".*(\.(pth?|ckpt|tar|t?gz|zip|bin|model|safetensors|pkl|npz
 
 @dataclass(frozen=True)
 class Located:
-    """A file with weights, and the adaptation plan that lies beside it ({} if none does)."""
+    """Hold a weights file and the plan beside it."""
 
     weights: Path
     plan: dict[str, Any]
 
 
 def locate(text: str) -> Located:
-    """Find the weights that ``text`` names, and download them if they are in a Hugging Face repository.
+    """Find the weights that ``text`` names.
+
+    Those in a Hugging Face repository are downloaded.
 
     Args:
         text: A file; a folder with checkpoint_final.pth or model.safetensors; ``owner/name``, ``owner/name@revision``

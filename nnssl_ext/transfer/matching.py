@@ -1,4 +1,4 @@
-"""Match tensors of the target with tensors of the source, by names alone."""
+"""Match tensors of target and source by name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def by_name(targets: Iterable[str], sources: Iterable[str]) -> dict[str, Match]:
 
 
 def heads(targets: Iterable[str], sources: Iterable[str], labels: bool) -> dict[str, Match]:
-    """Match segmentation heads, where both sides know the labels of their outputs."""
+    """Match segmentation heads where labels are known."""
     present, result = set(sources), {}
     for name in targets:
         if HEADS in f".{name}":
@@ -136,7 +136,7 @@ def _layer(layer: str, partner: str | None, rule: str, reason: str) -> dict[str,
 
 
 def transformer(targets: Iterable[str], sources: Iterable[str], first_layers: Iterable[str]) -> dict[str, Match]:
-    """Match by name, with the rules that positions, the stem and Primus's decoder need."""
+    """Match a transformer's tensors by name and rule."""
     result = by_name(targets, sources)
     for name in image_readers(result, list(first_layers)):
         result[name] = Match(result[name].source, "image patches", result[name].reason)

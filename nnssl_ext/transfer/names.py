@@ -1,4 +1,4 @@
-"""Canonical names of tensors, and the networks that they describe."""
+"""Reduce tensor names and recognize networks by them."""
 
 from __future__ import annotations
 
@@ -34,10 +34,7 @@ _FAMILIES = {
 
 
 def canonical_name(name: str) -> str:
-    """Reduce a tensor's name to its first alias.
-
-    nnU-Net's networks have up to four names for one tensor.
-    """
+    """Reduce a tensor's name to its first alias. nnU-Net's networks have up to four names for one tensor."""
     name = name.replace("_orig_mod.", "")
     while name.startswith("module."):
         name = name.removeprefix("module.")
@@ -48,7 +45,7 @@ def canonical_name(name: str) -> str:
 
 
 def canonical_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Reduce a state dict to one name for each tensor. Of aliases that differ the last wins, as in torch."""
+    """Reduce a state dict to one name per tensor. Of aliases that differ the last wins, as in torch."""
     result: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         first = result.setdefault(canonical_name(name), tensor)
@@ -72,13 +69,13 @@ def differing_aliases(weights: Mapping[str, Tensor]) -> list[str]:
 
 
 def family_of(names: Iterable[str]) -> str:
-    """Recognize the family of a network by its names without wrappers. '' for an unknown one."""
+    """Recognize a network's family by names, else ''."""
     names = list(names)
     return next((family for family, known in _FAMILIES.items() if any(map(known.match, names))), "")
 
 
 def without_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the words of wrappers, where what remains are names of a known family."""
+    """Remove wrappers' words before names of known families."""
     shorter = dict(weights)
     for _ in range(4):
         if family_of(shorter):
@@ -94,7 +91,7 @@ def _unwrapped(name: str) -> str:
 
 @dataclass
 class UNet:
-    """Layers of a U-Net of dynamic-network-architectures, by the names of its tensors.
+    """List a U-Net's layers by the names of its tensors.
 
     Attributes:
         stem: The convolution that reads the image.
@@ -111,7 +108,7 @@ class UNet:
     residual: bool = False
 
     def path(self, stage: int) -> list[str]:
-        """List the layers of a stage that its features pass one after the other."""
+        """List the layers that a stage's features pass."""
         return [layer for part, layer in self.stages[stage].items() if not part.endswith("skip")]
 
     @property
@@ -120,7 +117,7 @@ class UNet:
 
 
 def unet_of(names: Iterable[str]) -> UNet | None:
-    """Find the U-Net that canonical names describe. None for other networks."""
+    """Find the U-Net that names describe, else None."""
     names = list(names)
     layers = [name.removesuffix(".conv.weight") for name in names if name.endswith(".conv.weight")]
     result, last = UNet(), -1

@@ -1,4 +1,4 @@
-"""Read other people's files: tensors and plain values only. A pickle is never executed."""
+"""Read foreign files without ever executing a pickle."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "mask_token")
 
 
 def read_source(text: str) -> PretrainedWeights:
-    """Read pretrained weights from a file, a folder, a Hugging Face repository or a known source.
+    """Read pretrained weights from any source.
 
     Raises:
         UserError: If there is nothing, it needs more than tensors and plain values, or its kind is not known.
@@ -111,7 +111,7 @@ def _own(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Pretraine
 
 
 def _untrained(weights: Mapping[str, Tensor], trained: Any) -> frozenset[str]:
-    """List the tensors that a pretraining left at their initial values, from the names that it trained."""
+    """List tensors that pretraining left untrained."""
     if not isinstance(trained, list):
         return frozenset()
     seen = {names.canonical_name(name) for name in trained if isinstance(name, str)}
@@ -119,7 +119,7 @@ def _untrained(weights: Mapping[str, Tensor], trained: Any) -> frozenset[str]:
 
 
 def _own_safetensors(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> PretrainedWeights | None:
-    """Read a file of ``nnssl_ext export --safetensors``, and the plan beside it."""
+    """Read our exported safetensors and the plan beside it."""
     own, raw = content.get(NOTE), content.get("network_weights")
     if not isinstance(own, dict) or not _is_state_dict(raw):
         return None
@@ -173,7 +173,7 @@ def _stock(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Pretrai
 
 
 def _recorded(content: dict[str, Any], path: Path, read: Mapping[str, Any]) -> dict[str, Any]:
-    """Read geometry and outputs from the plans that nnU-Net keeps in its checkpoints."""
+    """Read geometry and outputs from a checkpoint's plans."""
     arguments = content.get("init_args") or {}
     result: dict[str, Any] = {}
     try:
@@ -191,7 +191,7 @@ def _recorded(content: dict[str, Any], path: Path, read: Mapping[str, Any]) -> d
 
 
 def _state_dict(content: dict[str, Any]) -> dict[str, Tensor] | None:
-    """Find the state dict in a file of any framework: bare, or up to three levels deep."""
+    """Find a state dict, up to three levels deep."""
     for _ in range(3):
         if _is_state_dict(content):
             return content
@@ -216,10 +216,7 @@ def _bare(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Pretrain
 
 
 def _pct_net(raw: Mapping[str, Tensor], path: Path) -> PretrainedWeights:
-    """Read MIS-FM's file.
-
-    Its norms have counted batches in the resolution modes that were trained.
-    """
+    """Read MIS-FM's file. Its norms have counted batches in the resolution modes that were trained."""
     read = _renamed(raw, pct_net.published_name)
     trained = pct_net.trained_modes(read["weights"])
     if trained:
@@ -233,7 +230,7 @@ def _pct_net(raw: Mapping[str, Tensor], path: Path) -> PretrainedWeights:
 
 
 def _vision_transformer(raw: Mapping[str, Tensor], path: Path) -> PretrainedWeights:
-    """Read the encoder of 3DINO's vision transformer, without the objective's heads."""
+    """Read 3DINO's encoder without the objective's heads."""
     inside = any(_bare_name(name).startswith("backbone.") for name in raw)
     encoder = {name: tensor for name, tensor in raw.items() if not inside or "backbone." in name}
     note = "The source is an encoder: the decoder stays at its initial values."
@@ -243,7 +240,9 @@ def _vision_transformer(raw: Mapping[str, Tensor], path: Path) -> PretrainedWeig
 def _renamed(
     raw: Mapping[str, Tensor], rename: Callable[[str], str] = str, notes: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Reduce a state dict to canonical names, and keep the file's own names of what was renamed.
+    """Reduce a state dict to canonical names.
+
+    The file's own names of what was renamed are kept.
 
     Args:
         raw: The state dict of a file.

@@ -37,7 +37,7 @@ class Row:
 
 @dataclass
 class Report:
-    """Rows of all tensors, unused tensors of the source, factors of scaled weights, and remarks."""
+    """Collect rows, unused tensors, factors and remarks."""
 
     rows: list[Row]
     unused: dict[str, int] = field(default_factory=dict)
@@ -51,21 +51,21 @@ class Report:
 
     @property
     def filled(self) -> int:
-        """Count the trained values of the target that come from the source."""
+        """Count the target's trained values from the source."""
         return sum(row.filled for row in self.rows)
 
     @property
     def encoder_share(self) -> float:
-        """Measure how much of the encoder comes from the source, 0 to 1."""
+        """Return the encoder's share from the source, 0 to 1."""
         encoder = [row for row in self.rows if row.encoder]
         return sum(row.filled for row in encoder) / max(sum(row.parameters for row in encoder), 1)
 
     def filled_by(self, action: str) -> int:
-        """Count the trained values that come from the source, of the tensors with this action."""
+        """Count the values from the source by action."""
         return sum(row.filled for row in self.rows if row.action == action)
 
     def as_dict(self) -> dict[str, Any]:
-        """Convert to JSON values, for the file that is written."""
+        """Convert to JSON values."""
         return {
             "rows": [{**asdict(row), "shape": list(row.shape)} for row in self.rows],
             "unused": self.unused,

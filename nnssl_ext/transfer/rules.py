@@ -1,4 +1,4 @@
-"""Fit a tensor of the source to the target's shape, and report how."""
+"""Fit tensors to the target's shapes by rules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nnssl_ext.transfer.heads import Rows
 
 @dataclass(frozen=True)
 class Context:
-    """Options and facts that the rules need beside the tensors.
+    """Hold the options and facts that rules need.
 
     Attributes:
         overlap: Copy the channels that both sides have where widths differ.
@@ -49,7 +49,7 @@ class Fitted:
 
 
 def fit(tensor: Tensor, initial: Tensor, rule: str, context: Context) -> Fitted:
-    """Fit a tensor of the source to a tensor of the target.
+    """Fit a source tensor to a target tensor.
 
     Args:
         tensor: The source's.

@@ -1,4 +1,4 @@
-"""Pretrained weights, and what their file records about them."""
+"""Describe pretrained weights and what their file records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HALVING = ("ResEncL", "NoSkipResEncL")
 
 @dataclass(frozen=True)
 class SourceGeometry:
-    """The data that the source's network was trained on, as far as its file records it.
+    """Describe the source's data as far as recorded.
 
     Attributes:
         spacing: Millimeters per voxel; None if it was not fixed or is not known.
@@ -38,7 +38,7 @@ class SourceGeometry:
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """Pretrained weights and what is known of them.
+    """Hold pretrained weights and what is known of them.
 
     Attributes:
         path: The file they were read from.
@@ -88,7 +88,9 @@ def geometry(
     halving: bool = False,
     channel_names: Any = None,
 ) -> SourceGeometry:
-    """Build a geometry from values of any kind. Missing strides come from the decoder's up-sampling kernels.
+    """Build a geometry from values of any kind.
+
+    Missing strides come from the decoder's up-sampling kernels.
 
     Args:
         configuration: A configuration of plans, as a file gives it.

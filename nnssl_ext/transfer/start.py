@@ -1,4 +1,4 @@
-"""Start a training from foreign weights: fill networks that exist already, and load heads by label."""
+"""Start a training from foreign weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nnssl_ext.transfer.transfer import TargetNetwork, transfer
 def fill_networks(
     networks: Iterable[nn.Module], text: str, spacing: Sequence[float], patch_size: Sequence[int]
 ) -> Report:
-    """Fill networks of one structure with pretrained weights, as ``nnssl_ext transfer`` does.
+    """Fill networks of one structure with pretrained weights.
 
     Args:
         networks: Networks at their initial values, such as student and teacher. One that is given twice is filled once.
@@ -39,7 +39,7 @@ def fill_networks(
 
 
 def pretrained_weights_argument(arguments: Sequence[str]) -> Path | None:
-    """Find the file of ``-pretrained_weights`` in a command line of ``nnUNetv2_train``."""
+    """Find the file of ``-pretrained_weights`` in a command."""
     for word, value in zip(arguments, [*arguments[1:], ""], strict=True):
         if word == "-pretrained_weights":
             return Path(value)
@@ -49,7 +49,7 @@ def pretrained_weights_argument(arguments: Sequence[str]) -> Path | None:
 
 
 def load_heads(network: nn.Module, file: Path) -> list[str]:
-    """Load the segmentation heads that a file of ``nnssl_ext transfer`` filled by label.
+    """Load heads that ``nnssl_ext transfer`` filled by label.
 
     Stock nnU-Net's loader skips heads. Other files have heads of other labels: they are left out.
 

@@ -1,4 +1,4 @@
-"""Build the network of a data set's plans, and write the filled network."""
+"""Build a plan's network, and write the filled one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nnssl_ext.transfer.transfer import TargetNetwork
 
 @dataclass(frozen=True)
 class TargetPlans:
-    """Plans, one of their configurations, and the trainer that builds its network."""
+    """Name plans, a configuration and a trainer."""
 
     plans: PlansManager
     configuration_name: str
@@ -88,7 +88,7 @@ def build_target(to: TargetPlans, seed: int) -> TargetNetwork:
 
 
 def check_free(path: Path) -> None:
-    """Refuse a file that exists or a folder that does not.
+    """Refuse an existing file or a missing folder.
 
     Raises:
         UserError: In either case.
@@ -102,7 +102,7 @@ def check_free(path: Path) -> None:
 def write(
     path: Path, target: TargetNetwork, to: TargetPlans, source: PretrainedWeights, report: Report, seed: int
 ) -> None:
-    """Write the filled network. The file is a source for further transfers too.
+    """Write the filled network, a source for further transfers.
 
     Raises:
         UserError: If the file exists or cannot be written.

@@ -1,4 +1,4 @@
-"""Fill a live network with pretrained weights, with a report."""
+"""Fill a network with pretrained weights and report it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class TargetNetwork:
-    """A network as a trainer built it, and the data that it will be trained on.
+    """Hold a built network and its future data.
 
     Attributes:
         network: At its initial values.
@@ -75,19 +75,19 @@ class TargetNetwork:
 
     @property
     def first_layers(self) -> list[str]:
-        """List the canonical names of the layers that see the image's channels."""
+        """List the layers that see the image's channels."""
         layers: Any = getattr(self.network, "keys_to_in_proj", ())
         return [canonical_name(f"{layer}.").removesuffix(".") for layer in layers]
 
     @property
     def strides(self) -> list[Sequence[int]] | None:
-        """Return the strides of each encoder stage. None for a network without stages."""
+        """Return the encoder stages' strides, None without stages."""
         encoder: Any = getattr(self.network, "encoder", None)
         return getattr(encoder, "strides", None)
 
     @property
     def backbone(self) -> Backbone | None:
-        """Return uniform access to the network. None for a network of an unknown kind."""
+        """Return the backbone, None for unknown networks."""
         try:
             return backbone_of(self.network)
         except ValueError:
@@ -103,7 +103,7 @@ def transfer(
     initial_lengths: bool = False,
     allow_partial: bool = False,
 ) -> Report:
-    """Fill the target's network with what fits of the source.
+    """Fill the target's network with fitting tensors.
 
     Args:
         source: The pretrained weights.
@@ -209,7 +209,7 @@ def match(source: PretrainedWeights, target: TargetNetwork, alignment: str) -> t
 def _aligned_heads(
     ours: UNet, theirs: UNet, stages: Mapping[int, int | None], targets: Mapping[str, Tensor]
 ) -> dict[str, Match]:
-    """Match heads as the decoder stages that they read: they are numbered from the coarsest stage on."""
+    """Match heads by the decoder stages that they read. They are numbered from the coarsest stage on."""
     last = {id(net): max(net.stages) - 1 for net in (ours, theirs)}
     result = {}
     for name in targets:
@@ -273,7 +273,7 @@ def _fit_all(
 
 
 def _encoder_tensors(target: TargetNetwork) -> set[int]:
-    """Collect the encoder's parameters. Of a network of an unknown kind: all but those of the heads."""
+    """Collect the encoder's parameters. Of an unknown network, all but those of the heads."""
     if target.backbone is not None:
         return {id(parameter) for parameter in target.backbone.encoder_parameters()}
     return {id(tensor) for name, tensor in target.tensors.items() if HEADS not in f".{name}"}

@@ -1,4 +1,4 @@
-"""Intensity views of a batch: drawn on the CPU, applied on the device.
+"""Draw intensity views on the CPU, apply them on the device.
 
 B batch, V views of a sample, C channel, D H W voxels.
 """
@@ -22,14 +22,14 @@ __all__ = ["CustomIntensitySettings", "Exclusive", "IntensityDraw", "IntensitySe
 
 
 def default(name: str, value: Any, source: str = "") -> Any:
-    """Declare a setting of ``IntensitySettings`` again, with another default value."""
+    """Declare a setting again, with another default."""
     inherited = next(field for field in fields(IntensitySettings) if field.name == name)
     return setting(value, **{**inherited.metadata, "source": source})
 
 
 @dataclass(frozen=True)
 class CustomIntensitySettings(IntensitySettings):
-    """Base of lists that differ from nnU-Net's: one gamma that changes statistics, no blur, no low resolution."""
+    """Base of lists that differ from nnU-Net's. One gamma that changes statistics, no blur, no low resolution."""
 
     noise: list[float] = default("noise", [0.0, 0.3])
     blur_probability: float = default("blur_probability", 0.0, source="0.2 in nnU-Net")
@@ -52,7 +52,10 @@ class Exclusive:
     probability: float
 
     def choose(self, settings: IntensitySettings, uniform: np.ndarray, chosen: np.ndarray) -> None:
-        """Overwrite the columns of the group in ``chosen`` (images, kinds), drawn from ``uniform`` of that shape."""
+        """Overwrite the group's columns in ``chosen`` (images, kinds).
+
+        They are drawn from ``uniform`` of that shape.
+        """
         columns = [n for n, kind in enumerate(settings.in_use) if kind.name in self.names]
         if not columns or not self.probability:
             chosen[:, columns] = False
@@ -141,7 +144,7 @@ class IntensityDraw:
         return IntensityDraw(steps, self.volumes, end - begin)
 
     def apply(self, batch: Tensor) -> Tensor:
-        """Apply all augmentations to (B, C, D, H, W) or (B, V, C, D, H, W) in place."""
+        """Apply all augmentations in place. (B, C, D, H, W) or (B, V, C, D, H, W)"""
         volumes = batch.view(-1, *batch.shape[-3:])
         if has_kernels(volumes.device, volumes.shape[1:]):
             for kind, chosen in self.steps:
@@ -157,7 +160,7 @@ class IntensityDraw:
         return batch
 
     def apply_definition(self, volumes: Tensor) -> None:
-        """Apply the definitions to (B V C, D, H, W) in place, each to all of its volumes at once."""
+        """Apply the definitions to (B V C, D, H, W) in place. Each takes all of its volumes at once."""
         sent = pack_to_device([tensor for _, chosen in self.steps for tensor in chosen[:2]], volumes.device)
         for (kind, chosen), rows, values in zip(self.steps, sent[::2], sent[1::2], strict=True):
             moved = chosen._replace(rows=rows, values=values)

@@ -1,4 +1,6 @@
-"""The list of intensity views. Each is one class: its settings, its draw and its effect.
+"""List the intensity views, one class each.
+
+A class holds settings, draw and effect.
 
 To add one, write its class and name it among the bases of ``IntensitySettings``.
 
@@ -70,7 +72,7 @@ class Augmentation:
 
     @classmethod
     def apply(cls, volumes: Tensor, chosen: Chosen) -> None:
-        """Change volumes (N, D, H, W) in place: the definition on every device."""
+        """Change volumes (N, D, H, W) in place, on every device."""
         raise NotImplementedError
 
     @classmethod
@@ -80,7 +82,7 @@ class Augmentation:
 
 
 def _two_sided(limits: Sequence[float], uniform: np.ndarray) -> np.ndarray:
-    """Draw as nnU-Net's ``BGContrast``: one half of the numbers below 1, one half above."""
+    """Draw half of the numbers below 1, half above. nnU-Net's ``BGContrast`` does so."""
     low, high = limits
     if low >= 1:
         return low + (high - low) * uniform
@@ -178,7 +180,7 @@ class Brightness(Augmentation):
 
 @dataclass(frozen=True)
 class Contrast(Augmentation):
-    """Contrast stretched about the mean, within the range of intensities."""
+    """Stretch contrast about the mean, within the range."""
 
     name = "contrast"
     contrast_probability: float = setting(
@@ -280,7 +282,7 @@ class InvertedGamma(Gamma):
 
 @dataclass(frozen=True)
 class Histogram(Augmentation):
-    """A monotone piecewise linear curve over the range of intensities."""
+    """Map intensities by a monotone, piecewise linear curve."""
 
     name = "histogram"
     strengths = POINTS
@@ -326,16 +328,16 @@ class Invert(Augmentation):
 class IntensitySettings(
     Noise, Blur, Sharpen, Brightness, Contrast, LowResolution, Gibbs, InvertedGamma, Gamma, Histogram, Invert
 ):
-    """Settings of all intensity views, applied in the order of the bases. The defaults are nnU-Net's."""
+    """Settings of all intensity views, in order. Defaults are nnU-Net's. The order is that of the bases."""
 
     @cached_property
     def in_use(self) -> list[type[Augmentation]]:
-        """Return the augmentations with a chance above zero, in order."""
+        """Return augmentations with a chance, in order."""
         return [kind for kind in listed(type(self)) if getattr(self, f"{kind.name}_probability")]
 
 
 def listed(kind: type) -> list[type[Augmentation]]:
-    """Return the augmentations that settings are made of, in order."""
+    """Return the augmentations behind settings, in order."""
     if "name" in vars(kind):
         return [kind]
     return [found for base in kind.__bases__ if base not in (Augmentation, object) for found in listed(base)]

@@ -1,4 +1,4 @@
-"""Corruptions of Models Genesis: non-linear intensities, local shuffling, in-painting and out-painting.
+"""Corrupt crops as Models Genesis does.
 
 Zhou et al., "Models Genesis", Medical Image Analysis 67:101840, 2021.
 
@@ -47,7 +47,9 @@ def map_intensities(image: Tensor, controls: np.ndarray, reversed_: bool) -> Non
 
 
 def shuffle_locally(image: Tensor, corners: np.ndarray, edges: np.ndarray, generator: np.random.Generator) -> None:
-    """Shuffle the voxels within each of N windows, which see the original image. One gather does all.
+    """Shuffle the voxels within each of N windows.
+
+    All windows see the original image. One gather does all.
 
     Args:
         image: Changed in place.
@@ -63,7 +65,7 @@ def shuffle_locally(image: Tensor, corners: np.ndarray, edges: np.ndarray, gener
 
 
 def paint(image: Tensor, corners: np.ndarray, edges: np.ndarray, noise: Tensor, *, inside: bool) -> None:
-    """Replace the union of windows (in-painting) or everything else (out-painting) by noise."""
+    """Replace windows, or everything else, by noise."""
     mask = torch.zeros(image.shape[1:], dtype=torch.bool)
     for (z, y, x), (d, h, w) in zip(corners.tolist(), edges.tolist(), strict=True):
         mask[z : z + d, y : y + h, x : x + w] = True

@@ -1,4 +1,4 @@
-"""Volumes from 2-D images: the variable dimension transform and two variants.
+"""Make volumes from 2-D images in three variants.
 
 Zhang et al., arXiv 2201.01426.
 
@@ -38,7 +38,7 @@ def repeated(images: Tensor, depth: int) -> Tensor:
 
 
 def drifting(images: Tensor, random: BatchRandom, depth: int, angle: float, shift: float, zoom: float) -> Tensor:
-    """Stack gray images under an affine map that varies slowly along the depth.
+    """Stack gray images under a slowly varying affine map.
 
     Args:
         images: (B, 3, H, W).

@@ -1,4 +1,4 @@
-"""Views that mix neighboring voxels: blur, sharpening, low resolution, thick slices, Gibbs ringing.
+"""Mix neighboring voxels: blur, resolution, slices and ringing.
 
 N volumes, D H W voxels. Functions take volumes (N, D, H, W) and strengths on the same device. They work in place and
 return the volumes. These are the definitions on every device. ``views.cpu.kernels`` has faster equivalents.
@@ -44,13 +44,13 @@ def blur(volumes: Tensor, deviation: Tensor, spacing: Sequence[float]) -> Tensor
 
 
 def sharpen(volumes: Tensor, amount: Tensor, spacing: Sequence[float], deviation: float = 1.0) -> Tensor:
-    """Add ``amount`` (N,) times the difference to a blurred copy: unsharp masking."""
+    """Add ``amount`` (N,) times the unsharp mask."""
     blurred = blur(volumes.clone(), amount.new_full((len(volumes), 3), deviation), spacing)
     return volumes.addcmul_(volumes - blurred, amount.view(-1, 1, 1, 1))
 
 
 def lower_resolution(volumes: Tensor, zoom: Tensor, spacing: Sequence[float]) -> Tensor:
-    """Sample down to a share of the resolution and back up, trilinearly.
+    """Sample down to a share and back up, trilinearly.
 
     An axis whose voxels are thicker already keeps its resolution while it is coarser than the new finest axis.
 
@@ -63,7 +63,7 @@ def lower_resolution(volumes: Tensor, zoom: Tensor, spacing: Sequence[float]) ->
 
 
 def simulate_thick_slices(batch: Tensor, axis: Tensor, zoom: Tensor) -> Tensor:
-    """Sample one axis of each sample down to a share of its resolution and back up.
+    """Sample one axis down to a share, and back up.
 
     Args:
         batch: (B, C, D, H, W).
@@ -78,7 +78,7 @@ def simulate_thick_slices(batch: Tensor, axis: Tensor, zoom: Tensor) -> Tensor:
 
 
 def gibbs_ringing(volumes: Tensor, cutoff: Tensor) -> Tensor:
-    """Drop spatial frequencies outside an ellipsoid of ``cutoff`` (N,) times Nyquist's."""
+    """Drop frequencies outside ``cutoff`` (N,) times Nyquist's. The region is an ellipsoid."""
     shape = volumes.shape[1:]
     frequencies = [torch.fft.fftfreq(n, device=volumes.device) * 2 for n in shape[:2]]
     frequencies.append(torch.fft.rfftfreq(shape[2], device=volumes.device) * 2)
@@ -88,7 +88,7 @@ def gibbs_ringing(volumes: Tensor, cutoff: Tensor) -> Tensor:
 
 
 def gaussian_taps(deviation: float, length: int) -> list[float]:
-    """Return the weights of a Gaussian at distances 0, 1, ... along an axis of ``length`` voxels."""
+    """Return a Gaussian's weights at distances 0, 1, ... The axis has ``length`` voxels."""
     deviation = max(deviation, MIN_DEVIATION)
     radius = min(max(1, round(TRUNCATE * deviation - 0.25)), length - 1)
     weights = [1.0] + [math.exp(-0.5 * (k / deviation) ** 2) for k in range(1, radius + 1)]
@@ -97,7 +97,7 @@ def gaussian_taps(deviation: float, length: int) -> list[float]:
 
 
 def gaussian_matrices(deviation: Tensor, length: int) -> Tensor:
-    """Return Gaussian filters along an axis with replicated edges as matrices: (N,) -> (N, length, length)."""
+    """Return Gaussian filters as matrices: (N,) -> (N, length, length). Edges are replicated."""
     if length == 1:
         return deviation.new_ones(len(deviation), 1, 1)
     sigma = deviation.clamp_min(MIN_DEVIATION)[:, None, None]
@@ -128,7 +128,7 @@ class Taps(NamedTuple):
 
 @lru_cache(maxsize=256)
 def coarse_taps(small: int, length: int) -> Taps:
-    """Sample ``small`` of ``length`` voxels, the nearest, and interpolate back linearly (torch's conventions)."""
+    """Sample ``small`` of ``length`` voxels and interpolate back. It follows torch's conventions."""
     nearest = F.interpolate(torch.arange(length)[None, None].double(), size=small, mode="nearest-exact")[0, 0].long()
     place = ((torch.arange(length) + 0.5) * (small / length) - 0.5).clamp(0, small - 1)
     below = place.floor().long()
@@ -137,13 +137,13 @@ def coarse_taps(small: int, length: int) -> Taps:
 
 
 def coarse_size(shape: Sequence[int], zoom: float, spacing: Sequence[float]) -> list[int]:
-    """Return the edges of a grid with ``zoom`` times the resolution of the finest axis."""
+    """Return a coarser grid's edges. It has ``zoom`` times the resolution of the finest axis."""
     thickness = [min(spacing) / zoom / edge for edge in spacing]
     return [max(1, round(n / max(1.0, t))) for n, t in zip(shape, thickness, strict=True)]
 
 
 def _resample_axes(volumes: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
-    """Sample each volume (N, D, H, W) down to its size and back up, in place."""
+    """Sample each volume down and back up, in place."""
     result = volumes
     for axis in range(3):
         length = volumes.shape[1 + axis]

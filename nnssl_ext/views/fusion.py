@@ -1,4 +1,6 @@
-"""Fusion maps of VolumeFusion: for each voxel a level 0..K, the share of the foreground crop.
+"""Draw VolumeFusion's maps: a level 0..K per voxel.
+
+A level is the share of the foreground crop.
 
 A layout is drawn on the CPU and painted on the device for the whole batch. Boxes are those of Wang et al.,
 arXiv 2306.16925, the grid that of IEEE TIP 34:6041.
@@ -25,7 +27,10 @@ MAX_BOXES = 52
 
 @dataclass
 class BoxLayout:
-    """Boxes: ``low`` and ``high`` (B, M, 3), ``level`` (B, M), 0 where absent. Later ones cover earlier ones."""
+    """Lay out boxes. Later ones cover earlier ones.
+
+    ``low`` and ``high`` (B, M, 3), ``level`` (B, M), 0 where absent.
+    """
 
     low: Tensor
     high: Tensor
@@ -70,7 +75,7 @@ class BoxLayout:
         return self._paint_boxes(size) if device.type == "cpu" else self._paint_bits(size, device)
 
     def _paint_boxes(self, size: Sequence[int]) -> Tensor:
-        """Fill box by box, which is fastest on the CPU."""
+        """Fill box by box, fastest on the CPU."""
         result = np.zeros((len(self.level), *size), np.uint8)
         boxes = zip(result, self.low.tolist(), self.high.tolist(), self.level.tolist(), strict=True)
         for canvas, lows, highs, levels in boxes:
@@ -80,7 +85,7 @@ class BoxLayout:
         return torch.from_numpy(result)
 
     def _paint_bits(self, size: Sequence[int], device: torch.device) -> Tensor:
-        """Paint all boxes of all samples at once, which is fastest on a GPU."""
+        """Paint all boxes at once, fastest on a GPU."""
         present = to_device(self.level > 0, device)
         bit = torch.ones((), dtype=torch.int64, device=device) << torch.arange(self.level.shape[1], device=device)
         words = []
@@ -99,7 +104,10 @@ class BoxLayout:
 
 @dataclass
 class GridLayout:
-    """Blocks of one size per sample: ``edge`` and ``offset`` (B, 3), ``level`` (B, blocks D, blocks H, blocks W)."""
+    """Lay out blocks of one size per sample.
+
+    ``edge`` and ``offset`` (B, 3), ``level`` (B, blocks D, blocks H, blocks W).
+    """
 
     edge: Tensor
     offset: Tensor
@@ -154,7 +162,9 @@ class GridLayout:
 def fuse(
     foreground: Tensor, background: Tensor, level: Tensor, levels: int, ignore_below: float = 0.0, ignored: int = IGNORE
 ) -> Tensor:
-    """Mix ``foreground`` into ``background`` in place, with weight level / K.
+    """Mix ``foreground`` into ``background`` in place.
+
+    Its weight is level / K.
 
     Args:
         foreground: (B, C, D, H, W).
@@ -178,7 +188,7 @@ def fuse(
 
 
 def missing_noise(foreground: Tensor, background: Tensor, level: Tensor, levels: int) -> Tensor:
-    """Compute the deviation of noise that hides the level: (B, C, D, H, W).
+    """Compute the noise deviation that hides the level: (B, C, D, H, W).
 
     The mixture a F + (1 - a) B has less noise than F or B, so local noise would reveal min(a, 1 - a). The result fills
     the variance up to that of the noisier crop.
@@ -196,7 +206,7 @@ def missing_noise(foreground: Tensor, background: Tensor, level: Tensor, levels:
 
 
 def noise_variance(image: Tensor) -> Tensor:
-    """Estimate the variance of white noise per sample and channel: (B, C, D, H, W) -> (B, C, 1, 1, 1).
+    """Estimate white noise: (B, C, D, H, W) -> (B, C, 1, 1, 1).
 
     The median absolute second difference along the last axis is robust to edges. Constant regions, such as air that
     was set to zero, are left out.

@@ -1,4 +1,4 @@
-"""Intensity views of single voxels: noise, brightness, contrast, gamma, histogram shift, inversion, percentiles.
+"""Change the intensities of single voxels.
 
 N volumes, D H W voxels. Functions take volumes (N, D, H, W) and one strength for each (N,), both on one device. They
 work in place and return the volumes. These are the definitions on every device. ``views.cpu.kernels`` has faster
@@ -42,7 +42,7 @@ def scale_brightness(volumes: Tensor, factor: Tensor) -> Tensor:
 
 
 def scale_contrast(volumes: Tensor, factor: Tensor) -> Tensor:
-    """Stretch intensities about their mean by ``factor`` (N,), within the range they had."""
+    """Stretch intensities about their mean, within their range. By ``factor`` (N,)."""
     low, high = value_range(volumes)
     mean = volumes.mean((1, 2, 3), keepdim=True)
     stretched = torch.addcmul(mean, volumes - mean, _column(factor))
@@ -50,7 +50,7 @@ def scale_contrast(volumes: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_gamma(volumes: Tensor, exponent: Tensor, *, invert: bool = False, retain_stats: bool = False) -> Tensor:
-    """Raise intensities, scaled to [0, 1], to a power and scale them back.
+    """Raise scaled intensities to a power, and scale back.
 
     Args:
         volumes: (N, D, H, W).
@@ -94,7 +94,7 @@ def invert(volumes: Tensor) -> Tensor:
 
 
 def remap_percentiles(batch: Tensor, low: float = 0.001, high: float = 0.999) -> Tensor:
-    """Scale each channel of (B, C, D, H, W) so that its quantiles become 0 and 1, and clip. Constants become 0."""
+    """Scale quantiles to 0 and 1, and clip. (B, C, D, H, W). Constant channels become 0."""
     for volume in batch.flatten(0, 1):
         # every k-th voxel is enough for a quantile, and torch.quantile takes 16 million values at most
         sample = volume.flatten()[:: max(1, volume.numel() // 100_000)]
@@ -104,7 +104,7 @@ def remap_percentiles(batch: Tensor, low: float = 0.001, high: float = 0.999) ->
 
 
 def value_range(volumes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the smallest and largest intensity of each volume, (N, 1, 1, 1) each."""
+    """Return each volume's range, (N, 1, 1, 1) each."""
     return volumes.amin((1, 2, 3), keepdim=True), volumes.amax((1, 2, 3), keepdim=True)
 
 

@@ -1,4 +1,4 @@
-"""Places of patches in a window: the layout solver of jigsaw and relative patch location.
+"""Solve the layout of patches in a window.
 
 A method reads one window and cuts its patches out of it. A patch has two voxels per axis at the deepest encoder stage
 that is run. Every encoder can take that. At one voxel an instance norm and a residual skip fail or are silently wrong.
@@ -70,7 +70,7 @@ class Layout:
 
     @property
     def middles(self) -> list[tuple[Edges, Edges]]:
-        """Lowest voxel and edges of each patch at half of its jitter."""
+        """Return each patch's lowest voxel and edges at half its jitter."""
         return [
             (_edges(n * step + j // 2 for n, step, j in zip(place, self.pitch, self.jitter, strict=True)), self.patch)
             for place in product(*map(range, self.grid))
@@ -120,13 +120,13 @@ def cut_patches(
 
 
 def standardize(patches: Tensor) -> Tensor:
-    """Scale to zero mean and unit deviation over the last three axes. A constant patch becomes zero."""
+    """Scale to zero mean and unit deviation. Over the last three axes. A constant patch becomes zero."""
     deviation, mean = torch.std_mean(patches, (-3, -2, -1), keepdim=True, correction=0)
     return (patches - mean) / deviation.clamp_min(1e-3)
 
 
 def patch_sizes(strides: Sequence[Sequence[int]]) -> Iterator[tuple[int, Edges]]:
-    """Yield (stages, patch) from the deepest stage up, while patches are large enough."""
+    """Yield (stages, patch) while patches are large enough. From the deepest stage up."""
     for stages in range(len(strides), 0, -1):
         patch = _edges(2 * stride for stride in strides[stages - 1])
         if max(patch) >= MIN_EDGE:
@@ -134,12 +134,12 @@ def patch_sizes(strides: Sequence[Sequence[int]]) -> Iterator[tuple[int, Edges]]
 
 
 def magnification(window: Sequence[int], case_size: Sequence[int]) -> float:
-    """Compute the magnification with which cases of this size hold a window; at least 1."""
+    """Compute a window's magnification in cases, at least 1."""
     return max(1.0, *(edge / case for edge, case in zip(window, case_size, strict=True)))
 
 
 def shift_room(zoom: float) -> int:
-    """Compute by how many voxels of a window ``cut_patches`` may shift a patch."""
+    """Compute the largest shift of a patch in voxels."""
     return math.ceil(zoom) if zoom > 1 else 0
 
 
@@ -155,7 +155,9 @@ def solve_layout(
     max_voxels: float = math.inf,
     choices: Sequence[int] = (1, 2, 3),
 ) -> Layout:
-    """Find the layout with the least magnification, at the deepest stage, with most patches.
+    """Find the layout of least magnification.
+
+    At the deepest stage, with most patches.
 
     Args:
         strides: Cumulative stride of each encoder stage.
@@ -191,7 +193,7 @@ def solve_layout(
 
 
 def _magnify(layout: Layout, case_size: Sequence[int], max_zoom: float) -> Layout:
-    """Set the zoom for cases of this size, and widen gaps by the room for shifts."""
+    """Set the zoom and widen gaps for shifts."""
     gaps, room = layout.gap, 0
     while True:
         zoom = magnification(layout.window, case_size)
@@ -209,7 +211,7 @@ def nothing_fits(
     max_zoom: float,
     windows: Sequence[Edges],
 ) -> UserError:
-    """Build the error of a solver that found no layout.
+    """Build the error of a failed solver.
 
     Args:
         title: Name of the method.

@@ -1,4 +1,4 @@
-"""Views of several sizes from one region of a case, and masks over the patches of a view.
+"""Cut views of several sizes and mask patches.
 
 Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments" (multi-crop), NeurIPS 2020,
 arXiv 2006.09882; in 3-D Xu et al., "3DINO", npj Digital Medicine 2025. The first axis is the depth: the one with thick
@@ -25,7 +25,7 @@ CONSTANT_TRIES = 32
 
 @dataclass(frozen=True)
 class ViewKind:
-    """Views of one kind: how many, how large, and which share of the region they show.
+    """Describe views of one kind: number, size, region share.
 
     Attributes:
         number: V.
@@ -42,7 +42,7 @@ class ViewKind:
     turns: SpatialRange
 
     def draw(self, generator: np.random.Generator, region: Sequence[int]) -> np.ndarray:
-        """Draw a matrix (3, 3) from voxels of a view to voxels of the region with these edges."""
+        """Draw a matrix (3, 3) from view to region voxels."""
         plane, depth = np.sqrt(generator.uniform(*self.area)), generator.uniform(*self.depth)
         share = np.array([depth, plane, plane])
         scale = share * (np.asarray(region) - 1) / np.maximum(np.asarray(self.size) - 1, 1)
@@ -50,7 +50,7 @@ class ViewKind:
 
 
 def draw_view(box: SourceBox, region: Sequence[int], kind: ViewKind, generator: np.random.Generator) -> SourceBox:
-    """Place one view at random within a region with edges ``region`` that was read as ``box``."""
+    """Place one view at random within a read region."""
     view, place = kind.draw(generator, region), generator.uniform(-1, 1, 3)
     return subview(box, region, view, place, view_size=kind.size)
 
@@ -63,7 +63,9 @@ def crop_views(
     random: BatchRandom,
     exclusive: Sequence[Exclusive] = (),
 ) -> Tensor:
-    """Cut the views of one kind out of each sample's region: (B, V, C, D, H, W), each with its own intensities.
+    """Cut one kind of views: (B, V, C, D, H, W).
+
+    Each has its own intensities.
 
     A view that would show a single value (air) is drawn again, up to ``CONSTANT_TRIES`` times.
 
@@ -101,7 +103,7 @@ def look_at(
     random: BatchRandom,
     exclusive: Sequence[Exclusive] = (),
 ) -> Tensor:
-    """Cut placed views, those of a sample in a row, and apply intensity views: (B V) boxes -> (B, V, C, D, H, W)."""
+    """Cut placed views and apply intensity views. (B V) boxes, those of a sample in a row -> (B, V, C, D, H, W)."""
     crops, _ = crop_batch(views, kind.size, random.device)
     image = crops.unflatten(0, (len(random), -1))
     spacing, number = kind.turns.spacing, image.shape[1]
@@ -112,7 +114,7 @@ def look_at(
 def draw_patch_masks(
     random: BatchRandom, views: int, patches: int, probability: float, ratio: Sequence[float]
 ) -> Tensor:
-    """Draw which patches of which views are masked: (B, V, N) bool on the CPU.
+    """Draw masks of patches: (B, V, N) bool on the CPU.
 
     Args:
         random: One stream per sample.

@@ -1,4 +1,4 @@
-"""Random draws that are pure functions of (seed, stream, global sample index).
+"""Draw as pure functions of (seed, stream, sample).
 
 B batch. The draws of a sample depend neither on the number of ranks nor on the order of workers or on interruptions.
 """
@@ -20,17 +20,17 @@ VALIDATION = 16
 
 
 def sample_generator(seed: int, stream: int, index: int) -> np.random.Generator:
-    """Return the random generator of one sample in one stream."""
+    """Return one sample's generator in one stream."""
     return np.random.default_rng((seed, stream, index))
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """Return the seed of the network's randomness (dropout, drop-path) at one step of one rank."""
+    """Return the network's seed at one step and rank."""
     return int(np.random.default_rng((seed, 1 << 16, step, *([rank] if rank else []))).integers(1 << 62))
 
 
 def to_device(draws: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Copy host draws to the device without waiting for it."""
+    """Copy host draws to the device without waiting."""
     draws = draws if dtype is None else draws.to(dtype)
     if device.type == "cuda" and not draws.is_cuda:
         draws = draws.pin_memory()
@@ -50,7 +50,7 @@ def pack_to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tens
 
 
 def pack(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-    """Return one buffer of bytes with all tensors, and at which byte each begins."""
+    """Pack tensors into one buffer of bytes with offsets."""
     sizes = [-(-tensor.nbytes // 8) * 8 for tensor in tensors]
     places = [0, *accumulate(sizes)]
     packed = torch.empty(places[-1], dtype=torch.uint8)
@@ -60,7 +60,7 @@ def pack(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
 
 
 class BatchRandom:
-    """Draws for a batch, each sample from its own stream.
+    """Draw for a batch, each sample from its own stream.
 
     Parameters are drawn on the CPU, where they need no synchronization. Only per-voxel noise is drawn on the device.
 
@@ -85,7 +85,7 @@ class BatchRandom:
         return result
 
     def generator(self, sample: int) -> np.random.Generator:
-        """Return the generator of one sample, for draws sample by sample."""
+        """Return the generator of one sample."""
         return self._generators[sample]
 
     def uniform(self, low: float, high: float, shape: tuple[int, ...] = ()) -> Tensor:
@@ -96,7 +96,7 @@ class BatchRandom:
         return torch.from_numpy(np.minimum(values, np.nextafter(np.float32(high), np.float32(low))))
 
     def integers(self, low: int, high: int, shape: tuple[int, ...] = ()) -> Tensor:
-        """Draw (B, *shape) int64 in [low, high], both ends included, on the CPU."""
+        """Draw (B, *shape) int64 in [low, high] on the CPU."""
         return torch.from_numpy(np.asarray([g.integers(low, high + 1, shape) for g in self._generators]))
 
     def chance(self, probability: float, shape: tuple[int, ...] = ()) -> Tensor:
@@ -104,12 +104,12 @@ class BatchRandom:
         return self.uniform(0.0, 1.0, shape) < probability
 
     def noise(self, sample: int) -> torch.Generator:
-        """Return a generator on the device for the voxel noise of one sample."""
+        """Return a device generator for one sample's noise."""
         generator = torch.Generator(self.device)
         return generator.manual_seed(int(self._generators[sample].integers(1 << 62)))
 
     def normal(self, sample: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Draw standard normal noise for one sample on the device."""
+        """Draw one sample's standard normal noise."""
         return torch.randn(*shape, generator=self.noise(sample), device=self.device, dtype=dtype)
 
 

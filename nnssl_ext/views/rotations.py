@@ -28,7 +28,7 @@ def cube_group() -> list[np.ndarray]:
 
 
 def published_rotations() -> list[np.ndarray]:
-    """List the identity and 90, 180 and 270 degrees about each axis (Taleb et al. 2020): 10 of the cube's 24."""
+    """List the 10 rotations of Taleb et al. 2020. The identity and 90, 180 and 270 degrees about each axis."""
     return [rotation for rotation in cube_group() if sum(rotation[axis, axis] == 1 for axis in range(3))]
 
 
@@ -39,13 +39,13 @@ def same_spacing(spacing: Sequence[float]) -> np.ndarray:
 
 
 def grid_rotations(rotations: Sequence[np.ndarray], spacing: Sequence[float]) -> list[np.ndarray]:
-    """Select the rotations that map a grid of this spacing to itself."""
+    """Select the rotations that keep a grid."""
     alike = same_spacing(spacing)
     return [rotation for rotation in rotations if not (np.abs(rotation) > alike).any()]
 
 
 def rotatable_size(size: Sequence[int], steps: Sequence[int], alike: np.ndarray) -> tuple[int, int, int]:
-    """Find the largest box within ``size`` whose edges are equal along axes that are ``alike``.
+    """Find the largest box with equal edges along ``alike`` axes.
 
     Args:
         size: Edges of the crop.

@@ -1,4 +1,4 @@
-"""Rows of patches along a direction: the layout solver of contrastive predictive coding.
+"""Solve the layout of rows of patches.
 
 See ``layout`` for the choice of patches and windows.
 
@@ -21,7 +21,7 @@ from nnssl_ext.views.layout import Edges, format_edges, magnification, nothing_f
 
 @dataclass(frozen=True)
 class Rows:
-    """A sequence of rows: context, skipped rows, rows to predict.
+    """Describe a sequence: context, skipped and predicted rows.
 
     Attributes:
         context, skipped, predicted: Numbers of rows.
@@ -39,16 +39,16 @@ class Rows:
 
     @property
     def read(self) -> list[int]:
-        """Places of the rows that are read, without the skipped ones."""
+        """Return the places of rows that are read."""
         first = self.context + self.skipped
         return [*range(self.context), *range(first, first + self.predicted)]
 
     def pitch(self, edge: int) -> int:
-        """Compute the distance of consecutive rows in voxels, for patches with this edge."""
+        """Compute the distance of rows in voxels."""
         return max(1, math.ceil(edge * (1 - self.overlap)))
 
     def offset(self, edge: int) -> int:
-        """Compute the extra distance of predicted rows that keeps the gap, in voxels."""
+        """Compute the extra distance of predicted rows. It keeps the gap, in voxels."""
         distance = (self.skipped + 1) * self.pitch(edge) - edge
         return max(0, math.ceil(self.gap * edge) + self.room - distance)
 
@@ -63,7 +63,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Rows along some axes, columns side by side along the other two.
+    """Lay rows along axes, columns side by side.
 
     Attributes:
         rows: The sequence of rows.
@@ -99,7 +99,7 @@ class RowLayout:
         return math.prod(self.columns) // self.columns[axis]
 
     def overlaps(self) -> np.ndarray:
-        """Find pairs of different patches that share voxels: (R Q, R Q) bool."""
+        """Find patches that share voxels: (R Q, R Q) bool."""
         columns = self.columns_of(self.axes[0])
         row, column = np.divmod(np.arange(len(self.rows.read) * columns), columns)
         shared = np.zeros((len(row), len(row)), bool)
@@ -147,7 +147,7 @@ def solve_rows(
     max_zoom: float,
     max_voxels: float,
 ) -> RowLayout:
-    """Find the layout at the deepest stage whose rows fit, with as many columns as possible.
+    """Find the deepest layout with most columns.
 
     Rows are magnified only where they fit at no stage.
 
@@ -186,7 +186,7 @@ def solve_rows(
 def _magnify(
     rows: Rows, patch: Edges, stages: int, max_columns: int, case_size: Sequence[int], max_zoom: float
 ) -> RowLayout | None:
-    """Build the layout of this patch, with room for shifts.
+    """Build this patch's layout, with room for shifts.
 
     Args:
         rows: The rows.

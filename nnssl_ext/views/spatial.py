@@ -1,4 +1,4 @@
-"""Spatial views: mirrors, quarter turns, rotation and zoom, drawn apart from applied.
+"""Draw and apply mirrors, quarter turns, rotation and zoom.
 
 A draw is a matrix M (3, 3) in voxel coordinates. Voxel o of a crop with edges s comes from the source point
 ``center + M (o - (s - 1) / 2)``. A worker knows M before it reads a case, so it reads only the box that M reaches. The
@@ -28,7 +28,7 @@ ANISOTROPY_LIMIT = 3.0
 
 @dataclass(frozen=True)
 class SpatialRange:
-    """Probabilities and ranges of a spatial view. All zero is the identity.
+    """Describe a spatial view's ranges. All zero is the identity.
 
     Args:
         spacing: Voxel edges in mm, one per axis. Rotations are in mm.
@@ -73,7 +73,7 @@ class SpatialRange:
         ]
 
     def turning_axes(self) -> np.ndarray:
-        """Return about which axes a crop may rotate by any angle: (3,) bool."""
+        """Return axes of rotation by any angle: (3,) bool."""
         spacing = np.asarray(self.spacing)
         if spacing.max() / spacing.min() < ANISOTROPY_LIMIT:
             return np.ones(3, bool)
@@ -82,7 +82,7 @@ class SpatialRange:
 
 @dataclass
 class SourceBox:
-    """A box read from a case, and the place of a crop in it.
+    """Hold a box of a case, and a crop's place.
 
     Attributes:
         data: (C, d, h, w), the box clipped to the volume.
@@ -101,12 +101,12 @@ class SourceBox:
 
 
 def half_extent(matrix: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Return half the edges (3,) of the source region of a crop with edges ``size``, in voxels."""
+    """Return half the edges (3,) of a crop's source region."""
     return np.abs(matrix) @ ((np.asarray(size) - 1) / 2)
 
 
 def shrink_to_fit(matrix: np.ndarray, size: Sequence[int], room: np.ndarray, *, isotropic: bool = True) -> np.ndarray:
-    """Shrink a crop's matrix until the crop reaches no farther than ``room``.
+    """Shrink a crop's matrix to fit ``room``.
 
     Args:
         matrix: (3, 3).
@@ -128,7 +128,7 @@ def subview(
     view_size: Sequence[int] | None = None,
     isotropic: bool = True,
 ) -> SourceBox:
-    """Place a view within the region of a crop, so that it needs no padding.
+    """Place a view so that it needs no padding.
 
     Args:
         box: The crop's box.
@@ -146,13 +146,13 @@ def subview(
 
 
 def source_range(center: np.ndarray, half: np.ndarray, volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first and last + 1 voxel (3,) that a crop with these half extents reads, within the volume."""
+    """Return the first and last + 1 voxel (3,) that a crop reads. Within the volume."""
     low = np.clip(np.floor(center - half + 1e-6), 0, volume - 1).astype(int)
     return low, np.clip(np.ceil(center + half - 1e-6) + 1, low + 1, volume).astype(int)
 
 
 def is_constant(box: SourceBox, size: Sequence[int]) -> bool:
-    """Return whether each channel of a crop's source region has only one value."""
+    """Return each channel's constancy in the source region."""
     low, high = source_range(box.center, half_extent(box.matrix, size), np.asarray(box.data.shape[1:]))
     region = box.data[(slice(None), *map(slice, low.tolist(), high.tolist()))]
     # two voxels nearly always decide it
@@ -162,18 +162,21 @@ def is_constant(box: SourceBox, size: Sequence[int]) -> bool:
 
 
 def is_resampled(matrix: np.ndarray) -> bool:
-    """Tell whether a crop with this matrix interpolates, rather than copying voxels."""
+    """Return whether a crop interpolates voxels."""
     return source_axes(matrix) is None or bool((np.abs(matrix).sum(0) != 1).any())
 
 
 def rotation_matrix(angles: Sequence[float] | np.ndarray, spacing: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Return the matrix (3, 3) in voxels of a rotation in mm by ``angles`` (3,) in degrees about the three axes."""
+    """Return a rotation's matrix (3, 3) in voxels.
+
+    It rotates in mm by ``angles`` (3,) in degrees about the three axes.
+    """
     edges = np.asarray(spacing)
     return _rotation(np.deg2rad(angles)) * edges[None, :] / edges[:, None]
 
 
 def crop_box(box: SourceBox, size: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Cut one crop out of its box: (C, D, H, W) and ``inside`` (1, D, H, W), as ``crop_batch``."""
+    """Cut one crop: (C, D, H, W) and ``inside`` (1, D, H, W)."""
     crops, inside = crop_batch([box], size, device)
     return crops[0], None if inside is None else inside[0]
 
@@ -209,12 +212,12 @@ def crop_batch(
 
 
 def _is_copy(box: SourceBox) -> bool:
-    """Return whether a crop only moves voxels: its matrix is a signed permutation."""
+    """Return whether a matrix is a signed permutation. The crop only moves voxels then."""
     return source_axes(box.matrix) is not None and all(abs(sum(row)) == 1 for row in box.matrix.tolist())
 
 
 def _crop_on_cpu(boxes: Sequence[SourceBox], crops: Sequence[Tensor]) -> list[Tensor | None]:
-    """Fill the crops of one box in the fastest way that their matrices allow, and return ``inside`` of each."""
+    """Fill one box's crops and return each ``inside``. The fastest way that their matrices allow is taken."""
     data, size = boxes[0].data.to(torch.float32), crops[0].shape[1:]
     insides: list[Tensor | None] = [None] * len(boxes)
     left = []
@@ -239,7 +242,7 @@ def _crop_on_cpu(boxes: Sequence[SourceBox], crops: Sequence[Tensor]) -> list[Te
 def resample_batch(
     boxes: Sequence[SourceBox], size: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """Resample all crops at once: the definition of ``crop_batch``, with its result."""
+    """Resample all crops at once: ``crop_batch``'s definition."""
     groups, views = _grouped(boxes)
     shapes = np.array([group.data.shape[1:] for group in groups])
     padded = shapes.max(0)
@@ -273,7 +276,7 @@ def resample_batch(
 
 
 def _grouped(boxes: Sequence[SourceBox]) -> tuple[list[SourceBox], int]:
-    """Return one box of each group in a row that shares its data, and the length of the groups; 1 if they differ."""
+    """Return one box per group that shares data, and its length. The length is 1 if groups differ."""
     starts = [n for n, box in enumerate(boxes) if n == 0 or box.data is not boxes[n - 1].data]
     views = len(boxes) // len(starts)
     if starts != list(range(0, len(boxes), views)):
@@ -282,7 +285,7 @@ def _grouped(boxes: Sequence[SourceBox]) -> tuple[list[SourceBox], int]:
 
 
 def _leaves(box: SourceBox, size: Sequence[int]) -> bool:
-    """Return whether any voxel of a crop lies outside its box."""
+    """Return whether a crop leaves its box."""
     half = half_extent(box.matrix, size)
     return bool((box.center - half < -0.5).any() or (box.center + half > np.asarray(box.data.shape[1:]) - 0.5).any())
 

@@ -1,4 +1,4 @@
-"""A pretraining data set without labels, preprocessed by another data set's plans.
+"""Build a pretraining data set by another data set's plans.
 
 The result is an ordinary preprocessed nnU-Net data set: stock ``nnUNetv2_train`` pretrains on it, and the checkpoint
 fits the other data set. Cases appear whole or not at all. A second call adds new files.
@@ -53,7 +53,7 @@ PLAN_WIDE = ("transpose_forward", "image_reader_writer", "foreground_intensity_p
 
 @dataclass
 class Corpus:
-    """A corpus and the target data set whose plans it follows.
+    """Preprocess unlabeled images like a target data set.
 
     Args:
         folder: ``nnUNet_preprocessed/DatasetXXX_NAME``.
@@ -81,16 +81,16 @@ class Corpus:
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """Names of the target's channels."""
+        """Return the names of the target's channels."""
         return channel_names(self.target_json, self.like / "dataset.json")
 
     @property
     def normalization(self) -> list[str]:
-        """The plan's normalization schemes, one per channel."""
+        """Return the plan's normalization schemes, one per channel."""
         return self._configuration["normalization_schemes"]
 
     def manifest(self) -> Manifest:
-        """The corpus's manifest as it was last written."""
+        """Read the corpus's manifest."""
         return Manifest.load(self.folder / "corpus.json", self._head())
 
     def add(
@@ -100,7 +100,7 @@ class Corpus:
         retry: bool = False,
         not_read: Mapping[str, NotRead] | None = None,
     ) -> Manifest:
-        """Preprocess the items that are not in the corpus yet.
+        """Preprocess the items that are not there yet.
 
         Args:
             items: Of all sources.
@@ -171,7 +171,7 @@ class Corpus:
         return CorpusTarget(plans, self.configuration, dataset_json, scratch, contents)
 
     def _results(self, items: Sequence[Item], target: CorpusTarget) -> Iterator[list[Prepared]]:
-        """Yield the results of each item in the items' order, so that the first of duplicates is kept."""
+        """Yield results in the items' order. The first of duplicates is then kept."""
         pool = WorkerPool(partial(prepare, target=target), min(self.processes, len(items)), _time_limit)
         try:
             for item, result in zip(items, pool.run(items), strict=True):
@@ -180,7 +180,7 @@ class Corpus:
             raise UserError(f"{error}; make room and call again, it goes on where it stopped") from error
 
     def _take(self, manifest: Manifest, result: Prepared, records: dict[str, CaseRecord]) -> None:
-        """Move a prepared case to its place, unless its content is there already."""
+        """Move a prepared case to its place, unless it is a duplicate."""
         entry = result.entry
         twin = manifest.case_of(entry.content) if entry.status == KEPT else ""
         if twin:
@@ -216,7 +216,7 @@ class Corpus:
         return json.loads(json.dumps(head))
 
     def _describe(self, folder: Path, manifest: Manifest) -> None:
-        """Write the files beside the cases that stock nnU-Net expects."""
+        """Write the files that stock expects beside the cases."""
         labels = {key: self.target_json[key] for key in ("labels", "regions_class_order") if key in self.target_json}
         dataset_json = {
             "name": self.folder.name,
@@ -240,7 +240,9 @@ def _time_limit(item: Item) -> float:
 
 
 class Limit:
-    """Limit of damaged volumes. What is intact and no image does not count.
+    """Limit damaged volumes.
+
+    Intact files that are no image do not count.
 
     Args:
         percent: Of all volumes.

@@ -94,7 +94,7 @@ class _Header:
 
 @dataclass
 class _Plane:
-    """Place of a slice or frame, as far as its header gives it."""
+    """Hold a slice's place, as its header gives it."""
 
     size: tuple[int, int]
     position: np.ndarray | None
@@ -103,7 +103,7 @@ class _Plane:
 
 
 def is_dicom(path: Path) -> bool:
-    """Return whether a file is DICOM, with or without preamble, or named so."""
+    """Return whether a file is DICOM by content or name."""
     if path.name.lower().endswith(SUFFIXES) or path.name == "DICOMDIR":
         return True
     try:
@@ -154,7 +154,7 @@ def _read_header(path: Path) -> Dataset:
 
 
 def _lacks_preamble(start: bytes) -> bool:
-    """Return whether bytes begin a DICOM file without preamble: an element of group 2 or 8."""
+    """Return whether bytes begin DICOM without a preamble. Then an element of group 2 or 8 comes first."""
     if start[:2] not in (b"\x02\x00", b"\x08\x00") or len(start) < 16 or start[3:4] != b"\x00":
         return False
     return start[4:6] in (b"UL", b"UI", b"CS", b"OB") or start[5:8] == b"\x00\x00\x00"
@@ -179,7 +179,7 @@ def _read_series(headers: list[_Header], canonical: bool) -> Iterator[Volume | U
 
 
 def _kind(header: _Header) -> str:
-    """Name the kind of a file that is no slice of a volume, '' if it may be one."""
+    """Name the kind of a file that is no slice. '' if it may be one."""
     data = header.data
     if header.sop == DICOMDIR:
         return "DICOMDIR"
@@ -218,7 +218,7 @@ def _read_images(headers: list[_Header], canonical: bool) -> Iterator[Volume | U
 
 
 def _checked(file: Path, canonical: bool, spacing: Sequence[float], levels: int, shift: float) -> Volume:
-    """Read what dcm2niix has made and compare it with the headers."""
+    """Read dcm2niix's output and compare it with the headers."""
     sidecar = _sidecar(file.with_suffix(".json"))
     tilted = file.with_name(f"{file.stem}_Tilt_1.nii")
     if file.with_name(f"{file.stem}_Eq_1.nii").is_file():
@@ -253,7 +253,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
 
 
 def _planes(header: _Header) -> list[_Plane]:
-    """The slice of a file, or the frames of a multi-frame one."""
+    """Return the slice of a file, or all frames."""
     data = header.data
     size = int(data.Rows), int(data.Columns)
     shared = (data.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
@@ -272,7 +272,7 @@ def _planes(header: _Header) -> list[_Plane]:
 
 
 def _place_tomography(data: Dataset, planes: list[_Plane]) -> None:
-    """Place the frames of nuclear medicine: only the first one's position is stored, in the detector's sequence."""
+    """Place the frames of nuclear medicine. Only the first one's position is stored, in the detector's sequence."""
     groups, distance = (data,), data.get("SpacingBetweenSlices")
     first = _value(groups, "DetectorInformationSequence", "ImagePositionPatient", 3)
     orientation = _value(groups, "DetectorInformationSequence", "ImageOrientationPatient", 6)
@@ -334,7 +334,7 @@ def _check_planes(headers: list[_Header], planes: list[_Plane]) -> tuple[float, 
 
 
 def _check_positions(positions: np.ndarray, normal: np.ndarray) -> tuple[float, int, float]:
-    """Check positions as ``_check_planes`` does, for each echo and time."""
+    """Check the positions of each echo and time."""
     depths = positions @ normal
     order = np.argsort(depths)
     gaps = np.diff(depths[order])
@@ -379,7 +379,7 @@ def _convert(headers: Sequence[_Header], folder: Path, merge: bool) -> tuple[lis
 
 
 def _link(header: _Header, link: Path, rewrite: bool) -> None:
-    """Link a file under another name, or rewrite it where dcm2niix cannot read it."""
+    """Link a file, or rewrite what dcm2niix cannot read."""
     meta = header.data.file_meta
     deflated = meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian
     if rewrite or deflated or (header.data.preamble is None and len(meta)):

@@ -1,4 +1,4 @@
-"""The manifest corpus.json: every volume of the sources, kept or not, and why."""
+"""Record every volume of the sources in corpus.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BODY = ("version", "volumes", "counts", "not_read")
 
 @dataclass
 class Entry:
-    """One case that was made, or a volume that was not.
+    """Record a case, or a volume that made none.
 
     Attributes:
         source: As named on the command line.
@@ -65,7 +65,7 @@ class Entry:
 
 
 class Manifest:
-    """Entries of a corpus.
+    """Keep the entries of a corpus.
 
     Args:
         path: Of corpus.json.
@@ -129,15 +129,15 @@ class Manifest:
         return self._kept.get(content, "")
 
     def contents(self) -> list[str]:
-        """Content hashes of all cases."""
+        """Return the content hashes of all cases."""
         return list(self._kept)
 
     def cases(self) -> set[str]:
-        """Identifiers of all cases."""
+        """Return the identifiers of all cases."""
         return set(self._kept.values())
 
     def knows(self, item: Item, cases: set[str], retry: bool = False) -> bool:
-        """Return whether an item was read in its present state and its cases exist.
+        """Return whether an item was read and its cases exist.
 
         Args:
             item: Any.
@@ -158,7 +158,7 @@ class Manifest:
         )
 
     def forget(self, item: Item) -> list[str]:
-        """Drop an item's entries. Return the cases that no other entry holds."""
+        """Drop an item's entries. Return cases that lose their last one."""
         dropped = self.entries.pop(item.files, [])
         for entry in dropped:
             if entry.status == DUPLICATE:
@@ -178,11 +178,11 @@ class Manifest:
         return orphans
 
     def all(self) -> list[Entry]:
-        """All entries in the order of their items."""
+        """Return all entries in the order of their items."""
         return [entry for entries in self.entries.values() for entry in entries]
 
     def counts(self) -> dict[str, int]:
-        """Number of entries by status."""
+        """Count entries by status."""
         statuses = [entry.status for entry in self.all()]
         return {status: statuses.count(status) for status in (KEPT, DUPLICATE, UNUSABLE, NO_IMAGE)}
 

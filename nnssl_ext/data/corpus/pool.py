@@ -1,4 +1,4 @@
-"""Worker processes that may die: each failure costs one item.
+"""Run work in processes that may die, one item each.
 
 ``concurrent.futures`` gives up all items when one worker dies, and waits forever for one that hangs.
 """
@@ -79,7 +79,7 @@ class WorkerPool:
         self._workers: list[_Worker] = []
 
     def run(self, items: Sequence[Any]) -> Iterator[Any]:
-        """Yield the result of each item in the items' order, or ``Lost``.
+        """Yield each item's result in order, or ``Lost``.
 
         Raises:
             UserError: If a worker cannot start.
@@ -113,7 +113,7 @@ class WorkerPool:
             self._workers.clear()
 
     def _give(self, items: Sequence[Any], number: int) -> None:
-        """Send an item to a free worker, or to a new one."""
+        """Send an item to a free or new worker."""
         worker = next((worker for worker in self._workers if worker.item < 0), None) or self._start()
         worker.item, worker.deadline = number, time.monotonic() + self.seconds(items[number])
         with suppress(OSError):  # it has died; ``_finished`` finds out
@@ -183,7 +183,7 @@ def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
 
 
 def _isolate() -> None:
-    """Take no signal of the terminal, print nothing, and end with the first process."""
+    """Ignore the terminal, print nothing, and end with the parent."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -201,7 +201,7 @@ def _isolate() -> None:
 
 
 def _memory_limit() -> int:
-    """Return the address space limit of a worker in bytes, 0 if unknown."""
+    """Return a worker's address space limit, 0 if unknown."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])

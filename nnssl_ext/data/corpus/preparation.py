@@ -1,4 +1,4 @@
-"""Read, check and preprocess one item of a corpus, in a worker process, by nnU-Net's own preprocessor."""
+"""Preprocess one item of a corpus by nnU-Net's preprocessor."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONSTANT = "is constant once it is normalized and resampled"
 
 
 class NotWrittenError(Exception):
-    """Raised if a case cannot be written. Plain, so that it passes between processes."""
+    """Report a case that cannot be written. It is plain, so that it passes between processes."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class CorpusTarget:
 
 @dataclass
 class Prepared:
-    """One volume: its entry and, if it is kept, its record and the folder of its files."""
+    """Hold a volume's entry, record and folder of files."""
 
     entry: Entry
     record: CaseRecord | None = None
@@ -65,7 +65,9 @@ class Prepared:
 
 
 def prepare(item: Item, target: CorpusTarget) -> list[Prepared]:
-    """Read an item and preprocess its cases. Unusable files come back as entries.
+    """Read an item and preprocess its cases.
+
+    Unusable files come back as entries.
 
     Raises:
         NotWrittenError: If a case cannot be written.
@@ -105,12 +107,12 @@ def prepare(item: Item, target: CorpusTarget) -> list[Prepared]:
 
 
 def left_out(item: Item, verdict: Unusable) -> Entry:
-    """The entry of an item that nothing was made of."""
+    """Return the entry of an item without a case."""
     return _leave_out(_entry(item, item.stamp(), ""), verdict)
 
 
 def _read(item: Item, plans: PlansManager) -> Iterator[tuple[tuple[int, ...], list[Volume] | Unusable]]:
-    """(channels, volumes or why there are none) of each case of an item."""
+    """Yield the channels and volumes of each case. Instead of volumes, the reason why there are none."""
     canonical = plans.image_reader_writer_class.__name__.endswith("WithReorient")
     if item.dicom:
         for found in read_folder(item.files[0], canonical):
@@ -157,7 +159,7 @@ def _describe(entry: Entry, volumes: list[Volume]) -> None:
 
 
 def _preprocess(volumes: list[Volume], output: Path, target: CorpusTarget, scheme: str) -> CaseRecord:
-    """Preprocess without labels and save as nnU-Net does. Return the record for the index."""
+    """Preprocess without labels and save. Return the index record."""
     plans, configuration = _managers(target, scheme)
     properties: dict[str, Any] = {"spacing": list(volumes[0].spacing), "sitk_stuff": volumes[0].geometry}
     data = np.stack([volume.array for volume in volumes])
@@ -206,7 +208,7 @@ def _dataset_json(target: CorpusTarget) -> dict:
 
 
 def with_normalization(plans: dict, configuration: str, scheme: str) -> dict:
-    """Replace the normalization of every channel of a configuration by ``scheme``."""
+    """Set the normalization of every channel to ``scheme``."""
     result = deepcopy(plans)
     channels = len(PlansManager(plans).get_configuration(configuration).normalization_schemes)
     result["configurations"][configuration]["normalization_schemes"] = [scheme] * channels
@@ -232,7 +234,7 @@ def _leave_out(entry: Entry, verdict: Unusable) -> Entry:
 
 
 def _item_digest(item: Item) -> str:
-    """The sha256 of a file, or of the digests of several in their order."""
+    """Return the sha256 of an item's files."""
     if not item.dicom:
         for name in item.files:
             check_regular(name)

@@ -1,4 +1,4 @@
-"""Readers of image files: NIfTI, Analyze, MGH, NRRD and MetaImage.
+"""Read NIfTI, Analyze, MGH, NRRD and MetaImage files.
 
 Files come from elsewhere: headers are checked before voxels are read. A reader may still crash or fill the memory, so
 it runs in a process of its own (``pool.py``).
@@ -45,13 +45,13 @@ SAME_SIZE = 1e-2
 
 
 def image_suffix(name: str) -> str:
-    """Return the suffix of an image file in lower case, '' for other files."""
+    """Return an image file's suffix in lower case, else ''."""
     lowered = name.lower()
     return next((suffix for suffix in SUFFIXES if lowered.endswith(suffix)), "")
 
 
 def data_files(path: Path) -> list[Path]:
-    """The files beside a header that hold its voxels, by their names."""
+    """Find the files with a header's voxels by name."""
     if not path.name.lower().endswith((".mhd", ".nhdr", ".hdr")):
         return []
     stem = path.name.rpartition(".")[0]
@@ -60,7 +60,9 @@ def data_files(path: Path) -> list[Path]:
 
 
 def read_image(path: str, canonical: bool = False) -> list[Volume]:
-    """Read the channels of a file: one of a 3-D image, several of a 4-D one.
+    """Read the channels of a file.
+
+    A 3-D image has one, a 4-D image several.
 
     Args:
         path: Of an image file.
@@ -80,7 +82,7 @@ def read_image(path: str, canonical: bool = False) -> list[Volume]:
 
 
 def check_regular(path: str) -> None:
-    """Refuse pipes, devices and empty files, which would block or say nothing.
+    """Refuse pipes, devices and empty files.
 
     Raises:
         Unusable: Then, and where there is no such file.
@@ -96,7 +98,7 @@ def check_regular(path: str) -> None:
 
 
 def last_line(error: BaseException) -> str:
-    """Return the last line of a message. ITK's have many."""
+    """Return the last line of an error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][-200:] if lines else type(error).__name__
 
@@ -109,7 +111,7 @@ def _check_shape(shape: tuple[int, ...]) -> None:
 
 
 def _volumes(voxels: np.ndarray, affine: np.ndarray, remarks: list[str]) -> list[Volume]:
-    """Volumes of (x, y, z) or (x, y, z, t) voxels."""
+    """Make volumes of (x, y, z) or (x, y, z, t) voxels."""
     channels = np.moveaxis(voxels, 3, 0) if voxels.ndim == 4 else voxels[None]
     return [Volume(np.ascontiguousarray(one.T, dtype=np.float32), affine, list(remarks)) for one in channels]
 
@@ -223,7 +225,7 @@ def _read_by_itk(path: str) -> list[Volume]:
 
 
 def _text_header(path: str) -> dict[str, str]:
-    """Keys in lower case of the text before the voxels."""
+    """Read the text header's values by lower-case key."""
     with open(path, "rb") as file:
         lines = file.read(HEADER_BYTES).split(b"\n")
     found: dict[str, str] = {}
@@ -240,7 +242,7 @@ def _text_header(path: str) -> dict[str, str]:
 
 
 def _check_text_header(path: str, header: dict[str, str]) -> None:
-    """Look at what ITK crashes on, fills in or follows."""
+    """Refuse headers that crash or mislead ITK."""
     edges = header.get("ndims") or header.get("dimension", "")
     if not edges.isdigit() or not 2 <= int(edges) <= 5:
         raise Unusable(f"cannot be read: it has {edges or 'no number of'} dimensions")
@@ -259,7 +261,7 @@ def _check_text_header(path: str, header: dict[str, str]) -> None:
 
 
 def _utf8_name(path: str, link: Path) -> str:
-    """Return a name that ITK can open in any locale, a link if necessary."""
+    """Return a name that ITK opens in any locale. It may be a link."""
     try:
         return os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError:

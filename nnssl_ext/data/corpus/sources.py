@@ -58,11 +58,11 @@ class Item:
     dicom: bool = False
 
     def channels(self, *groups: tuple[int, ...]) -> list[str]:
-        """Return the channel names of the given groups, or of all."""
+        """Return the channel names of given groups, or all."""
         return [self.names[n] for group in groups or self.groups for n in group if self.names[n]]
 
     def paths(self) -> list[Path]:
-        """All files that are read, those beside a header too.
+        """Return all files of the item, data files included.
 
         Raises:
             OSError: If a folder cannot be listed.
@@ -72,7 +72,7 @@ class Item:
         return [path for name in self.files for path in (Path(name), *data_files(Path(name)))]
 
     def stamp(self) -> list[int]:
-        """Number of files, their bytes and the latest change: these differ when the files do."""
+        """Return number, bytes and latest change of the files."""
         try:
             stats = [path.stat() for path in self.paths()]
         except (OSError, ValueError):  # a dangling link; its reader will name it
@@ -118,7 +118,7 @@ class Wishes:
 
 
 def of_source(choices: dict[str, Any], source: str) -> Any:
-    """Return the choice for a source by its word or its folder's name, None without one."""
+    """Return the choice for a source, None without one."""
     for name in (source, os.path.basename(source.rstrip("/"))):
         if name in choices:
             return choices[name]
@@ -156,12 +156,12 @@ def items_of(source: str, wishes: Wishes, not_read: NotRead | None = None) -> li
 
 
 def describe_not_read(not_read: NotRead) -> str:
-    """Counts by kind with an example each: "3 .pdf (a.pdf), 1 .zip (b.zip)"."""
+    """Count files by kind: "3 .pdf (a.pdf), 1 .zip (b.zip)"."""
     return ", ".join(f"{len(names)} {kind} ({names[0]})" for kind, names in sorted(not_read.items()))
 
 
 def channel_names(content: dict, path: Path) -> tuple[str, ...]:
-    """Channels of a dataset.json in their order, whatever their keys, as nnU-Net takes them.
+    """Return the channels of a dataset.json in order.
 
     Raises:
         UserError: If there are none.
@@ -209,7 +209,7 @@ def _dataset_json(path: Path) -> dict:
 def _nnunet(
     source: str, path: Path, names: tuple[str, ...], ending: Any, wishes: Wishes, not_read: NotRead
 ) -> Iterator[Item]:
-    """Cases of an nnU-Net raw data set.
+    """Yield the cases of an nnU-Net raw data set.
 
     Args:
         source: As named on the command line.
@@ -250,7 +250,7 @@ def _decathlon(source: str, path: Path, names: tuple[str, ...], wishes: Wishes) 
 
 
 def _walk(source: str, path: Path, wishes: Wishes, not_read: NotRead) -> Iterator[Item]:
-    """Make a case of every image file below a folder and of every DICOM series."""
+    """Make an item of every image file and DICOM folder."""
     named = len(wishes.target_names) > 1 or of_source(wishes.channels, source)
     groups = wishes.groups(source, ("",)) if named else ((0,),)
     if not path.is_dir():
@@ -296,7 +296,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def unused_words(wishes: Wishes, sources: Sequence[str]) -> None:
-    """Refuse --channels and --normalization of sources that were not given.
+    """Refuse options that name no given source.
 
     Raises:
         UserError: Then.

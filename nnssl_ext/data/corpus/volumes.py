@@ -1,4 +1,4 @@
-"""Volumes and the checks that all file formats share: geometry, values, label maps."""
+"""Hold volumes and check geometry, values and label maps."""
 
 from __future__ import annotations
 
@@ -71,17 +71,17 @@ class Volume:
 
     @property
     def spacing(self) -> tuple[float, ...]:
-        """Voxel edges in mm, D H W."""
+        """Return the voxel edges in mm, D H W."""
         return tuple(float(edge) for edge in np.linalg.norm(self.affine[:3, :3], axis=0)[::-1])
 
     @property
     def orientation(self) -> str:
-        """Directions of the stored axes x y z, as "LPS"."""
+        """Return the directions of axes x y z, as "LPS"."""
         return "".join(nibabel.aff2axcodes(self.affine))
 
     @property
     def geometry(self) -> dict[str, tuple[float, ...]]:
-        """Spacing, origin and direction as SimpleITK gives them."""
+        """Return spacing, origin and direction, as SimpleITK does."""
         lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ self.affine
         spacing = self.spacing[::-1]
         direction = lps[:3, :3] / spacing
@@ -92,14 +92,14 @@ class Volume:
         }
 
     def canonical(self) -> Volume:
-        """Turn the axes to right, anterior, superior, as nnU-Net's reorienting readers do."""
+        """Turn the axes to right, anterior, superior."""
         turn = io_orientation(self.affine)
         array = apply_orientation(self.array.T, turn).T
         affine = self.affine @ inv_ornt_aff(turn, self.array.T.shape)
         return Volume(np.ascontiguousarray(array), affine, self.remarks, self.modality, self.series)
 
     def check(self, name: str = "") -> None:
-        """Refuse what no method could learn from.
+        """Refuse images that no method could learn from.
 
         Args:
             name: Of the file; it helps to tell label maps.
@@ -119,14 +119,14 @@ class Volume:
             raise NotAnImage("label map", f"only {structures} different values")
 
     def digest(self) -> bytes:
-        """Hash voxels, shape and spacing, equal for equal content in any format and axis order."""
+        """Hash voxels, shape and spacing. The hash is equal for equal content in any format and axis order."""
         volume = self.canonical()
         head = f"{volume.array.shape} {[round(edge, 4) for edge in volume.spacing]}".encode()
         return hashlib.sha256(head + hashlib.sha256(volume.array.data).digest()).digest()
 
 
 def checked_affine(affine: np.ndarray) -> np.ndarray:
-    """Return an affine whose voxel sizes are known and whose axes are perpendicular.
+    """Refuse affines with unknown voxel size or shear.
 
     Raises:
         Unusable: Otherwise.
@@ -140,7 +140,7 @@ def checked_affine(affine: np.ndarray) -> np.ndarray:
 
 
 def largest_cosine(affine: np.ndarray) -> float:
-    """Return the largest absolute cosine between two axes, infinite for unusable affines."""
+    """Return the largest absolute cosine between two axes. It is infinite for unusable affines."""
     axes = affine[:3, :3]
     lengths = np.linalg.norm(axes, axis=0)
     if not np.isfinite(affine).all() or lengths.min() <= 0:
@@ -150,7 +150,7 @@ def largest_cosine(affine: np.ndarray) -> float:
 
 
 def label_values(array: np.ndarray, name: str = "") -> int:
-    """Count the values of a label map (D, H, W), 0 for an image.
+    """Count a label map's values (D, H, W), 0 for an image.
 
     Label maps hold integers, few per volume, in pieces: most neighbors are equal. Images have noise.
     """
@@ -166,7 +166,7 @@ def label_values(array: np.ndarray, name: str = "") -> int:
 
 
 def _equal_neighbors(array: np.ndarray, background: float) -> float:
-    """Share of equal pairs among neighbors within planes that are not both background."""
+    """Return the share of equal neighbors within planes. Pairs of background do not count."""
     planes = array[:: max(1, array.size // (20 * SAMPLE))]
     equal = pairs = 0
     for first, second in ((planes[:, :-1], planes[:, 1:]), (planes[:, :, :-1], planes[:, :, 1:])):

@@ -1,4 +1,4 @@
-"""3DINO: self-distillation between views of a region and on masked patches.
+"""Distill between views of a region and on masked patches.
 
 Xu et al., "3DINO", npj Digital Medicine 2025, which is DINOv2 (Oquab et al., TMLR 2024, arXiv 2304.07193) in 3-D:
 image-level self-distillation (DINO, arXiv 2104.14294), masked patch-level self-distillation (iBOT, arXiv 2111.07832)
@@ -33,7 +33,9 @@ from nnssl_ext.views.spatial import SpatialRange
 
 
 class DINO(Method):
-    """A student predicts an EMA teacher's output for other views of a region and for masked patches.
+    """A student predicts an EMA teacher's output.
+
+    It does so for other views of a region and for masked patches.
 
     Xu et al., "3DINO", npj Digital Medicine 2025, which is DINOv2 in 3-D. Only the encoder is trained. The teacher is
     exported.
@@ -129,7 +131,7 @@ class DINO(Method):
         return [self.student.reader, self.student.image_head, self.student.patch_head]
 
     def train(self, mode: bool = True) -> DINO:
-        """Set the mode of the student; the teacher stays in evaluation mode."""
+        """Set the student's mode. The teacher stays in evaluation."""
         super().train(mode)
         self.teacher.eval()
         return self
@@ -139,7 +141,7 @@ class DINO(Method):
         return self.teacher.reader.network
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """Crop global and local views of a region, and mask patches of the global ones.
+        """Crop views of a region and mask the global ones.
 
         Returns:
             ``global`` (B, 2, C, D, H, W) and ``local`` (B, V, C, D, H, W); ``masked`` (B, 2, N) bool; for each of the M
@@ -162,7 +164,7 @@ class DINO(Method):
         return views
 
     def _view(self, batch: CropBatch, random: BatchRandom, place: int) -> Tensor:
-        """Make the views of one kind: (B, V, C, D, H, W)."""
+        """Make views of one kind: (B, V, C, D, H, W)."""
         kind, (intensity, exclusive) = self.kinds[place], self.looks[place]
         if len(batch.boxes) == 1:
             return crop_views(batch.boxes[0], self.geometry.crop_size, kind, intensity, random, exclusive)
@@ -172,7 +174,7 @@ class DINO(Method):
         return look_at(boxes, kind, intensity, random, exclusive)
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Compute ``loss`` and its terms ``image``, ``patch`` and ``koleo``, each (B,)."""
+        """Compute ``loss``, ``image``, ``patch`` and ``koleo``, each (B,)."""
         settings = self.settings
         clean, masked, index = views["global"], views["masked"].flatten(0, 1), views["masked_index"]
         number = len(clean)
@@ -228,7 +230,7 @@ class DINO(Method):
 
     @torch.no_grad()
     def after_start_from(self) -> None:
-        """Start the student from the teacher, as the published high-resolution stage does."""
+        """Start the student from the teacher. The published high-resolution stage does so."""
         teacher, student = self._averaged()
         torch._foreach_copy_(student, teacher)
 
@@ -242,7 +244,7 @@ class DINO(Method):
     def _distill(
         self, level: str, student: Tensor, teacher: Tensor, pairs: Tensor, weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Compute the cross-entropy of one level, and move its center.
+        """Compute one level's cross-entropy, and move its center.
 
         Args:
             level: ``image`` or ``patch``.
@@ -273,7 +275,7 @@ class DINO(Method):
 
     @torch.compiler.disable  # it registers gradient hooks
     def _koleo(self, features: Tensor) -> Tensor:
-        """Compute KoLeo of each global view among the same view of all samples: (B, 2, F) -> (B,)."""
+        """Compute KoLeo over samples: (B, 2, F) -> (B,)."""
         kind = features.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         everyone, own = gather_samples(features, self.geometry.batch_size)
@@ -301,7 +303,7 @@ class DINO(Method):
         return self
 
     def _averaged(self) -> tuple[list[Tensor], list[Tensor]]:
-        """List the teacher's tensors that follow the student's, and the student's."""
+        """List the teacher's and the student's averaged tensors."""
         if self._averaged_tensors is None:
             parameters = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
             pairs: list[tuple[Tensor, Tensor]] = [(theirs, own) for theirs, own in parameters if own.requires_grad]

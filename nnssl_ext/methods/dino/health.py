@@ -1,4 +1,4 @@
-"""Validation measures of 3DINO: masked patches, information of the targets, signs of collapse.
+"""Measure 3DINO's validation and signs of collapse.
 
 B samples of a batch, n samples of a validation, N patches of a view, F features, E width of a projected vector.
 """
@@ -35,13 +35,13 @@ KEPT_PATCHES, KEPT_SAMPLES = 32, 128
 
 
 def kept_patches(number: int) -> Tensor:
-    """Choose the patches of a view to validate: all over it, the same at each validation."""
+    """Choose fixed patches all over a view for validation."""
     order = np.random.default_rng(number).permutation(number)[:KEPT_PATCHES]
     return torch.from_numpy(np.sort(order))
 
 
 class ValidationBuffer:
-    """Collect network outputs of the first validation batches of all processes."""
+    """Collect outputs of the first validation batches."""
 
     def __init__(self) -> None:
         self._batches: list[tuple[Tensor, ...]] = []
@@ -70,7 +70,7 @@ class ValidationBuffer:
         self._batches.append(batch)
 
     def measures(self, targets: Callable[[str, Tensor], Targets]) -> dict[str, float]:
-        """Compute the measures of all batches, and empty the buffer.
+        """Compute all measures, and empty the buffer.
 
         Args:
             targets: From ``image`` or ``patch`` and teacher output (n, 1, E) to the targets.
@@ -104,7 +104,7 @@ class ValidationBuffer:
 
 
 def masked_accuracy(prediction: Tensor, patches: Tensor, masked: Tensor) -> Tensor:
-    """Compute how often a masked patch is matched to its own view.
+    """Compute how often a masked patch matches its view.
 
     The prediction of a patch is compared with the teacher output of all views at the same place. Other places of the
     same view are no candidates: a network knows the place of a patch from its padding alone.
@@ -120,7 +120,7 @@ def masked_accuracy(prediction: Tensor, patches: Tensor, masked: Tensor) -> Tens
 
 
 def sign_of_collapse(measures: dict[str, float], settings: DINOSettings) -> str:
-    """Return the sign of collapse in the measures and its remedy; '' if there is none."""
+    """Return a sign of collapse and its remedy, else ''."""
     if measures.get("samples", 0) < MIN_SAMPLES:
         return ""
     # the information of a level that is not trained is arbitrary; the image level always is

@@ -1,4 +1,4 @@
-"""Networks of self-distillation: image and patch vectors of a backbone, and the projection heads.
+"""Define image and patch vectors, and projection heads.
 
 B batch, C channel, D H W voxels, d h w patches per axis, N = d h w, F features, E width of a projected vector,
 K prototypes.
@@ -49,7 +49,7 @@ class Reader(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, image: Tensor, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Compute image vectors (B, F) and patch vectors (B, N, F).
+        """Compute image (B, F) and patch vectors (B, N, F).
 
         Args:
             image: (B, C, D, H, W).
@@ -58,7 +58,9 @@ class Reader(nn.Module, ABC):
 
 
 class MapReader(Reader):
-    """Read feature maps: octant means of the deepest map, and the voxels of a finer one.
+    """Read feature maps.
+
+    Image vectors are octant means of the deepest map, patch vectors voxels of a finer one.
 
     After an instance norm the mean over a whole map is nearly the same for all images (``networks.heads``). All targets
     would then be alike from the start, and there would be nothing to learn from them.
@@ -85,7 +87,9 @@ class MapReader(Reader):
 
 
 class TokenReader(Reader):
-    """Read a vision transformer: its CLS token and its patch tokens, masked ones replaced by its mask token.
+    """Read a vision transformer's CLS and patch tokens.
+
+    Its mask token replaces masked ones.
 
     Args:
         backbone: Backbone of a vision transformer. Its mask token becomes trainable.
@@ -106,7 +110,7 @@ class TokenReader(Reader):
 
 
 class ProjectionHead(nn.Module):
-    """Project vectors to the unit sphere, where the prototypes are.
+    """Project vectors to the prototypes' unit sphere.
 
     Caron et al., "DINO", ICCV 2021, arXiv 2104.14294.
 
@@ -144,7 +148,7 @@ class ProjectionHead(nn.Module):
 
 
 class DistilledNetwork(nn.Module):
-    """A student or a teacher: a reader and the two projection heads.
+    """Join a reader and two projection heads.
 
     Args:
         reader: The reader of the network.

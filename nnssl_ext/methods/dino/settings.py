@@ -1,4 +1,4 @@
-"""Settings of 3DINO, and the sizes that follow from them."""
+"""Define 3DINO's settings and the sizes they imply."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAX_EXCESS = 1.5
 
 @dataclass(frozen=True)
 class DINOIntensitySettings(CustomIntensitySettings):
-    """Strong intensity views, so that a histogram does not reveal which views share a region."""
+    """Strong intensity views for 3DINO. A histogram must not reveal which views share a region."""
 
     gamma_probability: float = default("gamma_probability", 0.8, source=XU)
     noise_probability: float = default("noise_probability", 0.8, source=XU)
@@ -217,7 +217,7 @@ def local_size(settings: DINOSettings, geometry: DataGeometry) -> Triple:
 
 
 def view_kinds(settings: DINOSettings, geometry: DataGeometry) -> list[ViewKind]:
-    """Return the first and second global view and the local views, if there are any."""
+    """Return global and local views, if there are any."""
     turns = SpatialRange(geometry.spacing, settings.flip, settings.rot90)
     kinds = [
         (GLOBALS // 2, geometry.crop_size, settings.global_area, settings.global_depth),
@@ -228,7 +228,7 @@ def view_kinds(settings: DINOSettings, geometry: DataGeometry) -> list[ViewKind]
 
 
 def resolved(settings: DINOSettings, geometry: DataGeometry) -> DINOSettings:
-    """Replace null settings by the values for a crop and a batch size."""
+    """Replace null settings by values for crop and batch."""
     large = geometry.batch_size >= LARGE_BATCH
     room = GLOBALS * math.prod(geometry.crop_size) // math.prod(local_size(settings, geometry))
     automatic: dict[str, Any] = {
@@ -250,7 +250,9 @@ def view_voxels(settings: DINOSettings, geometry: DataGeometry) -> int:
 
 
 def small_crops(settings: DINOSettings, geometry: DataGeometry) -> tuple[Triple, int]:
-    """Trade crop size for samples, at about the voxels per step of the plan's patch and batch.
+    """Trade crop size for samples.
+
+    A step keeps about the voxels of the plan's patch and batch.
 
     The aim is 16 samples. Each crop keeps two voxels at the bottleneck along strided axes. A transformer keeps four
     tokens per axis.

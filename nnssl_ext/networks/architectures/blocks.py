@@ -1,4 +1,4 @@
-"""Parts that transformers share: stochastic depth and a two-layer perceptron."""
+"""Define stochastic depth and a two-layer perceptron."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class DropPath(nn.Module):
-    """Drop a residual branch for random samples of a batch while training.
+    """Drop a residual branch for random samples.
 
     Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016. Branches that are kept are scaled, so that their
     expectation stays the same.

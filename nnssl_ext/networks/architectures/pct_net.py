@@ -1,4 +1,4 @@
-"""Define PCT-Net, a U-Net with window attention in its three deepest stages.
+"""Define PCT-Net, a U-Net with window attention.
 
 Wang et al., "MIS-FM: 3D Medical Image Segmentation using Foundation Models Pretrained on a Large-Scale Unannotated
 Dataset", arXiv 2306.16925. Tensor names are the published ones, except for the final
@@ -46,7 +46,7 @@ class PatchEmbedding(nn.Module):
         self.down2 = DownSample(widths[1], widths[2], flat_pool=flat[1])
 
     def forward(self, image: Tensor, levels: int = 3) -> list[Tensor]:
-        """Return maps of the first ``levels`` levels of (B, C, D, H, W). Level 2 is the pyramid's input."""
+        """Return the first maps of (B, C, D, H, W). Level 2 is the pyramid's input."""
         maps = [self.conv0(self.proj(image))]
         if levels > 1:
             maps.append(self.conv1(self.down1(maps[0])))
@@ -92,7 +92,7 @@ class PyramidConvTrans(nn.Module):
         self.out_conv3 = OutputLayer(widths[1], classes)
 
     def encode(self, image: Tensor, levels: int = 3) -> list[Tensor]:
-        """Encode level 2 (B, C, D, H, W) to maps of the first ``levels`` of levels 2, 3 and 4."""
+        """Encode level 2 to the first of levels 2 to 4."""
         maps = [self.convtrans_e2(image)]
         if levels > 1:
             maps.append(self.convtrans_e3(self.down3(maps[0])))
@@ -101,7 +101,7 @@ class PyramidConvTrans(nn.Module):
         return maps
 
     def decode(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Decode maps of levels 2, 3 and 4 to levels 2 and 3."""
+        """Decode levels 2, 3 and 4 to levels 2 and 3."""
         level3 = self.convtrans_d3(self.up4(maps[1], maps[2]))
         return self.convtrans_d2(self.up3(maps[0], level3)), level3
 
@@ -119,7 +119,7 @@ class PredictionHead(nn.Module):
         self.out_conv1 = OutputLayer(widths[1], classes)
 
     def forward(self, level0: Tensor, level1: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
-        """Decode levels 0 and 1 from their skips and the decoded map of level 2."""
+        """Decode levels 0 and 1 from skips and level 2."""
         decoded = self.conv1(self.up2(level1, below))
         return self.conv0(self.up1(level0, decoded)), decoded
 
@@ -193,7 +193,7 @@ class PCTNet(nn.Module):
 
     @property
     def decoder(self) -> PCTNet:
-        """Return this network, where nnU-Net switches deep supervision. No module, so that names stay as published."""
+        """Return this network, for nnU-Net's deep supervision. No module, so that names stay as published."""
         return self
 
     @property
@@ -209,17 +209,17 @@ class PCTNet(nn.Module):
 
     @staticmethod
     def strides_for(spacing: Sequence[float]) -> list[list[int]]:
-        """Choose strides for a spacing whose thick axis comes first, as in plans."""
+        """Choose strides for a spacing, thick axis first."""
         flat = [strides[0] == 1 for strides in halving_strides(spacing, 2)[1:]]
         return [list(stride) for stride in STRIDES[sum(flat)]]
 
     def encode(self, image: Tensor, levels: int = 5) -> list[Tensor]:
-        """Encode (B, C, D, H, W) to maps of the first ``levels`` levels, finest first."""
+        """Encode (B, C, D, H, W) to maps, finest first."""
         maps = self.embedding(image, levels)
         return maps if levels < 3 else [*maps[:2], *self.pyramid_ct.encode(maps[2], levels - 2)]
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        """Segment (B, C, D, H, W) into (B, classes, D, H, W), or one output for each of levels 0 to 3."""
+        """Segment (B, C, D, H, W) at one or several levels."""
         encoded = self.encode(image)
         level2, level3 = self.pyramid_ct.decode(encoded[2:])
         level0, level1 = self.pred_heads[self.resolution_mode](encoded[0], encoded[1], level2)
@@ -230,7 +230,7 @@ class PCTNet(nn.Module):
 
 
 def published_name(name: str) -> str:
-    """Rename a tensor of a published file as in this network.
+    """Rename a published file's tensor.
 
     Only the four final convolutions differ: stock nnU-Net transfers everything but names with ``.seg_layers.``.
     """
@@ -238,7 +238,7 @@ def published_name(name: str) -> str:
 
 
 def trained_modes(weights: Mapping[str, Tensor]) -> list[int]:
-    """List the resolution modes whose norms have counted batches; none where no mode has."""
+    """List the resolution modes that were trained. Their norms have counted batches."""
     counted = "embeddings.{}.conv0.conv_conv.0.num_batches_tracked"
     counts = [weights.get(counted.format(mode)) for mode in range(len(FLAT))]
     return [mode for mode, count in enumerate(counts) if count is not None and count > 0]

@@ -1,4 +1,6 @@
-"""Define the blocks of PCT-Net, pre-activated with batch norm and PReLU (Wang et al., arXiv 2306.16925).
+"""Define PCT-Net's blocks (Wang et al., arXiv 2306.16925).
+
+They are pre-activated with batch norm and PReLU.
 
 B batch, C channel, D H W voxels.
 """

@@ -1,4 +1,4 @@
-"""Define UNETR's decoder: token maps of several depths to outputs at every resolution.
+"""Define UNETR's decoder of token maps.
 
 Hatamizadeh et al., "UNETR: Transformers for 3D Medical Image Segmentation", WACV 2022, arXiv 2103.10504.
 
@@ -39,7 +39,9 @@ def up_sampling(inputs: int, outputs: int, stride: Sequence[int]) -> nn.ConvTran
 
 
 class UNETRDecoder(nn.Module):
-    """UNETR's decoder. Its heads are ``seg_layers``, coarsest first, as in nnU-Net's networks.
+    """Decode tokens as UNETR does.
+
+    Its heads are ``seg_layers``, coarsest first, as in nnU-Net's networks.
 
     Args:
         input_channels: C of the image. Its own features are the skip of level 0.

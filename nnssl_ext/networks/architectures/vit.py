@@ -49,7 +49,9 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Scale each feature, by little at first, so that deep transformers start near the identity.
+    """Scale each feature, at first by little.
+
+    Deep transformers then start near the identity.
 
     Touvron et al., "Going deeper with Image Transformers", ICCV 2021.
     """
@@ -163,7 +165,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([cls, tokens], 1) + self.positions(self.grid(image.shape[2:]))
 
     def layers(self, image: Tensor, after: Sequence[int], mask: Tensor | None = None) -> list[Tensor]:
-        """Return tokens (B, 1 + N, E) after the given numbers of blocks, ascending. The last are normed."""
+        """Return tokens (B, 1 + N, E) after given blocks. Numbers ascend. The last tokens are normed."""
         tokens, found = self.embed(image, mask), []
         for number, block in enumerate(self.blocks, 1):
             tokens = block(tokens)
@@ -193,7 +195,7 @@ class VisionTransformer(nn.Module):
         return found
 
     def forward(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Encode (B, C, D, H, W) with mask (B, N) bool to normed tokens (B, 1 + N, E)."""
+        """Encode (B, C, D, H, W) to normed tokens (B, 1 + N, E)."""
         return self.layers(image, [len(self.blocks)], mask)[0]
 
     def _initialise(self) -> None:
@@ -274,11 +276,11 @@ class ViTUNETR(nn.Module):
 
     @staticmethod
     def strides_for(spacing: Sequence[float]) -> list[list[int]]:
-        """Choose strides for a spacing: tokens of 16 voxels, of fewer along a thick axis."""
+        """Choose strides for tokens of about 16 voxels."""
         return halving_strides(spacing, len(STRIDES) - 1)
 
     def forward(self, image: Tensor, visible: Tensor | None = None) -> Tensor | list[Tensor]:
-        """Segment (B, C, D, H, W) into (B, classes, D, H, W), or one output per resolution.
+        """Segment (B, C, D, H, W), at one or all resolutions.
 
         ``visible`` (B, V) are the positions of the patches to encode; None encodes all.
         """
@@ -299,7 +301,7 @@ def as_map(tokens: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def checked_strides(strides: Sequence[Sequence[int]], depth: int) -> tuple[tuple[int, ...], ...]:
-    """Check strides against the number of blocks and return them as tuples."""
+    """Check strides and return them as tuples."""
     checked = tuple(tuple(step) for step in strides)
     if len(checked) < 3 or checked[0] != (1, 1, 1) or any(set(step) - {1, 2} or len(step) != 3 for step in checked):
         raise ValueError(
@@ -311,7 +313,7 @@ def checked_strides(strides: Sequence[Sequence[int]], depth: int) -> tuple[tuple
 
 
 def published_name(name: str) -> str:
-    """Rename a tensor of a published encoder: with ``backbone.`` before it, its blocks numbered through.
+    """Rename a published encoder's tensor.
 
     Large models are published in groups whose blocks are numbered through (``blocks.1.6.``).
     """
@@ -319,6 +321,6 @@ def published_name(name: str) -> str:
 
 
 def from_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take the encoder of a published file under the names of ``VisionTransformer``, without the objective's heads."""
+    """Take a published encoder under our names."""
     encoder = {name: tensor for name, tensor in weights.items() if name.startswith("backbone.")}
     return {published_name(name).removeprefix("backbone."): tensor for name, tensor in encoder.items()}

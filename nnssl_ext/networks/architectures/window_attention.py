@@ -42,10 +42,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def bias(self, edges: Sequence[int]) -> Tensor:
-        """Return the bias (heads, N, N) of a window with these edges.
-
-        It is contiguous, since fused attention on GPUs takes nothing else.
-        """
+        """Return a window's bias (heads, N, N). It is contiguous, since fused attention on GPUs takes nothing else."""
         d, h, w = edges
         index = self.relative_position_index.view([self.window] * 6)[:d, :h, :w, :d, :h, :w]
         return self.relative_position_bias_table[index.reshape(d * h * w, -1)].permute(2, 0, 1).contiguous()
@@ -122,7 +119,7 @@ class SwinBlock(nn.Module):
 
 
 def relative_positions(window: int) -> Tensor:
-    """Return the entry of the bias table for each pair of voxels of a window: (N, N).
+    """Return each voxel pair's entry of the bias table: (N, N).
 
     The factor of the first axis is 3 w - 1 as in the published weights, although (2 w - 1)^2 would keep all offsets
     apart.
@@ -151,7 +148,7 @@ def merge(windows: Tensor, edges: Sequence[int], size: Sequence[int]) -> Tensor:
 def window_mask(
     size: Sequence[int], edges: Sequence[int], shift: Sequence[int], mask_padding: bool, device: torch.device
 ) -> Tensor:
-    """Return what is added to the logits of each window: (n, N, N), 0 or ``MASKED``.
+    """Return each window's mask: (n, N, N), 0 or ``MASKED``.
 
     A cyclic shift brings voxels from opposite ends of the map, and padding, into one window. Each kind is a region of
     its own, and regions do not attend to each other.

@@ -1,4 +1,4 @@
-"""Downloading a large file: resumed where a connection was cut, checked before it gets its name."""
+"""Download a large file with resumption and a checksum."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def download(url: str, path: Path, md5: str, pause: float = PAUSE_SECONDS) -> No
 
 
 def checksum(path: Path) -> str:
-    """The md5 of a file: what data sets of this age are published with."""
+    """Compute the md5 of a file."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(BLOCK):
@@ -71,7 +71,7 @@ def checksum(path: Path) -> str:
 
 
 def _attempt(url: str, part: Path) -> str:
-    """Download over one connection. Return '' once the file is whole, else the error."""
+    """Download over one connection. Return the error, '' when done."""
     have = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:

@@ -1,4 +1,4 @@
-"""The archive that the Decathlon's site takes, checked case by case against the images that were predicted."""
+"""Write the archive that the Decathlon's site takes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLOSE = 1e-3
 
 @dataclass(frozen=True)
 class Predictions:
-    """The predictions of one task.
+    """Check the predictions of one task.
 
     Args:
         task: TaskXX_NAME, the folder in the archive.
@@ -37,7 +37,7 @@ class Predictions:
     raw: Path
 
     def files(self) -> dict[str, Path]:
-        """The predictions by case, all of them checked.
+        """Return the checked predictions by case.
 
         Raises:
             UserError: About the cases that are missing, too many, or do not fit their image.
@@ -61,7 +61,7 @@ class Predictions:
         return dict(sorted(found.items()))
 
     def _images(self) -> dict[str, Path]:
-        """Find the test images by case, the first channel of several."""
+        """Find the test images by case, first channel only."""
         found = _cases(self.raw / "imagesTs")
         if any(re.search(r"_\d{4}$", name) for name in found):  # as nnU-Net's converter names them
             return {name[:-5]: path for name, path in found.items() if name.endswith("_0000")}
@@ -69,7 +69,7 @@ class Predictions:
 
 
 def write_archive(tasks: list[Predictions], path: Path) -> int:
-    """Write one zip with a folder per task. Return the number of cases.
+    """Write a zip with a folder per task. Return the cases.
 
     Raises:
         UserError: If any prediction is not as the site wants it; nothing is written then.

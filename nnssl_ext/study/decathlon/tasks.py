@@ -1,5 +1,7 @@
-"""The Medical Segmentation Decathlon: its ten tasks, fetched, unpacked and converted (Antonelli et al., Nature
-Communications 13:4128)."""
+"""Fetch and convert the tasks of the Medical Segmentation Decathlon.
+
+Antonelli et al., Nature Communications 13:4128.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ PARTS = ("imagesTr", "labelsTr", "dataset.json")
 
 @dataclass(frozen=True)
 class Task:
-    """One task.
+    """Describe one task.
 
     Attributes:
         number: 1 to 10.
@@ -90,7 +92,7 @@ TASKS = (
 
 
 def tasks_table() -> str:
-    """The tasks as a Markdown table."""
+    """Format the tasks as a Markdown table."""
     rows = ["| task | images | classes | surface tolerance, mm | training, test cases |", "|---|---|---|---|---|"]
     for task in TASKS:
         cells = (task.folder, ", ".join(task.modalities), ", ".join(task.classes), f"{task.tolerance:g}")
@@ -99,7 +101,7 @@ def tasks_table() -> str:
 
 
 def find_task(word: str) -> Task:
-    """A task by its number, "Task04", "Hippocampus" or "Task04_Hippocampus".
+    """Find a task by number or name.
 
     Raises:
         UserError: If there is none.
@@ -112,7 +114,7 @@ def find_task(word: str) -> Task:
 
 
 def fetch_task(task: Task, root: Path, url: str | None = None, md5: str | None = None) -> Path:
-    """Download, check and unpack a task's archive. Return its folder.
+    """Download, check and unpack a task. Return its folder.
 
     Args:
         task: Which.
@@ -133,7 +135,7 @@ def fetch_task(task: Task, root: Path, url: str | None = None, md5: str | None =
 
 
 def unpack(archive: Path, task: str, root: Path) -> Path:
-    """Unpack ``TaskXX_NAME`` from a tar file into ``root``, whole or not at all.
+    """Unpack a task from a tar file, whole or not at all.
 
     Raises:
         UserError: If it is no such archive, or a member would leave the folder.
@@ -152,7 +154,7 @@ def unpack(archive: Path, task: str, root: Path) -> Path:
 
 
 def convert_task(source: Path, raw: Path, scratch: Path, *, test_images: bool = False, processes: int = 2) -> Path:
-    """Convert a task's folder to an nnU-Net raw data set with nnU-Net's converter.
+    """Convert a task by nnU-Net's own converter.
 
     Args:
         source: ``TaskXX_NAME``.
@@ -206,7 +208,7 @@ def run_stock(words: list[str], failure: str, variables: dict[str, str], show: b
 
 
 def task_of_path(path: Path) -> str:
-    """``TaskXX_NAME`` of a task's folder or tar file.
+    """Return ``TaskXX_NAME`` of a folder or tar file.
 
     Raises:
         UserError: If it is absent or named otherwise.
@@ -219,7 +221,7 @@ def task_of_path(path: Path) -> str:
 
 
 def _members(tar: tarfile.TarFile, task: str) -> Iterator[tarfile.TarInfo]:
-    """List the members of a task's folder without macOS's extra files.
+    """List a task's members without macOS's extra files.
 
     Raises:
         tarfile.TarError: For a member elsewhere.

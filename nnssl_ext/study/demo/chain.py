@@ -1,4 +1,4 @@
-"""Run a chain of commands that can be interrupted and continued."""
+"""Run a chain of commands that can be continued."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Step:
 
 @dataclass
 class Chain:
-    """Steps in order, with one environment, logs and durations in one folder."""
+    """Run steps in order, with logs and durations."""
 
     folder: Path
     variables: dict[str, str]

@@ -1,4 +1,4 @@
-"""The demonstration: fine-tuning with and without pretraining, by stock commands alone.
+"""Fine-tune with and without pretraining, by stock commands.
 
 Everything lies in one folder: an nnUNet_raw and nnUNet_preprocessed of its own, one results folder per arm (arms that
 share trainer, plans and fold would overwrite each other), logs, and the page.
@@ -82,7 +82,7 @@ def choose_lengths(seconds: float, minutes: float, epochs: int, steps: int) -> L
 
 
 def quiet_threads() -> dict[str, str]:
-    """Return variables that stop idle threads from spinning where others use the machine."""
+    """Return variables that keep idle threads from spinning."""
     if not hasattr(os, "getloadavg") or os.getloadavg()[0] < 0.5 * cores():
         return {}
     return {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
@@ -140,7 +140,7 @@ class Demo:
 
     @cached_property
     def chain(self) -> Chain:
-        """Return the steps. A step is done if its result exists."""
+        """Return the steps. A step with a result is done."""
         number, plan = self.source.number, self.preprocessed / f"{PLANS}.json"
         preprocess = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", CONFIGURATION, "-np", "2"]
         steps = [
@@ -221,7 +221,7 @@ class Demo:
         return int(load_recipe(self.recipe).settings["epochs"])
 
     def _measure(self) -> None:
-        """Time a few steps of the network and choose the lengths."""
+        """Time a few steps and choose the lengths."""
         lengths = Lengths(self._recipe_epochs, self.finetuner)
         if self.minutes is not None:
             import torch

@@ -1,4 +1,4 @@
-"""Write the page of a demonstration: scratch against pretrained, one run each."""
+"""Write the page of a demonstration."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def write_page(demo: Demo) -> Path:
 
 
 def dice_table(dice: dict[str, pd.DataFrame]) -> Table:
-    """Compare mean Dice per class: both arms, the difference in points, and the number of cases."""
+    """Compare mean Dice per class of both arms."""
     means = pd.DataFrame({arm: frame.groupby("organ", sort=False)["dice"].mean() for arm, frame in dice.items()})
     counts = dice["scratch"].dropna().groupby("organ")["dice"].size()
     rows = [
@@ -102,7 +102,7 @@ def _curves(demo: Demo) -> list[Picture]:
 
 
 def _pretext(demo: Demo) -> list[Section]:
-    """Show the pretraining's own picture of its task, where it drew one."""
+    """Show the pretraining's own picture, if there is one."""
     picture = demo.results("pretraining") / "pretext.png"
     if not picture.is_file():
         return []
@@ -116,7 +116,7 @@ def _pretext(demo: Demo) -> list[Section]:
 
 
 def _tiles(demo: Demo, dice: dict[str, pd.DataFrame]) -> list[tuple[str, list[Picture]]]:
-    """Show the best, median and worst case of the pretrained arm, one arm a tile."""
+    """Show the best, median and worst test case."""
     scores = {arm: frame.groupby("case")["dice"].mean() for arm, frame in dice.items()}
     order = scores["pretrained"].sort_values(ascending=False).index
     rows = []

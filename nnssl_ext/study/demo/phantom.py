@@ -1,4 +1,4 @@
-"""The phantom: a small segmentation problem of any size, for demonstrations and tests without data.
+"""Make the phantom, a small segmentation problem of any size.
 
 Each case is an ellipsoid body with five organs of varied shape, place, texture and contrast, unlabeled structures
 that look like them, a bias field and noise. Two organs, the left and the right twin, look alike and are told apart by
@@ -48,7 +48,7 @@ class PhantomOptions:
     field_of_view: float = 48.0
 
     def check(self) -> None:
-        """Raises UserError for numbers that make no data set."""
+        """Refuse numbers that make no data set."""
         if self.labeled < 1 or self.test < 1 or self.cases < self.labeled + self.test:
             raise UserError(
                 f"a phantom of {self.cases} cases with {self.labeled} labeled and {self.test} test cases cannot be "
@@ -117,7 +117,7 @@ def write_phantom(folder: Path, options: PhantomOptions, progress: Callable[[int
 
 
 def make_case(options: PhantomOptions, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Make image (C, D, H, W) int16 and label (D, H, W) uint8 of a case from seed and number."""
+    """Make image (C, D, H, W) int16 and label (D, H, W) uint8."""
     generator = np.random.default_rng((options.seed, number))
     shape = tuple(round(options.field_of_view * generator.uniform(0.9, 1.1) / s) for s in options.spacing)
     grid = _warped_grid(generator, shape)
@@ -128,7 +128,7 @@ def make_case(options: PhantomOptions, number: int) -> tuple[np.ndarray, np.ndar
 
 
 def _warped_grid(generator: np.random.Generator, shape: tuple[int, ...]) -> list[np.ndarray]:
-    """Return coordinates in [-1, 1] per axis, smoothly deformed and slightly rotated."""
+    """Return deformed and rotated coordinates in [-1, 1]."""
     axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     bends = [_smooth(generator, shape, 4) for _ in range(3)]
     points = np.stack([axis + 0.07 * bend for axis, bend in zip(axes, bends, strict=True)])
@@ -142,7 +142,7 @@ def _warped_grid(generator: np.random.Generator, shape: tuple[int, ...]) -> list
 
 
 def _draw_organs(generator: np.random.Generator, grid: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of the organs, and a map of unlabeled structures (0 = none)."""
+    """Draw labels and a map of unlabeled structures."""
 
     def ellipsoid(centre: tuple, radii: tuple, jitter: float = 0.08, size: float = 0.2) -> np.ndarray:
         middle = np.asarray(centre) + generator.uniform(-jitter, jitter, 3)
@@ -181,7 +181,10 @@ def _draw_organs(generator: np.random.Generator, grid: list[np.ndarray]) -> tupl
 def _appearance(
     generator: np.random.Generator, label: np.ndarray, strange: np.ndarray, body: np.ndarray, channel: int
 ) -> np.ndarray:
-    """Intensities: tissue and organ contrasts of this case, texture per organ, bias field, blur, Rician noise."""
+    """Make the intensities of one channel.
+
+    Contrasts of this case, texture per organ, bias field, blur and Rician noise.
+    """
     tissue = generator.uniform(0.35, 0.5)
     sign = 1 if channel % 2 == 0 else -1  # a second channel has the opposite contrast
     contrasts = sign * np.array([0.0, 0.16, 0.24, 0.24, 0.34, -0.10]) * generator.uniform(0.8, 1.3)
@@ -202,7 +205,7 @@ def _appearance(
 
 
 def _smooth(generator: np.random.Generator, shape: tuple[int, ...], knots: int) -> np.ndarray:
-    """A smooth random field, about standard normal: cubic interpolation of ``knots`` values per axis."""
+    """Draw a smooth, about standard normal field. It interpolates ``knots`` values per axis by cubic splines."""
     coarse = np.pad(generator.standard_normal((knots,) * 3), 1, mode="reflect")
     points = np.meshgrid(*(np.linspace(1, knots, n) for n in shape), indexing="ij")
     return map_coordinates(coarse, points, order=3)

@@ -1,4 +1,4 @@
-"""Provide a demo's data: the phantom, or a task of the Decathlon."""
+"""Provide a demo's data: phantom or Decathlon task."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST_TEST_CASES = 6
 
 
 class Source(ABC):
-    """A raw data set with its splits_final.json, which stock planning takes over.
+    """Write a raw data set with its splits_final.json.
 
     Fold 0 is for fine-tuning, fold 1 for pretraining; both spare the test cases.
     """
@@ -33,11 +33,11 @@ class Source(ABC):
 
     @abstractmethod
     def write_raw(self, root: Path, scratch: Path) -> None:
-        """Write the raw data set into an nnUNet_raw folder. ``scratch`` holds intermediate files."""
+        """Write the data set into nnUNet_raw. ``scratch`` holds intermediate files."""
 
     @property
     def number(self) -> str:
-        """The data set's number, as nnU-Net's commands take it."""
+        """Return the data set's number."""
         return str(dataset_number(self.dataset))
 
 
@@ -64,7 +64,7 @@ class PhantomSource(Source):
 
 @dataclass
 class DecathlonSource(Source):
-    """A Decathlon task from its folder or tar file, of which only a few cases count as labeled.
+    """Take a Decathlon task with few labeled cases.
 
     Args:
         path: ``TaskXX_NAME`` or ``TaskXX_NAME.tar``.

@@ -52,7 +52,7 @@ class GlobalBatchNorm(_BatchNorm):
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over all processes, and sum their gradients in the backward pass."""
+    """Sum values over all processes, and gradients likewise."""
 
     @staticmethod
     def forward(context: Any, values: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class _Sum(torch.autograd.Function):
 
 
 def synchronize(module: nn.Module) -> nn.Module:
-    """Replace each batch norm in ``module`` by a ``GlobalBatchNorm`` with its parameters and buffers."""
+    """Replace each batch norm in ``module`` by a ``GlobalBatchNorm``. Parameters and buffers are kept."""
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm) and not isinstance(child, GlobalBatchNorm):
             norm = GlobalBatchNorm(

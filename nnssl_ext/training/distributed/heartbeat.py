@@ -87,7 +87,7 @@ class Heartbeat:
             Heartbeat._on = False
 
     def _come_together(self) -> None:
-        """Until all are there."""
+        """Wait until all processes are there."""
         self._store.set(f"beat{self.number}", "0")
         self._store.set(f"who{self.number}", f"pid {os.getpid()} on {socket.gethostname()}")
         deadline = time.monotonic() + MEETING.total_seconds()
@@ -102,7 +102,7 @@ class Heartbeat:
         return [value.decode() for value in self._store.multi_get([f"{what}{other}" for other in range(self.count)])]
 
     def _end_with(self, word: str) -> None:
-        """Record how this process ended. The first process stays last, since it may hold the store."""
+        """Record how this process ended. The first process ends last, since it may hold the store."""
         with suppress(RuntimeError):  # the store is gone with its process
             self._store.set(f"beat{self.number}", word)
             deadline = time.monotonic() + SILENCE_SECONDS
@@ -160,14 +160,17 @@ class Heartbeat:
                     self._gone(other)
 
     def _watch_the_store(self) -> None:
-        """A stopped process that holds the store neither answers nor closes the connection."""
+        """End this process if the store stops answering.
+
+        A stopped process that holds the store neither answers nor closes the connection.
+        """
         while not self._stop.wait(BEAT_SECONDS):
             self._unanswered += 1
             if self._unanswered * BEAT_SECONDS > SILENCE_SECONDS + 2 * BEAT_SECONDS:
                 self._gone(0)
 
     def _gone(self, other: int) -> None:
-        """Say who is gone, and end this process whatever it waits for."""
+        """Name the lost process and end this one at once."""
         if not self._stop.is_set():
             print(
                 f"nnssl_ext: error: process {other} of {self.count} ({self._who[other]}) is gone; process "
@@ -178,7 +181,7 @@ class Heartbeat:
             os._exit(1)
 
     def _leave(self) -> None:
-        """End this process at once, whatever it waits for."""
+        """End this process at once."""
         if not self._stop.is_set():
             with suppress(RuntimeError):
                 self._store.set(f"beat{self.number}", _SAID)
@@ -191,7 +194,7 @@ def _final(beat: str) -> bool:
 
 
 def _of_the_backend(error: BaseException) -> bool:
-    """Return whether an error most likely means that another process is gone."""
+    """Return whether an error probably means a lost process."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return False
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -1,4 +1,4 @@
-"""Train as one run under torchrun, on one or several machines.
+"""Train under torchrun, on one or several machines.
 
 The processes meet, check their input together, and share errors.
 
@@ -42,7 +42,7 @@ class Place:
 
     @classmethod
     def of_this_process(cls) -> Place:
-        """From the variables that torchrun sets.
+        """Read the variables that torchrun sets.
 
         Raises:
             UserError: If one is missing or no number.
@@ -64,7 +64,9 @@ class Place:
 
 @contextmanager
 def process_group(check: Callable[[], argparse.Namespace]) -> Iterator[None]:
-    """Open a process group. An error in one process ends all of them and is reported once.
+    """Open a process group.
+
+    An error in one process ends all of them and is reported once.
 
     Args:
         check: Reads and checks the command line, in every process; nothing is written before all have.
@@ -117,7 +119,7 @@ def _check_place(place: Place, options: argparse.Namespace) -> None:
 
 
 def _take_device(device: str, place: Place) -> str:
-    """Select this process's GPU and return the name of the backend."""
+    """Select this process's GPU and return the backend."""
     if device == "cpu":
         return "gloo"
     if device != "cuda":
@@ -135,7 +137,7 @@ def _take_device(device: str, place: Place) -> str:
 
 
 def _end_hard_on_gpus(error: BaseException, place: Place) -> None:
-    """After a failure, without Python's tidying up: NCCL could wait in it for processes that are gone."""
+    """End a failed process at once, if it uses NCCL. Python's clean-up could wait there for processes that are gone."""
     failed = not (isinstance(error, SystemExit) and error.code in (None, 0))
     if failed and place.world > 1 and dist.is_initialized() and dist.get_backend() == "nccl":
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Rank and world size, devices of ranks, and values over all processes."""
+"""Find ranks and devices, and reduce values over processes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def world() -> int:
 
 
 def rank_device(device: torch.device) -> torch.device:
-    """Return this process's device: on CUDA that of its local rank, otherwise ``device``."""
+    """Return the device of this rank. On CUDA it is the GPU of the local rank, otherwise ``device``."""
     if device.type != "cuda":
         return device
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank() % max(1, torch.cuda.device_count()))))
 
 
 def mean_over_samples(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Average each term over all samples of all steps and processes.
+    """Average each term over all samples of all processes.
 
     Values that are not finite are left out: their batches changed nothing. If none is finite the mean is NaN.
 
@@ -51,7 +51,9 @@ def mean_over_samples(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, floa
 
 
 def same_everywhere(found: Any, fold: int | str) -> None:
-    """Check that all processes find the same: machines with results folders of their own do not.
+    """Check that all processes find the same.
+
+    Machines with separate results folders do not.
 
     Raises:
         UserError: In all processes, if ``found`` differs.

@@ -24,7 +24,10 @@ _store: dist.Store | None = None
 
 
 def shared_store() -> dist.Store:
-    """Return this process's connection. The first call, made by all processes together, opens the store."""
+    """Return this process's connection to the store.
+
+    The first call, made by all processes together, opens the store.
+    """
     global _store  # one connection for the life of the process
     if _store is None:
         _store = _opened_by_the_first()
@@ -32,7 +35,9 @@ def shared_store() -> dist.Store:
 
 
 def meet(number: int, world: int) -> dist.Store:
-    """Meet the other processes at MASTER_ADDR and MASTER_PORT and return the store for a process group.
+    """Meet the other processes and return the group's store.
+
+    The place is MASTER_ADDR and MASTER_PORT.
 
     Afterwards ``shared_store`` is another connection to the same place: nothing that the backend waits for blocks it.
 
@@ -59,10 +64,7 @@ def meet(number: int, world: int) -> dist.Store:
 
 
 def from_the_first(key: str, make: Callable[[], T]) -> T:
-    """Send a result of the first process to all, however long it takes.
-
-    A collective would time out after minutes.
-    """
+    """Send a result of the first process to all. A collective would time out after minutes."""
     if world() == 1:
         return make()
     made: list[Any] = [None]

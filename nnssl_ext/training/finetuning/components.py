@@ -1,4 +1,4 @@
-"""Settings of a fine-tuning, its network's components and when they learn, and averaged weights."""
+"""Group a network's parameters, schedule them, and average weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ PHASES = ("everything", "decoder and heads", "heads")
 
 
 def finetune_settings(plans: dict) -> tuple[CommonSettings, FinetuneSettings]:
-    """Read and check the settings of a plans file. Lengths below 1 become shares of the steps.
+    """Read and check the settings of a plans file.
+
+    Lengths below 1 become shares of the steps.
 
     Raises:
         UserError: For an unknown setting, or steps beyond the end.
@@ -48,7 +50,7 @@ def finetune_settings(plans: dict) -> tuple[CommonSettings, FinetuneSettings]:
 
 
 def rate_at(settings: FinetuneSettings, peak: float, step: int) -> float:
-    """Return the learning rate of a step: one schedule over all steps, or one for each phase (sawtooth)."""
+    """Return the learning rate of a step. There is one schedule over all steps, or one for each phase (sawtooth)."""
     start, end = 0, settings.steps
     if settings.restart_schedule:
         for bound in sorted({int(settings.head_only_steps), int(settings.freeze_encoder_steps)} - {0}):
@@ -64,7 +66,7 @@ def rate_at(settings: FinetuneSettings, peak: float, step: int) -> float:
 
 
 def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Group the parameters of a segmentation network by component: encoder, decoder (the rest) and heads."""
+    """Group parameters by component: encoder, decoder and heads."""
     groups: dict[str, list[nn.Parameter]] = {"encoder": [], "decoder": [], "heads": []}
     encoder = {id(parameter) for layer in encoder_layers(network) for parameter in layer}
     for name, parameter in network.named_parameters():
@@ -73,7 +75,7 @@ def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def encoder_layers(network: nn.Module) -> list[list[nn.Parameter]]:
-    """Return the encoder's parameters layer by layer from the input, all in one for an unknown network."""
+    """Return the encoder's parameters layer by layer from the input. Those of an unknown network are one layer."""
     try:
         return backbone_of(network).layers()
     except ValueError:
@@ -81,7 +83,7 @@ def encoder_layers(network: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def build_optimizer(network: nn.Module, settings: FinetuneSettings, learning_rate: float) -> torch.optim.Optimizer:
-    """Build the optimizer, with a group per component of the network.
+    """Build the optimizer with one group per component.
 
     Raises:
         UserError: If the settings name a component that the network lacks.
@@ -107,7 +109,7 @@ def build_optimizer(network: nn.Module, settings: FinetuneSettings, learning_rat
 
 
 def _without_decay(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """Split a group in two: weights, and norms, biases and other vectors, which do not decay."""
+    """Split off vectors, which have no weight decay. Norms and biases are vectors."""
     weights = [parameter for parameter in group["params"] if parameter.ndim > 1]
     vectors = [parameter for parameter in group["params"] if parameter.ndim <= 1]
     halves = [{**group, "params": weights}, {**group, "params": vectors, "weight_decay": 0.0}]
@@ -115,26 +117,26 @@ def _without_decay(group: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
-    """Return a network without the wrappers of DDP and torch.compile."""
+    """Return a network without DDP and torch.compile."""
     network = network.module if isinstance(network, DistributedDataParallel) else network
     return network._orig_mod if isinstance(network, OptimizedModule) else network
 
 
 def component_of(name: str) -> str:
-    """Return the component of a parameter by its name: ``encoder``, ``decoder`` or ``heads``."""
+    """Return the component that a parameter's name belongs to."""
     name = f".{name.removeprefix('module.').removeprefix('_orig_mod.')}"
     return "heads" if HEADS in name else "encoder" if name.startswith(".encoder.") else "decoder"
 
 
 def frozen_components(settings: FinetuneSettings, step: int) -> tuple[str, ...]:
-    """Return the components that are frozen in the step after ``step`` others."""
+    """Return the components that are frozen in a step."""
     if step < settings.head_only_steps:
         return ("encoder", "decoder")
     return ("encoder",) if step < settings.freeze_encoder_steps else ()
 
 
 def hold_statistics(network: nn.Module, settings: FinetuneSettings, frozen: tuple[str, ...]) -> None:
-    """Make batch norms of frozen components use and keep their running statistics."""
+    """Freeze the running statistics of frozen components."""
     if not (settings.head_only_steps or settings.freeze_encoder_steps):
         return
     held = {id(parameter) for part in frozen for parameter in parameter_groups(network)[part]}
@@ -144,7 +146,7 @@ def hold_statistics(network: nn.Module, settings: FinetuneSettings, frozen: tupl
 
 
 class MovingAverage:
-    """An exponential moving average of a network's weights that starts with a short memory.
+    """Average a network's weights exponentially.
 
     The decay of update t is at most (1 + t) / (10 + t). Buffers are copied. Tensors are collected once.
 
@@ -178,13 +180,13 @@ class MovingAverage:
 
 
 def predict_alone(network: nn.Module) -> None:
-    """Keep forward passes from waiting for other processes, which predict other cases or none."""
+    """Keep forward passes from waiting for other processes. The others predict other cases or none."""
     if isinstance(network, DistributedDataParallel):
         network.require_forward_param_sync = False
 
 
 def to_device(tensors: Any, device: torch.device) -> Any:
-    """Send a tensor or a list of tensors to a device. The host does not wait."""
+    """Send tensors to a device without waiting."""
     if isinstance(tensors, list):
         return [tensor.to(device, non_blocking=True) for tensor in tensors]
     return tensors.to(device, non_blocking=True)

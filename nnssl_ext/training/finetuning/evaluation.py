@@ -1,4 +1,4 @@
-"""A fold's validation with nnU-Net's own prediction, export and metrics, case by case in this process.
+"""Validate a fold with nnU-Net's prediction, export and metrics.
 
 Stock starts a pool of processes, which takes longer than a small validation, and always writes into one folder.
 """
@@ -25,7 +25,7 @@ from nnssl_ext.files import replaced_on_success
 
 
 class _Predictor(nnUNetPredictor):
-    """nnU-Net's predictor with mixed precision on CPUs, too, as in the training."""
+    """Predict in mixed precision on CPUs too."""
 
     amp_dtype: torch.dtype | None = None
 
@@ -68,7 +68,7 @@ class Evaluation:
     log: Callable[[str], None]
 
     def run(self, folder: Path) -> float:
-        """Predict the cases and write them with summary.json into ``folder``, as stock does.
+        """Predict the cases and write them with summary.json.
 
         Returns:
             The mean Dice over classes and cases.
@@ -133,7 +133,7 @@ def _mean(metrics: dict) -> float:
 
 
 def _summary(rows: list[dict]) -> dict:
-    """Return nnU-Net's summary: per case, the mean over cases, and the mean over classes."""
+    """Average metrics over cases and classes, as nnU-Net does."""
     classes = list(rows[0]["metrics"])
     names = list(rows[0]["metrics"][classes[0]])
     mean = {c: {n: float(np.nanmean([row["metrics"][c][n] for row in rows])) for n in names} for c in classes}

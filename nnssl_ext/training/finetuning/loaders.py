@@ -1,4 +1,4 @@
-"""nnU-Net's own data loading and augmentation as a function of (seed, batch).
+"""Load nnU-Net's own batches as a function of (seed, batch).
 
 Batches do not depend on the number of workers or on interruptions.
 """
@@ -21,7 +21,7 @@ TRAINING, VALIDATION = 0, 1
 
 
 def run_seed(seed: int, fold: int | str) -> int:
-    """Derive the seed of one fold's run from the seed and the fold."""
+    """Derive the seed of a run from seed and fold."""
     number = 1 << 16 if fold == "all" else int(fold)
     return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint32)[0])
 
@@ -51,15 +51,15 @@ class SeededBatches(Dataset):
         return batch
 
     def watch(self, tick: Callable[[], None]) -> None:
-        """Call ``tick`` for each case of a batch, so that a slow batch does not look like a hung worker."""
+        """Call ``tick`` for each case of a batch. A slow batch then does not look like a hung worker."""
         self.batches._data.load_case = _Counted(self._load_case, tick)
 
     def sources(self, number: int) -> list[str]:
-        """Return a name for messages: which cases a batch has is drawn while it is made."""
+        """Name a batch for messages. Its cases are drawn only while it is made."""
         return [f"batch {number} of the {'validation' if self.stream else 'training'}"]
 
     def sample_bytes(self) -> int:
-        """Estimate the memory of a batch: the image, and labels of two bytes at all resolutions."""
+        """Estimate the memory of a batch. It holds the image, and labels of two bytes at all resolutions."""
         voxels = int(np.prod(self.batches.final_patch_size))
         return self.batches.batch_size * voxels * (4 * self.channels + 4)
 
@@ -110,7 +110,7 @@ def _first(batches: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def never_by_time(transform: Any) -> None:
-    """Keep all transforms within ``transform`` from choosing an algorithm by its speed.
+    """Keep all transforms from choosing algorithms by speed.
 
     nnU-Net's blur times a direct convolution and one by FFT in each process and takes the faster one. They round
     differently: a continued run would now and then differ in the last bits from an uninterrupted one.

@@ -1,4 +1,4 @@
-"""nnsslTrainer_Probe: a frozen encoder under a linear voxel-wise head, to compare pretrained encoders in minutes.
+"""Train a linear voxel-wise head on a frozen encoder.
 
 It is trained, validated and loaded like ``nnsslTrainer_Finetune``. Its network is the target's encoder with one 1x1x1
 convolution per stage, whose logits are interpolated to full resolution and summed.
@@ -51,7 +51,7 @@ class ProbeNetwork(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """Logits from the features of all stages. Its name keeps nnU-Net from loading it."""
+    """Predict logits from the features of all stages. Its name keeps nnU-Net from loading it."""
 
     #: nnU-Net switches it, though there is only one output.
     deep_supervision = False
@@ -61,7 +61,7 @@ class LinearHead(nn.Module):
         self.seg_layers = nn.ModuleList(nn.Conv3d(width, outputs, 1) for width in channels)
 
     def forward(self, features: list[Tensor], size: torch.Size) -> Tensor:
-        """Predict logits (B, C, *size) from the features of the stages, finest first."""
+        """Predict logits (B, C, *size) from features, finest first."""
         total: Any = 0
         for layer, feature in zip(self.seg_layers, features, strict=True):
             # linear maps and interpolation commute: interpolating logits is cheaper than features
@@ -70,7 +70,7 @@ class LinearHead(nn.Module):
 
 
 class nnsslTrainer_Probe(nnsslTrainer_Finetune):
-    """Trains a linear head on the frozen encoder of the target network."""
+    """Train a linear head on the frozen target encoder."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The losses of an epoch's steps over all processes, and which of them spoil a run."""
+"""Collect losses over processes and judge them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def finite(outputs: Outputs) -> Outputs:
 
 
 def is_spoilt(outputs: Outputs, scaled: bool, limit: int) -> bool:
-    """Check whether losses that are not finite have spoilt the weights, or are too many.
+    """Check whether non-finite losses have spoilt the run.
 
     Args:
         outputs: Steps of an epoch.

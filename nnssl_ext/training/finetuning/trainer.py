@@ -1,4 +1,4 @@
-"""nnsslTrainer_Finetune: stock nnU-Net's training with a seed, any length, snapshots and a gentle start.
+"""Fine-tune with a seed, any length, snapshots and frozen phases.
 
 With ``-pretrained_weights`` it fine-tunes; without, it is the from-scratch control. Its defaults are stock's: 1,000
 epochs of 250 steps, SGD, poly. Its checkpoints name stock's trainer, so that prediction needs no plug-in.
@@ -60,7 +60,9 @@ from nnssl_ext.views.random import step_seed
 
 
 class nnsslTrainer_Finetune(ManagedTrainer):
-    """Seeded segmentation training, with settings under ``nnssl_ext.finetune`` in the plans.
+    """Train a segmentation network with a seed.
+
+    Settings stand under ``nnssl_ext.finetune`` in the plans.
 
     Raises:
         UserError: Before anything is written, for settings that cannot work.
@@ -113,7 +115,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         return build_optimizer(self.network, self.settings, self.initial_lr), None
 
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterable[dict]]:
-        """Return nnU-Net's own batches by number: those of the training that are left, and the validation's."""
+        """Return loaders of the remaining training and the validation batches."""
         manager, labels = self.configuration_manager, self.label_manager
         scales = self._get_deep_supervision_scales()
         rotation, dummy_2d, initial_patch, mirror = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
@@ -228,7 +230,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         return {"loss": loss.detach().float().cpu().numpy()}
 
     def after_step(self) -> None:
-        """Keep the weights if the settings ask for them after this step."""
+        """Keep the weights if this step is a snapshot."""
         if self.step in self.settings.snapshots:
             self.save_checkpoint(str(self.snapshot_file(self.step)))
 
@@ -273,20 +275,17 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         return best
 
     def latest_is_due(self, best: bool) -> bool:
-        """Check whether checkpoint_latest.pth is due: --c takes it, so it must never be older than the best."""
+        """Check whether checkpoint_latest.pth is due. It is never older than the best."""
         return best or super().latest_is_due(best)
 
     def after_training(self) -> None:
-        """End the process if it was asked to, before the validation of whole cases.
-
-        That validation answers no signal. ``--c`` does it.
-        """
+        """Leave if asked, before the validation of whole cases, which answers no signal. ``--c`` repeats it."""
         reason = self.interruption.agreed(0)
         if reason:
             self.leave(reason, not self.disable_checkpointing)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Run stock's validation, or validate every snapshot and the end case by case."""
+        """Run stock's validation, or validate every snapshot."""
         predict_alone(self.network)
         with self.folder.locked() if self.local_rank == 0 else nullcontext():
             try:
@@ -340,11 +339,11 @@ class nnsslTrainer_Finetune(ManagedTrainer):
 
     @property
     def plain_network(self) -> nn.Module:
-        """The network without the wrappers of DDP and torch.compile."""
+        """Return the network without DDP and torch.compile."""
         return unwrapped(self.network)
 
     def exported_weights(self) -> dict[str, torch.Tensor]:
-        """Return the weights that are validated and written: the trained ones or their moving average."""
+        """Return the trained weights or their moving average."""
         network = self.plain_network if self.averaged is None else self.averaged.module
         return network.state_dict()
 

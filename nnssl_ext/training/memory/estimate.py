@@ -34,7 +34,7 @@ TRACED = (2, 8)
 
 
 class Line(NamedTuple):
-    """Bytes as a function of the batch: ``fixed`` and ``each`` a sample."""
+    """Compute bytes as ``fixed`` and ``each`` a sample."""
 
     fixed: float
     each: float
@@ -63,15 +63,15 @@ class StepMemory:
     moments: tuple[Line, ...]
 
     def allocated(self, batch: int) -> float:
-        """The most that tensors take in a step of so many samples."""
+        """Return the peak of allocated tensors in a step."""
         return self.weights + self.optimiser + max(moment.at(batch) for moment in self.moments)
 
     def peak(self, batch: int) -> float:
-        """The same with what is set aside for CUDA, cuDNN and the allocator."""
+        """Return the peak with the overhead of CUDA and the allocator."""
         return self.allocated(batch) * (1 + FRAGMENTS) + RESERVE
 
     def largest_batch(self, limit: float) -> int:
-        """Return the largest batch whose peak is within ``limit`` bytes, 0 if there is none."""
+        """Return the largest batch within ``limit`` bytes, 0 without one."""
         room = (limit - RESERVE) / (1 + FRAGMENTS) - self.weights - self.optimiser
         if room < max(moment.at(1) for moment in self.moments):
             return 0
@@ -81,7 +81,7 @@ class StepMemory:
 def step_memory(
     method: type[Method], build: Build, settings: Any, geometry: DataGeometry, precision: str
 ) -> StepMemory:
-    """Trace a step of a method on a network, on tensors without memory.
+    """Trace a method's step on tensors without memory.
 
     Args:
         method: What pretrains.
@@ -116,7 +116,7 @@ def step_memory(
 def build_method(
     method: type[Method], build: Build, settings: Any, geometry: DataGeometry, device: torch.device
 ) -> Method:
-    """Build a method in training mode on ``device``. The random generator keeps its state."""
+    """Build a method in training mode. The random generator keeps its state."""
     # heads draw their initial values
     with torch.random.fork_rng(devices=[]):
         with device:
@@ -126,7 +126,7 @@ def build_method(
 
 
 def planned_memory(method: type[Method], plans: dict, configuration: str, dataset: dict, **known: Any) -> StepMemory:
-    """Estimate the memory of a step of a run. Arguments and errors are those of ``planned``."""
+    """Estimate the memory of a run's step. Arguments and errors are those of ``planned``."""
     precision = plans.get(PLANS_KEY, {}).get("precision", "auto")
     return step_memory(method, *planned(method, plans, configuration, dataset, **known), precision)
 
@@ -140,7 +140,7 @@ def planned(
     geometry: DataGeometry | None = None,
     checkpointing: bool | None = None,
 ) -> tuple[Build, Any, DataGeometry]:
-    """Return how plans build the network, the method's settings, and its data geometry.
+    """Return the network's builder, the settings and the geometry.
 
     Args:
         method: What pretrains.
@@ -168,7 +168,7 @@ def planned(
 
 
 def quiet(settings: Any) -> Any:
-    """Settings without intensity views, which take time and change no shape."""
+    """Remove intensity views, which change no shape."""
     intensity = getattr(settings, "intensity", None)
     if intensity is None:
         return settings
@@ -177,7 +177,7 @@ def quiet(settings: Any) -> Any:
 
 
 def view_shapes(method: Method, batch: int) -> Shapes:
-    """Shapes and types of a method's views, which are drawn from noise."""
+    """Return shapes and types of a method's views."""
     request, indices = method.crops(method.settings, method.geometry), list(range(batch))
     samples = (request.placeholder(method.geometry.channels, number) for number in indices)
     boxes = [list(row) for row in zip(*samples, strict=True)]
@@ -187,7 +187,7 @@ def view_shapes(method: Method, batch: int) -> Shapes:
 
 
 def shapes_at(one: Shapes, two: Shapes, batch: int) -> Shapes:
-    """The shapes of a batch, of which each sample adds what the second does."""
+    """Extrapolate shapes to a batch."""
     return {
         name: (tuple(a + (batch - 1) * (b - a) for a, b in zip(shape, two[name][0], strict=True)), kind)
         for name, (shape, kind) in one.items()

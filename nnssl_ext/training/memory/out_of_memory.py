@@ -1,4 +1,4 @@
-"""One line, with what to change, for a run whose steps need more memory than there is."""
+"""Report a lack of memory in one line, with advice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ MESSAGES = (
 def out_of_memory_line(
     advice: Callable[[], str], step: Callable[[], int], release: Callable[[], None]
 ) -> Iterator[None]:
-    """End a training whose memory does not suffice with one line. Checkpoints stay as they are.
+    """End a training that lacks memory with one line.
+
+    Checkpoints stay as they are.
 
     Args:
         advice: Describes what was too much and what to change.
@@ -59,7 +61,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def pretraining_advice(
     method: type[Method], checked: Checked, plans: dict, configuration: str, dataset_json: dict, device: torch.device
 ) -> str:
-    """Describe what of a pretraining was too much for a device, with an estimate, and what to change.
+    """Describe what was too much for a device in pretraining.
 
     Args:
         method: What pretrains.
@@ -88,7 +90,7 @@ def pretraining_advice(
 
 
 def finetuning_advice(batch_size: int, configuration: Any, device: torch.device) -> str:
-    """Describe what of a fine-tuning was too much for a device, and what to change."""
+    """Describe what was too much for a device in fine-tuning."""
     crop, total = "x".join(map(str, configuration.patch_size)), device_memory(device)
     return (
         f"a batch of {batch_size} crops of {crop} does not fit {_device_name(device)} ({total / GIB:.1f} GiB). Use a "

@@ -1,4 +1,4 @@
-"""Plan the batch for a given GPU memory, as nnU-Net plans its own.
+"""Plan the batch for a GPU memory.
 
 B batch.
 """
@@ -36,7 +36,9 @@ class Need:
 
 
 def wanted_methods(names: Sequence[str] | None, plans: dict) -> list[type[Method]]:
-    """Return the requested methods, else those that the plans configure, else VolumeFusion.
+    """Return the requested methods.
+
+    Default: those that the plans configure, else VolumeFusion.
 
     Raises:
         UserError: For an unknown name.
@@ -49,7 +51,7 @@ def wanted_methods(names: Sequence[str] | None, plans: dict) -> list[type[Method
 
 
 def needs_of(plans: dict, configurations: Sequence[str], methods: Sequence[type[Method]], dataset: dict) -> list[Need]:
-    """The memory of each method in each configuration."""
+    """Estimate the memory of each method in each configuration."""
     return [
         Need(configuration, method, planned_memory(method, plans, configuration, dataset))
         for configuration in configurations
@@ -58,7 +60,7 @@ def needs_of(plans: dict, configurations: Sequence[str], methods: Sequence[type[
 
 
 def fitting_batch(needs: Sequence[Need], target: float, plans: dict, dataset: dict) -> int:
-    """Return the largest batch that fits ``target`` bytes, at most the plans' own.
+    """Return the largest batch that fits, at most the plans' own.
 
     Raises:
         UserError: If not even the smallest batch of a method fits.

@@ -26,7 +26,7 @@ BLOCK = 512
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations make, from the moment they are made until nothing refers to them.
+    """Count storages while they are alive.
 
     Attributes:
         now: Bytes alive.
@@ -68,7 +68,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keep what a fused attention kernel keeps: arguments, result and one number per query."""
+    """Keep the tensors that a fused attention kernel keeps.
+
+    These are the arguments, the result and one number per query.
+    """
 
     @staticmethod
     def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -84,21 +87,21 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
-    """In the place of ``scaled_dot_product_attention``, which on CPUs has no fused kernel for a learned mask."""
+    """Replace ``scaled_dot_product_attention``. On CPUs it has no fused kernel for a learned mask."""
     low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     mask = None if attn_mask is None else attn_mask.to(low)
     return _FusedAttention.apply(query.to(low), key.to(low), value.to(low), mask)
 
 
 def _average(image: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    """In the place of ``avg_pool3d``, which autocast computes in float32 on CPUs alone."""
+    """Replace ``avg_pool3d``, which autocast computes in float32 on CPUs."""
     with torch.autocast("cpu", enabled=False):
         return torch._C._nn.avg_pool3d(image, *arguments, **options)
 
 
 @contextmanager
 def _as_on_gpu() -> Iterator[None]:
-    """Within it functions that keep other tensors on CPUs keep those that they keep on GPUs."""
+    """Replace functions whose saved tensors differ between CPU and GPU."""
     instead = {"scaled_dot_product_attention": _fused_attention, "avg_pool3d": _average}
     own = {name: getattr(nn.functional, name) for name in instead}
     try:
@@ -112,7 +115,7 @@ def _as_on_gpu() -> Iterator[None]:
 
 @contextmanager
 def without_memory() -> Iterator[LiveBytes]:
-    """Within it new tensors have no memory, and what is alive of them is counted."""
+    """Make new tensors without memory and count them."""
     # autograd counts the devices at its first backward pass. FakeTensorMode stands in for a GPU where there is none,
     # and the thread that autograd would start for that one forbids every later fork
     torch.zeros((), requires_grad=True).backward()
@@ -126,7 +129,7 @@ def autocast(dtype: torch.dtype | None) -> AbstractContextManager:
 
 
 def empty(module: nn.Module) -> None:
-    """Replace a module's parameters and buffers by tensors without storage, within ``without_memory``."""
+    """Replace parameters and buffers by tensors without storage."""
     parameters: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -140,7 +143,9 @@ def empty(module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Trace:
-    """Bytes of one step, beside parameters, buffers and the optimiser's state.
+    """Hold the bytes of one step.
+
+    Parameters, buffers and the optimizer's state come on top.
 
     Attributes:
         kept: What the forward pass leaves for the backward pass, and the loss.
@@ -155,7 +160,7 @@ class Trace:
 
 
 def trace_step(method: Method, views: Shapes, live: LiveBytes, dtype: torch.dtype | None) -> Trace:
-    """One step of a method without memory, as ``PretrainingTrainer.train_step`` does it.
+    """Trace one step, as ``PretrainingTrainer.train_step`` does it.
 
     Args:
         method: In training mode, emptied.

@@ -1,4 +1,4 @@
-"""The trainer class of each method, one object for the life of the process.
+"""Make the trainer class of each method, once per process.
 
 Stock nnU-Net imports the modules of ``nnUNet_extTrainer`` anew at each look-up and forgets them again, so a class
 defined there would be another one each time and could not be pickled. These live here: the modules in trainers/ only
@@ -15,7 +15,7 @@ from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 
 @cache
 def pretraining_trainer(method: str) -> type[PretrainingTrainer]:
-    """The trainer class of a method, named as ``TRAINERS`` says."""
+    """Return a method's trainer class, named by ``TRAINERS``."""
     method_class = METHODS[method]
     body = {
         "method_class": method_class,
@@ -26,7 +26,7 @@ def pretraining_trainer(method: str) -> type[PretrainingTrainer]:
 
 
 def __getattr__(name: str) -> type[PretrainingTrainer]:
-    """Classes by their name: this is how pickle finds them, in another process too."""
+    """Return a class by its name, as pickle asks for it."""
     for method, trainer in TRAINERS.items():
         if trainer == name:
             return pretraining_trainer(method)

@@ -1,4 +1,4 @@
-"""Loaders of a pretraining's samples, and the list of what cannot be read."""
+"""Load samples and list what cannot be read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sample_loaders(
     log: Callable[[str], None],
     waiting: Callable[[], None],
 ) -> tuple[Iterator[CropBatch], Iterable[CropBatch]]:
-    """Return an iterator over the training batches that are left, and a loader of the validation batches.
+    """Return the remaining training batches and the validation loader.
 
     Args:
         datasets: Training and validation samples.
@@ -45,7 +45,7 @@ def sample_loaders(
 
 
 class Unreadable:
-    """The cases or images of a run that cannot be read and were replaced.
+    """List unreadable cases or images, which are replaced.
 
     Args:
         kind: Plural noun for messages.
@@ -59,7 +59,9 @@ class Unreadable:
         self.names: list[str] = []
 
     def note(self, names: Iterable[str]) -> None:
-        """Log each name once. The text after ': ' in a name is the reason.
+        """Log each name once.
+
+        The text after ': ' in a name is the reason.
 
         Raises:
             UserError: If there are too many.

@@ -1,4 +1,4 @@
-"""Logs in the place of nnU-Net's, for pretraining (with its picture) and for fine-tuning."""
+"""Log pretraining and fine-tuning, in the place of nnU-Net's logger."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COLLAPSED = "val_collapsed"
 
 
 class PlainLog(LocalLogger):
-    """nnU-Net's log with plain Python numbers.
+    """Log plain Python numbers for nnU-Net.
 
     nnU-Net keeps its moving average of the Dice in float32 until a checkpoint is read. After ``--c`` it would be
     rounded differently, and another epoch could be the best.
@@ -40,7 +40,7 @@ class PlainLog(LocalLogger):
 
 
 class PretrainingLog(LocalLogger):
-    """One plain Python float per epoch and key, for any key, so that checkpoints need no pickles."""
+    """Keep one float per epoch and key, for any key. Checkpoints then need no pickles."""
 
     def __init__(self, readable: Readable) -> None:
         super().__init__()
@@ -56,12 +56,14 @@ class PretrainingLog(LocalLogger):
         super().log(key, float(value), epoch)
 
     def log_means(self, prefix: str, means: Mapping[str, float], epoch: int) -> None:
-        """Log the means of an epoch: ``loss`` as nnU-Net calls it, others as ``PREFIX_NAME``."""
+        """Log the means of an epoch. ``loss`` is named as in nnU-Net, others ``PREFIX_NAME``."""
         for key, value in means.items():
             self.log(f"{prefix}_losses" if key == "loss" else f"{prefix}_{key}", value, epoch)
 
     def has_collapsed(self, sign: bool, patience: int, epoch: int) -> bool:
-        """Log a sign of collapse. Return whether enough validations in a row showed one.
+        """Log a sign of collapse. Return whether to stop.
+
+        That is when enough validations in a row showed one.
 
         The count is read from the log, so that a continued run stops where the uninterrupted one would.
 
@@ -85,13 +87,16 @@ class PretrainingLog(LocalLogger):
         return average
 
     def health_text(self) -> str:
-        """Return chance and health of the newest epoch in a line, as far as they are measured."""
+        """Describe chance and health of the newest epoch."""
         log = self.my_fantastic_logging
         found = {name: log[f"val_{name}"][-1] for name in ("chance", *HEALTH) if log.get(f"val_{name}")}
         return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in found.items())
 
     def plot_progress_png(self, output_folder: str) -> None:
-        """Draw progress.png: objective, terms, readable measure and chance, health, learning rate, epoch times."""
+        """Draw progress.png.
+
+        It shows objective, terms, readable measure and chance, health, learning rate and epoch times.
+        """
         log = self.my_fantastic_logging
         terms = sorted(k.removeprefix("val_") for k in log if k.startswith("val_") and k != "val_losses")
         terms = [term for term in terms if term not in (self.readable.key, "chance", "samples", *HEALTH)]

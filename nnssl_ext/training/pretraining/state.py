@@ -1,4 +1,4 @@
-"""Define the content of a pretraining checkpoint and what must agree to continue from it."""
+"""Define the content of a pretraining checkpoint."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ def of_all_processes(outputs: Outputs) -> Outputs:
 
 
 def stored(outputs: Outputs) -> dict[str, Tensor]:
-    """Join an epoch's terms so far for a checkpoint: one tensor per term."""
+    """Join an epoch's terms for a checkpoint, one tensor each."""
     return {key: torch.cat([step[key] for step in outputs]).cpu() for key in outputs[0]} if outputs else {}
 
 
 def restored(terms: dict[str, Tensor], device: torch.device) -> Outputs:
-    """Return the terms that ``stored`` kept: all of them in the first process, none in the others."""
+    """Split the terms of ``stored`` over processes. The first process takes all of them."""
     if not terms:
         return []
     return [{key: (value if rank() == 0 else value[:0]).to(device) for key, value in terms.items()}]
 
 
 def start_from(method: Method, text: str) -> str:
-    """Start from pretrained weights, and describe for the log what was taken.
+    """Start from pretrained weights and describe what was taken.
 
     A finished run of the same method hands over network, heads, teacher and centers. Every other source that
     ``nnssl_ext transfer`` takes fills the network, and the teacher where there is one.
@@ -109,7 +109,7 @@ def _take_over(method: Method, own: Mapping[str, Any], path: Path) -> None:
 
 
 def _resized_positions(table: Tensor, grid: Sequence[int] | None, learned: LearnedPositions, path: Path) -> Tensor:
-    """Resize learned positions from a checkpoint's grid of tokens to the network's."""
+    """Resize learned positions to the network's token grid."""
     number = table.shape[1] - learned.prefix
     if grid is None:  # files of earlier versions do not say it
         grid = [round(number ** (1 / 3))] * 3
@@ -124,7 +124,7 @@ def _resized_positions(table: Tensor, grid: Sequence[int] | None, learned: Learn
 def network_weights(
     method: Method, heads: Mapping[str, Tensor], lengths: Mapping[str, float]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the complete state dict of the data set's own network, for fine-tuning.
+    """Return the state dict of the data set's own network.
 
     It holds all pretrained tensors under every alias. Fresh heads of the data set's width take the place of heads that
     the method trained for itself.
@@ -145,13 +145,13 @@ def network_weights(
 
 
 def fresh_heads(network: nn.Module) -> dict[str, Tensor]:
-    """Return the heads of a new network of the data set's width, under every alias."""
+    """Return a new network's heads under every alias."""
     backbone = backbone_of(network)
     return {k: v for k, v in network.state_dict().items() if backbone.is_head(k)}
 
 
 def method_section(method: Method, checked: Checked) -> dict[str, Any]:
-    """Return the part of a checkpoint's ``nnssl_ext`` that describes the method, its data and its origin."""
+    """Describe method, data and origin for a checkpoint."""
     learned = method.backbone.learned_positions()
     return {
         "format": checkpoint.FORMAT,
@@ -178,7 +178,7 @@ def identity(
     fold: int | str,
     architecture: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return what a checkpoint and the run that continues it must have in common, as JSON values.
+    """Return what a run and its checkpoint must share.
 
     Args:
         method: What pretrains.
@@ -248,7 +248,7 @@ def refuse_other_data(stored: dict[str, str] | None, mine: dict[str, str], sourc
 def adaptation_plan(
     method: Method, geometry: DataGeometry, plans_name: str, configuration_name: str, configuration: dict
 ) -> dict[str, Any]:
-    """Return the contract by which nnU-Net's ``nnUNetv2_train_pretrained`` and nnssl read a pretrained checkpoint.
+    """Return the adaptation plan that nnU-Net and nnssl read.
 
     Args:
         method: The method.

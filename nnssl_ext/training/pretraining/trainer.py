@@ -1,4 +1,4 @@
-"""PretrainingTrainer: the bridge between a self-supervised method and stock ``nnUNetv2_train``.
+"""Run a self-supervised method in stock ``nnUNetv2_train``.
 
 nnU-Net gives the command, folders, logs and checkpoints; the method gives crops, views and objective. The trainer
 knows no method by name.
@@ -41,7 +41,9 @@ from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom, step_seed
 
 
 class PretrainingTrainer(ManagedTrainer):
-    """Pretrains the network of a data set's plans. A subclass names the method.
+    """Pretrain the network of a data set's plans.
+
+    A subclass names the method.
 
     Raises:
         UserError: Before anything is written, for every input that cannot work.
@@ -129,7 +131,7 @@ class PretrainingTrainer(ManagedTrainer):
         self.method.backbone.set_deep_supervision(enabled)
 
     def plot_network_architecture(self) -> None:
-        """Draw nothing: stock needs an outdated package for it, and logs that it is missing."""
+        """Draw nothing, since stock needs an outdated package for it."""
 
     def get_dataloaders(self) -> tuple[Iterator[CropBatch], Iterable[CropBatch]]:
         checked = self.checked
@@ -166,7 +168,7 @@ class PretrainingTrainer(ManagedTrainer):
         self.print_to_log_file(f"Epoch {self.current_epoch}")
 
     def train_step(self, batch: CropBatch) -> dict[str, Tensor]:
-        """Do one optimizer step. Terms stay on the device, so that the host does not wait."""
+        """Do one optimizer step. The host does not wait for its terms."""
         set_rates(self.optimizer, self.recipe, self.initial_lr, self.step, self.total_steps)
         self.method.before_step(self.step / self.total_steps)
         # dropout and the like draw from torch's own generator: the same at each step, however often a run restarts
@@ -260,7 +262,7 @@ class PretrainingTrainer(ManagedTrainer):
         return best
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Write and print a summary, in the place of stock's validation of a segmentation."""
+        """Write and print a summary in the place of a validation."""
         if self.local_rank != 0:
             return
         file, name = self.folder.path / FINAL, self.run_name

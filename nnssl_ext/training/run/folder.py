@@ -43,7 +43,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process. The system releases the lock however a process ends.
+        """Lock the folder for this process.
+
+        The system releases the lock when the process ends.
 
         Raises:
             UserError: If another process works there; the message names it.
@@ -72,12 +74,12 @@ class RunFolder:
             lock.release()
 
     def _remove_unfinished(self) -> None:
-        """Delete temporary files of checkpoints that a killed process was writing."""
+        """Delete temporary files of killed processes."""
         for path in self.path.glob(".checkpoint_*.tmp"):
             path.unlink(missing_ok=True)
 
     def set_aside(self) -> None:
-        """Move the checkpoints of an earlier run into a subfolder, before a run starts anew."""
+        """Move an earlier run's checkpoints into a subfolder."""
         found = [self.path / name for name in self.checkpoints()] + sorted(self.path.glob(SNAPSHOTS))
         if not found:
             return
@@ -94,7 +96,7 @@ class RunFolder:
             (self.path / PREVIOUS).unlink(missing_ok=True)
 
     def load_newest(self, file: Path) -> tuple[dict[str, Any], str]:
-        """Load a checkpoint, or if it is damaged the newest one before it.
+        """Load a checkpoint, or the newest intact one before it.
 
         Returns:
             The content, and the path it is from.

@@ -1,4 +1,4 @@
-"""Detect that a run should end, by a signal to any process or by its time limit.
+"""Detect that a run should end, by signal or time limit.
 
 The run ends after the current step, with a checkpoint from which ``--c`` continues exactly, and exit status 0.
 """
@@ -19,7 +19,7 @@ ASK_EVERY = 8
 
 
 class Interruption:
-    """The wish to end a run. A context manager: within it, signals only leave a note.
+    """Note the wish to end a run, within a context.
 
     Args:
         hours: Time limit, counted from here; None for none. ``--max-time`` takes precedence.
@@ -40,14 +40,14 @@ class Interruption:
 
     @property
     def reason(self) -> str:
-        """Return why this process should end, '' if it should not."""
+        """Return why this process should end, '' without a reason."""
         if self.signals.received:
             return self.signals.received
         late = self.hours is not None and time.monotonic() - self.begin >= self.hours * 3600
         return f"the time limit of {self.hours:g} h" if late else ""
 
     def agreed(self, step: int) -> str:
-        """Return the reason to end after this step, with the same decision in every process."""
+        """Return the reason to end, equal in every process."""
         if world() == 1:
             return self.reason
         if step % ASK_EVERY:

@@ -1,4 +1,4 @@
-"""Skip batches with a non-finite objective or gradient, and end a run with too many.
+"""Skip non-finite batches, and end a run with too many.
 
 The verdict is a tensor on the device. On the CPU the host reads it at every step, which costs nothing there. On a GPU
 the fused optimizers skip the step themselves (``found_inf``), and the host reads the verdicts once in a while.
@@ -50,7 +50,7 @@ class FiniteGuard:
 
     @contextmanager
     def step(self, number: int, cases: Sequence[str]) -> Iterator[Callable[[Tensor, Tensor | None], bool]]:
-        """Guard one step, from before the forward pass until after the optimizer and all that follows it.
+        """Guard one step, from before the forward pass to the end.
 
         Args:
             number: Number of the step, for messages.
@@ -95,7 +95,7 @@ class FiniteGuard:
             torch.where(self._verdict, before, buffer, out=buffer)
 
     def read(self) -> None:
-        """Name and count the bad batches since the last reading."""
+        """Name and count bad batches since the last reading."""
         if not self._pending:
             return
         verdicts = torch.stack([torch.stack([bad, fault]) for _, _, bad, fault in self._pending]).tolist()
@@ -111,7 +111,7 @@ class FiniteGuard:
         self._pending.clear()
 
     def _line(self, steps: Sequence[tuple[int, bool, Sequence[str]]]) -> str:
-        """Describe a skipped step, given as (number, whether the loss was at fault, cases) of each process."""
+        """Describe a skipped step. Each process gives (number, whether the loss was at fault, cases)."""
         at_fault = [rank for rank, (_, fault, _) in enumerate(steps) if fault]
         named = [(rank, shorten(steps[rank][2], 20)) for rank in at_fault or range(len(steps))]
         cases = [text if world() == 1 else f"{text} (process {rank})" for rank, text in named]
@@ -122,7 +122,7 @@ class FiniteGuard:
 
     @property
     def problem(self) -> str:
-        """Return why the run must end, '' if it may continue. It is equal in every process."""
+        """Return why the run must end, '' otherwise. It is equal in every process."""
         if self.skipped <= self.limit:
             return ""
         return (
@@ -133,5 +133,5 @@ class FiniteGuard:
 
     @torch.no_grad()
     def is_sound(self) -> bool:
-        """Check that every weight and buffer is finite, so that the state is worth keeping."""
+        """Check that every weight and buffer is finite."""
         return all(bool(torch.isfinite(tensor).all()) for tensor in self._state)

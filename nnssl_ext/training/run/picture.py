@@ -1,4 +1,4 @@
-"""The progress picture of a run, which must neither slow a run down nor end it."""
+"""Draw a run's progress without slowing or ending it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DRAW_SECONDS = 15.0
 
 
 class ProgressPicture:
-    """Draws progress.png now and then, and after the last epoch.
+    """Draw progress.png now and then, and at the end.
 
     Args:
         draw: Draws the picture.

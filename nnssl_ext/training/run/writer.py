@@ -1,4 +1,4 @@
-"""Write checkpoints in the background, from a copy, one at a time."""
+"""Write checkpoints in the background, one at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from nnssl_ext.training.run.folder import FINAL, LATEST, keep_previous
 
 
 class CheckpointWriter:
-    """A context manager around a training: leaving it waits for the write, whatever ended the training.
+    """Write checkpoints from a copy.
+
+    A context manager around a training: leaving it waits for the write.
 
     Args:
         background: False writes before ``write`` returns, and copies nothing.
@@ -41,7 +43,9 @@ class CheckpointWriter:
             self.tell(f"WARNING: {failure.line}")
 
     def write(self, content: Mapping[str, Any], *paths: Path) -> None:
-        """Write the same content to each path, when the write before is done.
+        """Write the same content to each path.
+
+        It waits for the write before.
 
         Args:
             content: As for ``checkpoint.save``. It may change as soon as this returns.
@@ -63,7 +67,7 @@ class CheckpointWriter:
             self.wait()  # nnU-Net removes checkpoint_latest.pth next
 
     def wait(self) -> bool:
-        """Wait until nothing is being written. Return whether the last write succeeded.
+        """Wait for the last write. Return whether it succeeded.
 
         Raises:
             UserError: If it could not be, unless the training is to go on.

@@ -1,4 +1,4 @@
-"""Chunks of a batch that fit in a CPU core's cache.
+"""Split batches into chunks for a core's cache.
 
 Several operations in a row then read main memory once. On other devices a chunk is everything.
 """
@@ -32,7 +32,7 @@ def voxel_chunks(batch: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def sample_chunks(batch: Tensor) -> list[slice]:
-    """Return slices of the samples of a batch (B, ...) that fit in the CPU's last cache."""
+    """Return slices of samples that fit the last cache."""
     samples = len(batch)
     step = max(1, SAMPLES // max(1, batch[0].numel())) if batch.device.type == "cpu" else samples
     return [slice(begin, min(begin + step, samples)) for begin in range(0, samples, step)]
@@ -44,7 +44,7 @@ def flat_chunks(volume: Tensor) -> Iterator[Tensor]:
 
 
 def has_kernels(device: torch.device, size: Sequence[int]) -> bool:
-    """Return whether kernels for single volumes of these edges are faster than the definitions."""
+    """Return whether kernels are faster than definitions here."""
     return device.type == "cpu" and torch.Size(size).numel() > SMALL
 
 
@@ -57,7 +57,9 @@ _MEMORY = _Memory()
 
 
 def scratch(shape: Sequence[int], device: torch.device, name: str = "") -> Tensor:
-    """Return a float32 tensor with arbitrary content, valid until the next call with this name in this thread.
+    """Return a float32 tensor with arbitrary content.
+
+    It is valid until the next call with this name in this thread.
 
     On the CPU it is the same memory each time. The system fills new memory with zeros, which takes longer than a copy.
     """

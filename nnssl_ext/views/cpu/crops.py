@@ -1,4 +1,4 @@
-"""Crops on the CPU: copies and products along each axis where the matrix allows them.
+"""Crop on the CPU by copies and products per axis.
 
 The definition is ``views.spatial.resample``, and the tests hold these functions to it.
 
@@ -22,7 +22,7 @@ MIRRORED = 8 * VOXELS
 
 
 def source_axes(matrix: np.ndarray) -> list[int] | None:
-    """Return along which axis of the crop each of the source's axes runs; None where ``matrix`` mixes axes."""
+    """Return the crop's axis of each source axis. None where ``matrix`` mixes axes."""
     axes = []
     for row in matrix.tolist():  # faster than arrays of three
         used = [axis for axis, value in enumerate(row) if value]
@@ -73,7 +73,9 @@ def copy_crop(data: Tensor, matrix: np.ndarray, center: np.ndarray, axes: Sequen
 
 
 def _mirror_into(target: Tensor, source: Tensor, mirrored: list[bool]) -> None:
-    """Copy (C, d, h, w) with some axes mirrored, a few planes at a time, which stay in a cache between.
+    """Copy (C, d, h, w) with some axes mirrored.
+
+    A few planes at a time stay in a cache between.
 
     numpy copies mirrored axes in one pass, which takes up to four times as long where only the last is mirrored.
     """
@@ -92,7 +94,9 @@ def _mirror_into(target: Tensor, source: Tensor, mirrored: list[bool]) -> None:
 def interpolate_crop(
     data: Tensor, matrix: np.ndarray, center: np.ndarray, axes: Sequence[int], crop: Tensor
 ) -> Tensor | None:
-    """Interpolate a crop that is only scaled, mirrored and turned by quarters, one axis after the other.
+    """Interpolate a scaled, mirrored or quarter-turned crop.
+
+    One axis follows the other.
 
     Arguments and result are those of ``copy_crop``.
     """

@@ -1,4 +1,4 @@
-"""Intensity views of one volume on the CPU, several times faster than their definitions.
+"""Augment one volume on the CPU, faster than the definitions.
 
 A volume is contiguous, (D, H, W) float32, and is changed in place. Operations run over chunks that stay in the core's
 cache. The definitions are in ``views.intensity`` and ``views.filters``, and the tests hold these functions to them.
@@ -27,7 +27,7 @@ FILTERED = 2 * VOXELS
 
 
 def add_noise(volume: Tensor, deviation: float, seed: Sequence[int]) -> None:
-    """Add Gaussian noise, quantized to 65,536 equally likely levels (at most 4.3 standard deviations)."""
+    """Add quantized Gaussian noise. It has 65,536 equally likely levels, at most 4.3 standard deviations."""
     bits = np.random.SFC64(seed)
     levels = _levels()
     for chunk in flat_chunks(volume):
@@ -43,7 +43,7 @@ def _levels() -> Tensor:
 
 
 def scale_contrast(volume: Tensor, factor: float) -> None:
-    """Stretch intensities about their mean, within the range they had."""
+    """Stretch intensities about their mean, within their range."""
     low, high = torch.aminmax(volume)
     shift = volume.mean() * (1 - factor)
     for chunk in flat_chunks(volume):
@@ -52,7 +52,7 @@ def scale_contrast(volume: Tensor, factor: float) -> None:
 
 
 def adjust_gamma(volume: Tensor, exponent: float, *, invert: bool, retain_stats: bool) -> None:
-    """Raise intensities, scaled to [0, 1], to a power and scale them back."""
+    """Raise scaled intensities to a power, and scale back."""
     lowest, highest = (float(value) for value in torch.aminmax(volume))
     low, sign = (-highest, -1.0) if invert else (lowest, 1.0)
     width = max(highest - lowest, EPSILON)
@@ -98,7 +98,7 @@ def _log2(values: Tensor) -> Tensor:
 
 
 def shift_histogram(volume: Tensor, curve: Sequence[float]) -> None:
-    """Map intensities along a monotone piecewise linear curve over their range."""
+    """Map intensities along a monotone, piecewise linear curve."""
     low, high = (float(value) for value in torch.aminmax(volume))
     width, last = max(high - low, EPSILON), len(curve) - 1
     slopes = np.diff(curve) * last
@@ -144,7 +144,7 @@ def blur(volume: Tensor, deviation: Sequence[float], spacing: Sequence[float], o
 
 
 def _filter(source: Tensor, out: Tensor, axis: int, taps: Sequence[float]) -> None:
-    """Filter along an axis with a symmetric kernel, given from its center on, with replicated edges."""
+    """Filter along an axis with a symmetric kernel. The kernel begins at its center. Edges are replicated."""
     length = source.shape[axis]
     torch.mul(source, taps[0], out=out)
     first, last = source.narrow(axis, 0, 1), source.narrow(axis, length - 1, 1)
@@ -165,6 +165,6 @@ def sharpen(volume: Tensor, amount: float, spacing: Sequence[float], deviation: 
 
 
 def lower_resolution(volume: Tensor, zoom: float, spacing: Sequence[float]) -> None:
-    """Sample down to ``zoom`` of the resolution and back up, trilinearly."""
+    """Sample down to ``zoom`` and back up, trilinearly."""
     sizes = zip(coarse_size(volume.shape, zoom, spacing), volume.shape, strict=True)
     interpolate(volume, [None if small == length else coarse_taps(small, length) for small, length in sizes], volume)

@@ -1,4 +1,6 @@
-"""Linear interpolation along each axis of a volume on the CPU, with no more read and filtered than what is sampled.
+"""Interpolate linearly per axis on the CPU.
+
+No more is read and filtered than what is sampled.
 
 Along the width it is a product with a small banded matrix, along height and depth a mean of two rows and of two
 planes. A few planes go through at a time and stay in the core's cache.
@@ -56,12 +58,12 @@ def interpolate(volume: Tensor, taps: Sequence[Taps | None], out: Tensor) -> Ten
 
 
 def _planes(volume: Tensor, chosen: list[int]) -> Tensor:
-    """Copy the chosen planes: ``volume`` may be overwritten while they are in use."""
+    """Copy the chosen planes of ``volume``. It may be overwritten while they are in use."""
     return volume.index_select(0, torch.tensor(chosen))
 
 
 def _used_rows(taps: Taps) -> tuple[Tensor, Taps]:
-    """Return which rows are read at all, and the interpolation among those."""
+    """Return the rows that are read, and their interpolation."""
     used, places = torch.unique(torch.cat([taps.below, taps.above]), return_inverse=True)
     below, above = places.view(2, -1)
     return used, Taps(below, above, taps.share)
@@ -70,7 +72,7 @@ def _used_rows(taps: Taps) -> tuple[Tensor, Taps]:
 def _within(
     planes: Tensor, height: tuple[Tensor, Taps] | None, width: list[tuple[slice, slice, Tensor]] | None
 ) -> Tensor:
-    """Interpolate within planes (n, H, W); a new tensor where anything changes."""
+    """Interpolate within planes (n, H, W). A new tensor is made where anything changes."""
     if height is not None and len(height[0]) < planes.shape[1]:
         planes = planes.index_select(1, height[0])
     if width is not None:
@@ -87,7 +89,7 @@ def _within(
 
 
 def _bands(taps: Taps, length: int) -> list[tuple[slice, slice, Tensor]]:
-    """Return the interpolation as a matrix (new length, length) in pieces of rows, each with the columns it touches."""
+    """Return the interpolation matrix in pieces of rows. Each piece comes with the columns it touches."""
     number = len(taps.share)
     matrix = np.zeros((number, length), np.float32)
     below, above, share = (values.numpy() for values in taps)
