@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.data.samples import CaseSource, SampleClasses, SampleRequest, SampleSource
+from nnssl_ext.methods.panels import Panel
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.settings import CommonSettings
 from nnssl_ext.views.random import BatchRandom
@@ -128,6 +129,7 @@ class Method(nn.Module, ABC):
         learns_from: What its samples are made of, for reports: ``cases`` of the data set, or anything else.
         deep_supervision: Whether the objective uses the network's coarser outputs.
         min_batch_size: Smallest batch at which every term of the objective is informative.
+        picture_samples: Validation samples that ``picture`` needs.
     """
 
     name: ClassVar[str]
@@ -138,6 +140,7 @@ class Method(nn.Module, ABC):
     learns_from: ClassVar[str] = "cases"
     deep_supervision: ClassVar[bool] = True
     min_batch_size: ClassVar[int] = 1
+    picture_samples: ClassVar[int] = 1
 
     def __init__(self, backbone: Backbone, settings: Any, geometry: DataGeometry) -> None:
         super().__init__()
@@ -241,6 +244,16 @@ class Method(nn.Module, ABC):
             measures: Means over the validation samples of what ``forward`` returned.
         """
         return ValidationCheck()
+
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        """Return rows of panels that show input, target and prediction. Default: none.
+
+        It runs in evaluation, without gradient, in the first process alone.
+
+        Args:
+            views: Views of ``picture_samples`` samples, or of fewer.
+        """
+        return []
 
     @property
     def exported(self) -> nn.Module:

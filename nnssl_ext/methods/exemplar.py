@@ -25,6 +25,7 @@ from nnssl_ext.losses.vicreg import vicreg
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings, region_size, view_size
 from nnssl_ext.methods.encoder_only import EncoderMethod
+from nnssl_ext.methods.panels import Panel, axial
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.settings import setting
@@ -36,6 +37,8 @@ from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_batch, subview
 TALEB = "Taleb et al. 2020"
 #: Extent of a view rotated by up to 15 degrees about each axis, as a multiple of its edge: median, and largest.
 MEDIAN_EXTENT, MAX_EXTENT = 1.25, 1.5
+#: Nearest images in a row of the picture.
+NEAREST = 6
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Exemplar(EncoderMethod):
     Settings = ExemplarSettings
     readable = Readable("triplet_accuracy", "Negatives that are farther than the positive")
     min_batch_size = 2  # negatives are chosen from the batch
+    picture_samples = 4
 
     settings: ExemplarSettings
 
@@ -152,6 +156,21 @@ class Exemplar(EncoderMethod):
             farther = (squared_distances(anchor, candidates) > near) & allowed
             measures["triplet_accuracy"] = farther.sum(1) / allowed.sum(1)
         return self.result(loss, embedded, 0.5, **measures)
+
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        embedded = self.embed(self.encode(views["image"])).flatten(0, 1)  # (3 B, E)
+        images, cases = axial(views["image"]).flatten(0, 1), views["case"].flatten()
+        rows = []
+        for anchor in range(0, len(images), 3):
+            distances = squared_distances(embedded[anchor : anchor + 1], embedded)[0]
+            distances[anchor] = torch.inf
+            row = [Panel("anchor\n", images[anchor])]
+            for place in distances.argsort()[: min(NEAREST, len(images) - 1)].tolist():
+                other = "same case" if cases[place] == cases[anchor] else "other case"
+                what = "positive" if place == anchor + 1 else other
+                row.append(Panel(f"{what}\n{distances[place]:.3f}", images[place]))
+            rows.append(row)
+        return rows
 
     def embed(self, features: Tensor) -> Tensor:
         """(B, 3, 8 F) -> (B, 3, E)."""

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
@@ -20,6 +21,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.losses.reconstruction import MIN_VARIANCE, explained_variance, squared_error
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
+from nnssl_ext.methods.panels import Panel
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.visible_norms import VisibleNorms
 from nnssl_ext.settings import setting
@@ -152,6 +154,20 @@ class MaskedAutoencoder(Method):
 
     def _restore(self, image: Tensor, views: dict[str, Tensor]) -> Tensor:
         return self.backbone.visible_output(image, views["tokens"]) if self.token else self.network(image)
+
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        first = {name: value[:1] for name, value in views.items()}
+        if self.visible:
+            self.visible.mask = first["visible"]
+        prediction, masked = self._restore(first["image"], first)[0, 0], views["weight"][0, 0] > 0
+        target = views["target"][0, 0]
+        return [
+            [
+                Panel("masked input", views["image"][0, 0]),
+                Panel("prediction in masked blocks", torch.where(masked, prediction, target)),
+                Panel("truth (target)", target),
+            ]
+        ]
 
 
 def default_block(geometry: DataGeometry, token: Sequence[int] | None = None) -> list[int]:

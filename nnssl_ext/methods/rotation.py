@@ -20,6 +20,7 @@ from nnssl_ext.losses.reconstruction import explained_variance, squared_error
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable, ValidationCheck
 from nnssl_ext.methods.common import TrainingSettings, region_size, view_size
 from nnssl_ext.methods.encoder_only import EncoderMethod, classification
+from nnssl_ext.methods.panels import Panel
 from nnssl_ext.networks.base import Backbone, Triple
 from nnssl_ext.networks.heads import GridHead, grid_features, layers
 from nnssl_ext.settings import setting
@@ -27,7 +28,14 @@ from nnssl_ext.views.appearance import IntensityDraw
 from nnssl_ext.views.filters import simulate_thick_slices
 from nnssl_ext.views.masking import draw_block_mask
 from nnssl_ext.views.random import BatchRandom, to_device
-from nnssl_ext.views.rotations import cube_group, grid_rotations, published_rotations, same_spacing
+from nnssl_ext.views.rotations import (
+    cube_group,
+    grid_rotations,
+    published_rotations,
+    rotate_back,
+    rotation_name,
+    same_spacing,
+)
 from nnssl_ext.views.spatial import SpatialRange, crop_batch, rotation_matrix, subview
 
 TALEB, TANG = "Taleb et al. 2020", "Swin UNETR, Tang et al. 2022"
@@ -194,6 +202,20 @@ class Rotation(EncoderMethod):
             return self.encode(views["image"]), None
         maps, restored = self.backbone.features_and_output(views["image"].flatten(0, 1))
         return grid_features(maps[-1]).unflatten(0, views["rotation"].shape), restored
+
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        predicted = self.head(self.encode(views["image"][:1]))[0].argmax(-1).tolist()
+        rows = []
+        for image, right, guess in zip(views["image"][0, :, 0], views["rotation"][0].tolist(), predicted, strict=True):
+            true, guessed = self.rotations[right], self.rotations[guess]
+            rows.append(
+                [
+                    Panel(f"rotated by {rotation_name(true)} (input)", image),
+                    Panel(f"rotated back by the prediction, {rotation_name(guessed)}", rotate_back(image, guessed)),
+                    Panel("rotated back by the truth (target)", rotate_back(image, true)),
+                ]
+            )
+        return rows
 
 
 class SpacingClassifier(nn.Module):
