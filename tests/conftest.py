@@ -35,6 +35,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("integration")
 
 
+@pytest.fixture(autouse=True)
+def _no_progress_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave an empty progress.png, since drawing takes half of a short run. The marker ``draws`` draws it."""
+    if request.node.get_closest_marker("draws") is None:
+        for logger in (
+            "nnunetv2.training.logging.nnunet_logger.LocalLogger",
+            "nnssl_ext.training.pretraining.log.PretrainingLog",
+        ):
+            monkeypatch.setattr(f"{logger}.plot_progress_png", lambda _, folder: Path(folder, "progress.png").touch())
+
+
+@pytest.fixture
+def training_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the validation of whole cases, which takes most of a short fine-tuning."""
+    name = "nnssl_ext.training.finetuning.trainer.nnsslTrainer_Finetune.perform_actual_validation"
+    monkeypatch.setattr(name, lambda *_: None)
+
+
 @dataclass
 class Environment:
     """An nnU-Net environment in a temporary folder."""

@@ -62,7 +62,7 @@ def test_hand_over(with_data: Data, method: str, kind: str) -> None:
         if ".seg_layers." not in name:
             assert torch.equal(value, weights[name]), name
 
-    environment.write_plans(kind, "still", {"learning_rate": 0.0, "epochs": 1})
+    environment.write_plans(kind, "still", {"learning_rate": 0.0, "epochs": 1, "iterations_per_epoch": 1})
     still = checkpoint.load(pretrain(environment, kind, "still", trainer=trainer) / "checkpoint_final.pth")[
         "network_weights"
     ]

@@ -31,6 +31,7 @@ from tests.support.finetunings import (
 )
 
 Data = Callable[[str], Environment]
+pytestmark = pytest.mark.usefixtures("training_only")
 
 
 @pytest.mark.parametrize(
