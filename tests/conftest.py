@@ -29,10 +29,14 @@ for _name, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signa
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that go through an nnU-Net environment: ``make test-fast`` leaves them out."""
+    """Mark tests that go through an nnU-Net environment, and start the longest first.
+
+    ``make test-fast`` leaves the marked ones out. A long test that starts last keeps all other processes waiting.
+    """
     for item in items:
         if "environment" in getattr(item, "fixturenames", ()):
             item.add_marker("integration")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -214,7 +214,7 @@ class PretrainingTrainer(ManagedTrainer):
     def _terms(self, batch: CropBatch, stream: int) -> dict[str, Tensor]:
         self.unreadable.note(batch.skipped)
         if batch.failure:
-            raise UserError(f"{batch.failure}; repair or remove it, then go on with --c")
+            raise UserError(f"{batch.failure}. Repair or remove it, then go on with --c")
         random = BatchRandom(self.common.seed, stream, batch.indices, self.device)
         with torch.no_grad():
             views = self.method.views(batch, random)
@@ -225,7 +225,7 @@ class PretrainingTrainer(ManagedTrainer):
         means = mean_over_samples(train_outputs)
         if not np.isfinite(means["loss"]):
             raise UserError(
-                f"the objective became {means['loss']} in epoch {self.current_epoch}; the checkpoints of earlier "
+                f"the objective became {means['loss']} in epoch {self.current_epoch}. The checkpoints of earlier "
                 f"epochs are intact. Lower nnssl_ext.learning_rate (now {self.initial_lr}) and start anew"
             )
         self.logger.log("lrs", max(group["lr"] for group in self.optimizer.param_groups), self.current_epoch)
@@ -242,7 +242,7 @@ class PretrainingTrainer(ManagedTrainer):
             self.print_to_log_file(f"Sign of a collapse: {check.collapse}")
         if self.log.has_collapsed(bool(check.collapse), check.patience, self.current_epoch):
             raise UserError(
-                f"the features have collapsed ({check.patience} epochs in a row): {check.collapse}; earlier "
+                f"the features have collapsed ({check.patience} epochs in a row): {check.collapse}. Earlier "
                 f"checkpoints are intact"
             )
 
