@@ -142,7 +142,11 @@ def target_backbone(
     outputs: int,
     checkpointing: bool = False,
 ) -> Backbone:
-    """Build ``target_network`` as a backbone. Raises one line for a network of unknown kind or wrong arguments."""
+    """Build ``target_network`` as a backbone.
+
+    Raises:
+        UserError: For a network of unknown kind or wrong arguments.
+    """
     try:
         backbone = backbone_of(target_network(plans_manager, configuration_manager, input_channels, outputs))
     except (ValueError, TypeError) as error:
