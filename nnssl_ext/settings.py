@@ -65,6 +65,11 @@ class CommonSettings:
     learning_rate: float | None = setting(None, "Peak learning rate. null: the method's.", low=0)
     seed: int = setting(0, "Seed of all random draws, initial weights included.", low=0)
     save_every: int = setting(5, "Epochs between two writes of checkpoint_latest.pth.", low=1)
+    pretext_picture_every: int = setting(
+        10,
+        "Epochs between two drawings of pretext.png: input, target and prediction of a sample. 0: none.",
+        low=0,
+    )
     precision: str = setting(
         "auto",
         "Arithmetic of the network. auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32.",

@@ -22,6 +22,7 @@ QUICK: dict[str, Any] = {
     "iterations_per_epoch": 3,
     "validation_iterations": 2,
     "save_every": 1,
+    "pretext_picture_every": 0,
     "dino": {"local_crops": 2, "hidden_dim": 64, "bottleneck_dim": 16, "prototypes": 128, "teacher_momentum": 0.5},
 }
 

@@ -43,6 +43,10 @@ def test_hand_over(with_data: Data, method: str, kind: str) -> None:
 
     stock = trainer_for(kind, "quick", "nnUNetTrainer")
     file = environment.fold(kind, "quick", trainer) / "checkpoint_final.pth"
+    summary = json.loads((file.parent / "pretraining_summary.json").read_text())
+    plan, tune = summary.get("recipe_commands") or ("", "")
+    assert plan.endswith("-p quick -o quick_finetune_transformer finetune_transformer") == (kind == "vit")
+    assert ("-p quick_finetune_transformer -tr nnsslTrainer_Finetune" in tune) == (kind == "vit")
     maybe_load_checkpoint(stock, False, False, str(file))
     loaded = stock.network.state_dict()
     assert set(loaded) == set(weights)

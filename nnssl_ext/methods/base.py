@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.data.samples import CaseSource, SampleClasses, SampleRequest, SampleSource
+from nnssl_ext.methods.panels import Panel
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.settings import CommonSettings
 from nnssl_ext.views.random import BatchRandom
@@ -56,6 +57,7 @@ class OptimizerRecipe:
         max_grad_norm: Largest gradient norm of each of ``Method.clipped_modules``.
         final_weight_decay: Weight decay at the end, reached along a cosine. None keeps it constant.
         momentum: Momentum of ``sgd``.
+        betas: Decay rates of Adam's two moments.
     """
 
     name: str
@@ -66,6 +68,7 @@ class OptimizerRecipe:
     max_grad_norm: float = 12.0
     final_weight_decay: float | None = None
     momentum: float = 0.99
+    betas: tuple[float, float] = (0.9, 0.999)
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,13 @@ class ValidationCheck:
         measures: Measures that need all validation samples together. They go into the log.
         collapse: Sign of a feature collapse and its remedy; '' if there is none.
         patience: Validations in a row with such a sign after which a run stops; 0 never stops.
+        solved: Advice where the task is solved and teaches little more; '' otherwise.
     """
 
     measures: dict[str, float] = field(default_factory=dict)
     collapse: str = ""
     patience: int = 5
+    solved: str = ""
 
 
 class Method(nn.Module, ABC):
@@ -124,6 +129,7 @@ class Method(nn.Module, ABC):
         learns_from: What its samples are made of, for reports: ``cases`` of the data set, or anything else.
         deep_supervision: Whether the objective uses the network's coarser outputs.
         min_batch_size: Smallest batch at which every term of the objective is informative.
+        picture_samples: Validation samples that ``picture`` needs.
     """
 
     name: ClassVar[str]
@@ -134,6 +140,7 @@ class Method(nn.Module, ABC):
     learns_from: ClassVar[str] = "cases"
     deep_supervision: ClassVar[bool] = True
     min_batch_size: ClassVar[int] = 1
+    picture_samples: ClassVar[int] = 1
 
     def __init__(self, backbone: Backbone, settings: Any, geometry: DataGeometry) -> None:
         super().__init__()
@@ -192,8 +199,17 @@ class Method(nn.Module, ABC):
         """Return the optimizer recipe."""
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Return the parameters to optimize. Default: one group."""
-        return [ParameterGroup([parameter for parameter in self.parameters() if parameter.requires_grad])]
+        """Return the parameters to optimize. Default: one group.
+
+        On a vision transformer biases, norms and tokens are a group without weight decay.
+        """
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not self.backbone.is_transformer:
+            return [ParameterGroup(trained)]
+        plain = [parameter for parameter in trained if parameter.ndim < 2 or len(parameter) == 1]
+        own = {id(parameter) for parameter in plain}
+        decayed = [parameter for parameter in trained if id(parameter) not in own]
+        return [ParameterGroup(decayed), ParameterGroup(plain, weight_decay_scale=0.0)]
 
     def clipped_modules(self) -> list[nn.Module]:
         """Return modules clipped separately. Default: the whole method."""
@@ -228,6 +244,16 @@ class Method(nn.Module, ABC):
             measures: Means over the validation samples of what ``forward`` returned.
         """
         return ValidationCheck()
+
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        """Return rows of panels that show input, target and prediction. Default: none.
+
+        It runs in evaluation, without gradient, in the first process alone.
+
+        Args:
+            views: Views of ``picture_samples`` samples, or of fewer.
+        """
+        return []
 
     @property
     def exported(self) -> nn.Module:

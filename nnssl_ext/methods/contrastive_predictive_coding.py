@@ -19,6 +19,7 @@ from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.losses.contrastive import hits, info_nce, paired_bce, products, similarities, within_sample
 from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.methods.base import DataGeometry, Readable
+from nnssl_ext.methods.panels import Panel, axial
 from nnssl_ext.methods.patches import PatchMethod, PatchSettings
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.context import ConvolutionalContext, RecurrentContext
@@ -137,9 +138,7 @@ class ContrastivePredictiveCoding(PatchMethod):
         """Return ``loss``. In evaluation also ``accuracy``, ``chance``, ``batch_accuracy`` and health; (B,) each."""
         features = self.encode(views["patches"])
         embedded = self.embed(features)
-        rows = embedded[:, : -self.targets].unflatten(1, (-1, self.columns))  # (B, R, Q, E)
-        context = self.context(rows + self.direction(views["direction"])[:, None, None])
-        predicted = self.predict(context).view(-1, embedded.shape[-1])  # (B T, E)
+        predicted = self._predict(embedded, views["direction"])
 
         # every patch of the global batch is a candidate; a window's own targets are its last patches
         gathered, place = gather_samples(embedded, self.geometry.batch_size)  # (G, N, E), (B,)
@@ -157,12 +156,34 @@ class ContrastivePredictiveCoding(PatchMethod):
         measures = {} if self.training else self._accuracies(predicted, candidates, positive, excluded)
         return self.result(loss.view(-1, self.targets).mean(1), features, self.chance, **measures)
 
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        patches, targets = axial(views["patches"][0]), self.targets
+        embedded = self.embed(self.encode(views["patches"][:1]))
+        predicted = self._predict(embedded, views["direction"][:1])
+        scores = self._scores(predicted, embedded[0, -targets:])
+        chosen = scores.masked_fill(self.overlaps[:, -targets:], -torch.inf).argmax(1).tolist()
+        verdicts = ["right" if place == number else f"target {place + 1}" for number, place in enumerate(chosen)]
+        known, later = patches[:-targets], patches[-targets:]
+        return [
+            [Panel(f"row {n // self.columns + 1}, known", patch) for n, patch in enumerate(known)],
+            [Panel(f"target {n + 1}", patch) for n, patch in enumerate(later)],
+            [Panel(f"guess {n + 1}: {verdicts[n]}", later[place]) for n, place in enumerate(chosen)],
+        ]
+
+    def _predict(self, embedded: Tensor, direction: Tensor) -> Tensor:
+        """Predict the targets' embeddings from the context: (B, N, E), (B,) -> (B T, E)."""
+        rows = embedded[:, : -self.targets].unflatten(1, (-1, self.columns))  # (B, R, Q, E)
+        context = self.context(rows + self.direction(direction)[:, None, None])
+        return self.predict(context).view(-1, embedded.shape[-1])
+
+    def _scores(self, predicted: Tensor, candidates: Tensor) -> Tensor:
+        return (similarities if self.settings.loss == "infonce" else products)(predicted, candidates)
+
     def _accuracies(
         self, predicted: Tensor, candidates: Tensor, positive: Tensor, excluded: Tensor
     ) -> dict[str, Tensor]:
         """Measure accuracy within windows and the batch: (B,) each."""
-        score = similarities if self.settings.loss == "infonce" else products
-        scores = score(predicted, candidates).masked_fill(excluded, -torch.inf)
+        scores = self._scores(predicted, candidates).masked_fill(excluded, -torch.inf)
         number = self.overlaps.shape[1]
         place = torch.arange(len(candidates), device=positive.device)
         # patches of the context are never targets

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.losses.triplet import plain_triplet, semi_hard_triplet, squared_distances
+from nnssl_ext.losses.vicreg import vicreg
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings, region_size, view_size
 from nnssl_ext.methods.encoder_only import EncoderMethod
+from nnssl_ext.methods.panels import Panel, axial
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead
 from nnssl_ext.settings import setting
@@ -35,6 +37,8 @@ from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_batch, subview
 TALEB = "Taleb et al. 2020"
 #: Extent of a view rotated by up to 15 degrees about each axis, as a multiple of its edge: median, and largest.
 MEDIAN_EXTENT, MAX_EXTENT = 1.25, 1.5
+#: Nearest images in a row of the picture.
+NEAREST = 6
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,12 @@ class ExemplarSettings(SharedSettings):
     affine: float = setting(1.0, "Chance of a rotation and zoom, per view.", low=0, high=1)
     intensity: ExemplarIntensitySettings = field(default_factory=ExemplarIntensitySettings)
     standardize: bool = setting(True, "Zero mean and unit deviation per view.")
+    objective: str = setting(
+        "triplet",
+        "triplet, or vicreg, which needs no negatives and ignores margin, mining and normalize.",
+        source="VICReg, Bardes et al. 2022, for batches of 2 to 9",
+        choices=("triplet", "vicreg"),
+    )
     margin: float = setting(1.0, "Margin in squared distance.", source=TALEB, low=0.01)
     mining: str = setting(
         "semi_hard",
@@ -91,6 +101,7 @@ class Exemplar(EncoderMethod):
     Settings = ExemplarSettings
     readable = Readable("triplet_accuracy", "Negatives that are farther than the positive")
     min_batch_size = 2  # negatives are chosen from the batch
+    picture_samples = 4
 
     settings: ExemplarSettings
 
@@ -110,7 +121,7 @@ class Exemplar(EncoderMethod):
         return CropRequest((crop, Crop(crop.size, crop.spatial, other_case=True, fit=True)))
 
     def optimizer(self) -> OptimizerRecipe:
-        return self.settings.recipe(3e-4)
+        return self.settings.recipe(3e-4, self.backbone)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Return ``image`` (B, 3, C, D, H, W), and hashes of the images' ``case`` (B, 3)."""
@@ -130,7 +141,9 @@ class Exemplar(EncoderMethod):
         candidates = gathered.flatten(0, 1)
         allowed = views["case"][:, :1] != cases.flatten()[None]  # (B, 3 G)
         margin = self.settings.margin
-        if self.settings.mining == "given":
+        if self.settings.objective == "vicreg":
+            loss = vicreg(anchor, positive, candidates)
+        elif self.settings.mining == "given":
             loss = plain_triplet(anchor, positive, negative, margin)
         else:
             loss = (
@@ -144,13 +157,29 @@ class Exemplar(EncoderMethod):
             measures["triplet_accuracy"] = farther.sum(1) / allowed.sum(1)
         return self.result(loss, embedded, 0.5, **measures)
 
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        embedded = self.embed(self.encode(views["image"])).flatten(0, 1)  # (3 B, E)
+        images, cases = axial(views["image"]).flatten(0, 1), views["case"].flatten()
+        rows = []
+        for anchor in range(0, len(images), 3):
+            distances = squared_distances(embedded[anchor : anchor + 1], embedded)[0]
+            distances[anchor] = torch.inf
+            row = [Panel("anchor\n", images[anchor])]
+            for place in distances.argsort()[: min(NEAREST, len(images) - 1)].tolist():
+                other = "same case" if cases[place] == cases[anchor] else "other case"
+                what = "positive" if place == anchor + 1 else other
+                row.append(Panel(f"{what}\n{distances[place]:.3f}", images[place]))
+            rows.append(row)
+        return rows
+
     def embed(self, features: Tensor) -> Tensor:
         """(B, 3, 8 F) -> (B, 3, E)."""
         if self.settings.shared_head:
             embedded = self.heads[0](features)
         else:
             embedded = torch.stack([head(features[:, place]) for place, head in enumerate(self.heads)], 1)
-        return F.normalize(embedded.float(), dim=-1) if self.settings.normalize else embedded.float()
+        plain = self.settings.objective == "vicreg" or not self.settings.normalize
+        return embedded.float() if plain else F.normalize(embedded.float(), dim=-1)
 
     def _images(self, own: list[SourceBox], other: list[SourceBox], random: BatchRandom) -> Tensor:
         """Cut and augment anchor, positive and crop of another case: (B, 3, C, D, H, W)."""

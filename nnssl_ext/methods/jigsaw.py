@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.methods.base import DataGeometry, Readable
 from nnssl_ext.methods.encoder_only import classification
+from nnssl_ext.methods.panels import Panel, assemble, assembled_center
 from nnssl_ext.methods.patches import PatchMethod, SpacedPatchSettings
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead, layers
@@ -96,11 +97,30 @@ class Jigsaw(PatchMethod):
         """Return ``loss``. In evaluation also ``accuracy``, ``chance`` and health. Each is (B,)."""
         label = views["order"]
         features = self.encode(views["patches"])
-        # a patch's vector does not depend on its place, so one pass serves all puzzles of a window
-        embedded, sample = self.embed(features), torch.arange(len(label), device=label.device)
-        shuffled = embedded[sample[:, None, None], self.permutations[label]]  # (B, Q, N, E)
-        loss, accuracy = classification(self.head(shuffled.flatten(2)), label)
+        loss, accuracy = classification(self._logits(features, label), label)
         return self.result(loss, features, 1 / len(self.permutations), accuracy=accuracy)
+
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        patches, order = views["patches"][0, :, 0], views["order"][:1, :1]
+        predicted = self._logits(self.encode(views["patches"][:1]), order).argmax(-1)
+        shuffled = patches[self.permutations[order[0, 0]]]
+        restored = torch.empty_like(patches)
+        restored[self.permutations[predicted[0, 0]]] = shuffled
+        shown = {
+            f"in order {int(order)} (input)": shuffled,
+            f"put back by the predicted order {int(predicted)}": restored,
+            "in their places (target)": patches,
+        }
+        grid = self.layout.grid
+        center = assembled_center(self.layout.patch, grid)
+        return [[Panel(title, assemble(own, grid), center=center) for title, own in shown.items()]]
+
+    def _logits(self, features: Tensor, order: Tensor) -> Tensor:
+        """Score all permutations for each puzzle: (B, N, 8 F), (B, Q) -> (B, Q, P)."""
+        # a patch's vector does not depend on its place, so one pass serves all puzzles of a window
+        embedded, sample = self.embed(features), torch.arange(len(order), device=order.device)
+        shuffled = embedded[sample[:, None, None], self.permutations[order]]  # (B, Q, N, E)
+        return self.head(shuffled.flatten(2))
 
 
 def distant_permutations(generator: np.random.Generator, number: int, wanted: int) -> np.ndarray:

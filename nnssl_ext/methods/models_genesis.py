@@ -16,6 +16,7 @@ from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.losses.reconstruction import explained_variance, squared_error
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
+from nnssl_ext.methods.panels import Panel
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.settings import setting
 from nnssl_ext.views.corruption import draw_windows, map_intensities, paint, shuffle_locally
@@ -70,7 +71,7 @@ class ModelsGenesis(Method):
         return CropRequest((Crop(geometry.crop_size, settings.spatial(geometry)),))
 
     def optimizer(self) -> OptimizerRecipe:
-        return self.settings.recipe(1e-3)
+        return self.settings.recipe(1e-3, self.backbone)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Return corrupted ``image``, ``target``, and ``weight`` 1 within the case. Each is (B, C, D, H, W).
@@ -98,6 +99,15 @@ class ModelsGenesis(Method):
             result["explained_variance"] = explained_variance(error, views["target"], weight)
             result["shuffled_variance"] = explained_variance(shuffled, target, weight)
         return result
+
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        return [
+            [
+                Panel("corrupted input", views["image"][0, 0]),
+                Panel("restoration", self.network(views["image"][:1])[0, 0]),
+                Panel("truth (target)", views["target"][0, 0]),
+            ]
+        ]
 
     def _corrupt(self, target: Tensor, random: BatchRandom) -> Tensor:
         """Corrupt each crop by its own draws: (B, C, D, H, W)."""

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.methods.base import DataGeometry, Readable
 from nnssl_ext.methods.encoder_only import classification
+from nnssl_ext.methods.panels import Panel, axial
 from nnssl_ext.methods.patches import PatchMethod, SpacedPatchSettings
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import GridHead, layers
@@ -25,6 +27,8 @@ from nnssl_ext.views.layout import Layout, solve_layout
 from nnssl_ext.views.random import BatchRandom, to_device
 
 TALEB = "Taleb et al. 2020"
+#: Patches in a row of the picture.
+ROW = 9
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,25 @@ class RelativePatchLocation(PatchMethod):
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``loss``. In evaluation also ``accuracy``, ``chance`` and health. Each is (B,)."""
         features = self.encode(views["patches"])
+        loss, accuracy = classification(self._logits(features), views["location"])
+        return self.result(loss, features, 1 / self.classes, accuracy=accuracy)
+
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        center, *neighbors = axial(views["patches"][0])
+        predicted = self._logits(self.encode(views["patches"][:1]))[0].argmax(-1)
+        panels = [Panel("center", center)]
+        for patch, place, guess in zip(neighbors, views["location"][0].tolist(), predicted.tolist(), strict=True):
+            panels.append(Panel(f"at {self._offset(place)}\nguess {self._offset(guess)}", patch))
+        return [panels[first : first + ROW] for first in range(0, len(panels), ROW)]
+
+    def _logits(self, features: Tensor) -> Tensor:
+        """Score all locations for each neighbor: (B, 1 + N, 8 F) -> (B, N, classes)."""
         embedded = self.embed(features)
         neighbor = embedded[:, 1:]
-        pair = torch.cat([embedded[:, :1].expand_as(neighbor), neighbor], -1)  # (B, N, 2 E)
-        loss, accuracy = classification(self.head(pair), views["location"])
-        return self.result(loss, features, 1 / self.classes, accuracy=accuracy)
+        return self.head(torch.cat([embedded[:, :1].expand_as(neighbor), neighbor], -1))
+
+    def _offset(self, location: int) -> str:
+        """Format a class as the offset from the center along D, H and W."""
+        place = np.unravel_index(location + (location >= self.classes // 2), self.layout.grid)
+        steps = [int(p) - n // 2 for p, n in zip(place, self.layout.grid, strict=True)]
+        return " ".join(f"{step:+d}" if step else "0" for step in steps)

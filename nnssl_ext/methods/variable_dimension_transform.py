@@ -23,6 +23,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import TrainingSettings
 from nnssl_ext.methods.encoder_only import EncoderMethod
+from nnssl_ext.methods.panels import Panel
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import VoxelHead
 from nnssl_ext.settings import CommonSettings, setting
@@ -33,6 +34,8 @@ from nnssl_ext.views.spatial import crop_batch
 
 ZHANG = "arXiv 2201.01426"
 #: Classes before the folder of images is known, as many as in ImageNet.
+#: Slices in a row of the picture.
+ROW = 8
 UNKNOWN = SampleClasses(tuple(map(str, range(1000))), 0.001)
 
 
@@ -69,6 +72,7 @@ class VariableDimensionTransform(EncoderMethod):
     Settings = VariableDimensionTransformSettings
     readable = Readable("accuracy", "Accuracy of the image's class")
     learns_from = "labeled 2-D images"
+    picture_samples = 4
 
     settings: VariableDimensionTransformSettings
 
@@ -101,7 +105,7 @@ class VariableDimensionTransform(EncoderMethod):
         return ImageRequest((height, width), (settings.area[0], settings.area[1]))
 
     def optimizer(self) -> OptimizerRecipe:
-        return replace(self.settings.recipe(1e-3), momentum=self.settings.momentum)
+        return replace(self.settings.recipe(1e-3, self.backbone), momentum=self.settings.momentum)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Return ``image`` (B, C, D, H, W) with equal channels and ``label`` (B,)."""
@@ -132,3 +136,11 @@ class VariableDimensionTransform(EncoderMethod):
         )
         accuracy = (logits.argmax(1) == views["label"]).float()
         return self.result(loss, pooled[:, None], self.classes.chance, accuracy=accuracy)
+
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        predicted = self.head(self.backbone.features(views["image"])[-1])[0].argmax(1).tolist()
+        names, rows = self.classes.names, []
+        for image, right, guess in zip(views["image"][:, 0], views["label"].tolist(), predicted, strict=True):
+            titles = [f"{names[right]}\nguess: {names[guess]}", *(f"slice {n + 1}\n" for n in range(1, len(image)))]
+            rows.append([Panel(title, plane) for title, plane in zip(titles, image, strict=True)][:ROW])
+        return rows

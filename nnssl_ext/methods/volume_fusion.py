@@ -20,6 +20,7 @@ from nnssl_ext.losses.dense import IGNORE, deep_supervision_weights, downsample_
 from nnssl_ext.losses.fused import dice_cross_entropy
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
+from nnssl_ext.methods.panels import Panel
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
 from nnssl_ext.views.cpu.chunks import sample_chunks, scratch
@@ -119,7 +120,7 @@ class VolumeFusion(Method):
         return CropRequest((background, replace(background, other_case=other, resampled_alike=True)))
 
     def optimizer(self) -> OptimizerRecipe:
-        return self.settings.recipe(1e-3)
+        return self.settings.recipe(1e-3, self.backbone)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Return ``image`` (B, C, D, H, W) and ``level`` (B, D, H, W) uint8 with ``IGNORE``.
@@ -190,6 +191,18 @@ class VolumeFusion(Method):
             result["fusion_dice"] = hard_dice(outputs[0], views["level"])
             result["shuffled_dice"] = hard_dice(self._outputs(views["shuffled"])[0], views["level"])
         return result
+
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        level = views["level"][0]
+        known = level.float().masked_fill(level == IGNORE, torch.nan)
+        predicted = self._outputs(views["image"][:1])[0][0].argmax(0)
+        return [
+            [
+                Panel("fused input", views["image"][0, 0]),
+                Panel("level of the foreground (target)", known, "levels"),
+                Panel("predicted level", predicted, "levels"),
+            ]
+        ]
 
     def _outputs(self, image: Tensor) -> Sequence[Tensor]:
         """Return all outputs, the finest first."""

@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -47,7 +48,9 @@ def read_source(text: str) -> PretrainedWeights:
     for reader in READERS:
         source = reader(content, located.weights, located.plan)
         if source is not None:
-            return source
+            record = content.get("init_args")
+            kept = {**record, "trainer_name": content.get("trainer_name")} if isinstance(record, dict) else {}
+            return replace(source, recorded=kept)
     raise UserError(
         f"{located.weights} is of no known kind. Expected a checkpoint of nnssl_ext, nnU-Net or nnssl, or a state dict "
         f"(bare, or under {', '.join(PLACES[:5])}), got {_listed(content)}. Save network.state_dict() with torch.save"

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from itertools import permutations, product
 
 import numpy as np
+from scipy.spatial.transform import Rotation
+from torch import Tensor
 
 #: Relative difference below which spacings count as equal.
 TOLERANCE = 0.01
@@ -42,6 +44,25 @@ def grid_rotations(rotations: Sequence[np.ndarray], spacing: Sequence[float]) ->
     """Select the rotations that keep a grid."""
     alike = same_spacing(spacing)
     return [rotation for rotation in rotations if not (np.abs(rotation) > alike).any()]
+
+
+def rotate_back(image: Tensor, rotation: np.ndarray) -> Tensor:
+    """Undo a rotation of (..., D, H, W), which was sampled at ``rotation @ place``."""
+    order, lead = np.abs(rotation).argmax(1), image.ndim - 3
+    turned = image.permute(*range(lead), *(lead + axis for axis in order.tolist()))
+    return turned.flip([lead + axis for axis in range(3) if rotation[axis, order[axis]] < 0])
+
+
+def rotation_name(rotation: np.ndarray) -> str:
+    """Format a rotation as an angle about an axis of the grid, such as '90° about D'."""
+    vector = np.degrees(Rotation.from_matrix(rotation).as_rotvec())
+    angle, largest = np.linalg.norm(vector), np.abs(vector).max()
+    if angle < 1:
+        return "0°"
+    parts = [
+        ("-" if part < 0 else "+") + name for part, name in zip(vector, "DHW", strict=True) if abs(part) > largest / 2
+    ]
+    return f"{angle:.0f}° about {''.join(parts).removeprefix('+')}"
 
 
 def rotatable_size(size: Sequence[int], steps: Sequence[int], alike: np.ndarray) -> tuple[int, int, int]:

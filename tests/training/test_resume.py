@@ -26,18 +26,24 @@ def final(fold: Path) -> dict:
 def test_continued_equals_never_killed(
     with_data: Data, monkeypatch: pytest.MonkeyPatch, method: str, step: int
 ) -> None:
+    """The continued run draws its pretext task in each epoch, the other one never."""
     environment, trainer = with_data("residual"), TRAINERS[method]
-    environment.write_plans("residual", "whole", RUN)
-    environment.write_plans("residual", "broken", RUN)
-    whole = final(pretrain(environment, "residual", "whole", trainer=trainer))
+    environment.write_plans("residual", "whole", {**RUN, "pretext_picture_every": 0})
+    environment.write_plans("residual", "broken", {**RUN, "pretext_picture_every": 1})
+    without_picture = pretrain(environment, "residual", "whole", trainer=trainer)
+    whole = final(without_picture)
 
     with monkeypatch.context() as patch:
         kill_at(step, patch)
         with pytest.raises(Killed):
             pretrain(environment, "residual", "broken", trainer=trainer)
     torch.manual_seed(12345)  # a new process starts with another state
-    broken = final(pretrain(environment, "residual", "broken", trainer=trainer, c=True))
+    with_picture = pretrain(environment, "residual", "broken", trainer=trainer, c=True)
+    broken = final(with_picture)
 
+    assert (with_picture / "pretext.png").is_file()
+    assert not (without_picture / "pretext.png").exists()
+    assert "could not be drawn" not in "".join(log.read_text() for log in with_picture.glob("training_log_*"))
     assert broken["nnssl_ext"]["weights_sha256"] == whole["nnssl_ext"]["weights_sha256"]
     for key in ("train_losses", "val_losses", "lrs", f"val_{METHODS[method].readable.key}"):
         assert broken["logging"][key] == whole["logging"][key]

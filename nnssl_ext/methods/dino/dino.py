@@ -25,6 +25,7 @@ from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Parame
 from nnssl_ext.methods.dino.health import ValidationBuffer, kept_patches, sign_of_collapse
 from nnssl_ext.methods.dino.networks import DistilledNetwork, reader_of
 from nnssl_ext.methods.dino.settings import GLOBALS, MAX_SHARED_REGION, DINOSettings, resolved, small_crops, view_kinds
+from nnssl_ext.methods.panels import Panel, axial, principal_colors
 from nnssl_ext.networks.base import Backbone, Triple
 from nnssl_ext.views.masking import expand_blocks
 from nnssl_ext.views.multicrop import crop_views, draw_patch_masks, look_at
@@ -212,6 +213,29 @@ class DINO(Method):
             )
         loss = attach_gradient(image, image_total) + settings.patch_weight * attach_gradient(patch, patch_total)
         return {"loss": loss + (settings.koleo_weight or 0.0) * koleo, "image": image, "patch": patch, "koleo": koleo}
+
+    def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        clean, masked = views["global"][0], views["masked"][0]
+        image = views["masked_image"][0] if "masked_image" in views else clean
+        tokens = self.teacher.reader(clean)[1], self.student.reader(image, masked)[1]
+        colors = [self._volumes(own.unflatten(-1, self.grid)) for own in principal_colors(*tokens)]  # (3, 2, D, H, W)
+        masked_voxels = self._volumes(masked.unflatten(-1, self.grid).float()) > 0
+        rows = [
+            [
+                Panel(f"view {n + 1} (teacher's input)", clean[n, 0]),
+                Panel("masked (student's input)", clean[n, 0].masked_fill(masked_voxels[n], torch.nan)),
+                Panel("teacher's tokens (target)", colors[0][:, n], "colors"),
+                Panel("student's tokens", colors[1][:, n], "colors"),
+            ]
+            for n in range(GLOBALS)
+        ]
+        if "local" in views:
+            rows.append([Panel(f"local view {n + 1}", view) for n, view in enumerate(axial(views["local"][0]))])
+        return rows
+
+    def _volumes(self, values: Tensor) -> Tensor:
+        """Repeat values of patches for their voxels: (..., d, h, w) -> (..., D, H, W)."""
+        return expand_blocks(values, self.geometry.crop_size, self.student.reader.patch)
 
     def before_step(self, progress: float) -> None:
         settings = self.settings

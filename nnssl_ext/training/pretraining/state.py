@@ -29,6 +29,7 @@ from nnssl_ext.transfer.start import fill_networks
 #: Common settings that a continued run may change: they change neither the data nor a step.
 FREE = (
     "save_every",
+    "pretext_picture_every",
     "validation_iterations",
     "epochs",
     "images",

@@ -33,7 +33,8 @@ from nnssl_ext.training.optimization import build_optimizer, clip_gradients, set
 from nnssl_ext.training.pretraining import state
 from nnssl_ext.training.pretraining.loaders import Unreadable, sample_loaders
 from nnssl_ext.training.pretraining.log import PretrainingLog
-from nnssl_ext.training.pretraining.summary import next_command, summarize, summary_text
+from nnssl_ext.training.pretraining.picture import PretextPicture, Rows
+from nnssl_ext.training.pretraining.summary import next_command, recipe_commands, summarize, summary_text
 from nnssl_ext.training.run.folder import FINAL
 from nnssl_ext.training.run.nonfinite import FiniteGuard
 from nnssl_ext.training.wrapping import match_memory_format, set_memory_format, wrap_for_training
@@ -69,6 +70,9 @@ class PretrainingTrainer(ManagedTrainer):
         self.enable_deep_supervision = self.method_class.deep_supervision
         self.inference_allowed_mirroring_axes = (0, 1, 2)
         self.log = self.logger.local_logger = PretrainingLog(self.method_class.readable)
+        self.pretext = PretextPicture(
+            self.folder.path / "pretext.png", common.pretext_picture_every, common.epochs, self.print_to_log_file
+        )
         limit = common.max_unreadable_fraction
         self.unreadable = Unreadable(samples.kind, len(samples), limit, self.print_to_log_file)
         self.unreadable.note(samples.left_out())
@@ -209,17 +213,28 @@ class PretrainingTrainer(ManagedTrainer):
 
     def validation_step(self, batch: CropBatch) -> dict[str, Tensor]:
         with torch.no_grad():
-            return self._terms(batch, VALIDATION + VIEWS)
+            terms = self._terms(batch, VALIDATION + VIEWS)
+        if self.local_rank == 0:
+            self.pretext.keep(batch, self.method.picture_samples)
+        return terms
 
     def _terms(self, batch: CropBatch, stream: int) -> dict[str, Tensor]:
         self.unreadable.note(batch.skipped)
         if batch.failure:
             raise UserError(f"{batch.failure}. Repair or remove it, then go on with --c")
-        random = BatchRandom(self.common.seed, stream, batch.indices, self.device)
-        with torch.no_grad():
-            views = self.method.views(batch, random)
+        views = self._views(batch, stream)
         with self.autocast():
             return self.objective(views)
+
+    def _views(self, batch: CropBatch, stream: int) -> dict[str, Tensor]:
+        random = BatchRandom(self.common.seed, stream, batch.indices, self.device)
+        with torch.no_grad():
+            return self.method.views(batch, random)
+
+    def _show(self, batch: CropBatch) -> Rows:
+        views = self._views(batch, VALIDATION + VIEWS)
+        with self.autocast(), torch.no_grad():
+            return self.method.picture(views)
 
     def on_train_epoch_end(self, train_outputs: state.Outputs) -> None:
         means = mean_over_samples(train_outputs)
@@ -238,8 +253,11 @@ class PretrainingTrainer(ManagedTrainer):
         measures = mean_over_samples(val_outputs)
         check = self.method.check_validation(measures)
         self.log.log_means("val", {**measures, **check.measures}, self.current_epoch)
+        self.pretext.update(self.current_epoch, self.method.title, self.checked.geometry.spacing, self._show)
         if check.collapse:
             self.print_to_log_file(f"Sign of a collapse: {check.collapse}")
+        if check.solved:
+            self.print_to_log_file(f"Solved: {check.solved}")
         if self.log.has_collapsed(bool(check.collapse), check.patience, self.current_epoch):
             raise UserError(
                 f"the features have collapsed ({check.patience} epochs in a row): {check.collapse}. Earlier "
@@ -264,7 +282,13 @@ class PretrainingTrainer(ManagedTrainer):
         if self.local_rank != 0:
             return
         file, name = self.folder.path / FINAL, self.run_name
-        command = next_command(name, self.common.target_trainer, self.dataset_json, file) if file.is_file() else None
+        after: dict[str, Any] = {"checkpoint": None, "next_command": None}
+        if file.is_file():
+            command = next_command(name, self.common.target_trainer, self.dataset_json, file)
+            after = {"checkpoint": str(file), "next_command": command}
+            if self.method.backbone.is_transformer:
+                recipe = "finetune_transformer"
+                after["recipe_commands"] = recipe_commands(name, recipe, self.dataset_json, file)
         content = summarize(
             self.log.my_fantastic_logging,
             self.method.readable,
@@ -278,7 +302,7 @@ class PretrainingTrainer(ManagedTrainer):
             },
             steps=self.step,
             batch_size=self.checked.batch_size,
-            after={"checkpoint": str(file) if file.is_file() else None, "next_command": command},
+            after=after,
         )
         write_json(content, self.folder.path / "pretraining_summary.json")
         learned_from = self.checked.samples.summary(self.checked.training_cases)

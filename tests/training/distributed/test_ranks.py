@@ -47,7 +47,7 @@ def test_several_ranks_equal_one(with_data: Data, method: str, kind: str, world:
         "epochs": 1,
         "iterations_per_epoch": 1 if kind == "pct_net" else 2,
     }
-    settings |= {"validation_iterations": 1, method: {"optimizer": "sgd"}}
+    settings |= {"validation_iterations": 1, "pretext_picture_every": 1, method: {"optimizer": "sgd"}}
     for plans in ("one", "several"):
         environment.write_plans(kind, plans, settings, without_dropout)
     one = pretrain(environment, kind, "one", trainer=trainer)
@@ -57,6 +57,7 @@ def test_several_ranks_equal_one(with_data: Data, method: str, kind: str, world:
         "checkpoint_best.pth",
         "checkpoint_final.pth",
         "debug.json",
+        "pretext.png",
         "progress.png",
     ]
     assert len(list(several.glob("training_log_*"))) == 1

@@ -38,7 +38,7 @@ def test_stock_trainers_are_still_found(environment: Environment) -> None:
 
 def test_writes_what_nnunet_writes_where_it_writes_it(with_data: Data) -> None:
     environment = with_data("plain")
-    environment.write_plans("plain", "quick", {})
+    environment.write_plans("plain", "quick", {"pretext_picture_every": 1})
     before = sorted(p.name for p in (environment.dataset("plain") / "nnUNetPlans_3d_fullres").iterdir())
     fold = pretrain(environment, "plain", "quick")
     assert {p.name for p in fold.iterdir() if not p.name.startswith("training_log_")} == {
@@ -46,6 +46,7 @@ def test_writes_what_nnunet_writes_where_it_writes_it(with_data: Data) -> None:
         "checkpoint_final.pth",
         "debug.json",
         "progress.png",
+        "pretext.png",
         "pretraining_summary.json",
     }
     assert len(list(fold.glob("training_log_*.txt"))) == 1
