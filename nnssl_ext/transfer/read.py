@@ -71,7 +71,7 @@ def _content(located: Located) -> dict[str, Any]:
     except PermissionError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # damaged and hostile files raise anything
-        raise UserError(f"{path} is refused: {_why(error, path)}; nothing of it was executed") from error
+        raise UserError(f"{path} is refused: {_why(error, path)}. Nothing of it was executed") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected named tensors")
     return content

@@ -102,9 +102,9 @@ def check_free(path: Path) -> None:
         UserError: In either case.
     """
     if path.exists():
-        raise UserError(f"{path} exists; give another name with -o, or remove it")
+        raise UserError(f"{path} exists. Give another name with -o, or remove it")
     if not path.parent.is_dir():
-        raise UserError(f"{path.parent} is no folder; make it first")
+        raise UserError(f"{path.parent} is no folder. Make it first")
 
 
 def write(
