@@ -28,10 +28,11 @@ def test_every_setting_is_documented_with_its_default_and_source() -> None:
 
 @pytest.mark.parametrize("method", METHODS.values())
 def test_every_method_has_its_places(method: type[Method]) -> None:
-    readme, methods = ((REPOSITORY / name).read_text() for name in ("README.md", "docs/methods/index.md"))
+    readme, overview = ((REPOSITORY / name).read_text() for name in ("README.md", "docs/methods/index.md"))
+    pages = "\n".join(path.read_text() for path in (REPOSITORY / "docs" / "methods").glob("*.md"))
     assert f"`{TRAINERS[method.name]}`" in readme
-    assert f"`{TRAINERS[method.name]}`" in methods
-    assert f"## {method.title}" in methods
+    assert f"`{TRAINERS[method.name]}`" in overview
+    assert re.search(rf"^##? {method.title}$", pages, re.MULTILINE)
     assert list((REPOSITORY / "tests" / "methods").rglob(f"test_{method.name}.py"))
     assert method.name in available_recipes()
 
@@ -85,6 +86,15 @@ def test_commands_are_commands(document: Path) -> None:
 def test_links_lead_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", document.read_text())
     assert [t for t in targets if "://" not in t and not (document.parent / t).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_named_files_exist(document: Path) -> None:
+    text = document.read_text()
+    names = re.findall(r"`((?:tests|benchmarks|nnssl_ext|plans|requirements|docs)/[\w./-]+)`", text)
+    names += [f"tests/{name}" for name in re.findall(r"`((?!tests/)(?:\w+/)*test_\w+\.py)`", text)]
+    named = [name for name in names if not re.search(r"[A-Z]{4}|(?i:denoising)", name)]  # examples
+    assert [name for name in named if not (REPOSITORY / name).exists()] == []
 
 
 def test_the_citation_names_this_version() -> None:

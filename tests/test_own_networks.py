@@ -43,6 +43,10 @@ def test_hand_over(with_data: Data, method: str, kind: str) -> None:
 
     stock = trainer_for(kind, "quick", "nnUNetTrainer")
     file = environment.fold(kind, "quick", trainer) / "checkpoint_final.pth"
+    summary = json.loads((file.parent / "pretraining_summary.json").read_text())
+    plan, tune = summary.get("recipe_commands") or ("", "")
+    assert plan.endswith("-p quick -o quick_finetune_transformer finetune_transformer") == (kind == "vit")
+    assert ("-p quick_finetune_transformer -tr nnsslTrainer_Finetune" in tune) == (kind == "vit")
     maybe_load_checkpoint(stock, False, False, str(file))
     loaded = stock.network.state_dict()
     assert set(loaded) == set(weights)
@@ -107,6 +111,7 @@ def stock_training(plans: str, weights: str | None) -> None:
     trainer.perform_actual_validation(False)
 
 
+@pytest.mark.slow
 def test_from_a_recipe_to_a_prediction(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raw images, stock planning, a recipe, pretraining, stock training and validation, nnUNetv2_predict."""
     write_raw(environment, "Dataset004_Tiny")

@@ -57,6 +57,7 @@ class OptimizerRecipe:
         max_grad_norm: Largest gradient norm of each of ``Method.clipped_modules``.
         final_weight_decay: Weight decay at the end, reached along a cosine. None keeps it constant.
         momentum: Momentum of ``sgd``.
+        betas: Decay rates of Adam's two moments.
     """
 
     name: str
@@ -67,6 +68,7 @@ class OptimizerRecipe:
     max_grad_norm: float = 12.0
     final_weight_decay: float | None = None
     momentum: float = 0.99
+    betas: tuple[float, float] = (0.9, 0.999)
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,13 @@ class ValidationCheck:
         measures: Measures that need all validation samples together. They go into the log.
         collapse: Sign of a feature collapse and its remedy; '' if there is none.
         patience: Validations in a row with such a sign after which a run stops; 0 never stops.
+        solved: Advice where the task is solved and teaches little more; '' otherwise.
     """
 
     measures: dict[str, float] = field(default_factory=dict)
     collapse: str = ""
     patience: int = 5
+    solved: str = ""
 
 
 class Method(nn.Module, ABC):
@@ -195,8 +199,17 @@ class Method(nn.Module, ABC):
         """Return the optimizer recipe."""
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Return the parameters to optimize. Default: one group."""
-        return [ParameterGroup([parameter for parameter in self.parameters() if parameter.requires_grad])]
+        """Return the parameters to optimize. Default: one group.
+
+        On a vision transformer biases, norms and tokens are a group without weight decay.
+        """
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not self.backbone.is_transformer:
+            return [ParameterGroup(trained)]
+        plain = [parameter for parameter in trained if parameter.ndim < 2 or len(parameter) == 1]
+        own = {id(parameter) for parameter in plain}
+        decayed = [parameter for parameter in trained if id(parameter) not in own]
+        return [ParameterGroup(decayed), ParameterGroup(plain, weight_decay_scale=0.0)]
 
     def clipped_modules(self) -> list[nn.Module]:
         """Return modules clipped separately. Default: the whole method."""

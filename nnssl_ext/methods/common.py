@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe
-from nnssl_ext.networks.base import Triple
+from nnssl_ext.networks.base import Backbone, Triple
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensitySettings
 from nnssl_ext.views.rotations import rotatable_size
 from nnssl_ext.views.spatial import SpatialRange
+
+TRANSFORMER_SOURCE = "Primus, arXiv 2503.01835, and the masked autoencoder"
+#: What settings without a value mean, per kind of network. The rate is the largest.
+UNET_RECIPE = OptimizerRecipe("adamw", math.inf, 1e-5, "cosine", 0.02)
+TRANSFORMER_RECIPE = OptimizerRecipe("adamw", 3e-4, 0.05, "cosine", 0.05, max_grad_norm=1.0, betas=(0.9, 0.98))
 
 
 @dataclass(frozen=True)
@@ -22,21 +27,42 @@ class TrainingSettings:
 
     intensity: IntensitySettings = field(default_factory=IntensitySettings)
     optimizer: str = setting("adamw", "Optimizer.", choices=("adam", "adamw", "sgd"))
-    weight_decay: float = setting(1e-5, "Weight decay.", low=0)
+    weight_decay: float | None = setting(
+        None, "Weight decay. null: 1e-5, on a vision transformer 0.05.", source=f"0.05: {TRANSFORMER_SOURCE}", low=0
+    )
     schedule: str = setting(
         "cosine",
         "Decay of the learning rate. step halves it after each fifth of the steps.",
         choices=("constant", "poly", "cosine", "step"),
     )
-    warmup: float = setting(0.02, "Share of the steps with a rising learning rate.", low=0, high=0.9)
+    warmup: float | None = setting(
+        None,
+        "Share of the steps with a rising learning rate. null: 0.02, on a vision transformer 0.05.",
+        source=f"0.05: {TRANSFORMER_SOURCE}",
+        low=0,
+        high=0.9,
+    )
 
     def heaviest(self) -> Any:
         """Return settings that need most memory, for estimates."""
         return self
 
-    def recipe(self, learning_rate: float) -> OptimizerRecipe:
-        """Build the optimizer recipe."""
-        return OptimizerRecipe(self.optimizer, learning_rate, self.weight_decay, self.schedule, self.warmup)
+    def recipe(self, learning_rate: float, backbone: Backbone) -> OptimizerRecipe:
+        """Build the optimizer recipe.
+
+        Args:
+            learning_rate: The method's peak on a U-Net. A vision transformer takes at most 3e-4.
+            backbone: The network.
+        """
+        base = TRANSFORMER_RECIPE if backbone.is_transformer else UNET_RECIPE
+        return replace(
+            base,
+            name=self.optimizer,
+            learning_rate=min(learning_rate, base.learning_rate),
+            weight_decay=base.weight_decay if self.weight_decay is None else self.weight_decay,
+            schedule=self.schedule,
+            warmup=base.warmup if self.warmup is None else self.warmup,
+        )
 
 
 def view_size(geometry: DataGeometry, margin: float, alike: np.ndarray | None = None) -> Triple:

@@ -19,20 +19,33 @@ from nnssl_ext.networks.heads import grid_features
 
 
 class EncoderMethod(Method):
-    """Train the encoder. The decoder keeps its initial values.
+    """Train the encoder. The decoder keeps its initial values unless a term trains it.
 
     Args:
         backbone: The network.
         settings: The method's settings.
         geometry: Properties of the data.
         stages: Encoder stages that are run and trained. None is all of them.
+        decoder: Train the decoder and its finest output.
     """
 
     deep_supervision = False
 
-    def __init__(self, backbone: Backbone, settings: Any, geometry: DataGeometry, *, stages: int | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        settings: Any,
+        geometry: DataGeometry,
+        *,
+        stages: int | None = None,
+        decoder: bool = False,
+    ) -> None:
         super().__init__(backbone, settings, geometry)
-        backbone.train_encoder_only(stages)
+        if decoder:
+            backbone.set_deep_supervision(False)
+            backbone.freeze_coarse_heads()
+        else:
+            backbone.train_encoder_only(stages)
         self.stages = stages
         self.channels = backbone.channels[: stages or None][-1]
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.losses.gather import gather_samples
 from nnssl_ext.losses.triplet import plain_triplet, semi_hard_triplet, squared_distances
+from nnssl_ext.losses.vicreg import vicreg
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings, region_size, view_size
 from nnssl_ext.methods.encoder_only import EncoderMethod
@@ -59,6 +60,12 @@ class ExemplarSettings(SharedSettings):
     affine: float = setting(1.0, "Chance of a rotation and zoom, per view.", low=0, high=1)
     intensity: ExemplarIntensitySettings = field(default_factory=ExemplarIntensitySettings)
     standardize: bool = setting(True, "Zero mean and unit deviation per view.")
+    objective: str = setting(
+        "triplet",
+        "triplet, or vicreg, which needs no negatives and ignores margin, mining and normalize.",
+        source="VICReg, Bardes et al. 2022, for batches of 2 to 9",
+        choices=("triplet", "vicreg"),
+    )
     margin: float = setting(1.0, "Margin in squared distance.", source=TALEB, low=0.01)
     mining: str = setting(
         "semi_hard",
@@ -114,7 +121,7 @@ class Exemplar(EncoderMethod):
         return CropRequest((crop, Crop(crop.size, crop.spatial, other_case=True, fit=True)))
 
     def optimizer(self) -> OptimizerRecipe:
-        return self.settings.recipe(3e-4)
+        return self.settings.recipe(3e-4, self.backbone)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Return ``image`` (B, 3, C, D, H, W), and hashes of the images' ``case`` (B, 3)."""
@@ -134,7 +141,9 @@ class Exemplar(EncoderMethod):
         candidates = gathered.flatten(0, 1)
         allowed = views["case"][:, :1] != cases.flatten()[None]  # (B, 3 G)
         margin = self.settings.margin
-        if self.settings.mining == "given":
+        if self.settings.objective == "vicreg":
+            loss = vicreg(anchor, positive, candidates)
+        elif self.settings.mining == "given":
             loss = plain_triplet(anchor, positive, negative, margin)
         else:
             loss = (
@@ -169,7 +178,8 @@ class Exemplar(EncoderMethod):
             embedded = self.heads[0](features)
         else:
             embedded = torch.stack([head(features[:, place]) for place, head in enumerate(self.heads)], 1)
-        return F.normalize(embedded.float(), dim=-1) if self.settings.normalize else embedded.float()
+        plain = self.settings.objective == "vicreg" or not self.settings.normalize
+        return embedded.float() if plain else F.normalize(embedded.float(), dim=-1)
 
     def _images(self, own: list[SourceBox], other: list[SourceBox], random: BatchRandom) -> Tensor:
         """Cut and augment anchor, positive and crop of another case: (B, 3, C, D, H, W)."""

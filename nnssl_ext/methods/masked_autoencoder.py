@@ -9,12 +9,15 @@ B batch, C channel, D H W voxels.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
+from nnssl_ext.errors import UserError
 from nnssl_ext.losses.reconstruction import MIN_VARIANCE, explained_variance, squared_error
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
 from nnssl_ext.methods.common import SharedSettings
@@ -23,7 +26,7 @@ from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.visible_norms import VisibleNorms
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
-from nnssl_ext.views.masking import block_moments, draw_block_mask, expand_blocks
+from nnssl_ext.views.masking import block_moments, draw_block_mask, expand_blocks, masked_blocks, visible_tokens
 from nnssl_ext.views.random import BatchRandom, shuffle_voxels
 from nnssl_ext.views.spatial import crop_batch
 
@@ -39,7 +42,8 @@ class MaskedAutoencoderSettings(SharedSettings):
     mask_ratio: float = setting(0.75, "Share of masked blocks.", source=f"{HE}, {WALD}", low=0.01, high=0.99)
     block_size: list[int] | None = setting(
         None,
-        "Edges of a block in voxels. null is 16 voxels of the finest axis in mm, at most a quarter of the crop.",
+        "Edges of a block in voxels. null is 16 voxels of the finest axis in mm, at most a quarter of the crop, and "
+        "whole tokens on a vision transformer.",
         source=f"16 in {HE}, {WALD}",
         low=1,
         length=3,
@@ -48,6 +52,11 @@ class MaskedAutoencoderSettings(SharedSettings):
         False,
         "Instance norms take their statistics from visible voxels only.",
         source=f"masked voxels shift them; {WALD} uses sparse convolutions",
+    )
+    drop_masked_tokens: bool = setting(
+        True,
+        "Vision transformers encode visible tokens alone, a quarter of the cost. The mask token replaces the others.",
+        source=HE,
     )
     normalize_target: bool = setting(
         False, "Predict voxels normalized by their block's mean and deviation.", source=f"an option of {HE}"
@@ -74,7 +83,11 @@ class MaskedAutoencoder(Method):
         super().__init__(backbone, settings, geometry)
         backbone.set_deep_supervision(False)
         backbone.freeze_coarse_heads()
-        self.block_size = settings.block_size or default_block(geometry)
+        self.token = backbone.strides[-1] if backbone.is_transformer and settings.drop_masked_tokens else None
+        self.block_size = settings.block_size or default_block(geometry, self.token)
+        if self.token:
+            backbone.train_mask_token()
+            self.visible_count = _visible_count(geometry.crop_size, self.block_size, self.token, settings.mask_ratio)
         self.visible = VisibleNorms(self.network) if settings.visible_norms else None
 
     @classmethod
@@ -86,19 +99,21 @@ class MaskedAutoencoder(Method):
         return CropRequest((Crop(geometry.crop_size, settings.spatial(geometry)),))
 
     def optimizer(self) -> OptimizerRecipe:
-        return self.settings.recipe(1e-3)
+        return self.settings.recipe(1e-3, self.backbone)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Return ``image`` with masked voxels at zero, ``target``, and ``weight`` 1 for target voxels.
 
         Each is (B, C, D, H, W). Zero is about the mean of normalized intensities, and nnU-Net's padding. In evaluation
         also ``shuffled``, the same crop with its voxels shuffled before they were masked, and ``shuffled_target``.
+        Vision transformers also get ``tokens`` (B, V), the visible ones.
         """
         size = self.geometry.crop_size
         image, inside = crop_batch(batch.boxes[0], size, random.device)
         draw = IntensityDraw.draw(self.settings.intensity, random, image.shape[1], self.geometry.spacing)
         draw.apply(image)
-        masked = draw_block_mask(random, size, self.block_size, self.settings.mask_ratio)[:, None]
+        mask = draw_block_mask(random, size, self.block_size, self.settings.mask_ratio)
+        masked = mask[:, None]
 
         if inside is not None:
             image.mul_(inside)
@@ -114,6 +129,8 @@ class MaskedAutoencoder(Method):
         views = {"image": image * ~masked, "target": target, "weight": weight.to(image.dtype)}
         if self.visible:
             views["visible"] = ~masked
+        if self.token:
+            views["tokens"] = visible_tokens(mask, self.token, self.visible_count)
         if not self.training:
             shuffled = shuffle_voxels(target, random)
             views |= {"shuffled": shuffled * ~masked, "shuffled_target": shuffled}
@@ -127,18 +144,22 @@ class MaskedAutoencoder(Method):
         weight = views["weight"]
         if self.visible:
             self.visible.mask = views["visible"]
-        error = squared_error(self.network(views["image"]), views["target"], weight)
+        error = squared_error(self._restore(views["image"], views), views["target"], weight)
         result = {"loss": error}
         if not self.training:
-            shuffled = squared_error(self.network(views["shuffled"]), views["shuffled_target"], weight)
+            shuffled = squared_error(self._restore(views["shuffled"], views), views["shuffled_target"], weight)
             result["explained_variance"] = explained_variance(error, views["target"], weight)
             result["shuffled_variance"] = explained_variance(shuffled, views["shuffled_target"], weight)
         return result
 
+    def _restore(self, image: Tensor, views: dict[str, Tensor]) -> Tensor:
+        return self.backbone.visible_output(image, views["tokens"]) if self.token else self.network(image)
+
     def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
+        first = {name: value[:1] for name, value in views.items()}
         if self.visible:
-            self.visible.mask = views["visible"][:1]
-        prediction, masked = self.network(views["image"][:1])[0, 0], views["weight"][0, 0] > 0
+            self.visible.mask = first["visible"]
+        prediction, masked = self._restore(first["image"], first)[0, 0], views["weight"][0, 0] > 0
         target = views["target"][0, 0]
         return [
             [
@@ -149,10 +170,31 @@ class MaskedAutoencoder(Method):
         ]
 
 
-def default_block(geometry: DataGeometry) -> list[int]:
-    """Compute block edges of equal length in mm. 16 voxels of the finest axis, at most a quarter of the crop."""
+def default_block(geometry: DataGeometry, token: Sequence[int] | None = None) -> list[int]:
+    """Compute block edges of equal length in mm: 16 voxels of the finest axis, at most a quarter of the crop.
+
+    With tokens the edges are the nearest whole tokens below, at least one, that divide the crop.
+    """
     length = EDGE * min(geometry.spacing)
-    return [
+    block = [
         max(1, min(round(length / spacing), edge // 4))
         for spacing, edge in zip(geometry.spacing, geometry.crop_size, strict=True)
     ]
+    if token is None:
+        return block
+    return [
+        next(size for size in range(max(most // step, 1) * step, 0, -step) if edge % size == 0)
+        for most, step, edge in zip(block, token, geometry.crop_size, strict=True)
+    ]
+
+
+def _visible_count(size: Sequence[int], block: Sequence[int], token: Sequence[int], ratio: float) -> int:
+    """Return the visible tokens of a sample, which must be equally many in all samples."""
+    for edge, length, step in zip(size, block, token, strict=True):
+        if length % step or edge % length:
+            raise UserError(
+                f"masked_autoencoder.block_size: expected multiples of the tokens {list(token)} that divide the crop "
+                f"{list(size)}, got {list(block)}. Change it, or set drop_masked_tokens to false."
+            )
+    total = math.prod(edge // length for edge, length in zip(size, block, strict=True))
+    return (total - masked_blocks(total, ratio)) * math.prod(a // b for a, b in zip(block, token, strict=True))

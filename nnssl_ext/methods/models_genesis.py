@@ -71,7 +71,7 @@ class ModelsGenesis(Method):
         return CropRequest((Crop(geometry.crop_size, settings.spatial(geometry)),))
 
     def optimizer(self) -> OptimizerRecipe:
-        return self.settings.recipe(1e-3)
+        return self.settings.recipe(1e-3, self.backbone)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Return corrupted ``image``, ``target``, and ``weight`` 1 within the case. Each is (B, C, D, H, W).

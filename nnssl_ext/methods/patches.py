@@ -91,7 +91,7 @@ class PatchMethod(EncoderMethod):
         return f"{self.title}: {self.layout}"
 
     def optimizer(self) -> OptimizerRecipe:
-        return self.settings.recipe(1e-3)
+        return self.settings.recipe(1e-3, self.backbone)
 
     def read_patches(self, batch: CropBatch, random: BatchRandom, starts: Tensor) -> Tensor:
         """Read patches: (B, N, C, D, H, W).

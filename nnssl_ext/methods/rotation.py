@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
-from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable
+from nnssl_ext.losses.reconstruction import explained_variance, squared_error
+from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable, ValidationCheck
 from nnssl_ext.methods.common import TrainingSettings, region_size, view_size
 from nnssl_ext.methods.encoder_only import EncoderMethod, classification
 from nnssl_ext.methods.panels import Panel
 from nnssl_ext.networks.base import Backbone, Triple
-from nnssl_ext.networks.heads import GridHead, layers
+from nnssl_ext.networks.heads import GridHead, grid_features, layers
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
 from nnssl_ext.views.filters import simulate_thick_slices
+from nnssl_ext.views.masking import draw_block_mask
 from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.rotations import (
     cube_group,
@@ -36,7 +38,9 @@ from nnssl_ext.views.rotations import (
 )
 from nnssl_ext.views.spatial import SpatialRange, crop_batch, rotation_matrix, subview
 
-TALEB = "Taleb et al. 2020"
+TALEB, TANG = "Taleb et al. 2020", "Swin UNETR, Tang et al. 2022"
+#: Validation accuracy from which the task is called solved.
+SOLVED = 0.98
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,24 @@ class RotationSettings(TrainingSettings):
     )
     thick_slice: list[float] = setting([0.25, 0.8], "Range of the resolution that is left.", low=0.05, high=1, length=2)
     hidden_dims: list[int] = setting([256], "Widths of the head's layers.", low=1)
+    reconstruction: float = setting(
+        0.0,
+        "Weight of restoring cut-out blocks beside the rotation, which trains the decoder, too. 0 leaves it out.",
+        source=f"1 in {TANG}",
+        low=0,
+    )
+    cut_out: float = setting(
+        0.3, "Share of the blocks that are cut out, with reconstruction.", source=TANG, low=0.01, high=0.9
+    )
 
 
 class Rotation(EncoderMethod):
     """Classify the rotation of a crop's voxel grid.
 
     Beside the task a small classifier learns what the spacing alone reveals. Its accuracy is the number to compare
-    with. Trains the encoder. Taleb et al., NeurIPS 2020, after Gidaris et al., ICLR 2018.
+    with. Trains the encoder. Taleb et al., NeurIPS 2020, after Gidaris et al., ICLR 2018. Restoring cut-out blocks
+    beside it, as Tang et al., "Self-Supervised Pre-Training of Swin Transformers for 3D Medical Image Analysis", CVPR
+    2022, is an option: networks often solve the rotation early.
     """
 
     name = "rotation"
@@ -85,11 +100,15 @@ class Rotation(EncoderMethod):
     settings: RotationSettings
 
     def __init__(self, backbone: Backbone, settings: RotationSettings, geometry: DataGeometry) -> None:
-        super().__init__(backbone, settings, geometry)
+        super().__init__(backbone, settings, geometry, decoder=settings.reconstruction > 0)
         self.rotations = allowed_rotations(settings, geometry)
         self.size, self.read_size = self.box(settings, geometry), self.region(settings, geometry)
         self.head = GridHead(channels=self.channels, hidden=settings.hidden_dims, outputs=len(self.rotations))
         self.spacing_classifier = SpacingClassifier(classes=len(self.rotations))
+
+    @classmethod
+    def output_channels(cls, settings: RotationSettings, geometry: DataGeometry) -> int | None:
+        return geometry.channels if settings.reconstruction else None
 
     @classmethod
     def box(cls, settings: RotationSettings, geometry: DataGeometry) -> tuple[int, int, int]:
@@ -117,10 +136,13 @@ class Rotation(EncoderMethod):
         return [nn.ModuleList(task), self.spacing_classifier]
 
     def optimizer(self) -> OptimizerRecipe:
-        return self.settings.recipe(1e-3)
+        return self.settings.recipe(1e-3, self.backbone)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """Return ``image`` (B, N, C, D, H, W) and ``rotation`` (B, N)."""
+        """Return ``image`` (B, N, C, D, H, W) and ``rotation`` (B, N).
+
+        With reconstruction also ``target``, the image before blocks were cut out, and ``weight``, 1 in these blocks.
+        """
         s, spacing, copies = self.settings, self.geometry.spacing, self.settings.copies
         label = random.integers(0, len(self.rotations) - 1, (copies,))
         angles = random.uniform(-s.jitter_angle, s.jitter_angle, (copies, 3)).numpy()
@@ -139,19 +161,47 @@ class Rotation(EncoderMethod):
         images = crops.unflatten(0, (-1, copies))
         IntensityDraw.draw(s.intensity, random, images.shape[2], spacing, views=copies).apply(images)
         simulate_thick_slices(crops, axis.flatten(), zoom.flatten())
-        return {"image": images, "rotation": to_device(label, random.device)}
+        views = {"image": images, "rotation": to_device(label, random.device)}
+        if s.reconstruction:
+            block = [max(1, edge // 4) for edge in self.size]
+            masks = [draw_block_mask(random, self.size, block, s.cut_out) for _ in range(copies)]
+            mask = torch.stack(masks, 1)[:, :, None]
+            views |= {"image": images * ~mask, "target": images, "weight": mask.expand_as(images).to(images.dtype)}
+        return views
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``loss``. In evaluation also ``accuracy``, ``chance``, ``spacing_accuracy`` and health; (B,) each."""
         image, label = views["image"], views["rotation"]
-        features = self.encode(image)
+        features, restored = self._encode(views)
         loss, accuracy = classification(self.head(features), label)
         logits = self.spacing_classifier(image.flatten(0, 1)).unflatten(0, label.shape)
         spacing_loss, spacing_accuracy = classification(logits, label)
         # the classifier learns beside the task without changing the value of its loss
         loss = loss + spacing_loss - spacing_loss.detach()
-        chance = 1 / len(self.rotations)
-        return self.result(loss, features, chance, accuracy=accuracy, spacing_accuracy=spacing_accuracy)
+        measures = {"accuracy": accuracy, "spacing_accuracy": spacing_accuracy}
+        if restored is not None:
+            target, weight = views["target"].flatten(0, 1), views["weight"].flatten(0, 1)
+            error = squared_error(restored, target, weight)
+            loss = loss + self.settings.reconstruction * error.unflatten(0, label.shape).mean(1)
+            measures["explained_variance"] = explained_variance(error, target, weight).unflatten(0, label.shape).mean(1)
+        return self.result(loss, features, 1 / len(self.rotations), **measures)
+
+    def check_validation(self, measures: dict[str, float]) -> ValidationCheck:
+        """Tell when the rotation is recognized in nearly all crops."""
+        if measures["accuracy"] < SOLVED:
+            return ValidationCheck()
+        advice = "set rotation.reconstruction=1, or take another method" if not self.settings.reconstruction else ""
+        return ValidationCheck(
+            solved=f"{measures['accuracy']:.2f} of the rotations are recognized, so more steps teach the encoder little"
+            + (f". To learn on, {advice}" if advice else "")
+        )
+
+    def _encode(self, views: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return features (B, N, 8 F) and, with reconstruction, the restored crops (B N, C, D, H, W)."""
+        if not self.settings.reconstruction:
+            return self.encode(views["image"]), None
+        maps, restored = self.backbone.features_and_output(views["image"].flatten(0, 1))
+        return grid_features(maps[-1]).unflatten(0, views["rotation"].shape), restored
 
     def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
         predicted = self.head(self.encode(views["image"][:1]))[0].argmax(-1).tolist()

@@ -105,7 +105,7 @@ class VariableDimensionTransform(EncoderMethod):
         return ImageRequest((height, width), (settings.area[0], settings.area[1]))
 
     def optimizer(self) -> OptimizerRecipe:
-        return replace(self.settings.recipe(1e-3), momentum=self.settings.momentum)
+        return replace(self.settings.recipe(1e-3, self.backbone), momentum=self.settings.momentum)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Return ``image`` (B, C, D, H, W) with equal channels and ``label`` (B,)."""

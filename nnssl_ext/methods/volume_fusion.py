@@ -120,7 +120,7 @@ class VolumeFusion(Method):
         return CropRequest((background, replace(background, other_case=other, resampled_alike=True)))
 
     def optimizer(self) -> OptimizerRecipe:
-        return self.settings.recipe(1e-3)
+        return self.settings.recipe(1e-3, self.backbone)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Return ``image`` (B, C, D, H, W) and ``level`` (B, D, H, W) uint8 with ``IGNORE``.

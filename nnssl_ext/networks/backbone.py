@@ -53,6 +53,10 @@ class UNetBackbone(Backbone):
             maps.append(image)
         return maps
 
+    def features_and_output(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
+        maps, decoder = self.features(image), self.network.decoder
+        return maps, decoder(maps)  # type: ignore[operator]
+
     def encoder_parameters(self, stages: int | None = None) -> Iterable[nn.Parameter]:
         parts = [self.encoder.stages[:stages], getattr(self.encoder, "stem", None)]
         return [parameter for part in parts if part is not None for parameter in part.parameters()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +43,12 @@ class Backbone(ABC):
 
     Args:
         network: The network. It is not owned.
+
+    Class attributes:
+        is_transformer: Whether the encoder is a vision transformer, which can leave out masked tokens.
     """
+
+    is_transformer: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -69,6 +74,25 @@ class Backbone(ABC):
 
         (B, C, D, H, W) -> [(B, channels[i], *edges / strides[i])].
         """
+
+    def features_and_output(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Compute the encoder's feature maps and the network's output, without deep supervision.
+
+        (B, C, D, H, W) -> maps as ``features`` returns them, (B, classes, D, H, W). The default runs the encoder twice.
+        """
+        return self.features(image), self.network(image)
+
+    def train_mask_token(self) -> None:  # noqa: B027 a default
+        """Train the mask token, for an objective that masks tokens. Networks without a trainable one do nothing."""
+
+    def visible_output(self, image: Tensor, visible: Tensor) -> Tensor:
+        """Run the network without its masked tokens. The mask token takes their place in the decoder.
+
+        Args:
+            image: (B, C, D, H, W).
+            visible: (B, V) positions of the visible tokens.
+        """
+        raise NotImplementedError("only vision transformers leave out tokens")
 
     @abstractmethod
     def encoder_parameters(self, stages: int | None = None) -> Iterable[nn.Parameter]:

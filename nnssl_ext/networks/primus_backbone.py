@@ -23,7 +23,7 @@ PROBE = 32
 
 
 class PrimusBackbone(Backbone):
-    """Back a ``Primus`` of any version.
+    """Give access to a ``Primus`` of any version.
 
     Its encoder has one stage, the tokens.
 
@@ -33,6 +33,7 @@ class PrimusBackbone(Backbone):
         network: The network. It is not owned.
     """
 
+    is_transformer = True
     network: Primus
 
     def __init__(self, network: Primus) -> None:
@@ -56,6 +57,13 @@ class PrimusBackbone(Backbone):
 
     def features(self, image: Tensor, stages: int | None = None) -> list[Tensor]:
         """Return the normed tokens as a map, [(B, E, d, h, w)]. Positions are resized to the image's grid."""
+        return [self._encode(image)][:stages]
+
+    def visible_output(self, image: Tensor, visible: Tensor) -> Tensor:
+        return self.network.up_projection(self._encode(image, visible))
+
+    def _encode(self, image: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Encode the visible tokens (B, V), None for all. Return a map with the mask token for the others."""
         network, eva = self.network, self.network.eva
         tokens = network.down_projection(image)
         grid = tokens.shape[2:]
@@ -67,9 +75,17 @@ class PrimusBackbone(Backbone):
         if eva.pos_embed is not None:
             tokens = tokens + self._positions(grid, registers)
         tokens, rotary = eva.pos_drop(tokens), self._rotary(grid)
+        if visible is not None:
+            index = visible[..., None].expand(-1, -1, tokens.shape[2])
+            full = network.mask_token.to(tokens.dtype).expand(len(tokens), tokens.shape[1] - registers, -1)
+            tokens = torch.cat([tokens[:, :registers], tokens[:, registers:].gather(1, index)], 1)
+            rotary = None if rotary is None else rotary[visible][:, None]  # (B, 1, V, ...), equal for all heads
         for block in eva.blocks:
             tokens = block(tokens, rope=rotary)
-        return [eva.norm(tokens)[:, registers:].transpose(1, 2).unflatten(2, grid)][:stages]
+        tokens = eva.norm(tokens)[:, registers:]
+        if visible is not None:
+            tokens = full.to(tokens.dtype).scatter(1, index, tokens)
+        return tokens.transpose(1, 2).unflatten(2, grid)
 
     def learned_positions(self) -> LearnedPositions | None:
         eva, registers = self.network.eva, self.network.register_tokens

@@ -14,7 +14,7 @@ from nnssl_ext.networks.base import Backbone, LearnedPositions, edges_problem
 
 
 class ViTBackbone(Backbone):
-    """Back a ``ViTUNETR``.
+    """Give access to a ``ViTUNETR``.
 
     Its encoder has one stage, the tokens.
 
@@ -22,6 +22,7 @@ class ViTBackbone(Backbone):
         network: The network. It is not owned.
     """
 
+    is_transformer = True
     network: ViTUNETR
 
     def __init__(self, network: ViTUNETR) -> None:
@@ -53,6 +54,9 @@ class ViTBackbone(Backbone):
             mask: (B, N) bool. Where true, the mask token replaces a patch. None masks nothing.
         """
         return self.encoder(image, mask)
+
+    def visible_output(self, image: Tensor, visible: Tensor) -> Tensor:
+        return self.network(image, visible)
 
     def train_mask_token(self) -> None:
         """Train the mask token."""

@@ -43,7 +43,7 @@ def build_optimizer(
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     else:
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.name]
-        optimizer = kind(described, learning_rate, fused=fused)
+        optimizer = kind(described, learning_rate, betas=recipe.betas, fused=fused)
     set_rates(optimizer, recipe, learning_rate, 0, 1)
     return optimizer
 

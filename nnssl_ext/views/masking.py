@@ -31,10 +31,30 @@ def draw_block_mask(random: BatchRandom, size: Sequence[int], block: Sequence[in
     """
     grid = tuple(math.ceil(n / edge) for n, edge in zip(size, block, strict=True))
     total = math.prod(grid)
-    masked = min(max(1, round(ratio * total)), max(1, total - 1))
+    masked = masked_blocks(total, ratio)
     order = random.uniform(0, 1, (total,)).argsort(1)
     mask = torch.zeros(len(random), total, dtype=torch.bool).scatter_(1, order[:, :masked], True)
     return expand_blocks(to_device(mask.view(-1, *grid), random.device), size, block)
+
+
+def masked_blocks(total: int, ratio: float) -> int:
+    """Return the number of masked blocks among ``total``."""
+    return min(max(1, round(ratio * total)), max(1, total - 1))
+
+
+def visible_tokens(masked: Tensor, token: Sequence[int], count: int) -> Tensor:
+    """Find the tokens outside masked blocks, whose edges are multiples of the token's.
+
+    Args:
+        masked: (B, D, H, W) bool.
+        token: Edges of a token in voxels.
+        count: V, visible tokens of each sample.
+
+    Returns:
+        (B, V) positions, ascending, in the order of the flattened token grid.
+    """
+    tokens = masked[:, :: token[0], :: token[1], :: token[2]].flatten(1)
+    return tokens.to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
 
 
 def expand_blocks(values: Tensor, size: Sequence[int], block: Sequence[int]) -> Tensor:

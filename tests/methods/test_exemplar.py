@@ -132,3 +132,25 @@ def test_it_learns_and_with_voxels_shuffled_per_view_it_does_not(tmp_path: Path)
     )  # views of one crop are alike before anything is learned
     assert readable_after(folder, build(Exemplar, OURS), 50) > untrained
     assert readable_after(folder, build(Exemplar, OURS), 50, "after") < 0.6
+
+
+def test_vicreg_is_what_was_published_and_needs_no_negatives(folder: Path) -> None:
+    method = build(Exemplar, replace(OURS, objective="vicreg"))
+    views = views_of(folder, method, [0, 1])
+    embedded = method.embed(method.encode(views["image"]))
+    flat = embedded.flatten(0, 1)
+    covariance = flat.T.cov()
+    variance = (1 - (covariance.diagonal() + 1e-4).sqrt()).clamp_min(0).mean()
+    others = (covariance - covariance.diagonal().diag()).square().sum() / len(covariance)
+    expected = 25 * ((embedded[:, 0] - embedded[:, 1]) ** 2).mean(1) + 25 * variance + others
+    torch.testing.assert_close(method(views)["loss"], expected)
+    views["case"][:] = 1  # one case alone has no negatives
+    torch.testing.assert_close(method(views)["loss"], expected)
+
+
+def test_vicreg_keeps_features_apart(tmp_path: Path) -> None:
+    """It learns which crop a view shows, and constant features cost more than those at the start."""
+    folder = write_individuals(tmp_path)
+    settings = replace(OURS, objective="vicreg")
+    untrained, trained = (readable_after(folder, build(Exemplar, settings), steps) for steps in (0, 50))
+    assert trained > untrained

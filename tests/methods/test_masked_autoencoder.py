@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from nnssl_ext.errors import UserError
 from nnssl_ext.methods import DataGeometry
 from nnssl_ext.methods.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderSettings, default_block
 from nnssl_ext.networks.visible_norms import VisibleNorms
@@ -168,3 +169,46 @@ def test_constant_crops_give_finite_numbers(folder: Path) -> None:
 def test_expanding_blocks_is_exact() -> None:
     values = torch.arange(8.0).view(1, 2, 2, 2)
     assert expand_blocks(values, (3, 4, 4), (2, 2, 2))[0, 2, 3, 3] == 7
+
+
+def test_a_transformer_leaves_out_masked_tokens(folder: Path) -> None:
+    method = build(MaskedAutoencoder, MaskedAutoencoderSettings(intensity=OFF, mask_ratio=0.5), kind="vit")
+    views = views_of(folder, method, [0, 1])
+    token, masked = method.token, views["weight"][:, 0] > 0
+    assert all(block % edge == 0 for block, edge in zip(method.block_size, token, strict=True))
+    shown = torch.zeros_like(masked[:, :: token[0], :: token[1], :: token[2]]).flatten(1)
+    shown.scatter_(1, views["tokens"], True)
+    assert torch.equal(shown, ~masked[:, :: token[0], :: token[1], :: token[2]].flatten(1))
+    method(views)["loss"].mean().backward()
+    gradient = method.backbone.encoder.mask_token.grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+
+
+def test_blocks_of_a_transformer_are_whole_tokens(folder: Path) -> None:
+    geometry = DataGeometry((96, 96, 96), (1.0, 1.0, 1.0), 1)
+    assert default_block(geometry, (16, 16, 16)) == [16, 16, 16]
+    assert default_block(geometry, (8, 8, 8)) == [16, 16, 16]
+    assert default_block(replace(geometry, crop_size=(24, 96, 80)), (8, 8, 8)) == [8, 16, 16]
+    with pytest.raises(UserError, match=r"block_size: expected multiples of the tokens .* got \[3, 4, 4\]"):
+        build(MaskedAutoencoder, MaskedAutoencoderSettings(block_size=[3, 4, 4]), kind="vit")
+    build(MaskedAutoencoder, MaskedAutoencoderSettings(block_size=[3, 4, 4], drop_masked_tokens=False), kind="vit")
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("vit", (3e-4, 0.05, 0.05, 1.0, (0.9, 0.98))), ("plain", (1e-3, 1e-5, 0.02, 12.0, (0.9, 0.999)))],
+)
+def test_transformers_have_their_own_recipe(folder: Path, kind: str, expected: tuple) -> None:
+    method = build(MaskedAutoencoder, MaskedAutoencoderSettings(), kind=kind)
+    recipe = method.optimizer()
+    found = (recipe.learning_rate, recipe.weight_decay, recipe.warmup, recipe.max_grad_norm, recipe.betas)
+    assert found == expected
+    groups = method.parameter_groups()
+    assert sum(len(group.parameters) for group in groups) == sum(p.requires_grad for p in method.parameters())
+    plain = [p for group in groups if group.weight_decay_scale == 0 for p in group.parameters]
+    assert bool(plain) == (kind == "vit")
+    assert all(p.ndim < 2 or len(p) == 1 for p in plain)
+    assert (
+        build(MaskedAutoencoder, MaskedAutoencoderSettings(weight_decay=0.1), kind=kind).optimizer().weight_decay == 0.1
+    )

@@ -143,3 +143,38 @@ def test_it_learns_and_with_shuffled_voxels_it_does_not(tmp_path: Path) -> None:
     settings = replace(RotationSettings(), warmup=0.0)
     assert readable_after(folder, make(settings), 50) > 0.5
     assert readable_after(folder, make(settings), 50, "before") < 0.2
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "vit", "pct_net"])
+def test_cut_out_blocks_are_restored_beside_it(tmp_path: Path, kind: str) -> None:
+    """The decoder learns too, the rotation is judged on the cut image, and the image elsewhere is not a target."""
+    folder = write_cases(tmp_path)
+    method = build(Rotation, replace(RotationSettings(), reconstruction=1.0), kind=kind)
+    views = views_of(folder, method, [0, 1])
+    cut = views["weight"] > 0
+    assert (views["image"][cut] == 0).all()
+    assert torch.equal(views["image"][~cut], views["target"][~cut])
+    assert cut.float().mean().item() == pytest.approx(0.3, abs=0.02)
+    result = method(views)
+    result["loss"].sum().backward()
+    heads = [name for name, p in method.network.named_parameters() if ".seg_layers." in name and p.requires_grad]
+    assert heads
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
+    method.eval()
+    with torch.no_grad():
+        assert method(views)["explained_variance"].shape == (2,)
+
+
+def test_features_with_the_output_are_those_without(tmp_path: Path) -> None:
+    backbone = build(Rotation, replace(RotationSettings(), reconstruction=1.0), kind="residual").backbone
+    image = torch.randn(1, 2, 16, 16, 16)
+    maps, output = backbone.features_and_output(image)
+    torch.testing.assert_close(maps[-1], backbone.features(image)[-1])
+    torch.testing.assert_close(output, backbone.network(image))
+
+
+def test_a_solved_task_is_told() -> None:
+    check = make(RotationSettings()).check_validation
+    assert not check({"accuracy": 0.9}).solved
+    assert "rotation.reconstruction=1" in check({"accuracy": 0.99}).solved
+    assert not check({"accuracy": 0.99}).collapse

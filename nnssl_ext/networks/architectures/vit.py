@@ -173,6 +173,27 @@ class VisionTransformer(nn.Module):
                 found.append(self.norm(tokens) if number == len(self.blocks) else tokens)
         return found
 
+    def visible_layers(self, image: Tensor, after: Sequence[int], visible: Tensor) -> list[Tensor]:
+        """Return ``layers`` of the visible patches alone, with the mask token for all others.
+
+        He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022.
+
+        Args:
+            image: (B, C, D, H, W).
+            after: Numbers of blocks, ascending.
+            visible: (B, V) positions of the visible patches among N.
+        """
+        embedded = self.embed(image)
+        width, found = embedded.shape[2], []
+        index = torch.cat([torch.zeros_like(visible[:, :1]), visible + 1], 1)[..., None].expand(-1, -1, width)
+        tokens = embedded.gather(1, index)
+        for number, block in enumerate(self.blocks, 1):
+            tokens = block(tokens)
+            if number in after:
+                kept = self.norm(tokens) if number == len(self.blocks) else tokens
+                found.append(self.mask_token.to(kept.dtype).expand_as(embedded).scatter(1, index, kept))
+        return found
+
     def forward(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode (B, C, D, H, W) to normed tokens (B, 1 + N, E)."""
         return self.layers(image, [len(self.blocks)], mask)[0]
@@ -258,13 +279,20 @@ class ViTUNETR(nn.Module):
         """Choose strides for tokens of about 16 voxels."""
         return halving_strides(spacing, len(STRIDES) - 1)
 
-    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        """Segment (B, C, D, H, W), at one or all resolutions."""
+    def forward(self, image: Tensor, visible: Tensor | None = None) -> Tensor | list[Tensor]:
+        """Segment (B, C, D, H, W), at one or all resolutions.
+
+        ``visible`` (B, V) are the positions of the patches to encode; None encodes all.
+        """
         size = image.shape[2:]
         if any(edge % stride for edge, stride in zip(size, self.backbone.patch, strict=True)):
             raise ValueError(f"Expected image edges in multiples of {self.backbone.patch}, got {tuple(size)}.")
-        tokens = self.backbone.layers(image, self.read)
-        return self.decoder(image, [as_map(layer[:, 1:], self.backbone.grid(size)) for layer in tokens])
+        encoder = self.backbone
+        if visible is None:
+            tokens = encoder.layers(image, self.read)
+        else:
+            tokens = encoder.visible_layers(image, self.read, visible)
+        return self.decoder(image, [as_map(layer[:, 1:], encoder.grid(size)) for layer in tokens])
 
 
 def as_map(tokens: Tensor, grid: Sequence[int]) -> Tensor:

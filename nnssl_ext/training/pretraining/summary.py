@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,7 @@ def summarize(
 def summary_text(content: Mapping[str, Any], readable: Readable, learned_from: str) -> str:
     """Return the summary for the log."""
     value = content[readable.key]
+    recipe = "".join(f"\n    {line}" for line in content.get("recipe_commands") or ())
     return (
         f"Pretraining summary\n"
         f"  {content['method']} on {content['dataset']}, {content['configuration']}, fold {content['fold']} "
@@ -57,6 +59,7 @@ def summary_text(content: Mapping[str, Any], readable: Readable, learned_from: s
         f"  objective on validation crops: {content['objective_first']:.4f} -> {content['objective_last']:.4f}\n"
         f"  {readable.title}: {value['first']:.4f} -> {value['last']:.4f}\n"
         f"  fine-tune with:\n    {content['next_command'] or 'nothing: no checkpoint was written'}"
+        + (f"\n  or, as suits a transformer:{recipe}" if recipe else "")
     )
 
 
@@ -69,7 +72,24 @@ def next_command(run: RunName, target_trainer: str, dataset_json: Mapping[str, A
         dataset_json: The data set's. A corpus has no labels and names the data set that its weights are for.
         file: The checkpoint.
     """
-    run = replace(run, trainer=target_trainer)
-    if TARGET_KEY in dataset_json:
-        run = replace(run, dataset=dataset_json[TARGET_KEY], fold="0")
-    return run.fine_tuning(file)
+    return _tuned_run(run, target_trainer, dataset_json).fine_tuning(file)
+
+
+def recipe_commands(run: RunName, recipe: str, dataset_json: Mapping[str, Any], file: Path) -> list[str]:
+    """Return the commands that fine-tune with a recipe of ours.
+
+    Args:
+        run: The pretraining.
+        recipe: Name of the recipe.
+        dataset_json: As for ``next_command``.
+        file: The checkpoint.
+    """
+    run = _tuned_run(run, "nnsslTrainer_Finetune", dataset_json)
+    plans = f"{run.plans}_{recipe}"
+    words = ["nnssl_ext", "plan", "-d", run.dataset, "-c", run.configuration, "-p", run.plans, "-o", plans, recipe]
+    return [shlex.join(words), replace(run, plans=plans).fine_tuning(file)]
+
+
+def _tuned_run(run: RunName, trainer: str, dataset_json: Mapping[str, Any]) -> RunName:
+    run = replace(run, trainer=trainer)
+    return replace(run, dataset=dataset_json[TARGET_KEY], fold="0") if TARGET_KEY in dataset_json else run

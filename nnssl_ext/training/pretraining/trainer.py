@@ -34,7 +34,7 @@ from nnssl_ext.training.pretraining import state
 from nnssl_ext.training.pretraining.loaders import Unreadable, sample_loaders
 from nnssl_ext.training.pretraining.log import PretrainingLog
 from nnssl_ext.training.pretraining.picture import PretextPicture, Rows
-from nnssl_ext.training.pretraining.summary import next_command, summarize, summary_text
+from nnssl_ext.training.pretraining.summary import next_command, recipe_commands, summarize, summary_text
 from nnssl_ext.training.run.folder import FINAL
 from nnssl_ext.training.run.nonfinite import FiniteGuard
 from nnssl_ext.training.wrapping import match_memory_format, set_memory_format, wrap_for_training
@@ -221,7 +221,7 @@ class PretrainingTrainer(ManagedTrainer):
     def _terms(self, batch: CropBatch, stream: int) -> dict[str, Tensor]:
         self.unreadable.note(batch.skipped)
         if batch.failure:
-            raise UserError(f"{batch.failure}; repair or remove it, then go on with --c")
+            raise UserError(f"{batch.failure}. Repair or remove it, then go on with --c")
         views = self._views(batch, stream)
         with self.autocast():
             return self.objective(views)
@@ -240,7 +240,7 @@ class PretrainingTrainer(ManagedTrainer):
         means = mean_over_samples(train_outputs)
         if not np.isfinite(means["loss"]):
             raise UserError(
-                f"the objective became {means['loss']} in epoch {self.current_epoch}; the checkpoints of earlier "
+                f"the objective became {means['loss']} in epoch {self.current_epoch}. The checkpoints of earlier "
                 f"epochs are intact. Lower nnssl_ext.learning_rate (now {self.initial_lr}) and start anew"
             )
         self.logger.log("lrs", max(group["lr"] for group in self.optimizer.param_groups), self.current_epoch)
@@ -256,9 +256,11 @@ class PretrainingTrainer(ManagedTrainer):
         self.pretext.update(self.current_epoch, self.method.title, self.checked.geometry.spacing, self._show)
         if check.collapse:
             self.print_to_log_file(f"Sign of a collapse: {check.collapse}")
+        if check.solved:
+            self.print_to_log_file(f"Solved: {check.solved}")
         if self.log.has_collapsed(bool(check.collapse), check.patience, self.current_epoch):
             raise UserError(
-                f"the features have collapsed ({check.patience} epochs in a row): {check.collapse}; earlier "
+                f"the features have collapsed ({check.patience} epochs in a row): {check.collapse}. Earlier "
                 f"checkpoints are intact"
             )
 
@@ -280,7 +282,13 @@ class PretrainingTrainer(ManagedTrainer):
         if self.local_rank != 0:
             return
         file, name = self.folder.path / FINAL, self.run_name
-        command = next_command(name, self.common.target_trainer, self.dataset_json, file) if file.is_file() else None
+        after: dict[str, Any] = {"checkpoint": None, "next_command": None}
+        if file.is_file():
+            command = next_command(name, self.common.target_trainer, self.dataset_json, file)
+            after = {"checkpoint": str(file), "next_command": command}
+            if self.method.backbone.is_transformer:
+                recipe = "finetune_transformer"
+                after["recipe_commands"] = recipe_commands(name, recipe, self.dataset_json, file)
         content = summarize(
             self.log.my_fantastic_logging,
             self.method.readable,
@@ -294,7 +302,7 @@ class PretrainingTrainer(ManagedTrainer):
             },
             steps=self.step,
             batch_size=self.checked.batch_size,
-            after={"checkpoint": str(file) if file.is_file() else None, "next_command": command},
+            after=after,
         )
         write_json(content, self.folder.path / "pretraining_summary.json")
         learned_from = self.checked.samples.summary(self.checked.training_cases)

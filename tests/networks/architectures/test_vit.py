@@ -2,6 +2,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -194,3 +195,26 @@ def test_what_fits_no_network_is_refused() -> None:
     problem = ViTBackbone(small()).crop_problem((32, 40, 32))
     assert problem.endswith("it must be a multiple of 16, at least 16; use 32 or 48")
     assert "one voxel at the token grid" in ViTBackbone(small()).crop_problem((16, 16, 16))
+
+
+def test_masked_patches_are_left_out() -> None:
+    """Visible tokens attend to each other alone, and the mask token stands for all others."""
+    size = (32, 32, 48)
+    network, image = small().eval(), torch.randn(2, 1, *size)
+    encoder = network.backbone
+    count = int(np.prod(encoder.grid(size)))
+    with torch.no_grad():
+        encoder.mask_token.normal_()
+        whole, dropped = network(image), network(image, torch.arange(count).expand(2, -1))
+        for a, b in zip(whole, dropped, strict=True):
+            torch.testing.assert_close(a, b)
+        visible = torch.tensor([[0, 2, 3], [1, 2, count - 1]])
+        depth = len(encoder.blocks)
+        (found,) = encoder.visible_layers(image, [depth], visible)
+        for b in range(2):
+            tokens = encoder.embed(image)[b : b + 1, [0, *(visible[b] + 1)]]
+            for block in encoder.blocks:
+                tokens = block(tokens)
+            torch.testing.assert_close(found[b, [0, *(visible[b] + 1)]], encoder.norm(tokens)[0])
+            masked = [place for place in range(count) if place not in visible[b]]
+            assert torch.equal(found[b, [place + 1 for place in masked]], encoder.mask_token.expand(len(masked), -1))
