@@ -227,10 +227,7 @@ class DINO(Method):
         rows = [
             [
                 Panel(f"view {n + 1} (teacher's input)", clean[n, 0]),
-                Panel(
-                    f"{int(masked[n].sum())} masked patches (student's input)",
-                    clean[n, 0].masked_fill(masked_voxels[n], torch.nan),
-                ),
+                Panel(f"{numbers[n]} masked patches (student's input)", student[n]),
                 Panel("teacher's tokens (target)", colors[0][:, n], "colors"),
                 Panel("student's tokens", colors[1][:, n], "colors"),
             ]
