@@ -150,7 +150,7 @@ def verify(content: Any, path: Path) -> None:
     if not isinstance(own, dict) or not isinstance(content.get("network_weights"), dict):
         raise UserError(f"{path} is no pretraining checkpoint of nnssl_ext")
     if own.get("format") not in range(1, FORMAT + 1):
-        raise UserError(f"{path} has format {own.get('format')!r}, this nnssl_ext reads {FORMAT}; use its own version")
+        raise UserError(f"{path} has format {own.get('format')!r}, this nnssl_ext reads {FORMAT}. Use its own version")
     try:
         whole = digest(content["network_weights"]) == own.get("weights_sha256")
         if whole and own["format"] > 1:

@@ -23,7 +23,7 @@ def configuration_of(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(known, Mapping):
         raise UserError(f"{where}: Expected an object 'configurations', got {type(known).__name__}. Plan again")
     if name not in known:
-        raise UserError(f"{where} have no configuration '{name}'; they have {', '.join(known) or 'none'}")
+        raise UserError(f"{where} have no configuration '{name}'. They have {', '.join(known) or 'none'}")
     try:
         resolved = PlansManager(dict(plans)).get_configuration(name).configuration
     except Exception as error:  # a circle, a missing parent, an unknown network of old plans

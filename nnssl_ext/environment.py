@@ -43,7 +43,7 @@ def named_folder(name: str) -> Path:
     """
     value = os.environ.get(name, "")
     if not value.strip():
-        raise UserError(f"{name} is not set; export it as nnU-Net's documentation says, or ask nnssl_ext doctor")
+        raise UserError(f"{name} is not set. Export it as nnU-Net's documentation says, or ask nnssl_ext doctor")
     return Path(value)
 
 
@@ -55,7 +55,7 @@ def required_folder(name: str) -> Path:
     """
     folder = named_folder(name)
     if not folder.is_dir():
-        raise UserError(f"{name} names {folder}, which is no folder; make it, or correct the variable")
+        raise UserError(f"{name} names {folder}, which is no folder. Make it, or correct the variable")
     return folder
 
 
@@ -75,7 +75,7 @@ def check_processes() -> None:
     """
     for name in PROCESSES:
         if problem := process_problem(name):
-            raise UserError(f"{name} {problem}; export {name}=4, or unset it")
+            raise UserError(f"{name} {problem}. Export {name}=4, or unset it")
 
 
 def dataset_folder(name_or_id: str) -> Path:
@@ -87,7 +87,7 @@ def dataset_folder(name_or_id: str) -> Path:
     root, word = required_folder("nnUNet_preprocessed"), name_or_id.rstrip("/\\")
     if word.startswith("Task"):
         raise UserError(
-            f"'{word}' is a name of nnU-Net v1 or of the Decathlon; convert it with "
+            f"'{word}' is a name of nnU-Net v1 or of the Decathlon. Convert it with "
             f"nnUNetv2_convert_old_nnUNet_dataset or nnUNetv2_convert_MSD_dataset, then plan and preprocess it"
         )
     if word.startswith("Dataset"):
@@ -97,7 +97,7 @@ def dataset_folder(name_or_id: str) -> Path:
         found = sorted(path for path in root.iterdir() if path.name.startswith(pattern[:-1]) and path.is_dir())
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise UserError(f"expected one data set {pattern} in {root}, found {names}; plan and preprocess it first")
+        raise UserError(f"expected one data set {pattern} in {root}, found {names}. Plan and preprocess it first")
     return found[0]
 
 
@@ -133,9 +133,9 @@ def check_device(device: str) -> None:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device was found; use -device cpu")
+        raise UserError("no CUDA device was found. Use -device cpu")
     if device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("no MPS device was found (Apple silicon has one); use -device cpu, or cuda on a GPU")
+        raise UserError("no MPS device was found (Apple silicon has one). Use -device cpu, or cuda on a GPU")
 
 
 def default_device() -> str:
@@ -160,7 +160,7 @@ def check_shared_memory(batch_bytes: int, workers: int) -> None:
         batch, needed_mib = (f"{value / 2**20:.1f} MiB" for value in (batch_bytes, needed))
         raise UserError(
             f"{SHARED_MEMORY} has {free / 2**20:.1f} MiB free, {workers} workers with batches of {batch} need "
-            f"{needed_mib}; start the container with --shm-size=8g or --ipc=host, or set a smaller nnUNet_n_proc_DA "
+            f"{needed_mib}. Start the container with --shm-size=8g or --ipc=host, or set a smaller nnUNet_n_proc_DA "
             f"(0 needs none)"
         )
 
@@ -178,7 +178,7 @@ def check_split(folder: Path, fold: int | str) -> None:
     if fold == "all" or (folder / "splits_final.json").is_file() or os.access(folder, os.W_OK):
         return
     raise UserError(
-        f"{folder} is read-only and has no splits_final.json, which nnU-Net writes at the first training; put one "
+        f"{folder} is read-only and has no splits_final.json, which nnU-Net writes at the first training. Put one "
         f"there, make the folder writable, or use fold all"
     )
 

@@ -60,7 +60,7 @@ def find_trainer(name: str) -> type:
             for file, reason in failing_modules(Path(folder)):
                 raise UserError(
                     f"trainer '{name}' cannot be looked up: {file}, which nnUNet_extTrainer names, cannot be imported "
-                    f"({reason}); repair it or take its folder out"
+                    f"({reason}). Repair it or take its folder out"
                 ) from error
         if not isinstance(error, RuntimeError):
             raise UserError(f"trainer '{name}' cannot be used: {type(error).__name__}: {error}") from error

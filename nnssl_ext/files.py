@@ -64,7 +64,7 @@ def lock_file(path: Path, work: str) -> FileLock:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise UserError(f"another process works on {work}; wait for it or stop it") from error
+        raise UserError(f"another process works on {work}. Wait for it or stop it") from error
     return lock
 
 

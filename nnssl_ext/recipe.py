@@ -213,7 +213,7 @@ def _apply_architecture(target: dict, overlay: ArchitectureOverlay, where: str) 
             name = plan["network_class_name"].rsplit(".", 1)[-1]
             raise UserError(
                 f"{where}: architecture.features_base and features_max are for networks with features_per_stage, "
-                f"{name} has none; set architecture.arch_kwargs instead"
+                f"{name} has none. Set architecture.arch_kwargs instead"
             )
         base = overlay.features_base or kwargs["features_per_stage"][0]
         limit = overlay.features_max or max(kwargs["features_per_stage"])

@@ -57,7 +57,7 @@ def _stock(arguments: Sequence[str]) -> None:
     except ProcessExitedException as error:  # of -num_gpus
         if error.exit_code == 1:
             raise SystemExit(1) from error  # it has printed its reason
-        raise UserError(f"{error}; go on with --c") from error
+        raise UserError(f"{error}. Go on with --c") from error
 
 
 def _take_max_time(arguments: Sequence[str]) -> tuple[list[str], str | None]:
@@ -70,7 +70,7 @@ def _take_max_time(arguments: Sequence[str]) -> tuple[list[str], str | None]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; nnUNetv2_train --help lists the arguments")
+        raise UserError(f"{message}. nnUNetv2_train --help lists the arguments")
 
 
 def stock_parser() -> argparse.ArgumentParser:
@@ -126,7 +126,7 @@ def _check_together(known: argparse.Namespace) -> None:
     for one, other in (("c", "val"), ("c", "pretrained_weights"), ("val_best", "disable_checkpointing")):
         if getattr(known, one) and getattr(known, other):
             dashes = "-" if other == "pretrained_weights" else "--"
-            raise UserError(f"--{one} and {dashes}{other} exclude each other; give one of the two")
+            raise UserError(f"--{one} and {dashes}{other} exclude each other. Give one of the two")
 
 
 def _check_number(word: str, folder: Path) -> None:
@@ -137,18 +137,18 @@ def _check_number(word: str, folder: Path) -> None:
 
     others = sorted(str(name) for name in find_candidate_datasets(int(word)) if name != folder.name)
     if others:
-        raise UserError(f"nnU-Net finds {', '.join(others)} for number {word}, too; give the name {folder.name}")
+        raise UserError(f"nnU-Net finds {', '.join(others)} for number {word}, too. Give the name {folder.name}")
 
 
 def _plans(folder: Path, name: str) -> dict[str, Any]:
     file = folder / f"{name}.json"
     if not file.is_file():
         found = sorted(path.stem for path in folder.glob("*.json") if "lans" in path.stem)
-        raise UserError(f"{folder.name} has no plans '{name}'; it has {', '.join(found) or 'none: plan it first'}")
+        raise UserError(f"{folder.name} has no plans '{name}'. It has {', '.join(found) or 'none: plan it first'}")
     plans = read_json(file)
     if plans.get("dataset_name") != folder.name:
         raise UserError(
-            f"{file} is for {plans.get('dataset_name')}, whose data nnU-Net would take; copy plans with "
+            f"{file} is for {plans.get('dataset_name')}, whose data nnU-Net would take. Copy plans with "
             f"nnUNetv2_move_plans_between_datasets, or correct its dataset_name"
         )
     return plans
@@ -157,11 +157,11 @@ def _plans(folder: Path, name: str) -> dict[str, Any]:
 def _check_stock_reads(file: Path) -> None:
     """Refuse JSON that we can read, but nnU-Net cannot."""
     if file.read_bytes().startswith(b"\xef\xbb\xbf"):
-        raise UserError(f"{file} begins with a byte-order mark, which nnU-Net cannot read; save it without one")
+        raise UserError(f"{file} begins with a byte-order mark, which nnU-Net cannot read. Save it without one")
     try:
         file.read_text()  # in the locale's encoding, as nnU-Net does
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is UTF-8, which nnU-Net does not read in this locale; export PYTHONUTF8=1") from error
+        raise UserError(f"{file} is UTF-8, which nnU-Net does not read in this locale. Export PYTHONUTF8=1") from error
 
 
 def _check_devices(known: argparse.Namespace) -> None:
@@ -170,7 +170,7 @@ def _check_devices(known: argparse.Namespace) -> None:
         raise UserError(f"-num_gpus must be at least 1, got {number}")
     if number > 1 and known.device != "cuda":
         raise UserError(
-            f"-num_gpus {number} needs -device cuda, got {known.device}; leave -num_gpus out, or start several "
+            f"-num_gpus {number} needs -device cuda, got {known.device}. Leave -num_gpus out, or start several "
             f"processes of a pretraining on the CPU with torchrun -m nnssl_ext.train"
         )
     environment.check_device(known.device)
@@ -186,7 +186,7 @@ def _check_checkpoints(known: argparse.Namespace, runs: Path) -> None:
     for name, needed in wanted.items():
         file = runs / f"fold_{known.fold}" / f"checkpoint_{name}.pth"
         if needed and not file.is_file():
-            raise UserError(f"--val needs {file}, which does not exist; finish the training first")
+            raise UserError(f"--val needs {file}, which does not exist. Finish the training first")
 
 
 def _check_batches(trainer_class: Any, configuration: dict[str, Any], dataset_json: dict[str, Any]) -> None:

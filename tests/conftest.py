@@ -29,10 +29,32 @@ for _name, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signa
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that go through an nnU-Net environment: ``make test-fast`` leaves them out."""
+    """Mark tests that go through an nnU-Net environment, and start the longest first.
+
+    ``make test-fast`` leaves the marked ones out. A long test that starts last keeps all other processes waiting.
+    """
     for item in items:
         if "environment" in getattr(item, "fixturenames", ()):
             item.add_marker("integration")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True)
+def _no_progress_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave an empty progress.png, since drawing takes half of a short run. The marker ``draws`` draws it."""
+    if request.node.get_closest_marker("draws") is None:
+        for logger in (
+            "nnunetv2.training.logging.nnunet_logger.LocalLogger",
+            "nnssl_ext.training.pretraining.log.PretrainingLog",
+        ):
+            monkeypatch.setattr(f"{logger}.plot_progress_png", lambda _, folder: Path(folder, "progress.png").touch())
+
+
+@pytest.fixture
+def training_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the validation of whole cases, which takes most of a short fine-tuning."""
+    name = "nnssl_ext.training.finetuning.trainer.nnsslTrainer_Finetune.perform_actual_validation"
+    monkeypatch.setattr(name, lambda *_: None)
 
 
 @dataclass

@@ -193,6 +193,8 @@ def test_cards_fit_more_the_larger_they_are() -> None:
     assert all(few < many for few, many in zip(large, small, strict=True))
 
 
+@pytest.mark.slow
+@pytest.mark.integration
 def test_the_gpu_check_runs_every_line_on_a_cpu(tmp_path: Path) -> None:
     """The very command of a GPU machine, with the smallest networks; no part and no row may fail."""
     words = ["gpu", "--device", "cpu", "--tiny", "--minutes", "10", "--output", str(tmp_path)]

@@ -67,7 +67,7 @@ def test_a_derived_parent_is_still_inherited_by_those_that_are_not_named() -> No
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("absent", "have no configuration 'absent'; they have 3d_fullres, circle, orphan, unknown"),
+        ("absent", "have no configuration 'absent'. They have 3d_fullres, circle, orphan, unknown"),
         ("circle", "configuration 'circle' cannot be resolved: Circular dependency"),
         ("orphan", "configuration 'orphan' cannot be resolved: The configuration nobody does not exist"),
         ("unknown", "configuration 'unknown' cannot be resolved: Unknown architecture Foo"),

@@ -116,7 +116,7 @@ def test_data_set(with_data: Data) -> None:
     folder = environment.dataset("plain")
     assert dataset_troubles() == []
     assert dataset_troubles("999") == [
-        f"data set 999: expected one data set Dataset999_* in {folder.parent}, found none; plan and preprocess it first"
+        f"data set 999: expected one data set Dataset999_* in {folder.parent}, found none. Plan and preprocess it first"
     ]
 
     environment.write_plans("plain", "wrong", {"crop_size": [16, 18, 16]})

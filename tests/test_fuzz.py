@@ -32,6 +32,9 @@ from nnssl_ext.transfer.read import read_source
 from tests.conftest import REPOSITORY, Environment
 from tests.datasets import make_plans
 
+#: Processes and random files: seconds each.
+pytestmark = pytest.mark.integration
+
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "150"))
 Reader = Callable[[Path], object]
 

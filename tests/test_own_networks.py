@@ -111,6 +111,7 @@ def stock_training(plans: str, weights: str | None) -> None:
     trainer.perform_actual_validation(False)
 
 
+@pytest.mark.slow
 def test_from_a_recipe_to_a_prediction(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raw images, stock planning, a recipe, pretraining, stock training and validation, nnUNetv2_predict."""
     write_raw(environment, "Dataset004_Tiny")

@@ -95,7 +95,14 @@ def test_no_file_is_over_400_lines() -> None:
 
 
 #: The floors of the package, lowest first. Modules directly in ``nnssl_ext`` belong to no floor.
-FLOORS = (("losses", "views", "networks"), ("data",), ("methods", "transfer"), ("training", "study"), ("cli",))
+FLOORS = (
+    ("losses", "views", "networks"),
+    ("data",),
+    ("methods", "transfer"),
+    ("features",),
+    ("training", "study"),
+    ("cli",),
+)
 
 
 def imported(path: Path) -> Iterator[str]:

@@ -62,7 +62,7 @@ def test_hand_over(with_data: Data, method: str, kind: str) -> None:
         if ".seg_layers." not in name:
             assert torch.equal(value, weights[name]), name
 
-    environment.write_plans(kind, "still", {"learning_rate": 0.0, "epochs": 1})
+    environment.write_plans(kind, "still", {"learning_rate": 0.0, "epochs": 1, "iterations_per_epoch": 1})
     still = checkpoint.load(pretrain(environment, kind, "still", trainer=trainer) / "checkpoint_final.pth")[
         "network_weights"
     ]
@@ -79,6 +79,7 @@ def test_hand_over(with_data: Data, method: str, kind: str) -> None:
         assert not torch.allclose(here, unlearned, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_killed_and_continued(with_data: Data) -> None:
     """SIGKILL at some moment after the first checkpoint, then --c: the weights of a run that was never killed."""
     environment, trainer = with_data("plain"), "nnsslTrainer_VolumeFusion"
@@ -140,6 +141,7 @@ def test_the_readmes_phantom(environment: Environment) -> None:
     assert (environment.root / "raw" / "Dataset900_Phantom" / "splits_final.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_readme_from_raw_images_to_a_prediction(environment: Environment) -> None:
     """The README's own lines on a raw data set; only the plans are made small and the trainings short."""
     write_raw(environment, "Dataset004_Tiny")

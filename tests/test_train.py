@@ -26,8 +26,8 @@ Data = Callable[[str], Environment]
     ("words", "message"),
     [
         (["999", "3d_fullres", "0"], r"expected one data set Dataset999_\* in"),
-        (["811", "3d_fullres", "0", "-p", "nnUNetPlan"], "has no plans 'nnUNetPlan'; it has nnUNetPlans"),
-        (["811", "3d_fulres", "0"], "plans nnUNetPlans have no configuration '3d_fulres'; they have 2d, 3d_fullres"),
+        (["811", "3d_fullres", "0", "-p", "nnUNetPlan"], "has no plans 'nnUNetPlan'. It has nnUNetPlans"),
+        (["811", "3d_fulres", "0"], "plans nnUNetPlans have no configuration '3d_fulres'. They have 2d, 3d_fullres"),
         (["811", "3d_fullres", "first"], "fold must be 'all' or a number, got 'first'"),
         (
             ["811", "3d_fullres", "0", "-pretrained_weights", "absent.pth"],
@@ -56,7 +56,7 @@ def test_one_line_instead_of_a_traceback(with_data: Data, words: list[str], mess
 def test_missing_variables(with_data: Data, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     with_data("plain")
     monkeypatch.delenv(variable)
-    with pytest.raises(UserError, match=f"{variable} is not set; export it"):
+    with pytest.raises(UserError, match=f"{variable} is not set. Export it"):
         main(["train", "811", "3d_fullres", "0"])
 
 
@@ -103,7 +103,7 @@ def test_a_device_that_is_not_there(with_data: Data) -> None:
 def test_odd_numbers_of_processes(with_data: Data, monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     with_data("plain")
     monkeypatch.setenv(variable, value)
-    with pytest.raises(UserError, match=f"{variable} is '{value}', not a number of processes; export {variable}=4"):
+    with pytest.raises(UserError, match=f"{variable} is '{value}', not a number of processes. Export {variable}=4"):
         main(["train", *CPU])
 
 
@@ -134,7 +134,7 @@ def test_plans_and_data_sets_that_stock_takes_for_others(with_data: Data) -> Non
     with pytest.raises(UserError, match=r"copied.json is for Dataset004_Other, whose data nnU-Net would take"):
         main(["train", *CPU, "-p", "copied"])
     (environment.root / "raw" / "Dataset8110_Other").mkdir()
-    with pytest.raises(UserError, match="nnU-Net finds Dataset8110_Other for number 811, too; give the name"):
+    with pytest.raises(UserError, match="nnU-Net finds Dataset8110_Other for number 811, too. Give the name"):
         main(["train", *CPU])
 
 
@@ -152,7 +152,7 @@ def test_json_that_stock_cannot_read(with_data: Data, monkeypatch: pytest.Monkey
         status=1,
         variables={"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"},
     )
-    assert "dataset.json is UTF-8, which nnU-Net does not read in this locale; export PYTHONUTF8=1" in finished.stderr
+    assert "dataset.json is UTF-8, which nnU-Net does not read in this locale. Export PYTHONUTF8=1" in finished.stderr
 
 
 def test_the_command_is_in_utf8_whatever_the_locale(environment: Environment) -> None:

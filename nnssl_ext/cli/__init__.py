@@ -14,6 +14,7 @@ from nnssl_ext.cli import (
     demo,
     doctor,
     export,
+    features,
     methods,
     msd,
     phantom,
@@ -27,7 +28,23 @@ from nnssl_ext.cli import (
 )
 from nnssl_ext.environment import check_processes, use_utf8
 
-COMMANDS = (trainers, plan, corpus, train, transfer, sources, export, study, probe, demo, doctor, msd, phantom, methods)
+COMMANDS = (
+    trainers,
+    plan,
+    corpus,
+    train,
+    transfer,
+    sources,
+    export,
+    features,
+    study,
+    probe,
+    demo,
+    doctor,
+    msd,
+    phantom,
+    methods,
+)
 
 
 #: Commands that import no nnU-Net, so that its variables do not matter to them.

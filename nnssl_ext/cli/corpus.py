@@ -109,7 +109,7 @@ def _folder(number: int, name: str, like: Path) -> Path:
     folder = like.parent / f"Dataset{number:03d}_{name}"
     others = [str(found) for found in find_candidate_datasets(number) if found != folder.name]
     if others or folder == like:
-        raise UserError(f"data set number {number} is taken by {', '.join(others) or like.name}; give another -d")
+        raise UserError(f"data set number {number} is taken by {', '.join(others) or like.name}. Give another -d")
     return folder
 
 
@@ -131,7 +131,7 @@ def _check_scheme(source: str, scheme: str) -> None:
 
     known = sorted({entry.__name__ for entry in channel_name_to_normalization_mapping.values()})
     if scheme not in known:
-        raise UserError(f"--normalization {source}={scheme}: unknown scheme; known: {', '.join(known)}")
+        raise UserError(f"--normalization {source}={scheme}: unknown scheme. Known: {', '.join(known)}")
 
 
 def _report(corpus: Corpus, manifest: Manifest, not_read: dict[str, NotRead]) -> None:

@@ -66,7 +66,7 @@ def _fetch(arguments: argparse.Namespace) -> None:
 
     tasks = [find_task(word) for word in arguments.tasks]
     if len(tasks) > 1 and (arguments.url or arguments.md5):
-        raise UserError("--url and --md5 are about one task's file; fetch the tasks one by one")
+        raise UserError("--url and --md5 are about one task's file. Fetch the tasks one by one")
     root = Path(arguments.o)
     root.mkdir(parents=True, exist_ok=True)
     for task in tasks:
@@ -84,7 +84,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         task = task_of_path(path)
         target = raw / f"Dataset{int(task[4:6]):03d}_{task[7:]}"
         if target.exists():
-            raise UserError(f"{target} is there already; remove it to convert {task} again")
+            raise UserError(f"{target} is there already. Remove it to convert {task} again")
         _check_number(target.name)
         with tempfile.TemporaryDirectory(dir=raw, prefix=".nnssl_ext_") as folder:
             scratch = Path(folder)
@@ -100,7 +100,7 @@ def _check_number(dataset: str) -> None:
 
     others = sorted(str(name) for name in find_candidate_datasets(dataset_number(dataset)) if name != dataset)
     if others:
-        raise UserError(f"{dataset} cannot be made: its number is taken by {', '.join(others)}; rename or remove that")
+        raise UserError(f"{dataset} cannot be made: its number is taken by {', '.join(others)}. Rename or remove that")
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -110,11 +110,11 @@ def _predict(arguments: argparse.Namespace) -> None:
     task = find_task(arguments.task)
     images = named_folder("nnUNet_raw") / task.dataset / "imagesTs"
     if not images.is_dir() or not any(images.glob("*.nii.gz")):
-        raise UserError(f"no test images in {images}; nnssl_ext msd convert makes them from a task with imagesTs")
+        raise UserError(f"no test images in {images}. nnssl_ext msd convert makes them from a task with imagesTs")
     model = named_folder("nnUNet_results") / task.dataset / f"{arguments.tr}__{arguments.p}__{arguments.c}"
     absent = [fold for fold in arguments.f if not (model / f"fold_{fold}" / "checkpoint_final.pth").is_file()]
     if absent:
-        raise UserError(f"{model} has no finished fold {', '.join(absent)}; train it, or name the folds with -f")
+        raise UserError(f"{model} has no finished fold {', '.join(absent)}. Train it, or name the folds with -f")
     words = ["nnUNetv2_predict", "-d", str(task.number), "-i", str(images), "-o", arguments.o, "-c", arguments.c]
     words += ["-p", arguments.p, "-tr", arguments.tr, "-f", *arguments.f, "-device", arguments.device]
     words += ["--continue_prediction", *(["--disable_tta"] if arguments.disable_tta else [])]
@@ -131,7 +131,7 @@ def _check_predictor(folder: Path, model: Path, arguments: argparse.Namespace) -
     note = folder / "nnssl_ext_predictor.json"
     known = read_json(note) if note.is_file() else own
     if known != own or (not note.is_file() and any(folder.glob("*.nii.gz"))):
-        raise UserError(f"{folder} holds predictions of another model, or of other folds; name another -o or empty it")
+        raise UserError(f"{folder} holds predictions of another model, or of other folds. Name another -o or empty it")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(own, note)
 

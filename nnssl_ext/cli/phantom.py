@@ -61,13 +61,13 @@ def _folder(arguments: argparse.Namespace) -> Path:
         UserError: If nnU-Net could not find it by this name and number.
     """
     if not arguments.o:
-        raise UserError("nnUNet_raw is not set; export it, or name a folder with -o")
+        raise UserError("nnUNet_raw is not set. Export it, or name a folder with -o")
     if not 1 <= arguments.d <= 999:
-        raise UserError(f"a data set's number has three digits, got {arguments.d}; give 1 to 999 with -d")
+        raise UserError(f"a data set's number has three digits, got {arguments.d}. Give 1 to 999 with -d")
     if not re.fullmatch(r"[\w.-]+", arguments.n):
-        raise UserError(f"a data set's name has letters, digits, '_', '.' and '-', got '{arguments.n}'; correct -n")
+        raise UserError(f"a data set's name has letters, digits, '_', '.' and '-', got '{arguments.n}'. Correct -n")
     root, name = Path(arguments.o), f"Dataset{arguments.d:03d}_{arguments.n}"
     others = sorted(path.name for path in root.glob(f"Dataset{arguments.d:03d}*") if path.name != name)
     if others:
-        raise UserError(f"{root} has {', '.join(others)}, which nnU-Net also finds as {arguments.d}; give another -d")
+        raise UserError(f"{root} has {', '.join(others)}, which nnU-Net also finds as {arguments.d}. Give another -d")
     return root / name

@@ -154,16 +154,16 @@ def _check_name(name: str, source: str, target: Path) -> None:
     if "__" in name or Path(name).name != name or name.startswith("."):
         raise UserError(f"plans name '{name}' cannot be used: no '__' (nnU-Net splits folder names there), no path")
     if name == source:
-        raise UserError(f"-o {name} would overwrite the plans it starts from; give another name")
+        raise UserError(f"-o {name} would overwrite the plans it starts from. Give another name")
     if target.exists() and PLANS_KEY not in read_json(target):
-        raise UserError(f"{target} exists and was not made by nnssl_ext plan; give another name with -o")
+        raise UserError(f"{target} exists and was not made by nnssl_ext plan. Give another name with -o")
 
 
 def _configurations(plans: dict, wanted: list[str] | None, name: str) -> list[str]:
     found = list(configurations_3d(plans))
     if not found:
-        raise UserError(f"plans {name} have no 3-D configuration; pretraining is 3-D")
+        raise UserError(f"plans {name} have no 3-D configuration. Pretraining is 3-D")
     for configuration in wanted or ():
         if configuration not in found:
-            raise UserError(f"plans {name} have no 3-D configuration '{configuration}'; they have {', '.join(found)}")
+            raise UserError(f"plans {name} have no 3-D configuration '{configuration}'. They have {', '.join(found)}")
     return wanted or found

@@ -79,4 +79,4 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"  {name:30} {shown}")
     if grid.failed:
         logs = ", ".join(str(log) for log in grid.failed.values())
-        raise UserError(f"{len(grid.failed)} runs failed; their logs: {logs}")
+        raise UserError(f"{len(grid.failed)} runs failed. Their logs: {logs}")

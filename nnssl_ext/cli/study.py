@@ -165,11 +165,11 @@ def _run_grid(grid: Grid, arguments: argparse.Namespace) -> None:
         from nnssl_ext.study.runner import run_grid, slots
 
         return run_grid(grid, slots(grid.device, arguments.jobs or 1))
-    from nnssl_ext.study.cluster import JOBS, executor_of, run_on_cluster
+    from nnssl_ext.study.cluster import JOBS, POLL_SECONDS, executor_of, run_on_cluster
 
     jobs = arguments.jobs or JOBS
     executor = executor_of(grid.folder / "cluster", arguments.launcher, grid.device, jobs, arguments.slurm)
-    return run_on_cluster(grid, executor, jobs)
+    return run_on_cluster(grid, executor, jobs, POLL_SECONDS[arguments.launcher])
 
 
 def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:

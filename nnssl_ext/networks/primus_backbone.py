@@ -23,7 +23,7 @@ PROBE = 32
 
 
 class PrimusBackbone(Backbone):
-    """Back a ``Primus`` of any version.
+    """Give access to a ``Primus`` of any version.
 
     Its encoder has one stage, the tokens.
 

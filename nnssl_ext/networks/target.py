@@ -80,7 +80,7 @@ def check_stock_weights(file: Path, trainer_class: Any, plans: dict, configurati
         if "weights_only" in str(error).lower() and "unsupported global" in str(error).lower():
             return
         raise UserError(
-            f"{file} is no checkpoint that can be read ({type(error).__name__}); give a .pth file"
+            f"{file} is no checkpoint that can be read ({type(error).__name__}). Give a .pth file"
         ) from error
     weights = content.get("network_weights") if isinstance(content, dict) else None
     advice = f"fit it with nnssl_ext transfer {file} -d DATASET -c {configuration} -o FILE"

@@ -14,7 +14,7 @@ from nnssl_ext.networks.base import Backbone, LearnedPositions, edges_problem
 
 
 class ViTBackbone(Backbone):
-    """Back a ``ViTUNETR``.
+    """Give access to a ``ViTUNETR``.
 
     Its encoder has one stage, the tokens.
 

@@ -267,9 +267,9 @@ def significance(p: float) -> str:
 
 
 def interval(e: Effect) -> str:
-    """Format an interval in points, '[-, -]' without one."""
+    """Format an interval in points."""
     if not math.isfinite(e.low):
-        return "[-, -]"
+        return "[no interval]"
     return f"[{100 * e.low:+.1f}, {100 * e.high:+.1f}]"
 
 

@@ -23,8 +23,8 @@ from nnssl_ext.study.runner import Slot, leave_if_stopped, perform, start, wait
 
 #: Jobs in flight unless --jobs says otherwise.
 JOBS = 16
-#: Seconds between two looks at the jobs.
-POLL_SECONDS = 10.0
+#: Seconds between two looks at the jobs of each launcher.
+POLL_SECONDS = {"slurm": 10.0, "local": 1.0}
 #: Hours of a job unless --slurm time=... says otherwise. An interrupted run continues in the next job.
 HOURS = 24
 #: States in which a job of an earlier call still works.
@@ -82,7 +82,7 @@ def run_job(grid: Grid, run: Run) -> bool:
     return perform(grid, run, execute) is not None
 
 
-def run_on_cluster(grid: Grid, executor: Any, jobs: int, poll: float = POLL_SECONDS) -> None:
+def run_on_cluster(grid: Grid, executor: Any, jobs: int, poll: float) -> None:
     """Do every unfinished run in jobs.
 
     Jobs that an earlier call left running are waited for.

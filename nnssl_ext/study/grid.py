@@ -284,7 +284,7 @@ class Grid:
         return any(complete) and all(a or b for a, b in zip(complete, failed, strict=True))
 
     def all_runs(self) -> list[Run]:
-        """List every run. Unknown rates count as the first."""
+        """List every run. Arms with an unknown rate take the first."""
         runs = self.pretrainings()
         for arm in self.arms:
             runs += self.development(arm)

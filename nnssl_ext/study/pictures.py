@@ -11,6 +11,7 @@ from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nnssl_ext.study.protocol import TITLES
@@ -20,6 +21,10 @@ from nnssl_ext.study.statistics import Effect, sign_flip_interval
 COLORS = {"scratch": "#4477aa", "pretrained": "#cc3311", "truth": "#228833", "scratch_total": "#77aadd"}
 #: Colors of other arms, in their order.
 OTHERS = ("#cc3311", "#ee7733", "#aa3377", "#009988", "#bbaa33", "#555555", "#ee99aa", "#7755aa", "#996633", "#333399")
+#: Colors of intervals without 0.
+GAIN, LOSS = "#228833", "#cc3311"
+#: Most arms that one plot shows together.
+TOGETHER = 5
 #: Width of a plot in inches, and its resolution.
 WIDTH, DPI = 4.6, 200
 #: Pixels of the longer edge of a tile.
@@ -40,7 +45,7 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def forest(rows: Sequence[tuple[str, Effect]], label: str, row_height: float = 0.34) -> bytes:
+def forest(rows: Sequence[tuple[str, Effect]], label: str = "points of Dice", row_height: float = 0.34) -> bytes:
     """Draw a forest plot: one difference with interval per row.
 
     Args:
@@ -51,8 +56,7 @@ def forest(rows: Sequence[tuple[str, Effect]], label: str, row_height: float = 0
     figure, axis = plt.subplots(figsize=(WIDTH, 0.9 + row_height * len(rows)), constrained_layout=True)
     for place, (_, effect) in enumerate(rows):
         finite = np.isfinite(effect.low)
-        excludes_zero = finite and (effect.low > 0 or effect.high < 0)
-        color = COLORS["pretrained"] if excludes_zero else "#555555"
+        color = GAIN if finite and effect.low > 0 else LOSS if finite and effect.high < 0 else "#555555"
         if finite:
             axis.plot([100 * effect.low, 100 * effect.high], [place, place], color=color, lw=2)
         axis.plot(100 * effect.mean, place, "o", color=color, ms=6)
@@ -78,19 +82,52 @@ def curves(label: str, lines: Mapping[str, Sequence[float]]) -> bytes:
 
 
 def with_intervals(label: str, arms: Mapping[str, Mapping[int, Sequence[float]]]) -> bytes:
-    """Draw Dice with intervals over budgets or steps.
+    """Draw Dice over budgets or steps with 95 % intervals of the mean.
 
-    The range is drawn where there are too few runs for an interval.
+    The range is drawn where there are too few runs for an interval. Many arms get a plot each, beside the baselines.
 
     Args:
         label: Label of the x axis.
         arms: Arm -> place on the axis -> one score per run.
     """
-    tall = 3.2 + 0.17 * max(0, len(arms) - 2)
-    figure, axis = plt.subplots(figsize=(WIDTH, tall), constrained_layout=True)
-    places = sorted({place for points in arms.values() for place, scores in points.items() if scores})
-    for number, (name, color) in enumerate(colors(arms).items()):
-        points = {place: np.asarray(scores) for place, scores in arms[name].items() if len(scores)}
+    baselines = [name for name in arms if name in TITLES]
+    others = [name for name in arms if name not in TITLES]
+    panels = [[*baselines, name] for name in others] if len(arms) > TOGETHER else [list(arms)]
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    height = 0.6 + 0.2 * min(len(arms), TOGETHER) + (2.4 if len(panels) == 1 else 1.6 * rows)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, height), constrained_layout=True, squeeze=False, sharex=True, sharey=True
+    )
+    palette = colors(arms) if len(panels) == 1 else {**dict.fromkeys(others, COLORS["pretrained"]), **COLORS}
+    places = sorted({place for points in arms.values() for place, scores in points.items() if len(scores)})
+    for axis, names in zip(axes.flat, panels, strict=False):
+        _draw_lines(axis, {name: arms[name] for name in names}, palette)
+        axis.set_xscale("log")
+        axis.set_xticks(places, [str(place) for place in places])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        if len(panels) > 1:
+            axis.set_title(names[-1], fontsize="medium")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:
+        axis.tick_params(labelbottom=True)
+        axis.set_xlabel(label)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("Dice")
+    lines = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
+    named = {title: lines[title] for title in (TITLES.get(name, name) for name in panels[0]) if title in lines}
+    if len(panels) > 1:  # the arm is in each title
+        named.pop(others[0], None)
+    if named:
+        figure.legend(list(named.values()), list(named), loc="outside lower center")
+    return png(figure)
+
+
+def _draw_lines(axis: Axes, arms: Mapping[str, Mapping[int, Sequence[float]]], palette: Mapping[str, str]) -> None:
+    for number, (name, given) in enumerate(arms.items()):
+        points = {place: np.asarray(scores) for place, scores in given.items() if len(scores)}
         if not points:
             continue
         # side by side, or intervals would hide each other
@@ -98,15 +135,8 @@ def with_intervals(label: str, arms: Mapping[str, Mapping[int, Sequence[float]]]
         means = [scores.mean() for scores in points.values()]
         limits = np.array([interval_or_range(scores) for scores in points.values()]).reshape(-1, 2)
         spread = np.abs(limits.T - means)
-        axis.errorbar(x, means, spread, color=color, marker="o", ms=4, capsize=3, lw=1.5, label=TITLES.get(name, name))
-    axis.set_xscale("log")
-    axis.set_xticks(places, [str(place) for place in places])
-    axis.minorticks_off()
-    axis.set(xlabel=label, ylabel="Dice")
-    axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=1 if len(arms) < 4 else 2)
-    return png(figure)
+        title = TITLES.get(name, name)
+        axis.errorbar(x, means, spread, color=palette[name], marker="o", ms=4, capsize=3, lw=1.5, label=title)
 
 
 def interval_or_range(scores: np.ndarray) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,9 +45,9 @@ def write_report(grid: Grid) -> Path:
         sections=[
             *_curves(grid, dice),
             *_held_out_cases(grid, dice),
+            _per_class(grid, dice),
             _comparisons(grid, dice),
             _savings(grid, dice),
-            Section("Per class", table=_per_class(grid, dice)),
             _surface(grid, nsd),
             _every_run(grid, dice),
             _protocol(grid),
@@ -60,21 +61,23 @@ def write_report(grid: Grid) -> Path:
 
 def _summary(grid: Grid, dice: Analysis) -> Table:
     """Show each arm at the endpoint in one row."""
-    head = ["arm", "Dice", "difference to scratch, points [95 %]", "p", "result", "labels saved"]
-    if grid.has_total:
-        head.append("difference to scratch of equal total steps")
     p, rows = grid.protocol, []
+    head = ["arm", "Dice", "difference to scratch, points [95 %]", "p", "result"]
+    head += ["labels saved"] if len(p.labels) > 1 else []
+    head += ["difference to scratch of equal total steps"] if grid.has_total else []
     baseline = list(dice.score(SCRATCH, p.primary_labels, p.primary_step).values())
-    rows.append([SCRATCH, f"{np.mean(baseline):.3f}" if baseline else "", "", "", "", dice.saving(SCRATCH)])
+    rows.append([SCRATCH, f"{np.mean(baseline):.3f}" if baseline else "", "", "", ""])
     for arm in dice.tested_arms:
-        found, total = dice.primary(arm.name), dice.primary(arm.name, TOTAL) if grid.has_total else None
-        row = [arm.name, "", "", "", dice.verdict(arm.name), dice.saving(arm.name)]
-        if found:
+        row = [arm.name, "", "", "", dice.verdict(arm.name)]
+        if found := dice.primary(arm.name):
             e = found.effect
             row[1:4] = [f"{found.arm_mean:.3f}", f"{100 * e.mean:+.1f} {interval(e)}", rounded_p(e.p)]
-        if grid.has_total:
-            row.append(f"{100 * total.effect.mean:+.1f} {interval(total.effect)}" if total else "not measured")
         rows.append(row)
+    for row in rows if len(p.labels) > 1 else []:
+        row.append(dice.saving(row[0]))
+    for row in rows[1:] if grid.has_total else []:
+        total = dice.primary(row[0], TOTAL)
+        row.append(f"{100 * total.effect.mean:+.1f} {interval(total.effect)}" if total else "not measured")
     for row in rows:
         row += [""] * (len(head) - len(row))
     return Table(head, rows)
@@ -89,12 +92,12 @@ def _forest(grid: Grid, dice: Analysis) -> list[Picture]:
             rows.append((arm.name if len(p.labels) == 1 else f"{arm.name}, {count(c.labels, 'label')}", c.effect))
     plots = []
     if rows:
-        label = f"points of Dice above scratch after {p.primary_step:,} steps"
-        plots.append(Picture(pictures.forest(rows, label), "Difference to scratch of equal fine-tuning steps"))
+        caption = f"Difference to scratch after {p.primary_step:,} fine-tuning steps"
+        plots.append(Picture(pictures.forest(rows), caption))
     totals = [(arm.name, found.effect) for arm in dice.tested_arms if (found := dice.primary(arm.name, TOTAL))]
     if grid.has_total and totals:
-        label = f"points of Dice above scratch of {grid.total_steps():,} steps"
-        plots.append(Picture(pictures.forest(totals, label), "Difference to scratch of equal total steps"))
+        caption = f"Difference to scratch of equal total steps, {grid.total_steps():,}"
+        plots.append(Picture(pictures.forest(totals), caption))
     return plots
 
 
@@ -175,18 +178,25 @@ def comparison_row(c: Comparison) -> list[str]:
     ]
 
 
-def _per_class(grid: Grid, dice: Analysis) -> Table:
+def _per_class(grid: Grid, dice: Analysis) -> Section:
     p, frame = grid.protocol, dice.results
     names = [arm.name for arm in grid.arms if arm.name != TOTAL]
     frame = frame[(frame.labels == p.primary_labels) & (frame.step == p.primary_step)]
     shared = set.intersection(*(set(runs) for _, runs in frame.groupby("arm")["subset"])) if len(frame) else set()
     frame = frame[frame.subset.isin(shared)]
     means = frame.groupby(["organ", "arm"], sort=False)["dice"].mean() if len(frame) else pd.Series(dtype=float)
+    organs = list(dict.fromkeys(frame["organ"]))
     rows = [
-        [str(organ), *(f"{means[organ, name]:.3f}" if (organ, name) in means.index else "" for name in names)]
-        for organ in dict.fromkeys(frame["organ"])
+        [name, *(f"{means[organ, name]:.3f}" if (organ, name) in means.index else "" for organ in organs)]
+        for name in names
     ]
-    return Table([f"class, {count(p.primary_labels, 'label')}, {p.primary_step} steps", *names], rows)
+    if len(organs) > len(names):  # a narrow table needs no scrolling
+        columns = zip(map(str, organs), *(row[1:] for row in rows), strict=True)
+        table = Table(["class", *names], [list(row) for row in columns])
+    else:
+        table = Table(["arm", *map(str, organs)], rows)
+    text = f"Mean Dice with {count(p.primary_labels, 'label')} after {p.primary_step:,} steps."
+    return Section("Per class", [text], table)
 
 
 def _every_run(grid: Grid, dice: Analysis) -> Section:
@@ -220,8 +230,7 @@ def _held_out_cases(grid: Grid, dice: Analysis) -> list[Section]:
     scores = frame.groupby(["arm", "case"])["dice"].mean()
     order = scores[shown[1].name].dropna().sort_values(ascending=False)
     rows, images_found = [], 0
-    for title, place in {"Best": 0, "Median": len(order) // 2, "Worst": len(order) - 1}.items():
-        case = str(order.index[place])
+    for title, case in best_median_worst(order.index):
         truth = read_labels(grid.preprocessed / "gt_segmentations" / case, grid.reader)[0]
         image = _image(grid, case)
         images_found += image is not None
@@ -231,6 +240,13 @@ def _held_out_cases(grid: Grid, dice: Analysis) -> list[Section]:
     text = f"First label subset, {count(p.primary_labels, 'label')}, {p.primary_step:,} steps, mean Dice over classes."
     text += "" if images_found else " The images were not found in nnUNet_raw."
     return [Section("Held-out cases", [text], tiles=rows)]
+
+
+def best_median_worst(cases: Sequence[str]) -> list[tuple[str, str]]:
+    """Name three of the cases, which are in falling order of Dice, or as many as there are."""
+    places = {0: "Best", len(cases) - 1: "Worst"}
+    places.setdefault(len(cases) // 2, "Median")
+    return [(places[place], str(cases[place])) for place in sorted(places)]
 
 
 def case_tiles(
@@ -249,7 +265,7 @@ def case_tiles(
     palette = pictures.colors(labels)
     tiles = [Picture(pictures.tile(image[index], truth[index], pictures.COLORS["truth"], box), "ground truth")]
     tiles += [
-        Picture(pictures.tile(image[index], own[index], palette[name], box), f"{name}, Dice {dices[name]:.2f}")
+        Picture(pictures.tile(image[index], own[index], palette[name], box), f"{name}\nDice {dices[name]:.2f}")
         for name, own in labels.items()
     ]
     return tiles

@@ -74,7 +74,7 @@ def check_run(
     common, settings, geometry, batch_size = check_plans(method, plans, configuration, dataset_json)
     if batch_size < world():
         raise UserError(
-            f"batch size {batch_size} is smaller than the number of GPUs ({world()}); use fewer GPUs, or plan a larger "
+            f"batch size {batch_size} is smaller than the number of GPUs ({world()}). Use fewer GPUs, or plan a larger "
             f"batch_size"
         )
 
@@ -97,7 +97,7 @@ def check_run(
             f"{manager.dataset_name} has {cases}"
         )
     if not nnUNet_results.get():
-        raise UserError("nnUNet_results is not set; export it as nnU-Net's documentation says")
+        raise UserError("nnUNet_results is not set. Export it as nnU-Net's documentation says")
     if rank() == 0:
         check_writable(Path(str(nnUNet_results)), "nnUNet_results")
     if world() > 1:
@@ -142,7 +142,11 @@ def target_backbone(
     outputs: int,
     checkpointing: bool = False,
 ) -> Backbone:
-    """Build ``target_network`` as a backbone. Raises one line for a network of unknown kind or wrong arguments."""
+    """Build ``target_network`` as a backbone.
+
+    Raises:
+        UserError: For a network of unknown kind or wrong arguments.
+    """
     try:
         backbone = backbone_of(target_network(plans_manager, configuration_manager, input_channels, outputs))
     except (ValueError, TypeError) as error:
@@ -164,11 +168,11 @@ def check_backbone(method: type[Method], manager: PlansManager, configuration: s
 
 def _index(folder: Path, channels: int, max_unreadable_fraction: float) -> CaseIndex:
     if not folder.is_dir():
-        raise UserError(f"no preprocessed data in {folder}; run nnUNetv2_preprocess or nnUNetv2_plan_and_preprocess")
+        raise UserError(f"no preprocessed data in {folder}. Run nnUNetv2_preprocess or nnUNetv2_plan_and_preprocess")
     # the first process looks at new cases; the others may not see yet what it wrote to a network file system
     index = from_the_first("index", lambda: CaseIndex.build(folder, workers=worker_count(), show_progress=True))
     if not index.cases:
-        raise UserError(f"no case in {folder}; run nnUNetv2_preprocess for this configuration")
+        raise UserError(f"no case in {folder}. Run nnUNetv2_preprocess for this configuration")
     problems = {
         case: f"has {found} channels, the plans expect {channels}"
         for case, found in zip(index.cases, index.channels(), strict=True)
@@ -177,7 +181,7 @@ def _index(folder: Path, channels: int, max_unreadable_fraction: float) -> CaseI
     if len(problems) > max_unreadable_fraction * len(index.cases):
         listed = shorten(f"case '{case}' {problem}" for case, problem in sorted(problems.items()))
         raise UserError(
-            f"{folder}: {listed}; preprocess these cases again or remove them (nnssl_ext.max_unreadable_fraction="
+            f"{folder}: {listed}. Preprocess these cases again or remove them (nnssl_ext.max_unreadable_fraction="
             f"{max_unreadable_fraction} is the share of cases that a run does without)"
         )
     index.left_out = problems
@@ -194,7 +198,7 @@ def _training_cases(base: Path, cases: list[str], fold: int | str) -> int:
         if int(fold) < len(content):
             return len(_known(content[int(fold)]["train"], cases, splits))
     elif len(cases) < FOLDS:
-        raise UserError(f"fold {fold} needs at least {FOLDS} cases, {base.name} has {len(cases)}; use fold 'all'")
+        raise UserError(f"fold {fold} needs at least {FOLDS} cases, {base.name} has {len(cases)}. Use fold 'all'")
     return int(len(cases) * 0.8)
 
 

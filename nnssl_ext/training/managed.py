@@ -355,7 +355,7 @@ class ManagedTrainer(nnUNetTrainer):
         )
 
     def stock_state(self) -> dict[str, Any]:
-        """Return stock's state to continue from."""
+        """Return what stock needs to continue."""
         scaler = self.grad_scaler
         return {
             "optimizer_state": self.optimizer.state_dict(),
@@ -365,7 +365,7 @@ class ManagedTrainer(nnUNetTrainer):
         }
 
     def stock_identity(self) -> dict[str, Any]:
-        """Return stock's entries to predict with."""
+        """Return what stock needs to predict."""
         return {
             "init_args": self.my_init_kwargs,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,

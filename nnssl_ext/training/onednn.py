@@ -7,7 +7,7 @@ from torch import nn
 
 
 class TwoSliceConv3d(nn.Conv3d):
-    """Convolve maps of two slices with right weight gradients.
+    """Convolve maps of two slices with correct weight gradients.
 
     The bug: where a kernel of three slides along an axis of two slices, oneDNN 3.13 (in torch 2.15) computes the
     gradient of the weights from memory that was never written. The error is as large as the gradient and not always

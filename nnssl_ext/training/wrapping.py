@@ -70,7 +70,7 @@ def mixed_precision(device: torch.device, precision: str = "auto") -> torch.dtyp
         UserError: For float16 on anything but a GPU.
     """
     if precision == "float16" and device.type != "cuda":
-        raise UserError(f"precision float16 needs a GPU, the device is {device.type}; use auto")
+        raise UserError(f"precision float16 needs a GPU, the device is {device.type}. Use auto")
     if precision != "auto":
         return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
     if device.type == "cuda":

@@ -65,7 +65,7 @@ def export_folder(content: Mapping[str, Any], folder: Path, name: str, license_n
         UserError: If the folder exists or cannot be written.
     """
     if folder.exists():
-        raise UserError(f"{folder} exists; give another name with -o, or remove it")
+        raise UserError(f"{folder} exists. Give another name with -o, or remove it")
     try:
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     except OSError as error:
@@ -138,7 +138,7 @@ def prepare_zip(file: Path, content: Mapping[str, Any]) -> str:
     fold = file.parent
     missing = [str(fold / name) for name in PACKED if not (fold / name).is_file()]
     if missing:
-        raise UserError(f"nnUNetv2_export_model_to_zip will miss {missing[0]}; export from nnUNet_results itself")
+        raise UserError(f"nnUNetv2_export_model_to_zip will miss {missing[0]}. Export from nnUNet_results itself")
     summary = fold / "validation" / "summary.json"
     if not summary.exists():
         own = fold / "pretraining_summary.json"

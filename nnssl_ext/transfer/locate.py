@@ -50,7 +50,7 @@ def locate(text: str) -> Located:
     if path.is_dir():
         found = [path / name for name in (WEIGHTS, SAFETENSORS) if (path / name).is_file()]
         if not found:
-            raise UserError(f"{path} holds neither {WEIGHTS} nor {SAFETENSORS}; name the file")
+            raise UserError(f"{path} holds neither {WEIGHTS} nor {SAFETENSORS}. Name the file")
         return Located(found[0], _plan_beside(found[0]))
     if path.is_file():
         return Located(path, _plan_beside(path))

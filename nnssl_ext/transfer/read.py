@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -47,7 +48,9 @@ def read_source(text: str) -> PretrainedWeights:
     for reader in READERS:
         source = reader(content, located.weights, located.plan)
         if source is not None:
-            return source
+            record = content.get("init_args")
+            kept = {**record, "trainer_name": content.get("trainer_name")} if isinstance(record, dict) else {}
+            return replace(source, recorded=kept)
     raise UserError(
         f"{located.weights} is of no known kind. Expected a checkpoint of nnssl_ext, nnU-Net or nnssl, or a state dict "
         f"(bare, or under {', '.join(PLACES[:5])}), got {_listed(content)}. Save network.state_dict() with torch.save"
@@ -68,7 +71,7 @@ def _content(located: Located) -> dict[str, Any]:
     except PermissionError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # damaged and hostile files raise anything
-        raise UserError(f"{path} is refused: {_why(error, path)}; nothing of it was executed") from error
+        raise UserError(f"{path} is refused: {_why(error, path)}. Nothing of it was executed") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected named tensors")
     return content

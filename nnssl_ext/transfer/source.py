@@ -51,6 +51,7 @@ class PretrainedWeights:
         names: Canonical name -> name in the file, where the reader renamed it.
         outputs: Name of each output channel, in order: labels, or regions; empty if not known.
         regions: Whether the outputs are regions.
+        recorded: nnU-Net's record of the training, unchecked: plans, configuration, dataset_json, trainer_name.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class PretrainedWeights:
     names: Mapping[str, str] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     regions: bool = False
+    recorded: Mapping[str, Any] = field(default_factory=dict)
 
 
 def planned_geometry(plan: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SourceGeometry:

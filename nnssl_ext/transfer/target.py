@@ -51,10 +51,18 @@ def target_plans(folder: Path, plans_name: str, configuration: str, trainer: str
         UserError: If plans or configuration are missing, or the configuration is a cascade stage.
     """
     plans = read_json(folder / f"{plans_name}.json")
+    return checked_plans(plans, read_json(folder / "dataset.json"), configuration, trainer)
+
+
+def checked_plans(plans: dict[str, Any], dataset_json: dict[str, Any], configuration: str, trainer: str) -> TargetPlans:
+    """Choose a configuration of plans, and the trainer that builds its network.
+
+    Raises:
+        UserError: If the plans do not have the configuration, or it is a cascade stage.
+    """
     if reason := unusable(configuration, configuration_of(plans, configuration), "transfer to", flat=True):
         raise UserError(reason)
-    manager = PlansManager(plans)
-    return TargetPlans(manager, configuration, read_json(folder / "dataset.json"), trainer)
+    return TargetPlans(PlansManager(plans), configuration, dataset_json, trainer)
 
 
 def build_target(to: TargetPlans, seed: int) -> TargetNetwork:
@@ -94,9 +102,9 @@ def check_free(path: Path) -> None:
         UserError: In either case.
     """
     if path.exists():
-        raise UserError(f"{path} exists; give another name with -o, or remove it")
+        raise UserError(f"{path} exists. Give another name with -o, or remove it")
     if not path.parent.is_dir():
-        raise UserError(f"{path.parent} is no folder; make it first")
+        raise UserError(f"{path.parent} is no folder. Make it first")
 
 
 def write(

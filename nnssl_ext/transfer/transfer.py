@@ -103,7 +103,7 @@ def transfer(
     initial_lengths: bool = False,
     allow_partial: bool = False,
 ) -> Report:
-    """Fill the target's network with fitting tensors.
+    """Fill the target network with the tensors that fit.
 
     Args:
         source: The pretrained weights.

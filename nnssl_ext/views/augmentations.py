@@ -337,7 +337,7 @@ class IntensitySettings(
 
 
 def listed(kind: type) -> list[type[Augmentation]]:
-    """Return the augmentations behind settings, in order."""
+    """Return the augmentations of settings, in order."""
     if "name" in vars(kind):
         return [kind]
     return [found for base in kind.__bases__ if base not in (Augmentation, object) for found in listed(base)]

@@ -30,7 +30,7 @@ def cube_group() -> list[np.ndarray]:
 
 
 def published_rotations() -> list[np.ndarray]:
-    """List the 10 rotations of Taleb et al. 2020. The identity and 90, 180 and 270 degrees about each axis."""
+    """List the 10 rotations of Taleb et al. 2020: none, and 90, 180 and 270 degrees about each axis."""
     return [rotation for rotation in cube_group() if sum(rotation[axis, axis] == 1 for axis in range(3))]
 
 

@@ -76,7 +76,7 @@ def test_plan_derives(with_data: Data, capsys: pytest.CaptureFixture[str]) -> No
         (["-o", "nnUNetPlans"], "would overwrite the plans it starts from"),
         (["-o", "foreign"], "exists and was not made by nnssl_ext plan"),
         (["-o", "new", "-p", "absent"], "cannot read"),
-        (["-o", "new", "-c", "2d"], "have no 3-D configuration '2d'; they have 3d_fullres, 3d_lowres"),
+        (["-o", "new", "-c", "2d"], "have no 3-D configuration '2d'. They have 3d_fullres, 3d_lowres"),
     ],
 )
 def test_plan_refuses(with_data: Data, words: list[str], message: str) -> None:

@@ -14,7 +14,7 @@ SMALL = ["--cases", "8", "--labelled", "5", "--test", "2", "--spacing", "4", "4"
         (["-n", "a b/c"], "a data set's name has letters, digits, '_', '.' and '-', got 'a b/c'"),
         (["-n", "../x"], "got '../x'"),
         (["-n", ""], "got ''"),
-        (["-n", "Other"], "has Dataset900_Phantom, which nnU-Net also finds as 900; give another -d"),
+        (["-n", "Other"], "has Dataset900_Phantom, which nnU-Net also finds as 900. Give another -d"),
         (["-d", "900", "-n", "Second"], "has Dataset900_Phantom, which nnU-Net also finds as 900"),
         (["-d", "901", "--spacing", "nan", "1", "1"], "--spacing must be three lengths in mm"),
         (["-d", "901", "--spacing", "inf", "1", "1"], "--spacing must be three lengths in mm"),

@@ -20,6 +20,9 @@ from nnssl_ext.errors import UserError
 from tests.support.cases import dataset
 from tests.support.runs import fault
 
+#: Processes and random files: seconds each.
+pytestmark = pytest.mark.integration
+
 
 def loader(
     data: CropDataset, told: list[str], workers: int = 2, waiting: Callable[[], None] = lambda: None

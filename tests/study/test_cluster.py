@@ -1,13 +1,22 @@
 """A study as jobs of submitit's local executor."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from nnssl_ext.cli import main
 from nnssl_ext.errors import UserError
 from nnssl_ext.study.cluster import executor_of, run_on_cluster
 from nnssl_ext.study.grid import Grid
+from nnssl_ext.study.protocol import SCRATCH
+from tests.conftest import Environment
 from tests.study.test_analysis import planted
+from tests.study.test_study import RATE, WORDS, comparable
+
+Data = Callable[[str], Environment]
 
 
 def pending(tmp_path: Path) -> Grid:
@@ -30,6 +39,27 @@ def test_failed_jobs_are_failed_runs(tmp_path: Path) -> None:
     assert set(grid.failures()) == set(grid.failed)
     for log in grid.failed.values():
         assert "could not be measured" in log.read_text()
+
+
+def test_jobs_give_the_report_of_a_local_study(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study whose pretraining and fine-tuning are done again as jobs, the second after the first."""
+    environment = with_data("labelled")
+    monkeypatch.chdir(environment.root)
+    words = [*WORDS, *RATE, "--subsets", "1", "--total-baseline", "0", "--snapshots", "4"]
+    main([*words, "-o", "here"])
+    here, jobs = (environment.root / name for name in ("here", "jobs"))
+    shutil.copytree(here, jobs, symlinks=True)
+    for part in ("results", "runs", "logs"):
+        shutil.rmtree(jobs / part / "VolumeFusion")
+    (jobs / "report.md").unlink()
+
+    main([*words, "-o", "jobs", "--launcher", "local", "--jobs", "2"])
+    assert comparable(jobs) == comparable(here)
+    results = pd.read_csv(jobs / "results.csv")
+    assert set(results["arm"]) == {SCRATCH, "VolumeFusion"}
+    assert not results["dice"].isna().any()
+    assert len(list((jobs / "cluster").glob("*_result.pkl"))) == 2
+    assert not (here / "cluster").exists()
 
 
 def test_bad_options_are_one_line(tmp_path: Path) -> None:

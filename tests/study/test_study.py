@@ -53,6 +53,7 @@ def finish(process: subprocess.Popen[str], seconds: float = 600) -> None:
     assert process.returncode == 0, out
 
 
+@pytest.mark.slow
 def test_killed_at_random_points_the_report_is_the_same(with_data: Data) -> None:
     environment = with_data("labelled")
     before = {path: path.stat().st_mtime_ns for path in environment.dataset("labelled").rglob("*")}

@@ -52,13 +52,6 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 WORDS = ["nnUNetv2_train", "817", "3d_fullres", "0", "-tr", NAME, "-p", "broken", "-device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def training_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most of these runs' time."""
-    monkeypatch.setattr("nnunetv2.training.logging.nnunet_logger.LocalLogger.plot_progress_png", lambda *_: None)
-    monkeypatch.setattr(nnsslTrainer_Finetune, "perform_actual_validation", lambda *_: None)
-
-
 def plans(environment: Environment, *names: str, common: dict | None = None, **settings: Any) -> None:
     for name in names:
         environment.write_plans("labelled", name, {**(common or {}), "finetune": {**BROKEN, **settings}})

@@ -46,7 +46,7 @@ def test_cascade(plain: Environment) -> None:
 
 
 def test_unknown_configuration(plain: Environment) -> None:
-    refused(plain, "have no configuration '3d_fulres'; they have 2d, 3d_fullres", configuration="3d_fulres")
+    refused(plain, "have no configuration '3d_fulres'. They have 2d, 3d_fullres", configuration="3d_fulres")
 
 
 def test_crop_edge(plain: Environment) -> None:
@@ -86,7 +86,7 @@ class Unknown(torch.nn.Module):
 def test_truncated_case(plain: Environment) -> None:
     path = cases(plain) / "case_03.b2nd"
     path.write_bytes(path.read_bytes()[:1000])
-    refused(plain, r"nnUNetPlans_3d_fullres: case 'case_03' cannot be read .*; preprocess these cases again")
+    refused(plain, r"nnUNetPlans_3d_fullres: case 'case_03' cannot be read .*. Preprocess these cases again")
 
 
 def test_constant_case(plain: Environment) -> None:
@@ -118,16 +118,16 @@ def test_fewer_channels_than_the_plans(with_data: Data) -> None:
 def test_no_case(plain: Environment) -> None:
     for path in cases(plain).iterdir():
         path.unlink()
-    refused(plain, "no case in .*; run nnUNetv2_preprocess")
+    refused(plain, "no case in .*. Run nnUNetv2_preprocess")
     cases(plain).rmdir()
-    refused(plain, "no preprocessed data in .*; run nnUNetv2_preprocess")
+    refused(plain, "no preprocessed data in .*. Run nnUNetv2_preprocess")
 
 
 def test_one_case(plain: Environment) -> None:
     for path in cases(plain).iterdir():
         if "case_00" not in path.name:
             path.unlink()
-    refused(plain, "fold 0 needs at least 5 cases, .* has 1; use fold 'all'")
+    refused(plain, "fold 0 needs at least 5 cases, .* has 1. Use fold 'all'")
     refused(plain, "needs at least 2 training cases, fold all .* has 1", fold="all")
     plain.write_plans("plain", "run", {"epochs": 1, "volume_fusion": {"foreground_case": "same"}})
     assert (pretrain(plain, "plain", "run", "all") / "checkpoint_final.pth").is_file()
@@ -166,12 +166,12 @@ def test_unwritable_results(plain: Environment, monkeypatch: pytest.MonkeyPatch)
 
 def test_results_variable_not_set(plain: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("nnUNet_results")
-    refused(plain, "nnUNet_results is not set; export it")
+    refused(plain, "nnUNet_results is not set. Export it")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_no_gpu(plain: Environment) -> None:
     from nnunetv2.run.run_training import get_trainer_from_args
 
-    with pytest.raises(UserError, match="no CUDA device was found; use -device cpu"):
+    with pytest.raises(UserError, match="no CUDA device was found. Use -device cpu"):
         get_trainer_from_args("811", "3d_fullres", 0, "nnsslTrainer_VolumeFusion", "run")

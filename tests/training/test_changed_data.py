@@ -19,11 +19,6 @@ Data = Callable[[str], Environment]
 RUN = {"epochs": 2, "iterations_per_epoch": 4, "save_every": 1}
 
 
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nnssl_ext.training.pretraining.log.PretrainingLog.plot_progress_png", lambda *_: None)
-
-
 def log_of(fold: Path) -> str:
     return "".join(path.read_text() for path in sorted(fold.glob("training_log_*")))
 

@@ -23,8 +23,6 @@ RUN = {"epochs": 1, "iterations_per_epoch": 5, "validation_iterations": 2, "prec
 def test_compiled_it_learns_the_same_and_stays_compiled(
     with_data: Data, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    # most of these runs' time
-    monkeypatch.setattr("nnssl_ext.training.pretraining.log.PretrainingLog.plot_progress_png", lambda *_: None)
     environment, trainer = with_data("plain"), TRAINERS[method]
     environment.write_plans("plain", "eager", RUN)
     environment.write_plans("plain", "compiled", RUN)

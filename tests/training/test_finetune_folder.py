@@ -27,14 +27,13 @@ from tests.support.finetunings import (
     plans,
     same_run,
     signal_at,
-    training_only,
     tune,
 )
 from tests.support.runs import hold, no_checkpoint_fits, truncate
 
 Data = Callable[[str], Environment]
 CPU, VALIDATION = torch.device("cpu"), nnsslTrainer_Finetune.perform_actual_validation
-pytestmark = pytest.mark.usefixtures(training_only.__name__)
+pytestmark = pytest.mark.usefixtures("training_only")
 
 
 def flip_a_weight(file: Path) -> None:

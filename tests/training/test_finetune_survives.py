@@ -1,4 +1,4 @@
-"""The fine-tuner is asked to end, killed, or loses a worker; continued it equals the run that was not."""
+"""The fine-tuner is asked to end, killed, or loses a worker. Continued it equals the run that was not."""
 
 import multiprocessing
 import os
@@ -31,6 +31,7 @@ from tests.support.finetunings import (
 )
 
 Data = Callable[[str], Environment]
+pytestmark = pytest.mark.usefixtures("training_only")
 
 
 @pytest.mark.parametrize(

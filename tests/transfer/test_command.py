@@ -217,13 +217,13 @@ def test_refused_command_lines_write_nothing(with_data: Data, tmp_path: Path) ->
     wrong = [
         ({"source": "absent.pth"}, "no file, no folder and no Hugging Face repository"),
         ({"-d": "999"}, "expected one data set Dataset999_*"),
-        ({"-c": "3d_none"}, "have no configuration '3d_none'; they have 2d, 3d_fullres"),
+        ({"-c": "3d_none"}, "have no configuration '3d_none'. They have 2d, 3d_fullres"),
         ({"-c": "3d_cascade_fullres"}, "is a cascade stage"),
         ({"-p": "absent"}, "cannot read"),
         ({"-tr": "nnUNetTrainerAbsent"}, "-tr: trainer 'nnUNetTrainerAbsent' was not found by nnU-Net"),
         ({"-tr": "nnUNet_Primus_S_Trainer", "-c": "2d"}, "cannot build a network from plans nnUNetPlans, 2d"),
         ({"-o": "there.pth"}, "there.pth exists"),
-        ({"-o": "nowhere/init.pth"}, "is no folder; make it first"),
+        ({"-o": "nowhere/init.pth"}, "is no folder. Make it first"),
         ({"source": "resnet.pth"}, "nothing of resnet.pth (ResNet3D) fits the target network"),
     ]
     before = sorted(path.name for path in tmp_path.iterdir())

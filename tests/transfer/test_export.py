@@ -130,7 +130,7 @@ def test_refused(with_data: Data, tmp_path: Path) -> None:
     cases = [
         ([str(run)], "nothing to do"),
         ([str(tmp_path / "absent"), "-o", "x"], "cannot read checkpoint"),
-        ([str(run), "-o", str(tmp_path / "there")], "exists; give another name"),
+        ([str(run), "-o", str(tmp_path / "there")], "exists. Give another name"),
         ([str(run), "-o", str(tmp_path / "no" / "x")], "cannot write"),
         ([str(again), "-o", str(tmp_path / "x")], "was not written by a pretraining run"),
     ]

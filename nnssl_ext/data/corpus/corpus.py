@@ -77,7 +77,7 @@ class Corpus:
         self.data = self.folder / self._configuration["data_identifier"]
         self.target_json = read_json(self.like / "dataset.json")
         if self.folder.exists() and not (self.folder / "corpus.json").is_file() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} exists and is no corpus; give another -d and -n")
+            raise UserError(f"{self.folder} exists and is no corpus. Give another -d and -n")
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -177,7 +177,7 @@ class Corpus:
             for item, result in zip(items, pool.run(items), strict=True):
                 yield [Prepared(left_out(item, Unusable(result.reason)))] if isinstance(result, Lost) else result
         except NotWrittenError as error:
-            raise UserError(f"{error}; make room and call again, it goes on where it stopped") from error
+            raise UserError(f"{error}. Make room and call again, it goes on where it stopped") from error
 
     def _take(self, manifest: Manifest, result: Prepared, records: dict[str, CaseRecord]) -> None:
         """Move a prepared case to its place, unless it is a duplicate."""
@@ -273,6 +273,6 @@ class Limit:
         for entry in self.unusable[:SHOWN]:
             print(f"  {entry}", file=sys.stderr)
         raise UserError(
-            f"{len(self.unusable)} of {total} volumes cannot be used, more than --max-failures {self.percent:g}; mend "
-            f"or remove them, or allow more; a later call goes on from what was made so far"
+            f"{len(self.unusable)} of {total} volumes cannot be used, more than --max-failures {self.percent:g}. Mend "
+            f"or remove them, or allow more. A later call goes on from what was made so far"
         )

@@ -100,7 +100,7 @@ class Manifest:
         for key in sorted({*head, *stored}):
             if stored.get(key) != head.get(key):
                 raise UserError(
-                    f"{path} was made with another {key}; a corpus has one target and one preprocessing: give "
+                    f"{path} was made with another {key}. A corpus has one target and one preprocessing: give "
                     f"another -d and -n, or remove {path.parent}"
                 )
         manifest.not_read = content.get("not_read", {})
@@ -108,7 +108,7 @@ class Manifest:
         added = {"kind", "remarks"} if version == 1 else set()
         for row in content.get("volumes", []):
             if set(row) != names - added:
-                raise UserError(f"{path} is no manifest of this version; remove {path.parent} and make it again")
+                raise UserError(f"{path} is no manifest of this version. Remove {path.parent} and make it again")
             manifest.add(Entry(**{**row, "stamp": [] if version == 1 else row["stamp"]}))
         return manifest
 

@@ -38,7 +38,7 @@ class NotWrittenError(Exception):
 
 @dataclass(frozen=True)
 class CorpusTarget:
-    """How and where a worker preprocesses.
+    """Describe how and where a worker preprocesses.
 
     Attributes:
         plans: File of the corpus's plans.
@@ -112,7 +112,7 @@ def left_out(item: Item, verdict: Unusable) -> Entry:
 
 
 def _read(item: Item, plans: PlansManager) -> Iterator[tuple[tuple[int, ...], list[Volume] | Unusable]]:
-    """Yield the channels and volumes of each case. Instead of volumes, the reason why there are none."""
+    """Yield the channels of each case with its volumes, or with the reason why there are none."""
     canonical = plans.image_reader_writer_class.__name__.endswith("WithReorient")
     if item.dicom:
         for found in read_folder(item.files[0], canonical):

@@ -110,7 +110,7 @@ class Wishes:
         if missing or (not single and len(wanted) != len(self.target_names)):
             raise UserError(
                 f"{source} has channels {', '.join(map(repr, names))}, the target has "
-                f"{', '.join(map(repr, self.target_names))}; name which to take, in the target's order, with "
+                f"{', '.join(map(repr, self.target_names))}. Name which to take, in the target's order, with "
                 f"--channels SOURCE=NAME,NAME, or leave the source out"
             )
         numbers = tuple(lowered.index(name) for name in wanted)
@@ -150,7 +150,7 @@ def items_of(source: str, wishes: Wishes, not_read: NotRead | None = None) -> li
                 f"{shorten(missing)}. Rename them."
             )
         found = f"; got {describe_not_read(not_read)}" if not_read else ""
-        raise UserError(f"{source}: no image found in {path}; expected {', '.join(SUFFIXES)} or DICOM files{found}")
+        raise UserError(f"{source}: no image found in {path}. Expected {', '.join(SUFFIXES)} or DICOM files{found}")
     scheme = of_source(wishes.normalization, source)
     return [replace(item, normalization=scheme) for item in items] if scheme else items
 
@@ -202,7 +202,7 @@ def _path(source: str) -> Path:
 def _dataset_json(path: Path) -> dict:
     file = path / "dataset.json"
     if file.stat().st_size > MAX_BYTES:
-        raise UserError(f"{file} has {file.stat().st_size} bytes; a dataset.json of at most {MAX_BYTES} is read")
+        raise UserError(f"{file} has {file.stat().st_size} bytes. A dataset.json of at most {MAX_BYTES} is read")
     return read_json(file)
 
 
@@ -220,7 +220,7 @@ def _nnunet(
         not_read: Takes images without a channel number.
     """
     if ending not in SUFFIXES:
-        raise UserError(f"{path}: file_ending {ending!r} cannot be read; known: {', '.join(SUFFIXES)}")
+        raise UserError(f"{path}: file_ending {ending!r} cannot be read. Known: {', '.join(SUFFIXES)}")
     groups = wishes.groups(source, names)
     pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(ending)}")
     for part in IMAGE_FOLDERS:
@@ -304,4 +304,4 @@ def unused_words(wishes: Wishes, sources: Sequence[str]) -> None:
     for option, choices in (("--channels", wishes.channels), ("--normalization", wishes.normalization)):
         for name in choices:
             if name and not any(of_source({name: True}, source) for source in sources):
-                raise UserError(f"{option} names '{name}', which is no source; the sources are {shorten(sources)}")
+                raise UserError(f"{option} names '{name}', which is no source. The sources are {shorten(sources)}")

@@ -37,7 +37,7 @@ def download(url: str, path: Path, md5: str, pause: float = PAUSE_SECONDS) -> No
         UserError: If the server does not have it, the connection stays cut, or the checksum is wrong.
     """
     if urlsplit(url).scheme not in ("http", "https"):
-        raise UserError(f"--url {url} cannot be used; give an address that starts with https://")
+        raise UserError(f"--url {url} cannot be used. Give an address that starts with https://")
     if path.is_file() and checksum(path) == md5:
         return
     part = path.with_name(f"{path.name}.part")
@@ -56,7 +56,7 @@ def download(url: str, path: Path, md5: str, pause: float = PAUSE_SECONDS) -> No
     if found != md5:
         part.unlink()
         raise UserError(
-            f"{url} gave a file with md5 {found}, expected {md5}; it was removed, try again or another --url"
+            f"{url} gave a file with md5 {found}, expected {md5}. It was removed, try again or another --url"
         )
     part.replace(path)
 
@@ -112,7 +112,7 @@ def _copy(response: Any, file: IO[bytes], have: int, total: int | None) -> None:
 def _check_space(part: Path, needed: int) -> None:
     free = shutil.disk_usage(part.parent).free
     if needed > free:
-        raise UserError(f"{part.parent} has {free} bytes left, {needed} are needed; make room or name another -o")
+        raise UserError(f"{part.parent} has {free} bytes left, {needed} are needed. Make room or name another -o")
 
 
 def _size(path: Path) -> int:

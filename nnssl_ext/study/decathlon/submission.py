@@ -49,7 +49,7 @@ class Predictions:
                     f"{self.folder}: {len(cases)} predictions of {self.task} {what}: {shorten(sorted(cases))}"
                 )
         if not images:
-            raise UserError(f"{self.raw / 'imagesTs'} holds no image; the challenge is about the test images")
+            raise UserError(f"{self.raw / 'imagesTs'} holds no image. The challenge is about the test images")
         labels = _labels(read_json(self.raw / "dataset.json"))
         problems = []
         for case in tqdm(sorted(images), f"Checking {self.task}", leave=False, disable=None):

@@ -110,7 +110,7 @@ def find_task(word: str) -> Task:
         names = (str(task.number), f"{task.number:02d}", task.name, task.folder[:6], task.folder)
         if word.casefold() in (name.casefold() for name in names):
             return task
-    raise UserError(f"the Decathlon has no task '{word}'; it has {', '.join(task.folder for task in TASKS)}")
+    raise UserError(f"the Decathlon has no task '{word}'. It has {', '.join(task.folder for task in TASKS)}")
 
 
 def fetch_task(task: Task, root: Path, url: str | None = None, md5: str | None = None) -> Path:
@@ -168,7 +168,7 @@ def convert_task(source: Path, raw: Path, scratch: Path, *, test_images: bool = 
     """
     for part in PARTS:
         if not (source / part).exists():
-            raise UserError(f"{source} has no {part}; a Decathlon task has imagesTr, labelsTr and dataset.json")
+            raise UserError(f"{source} has no {part}. A Decathlon task has imagesTr, labelsTr and dataset.json")
     dataset = f"Dataset{int(source.name[4:6]):03d}_{source.name[7:]}"
     # nnU-Net's converter insists on imagesTs, which not every copy has: a folder of links has one
     linked = scratch / "linked" / source.name
@@ -216,7 +216,7 @@ def task_of_path(path: Path) -> str:
     name = path.name.removesuffix(".tar")
     if not re.fullmatch(r"Task\d\d_\w+", name) or not path.exists():
         state = "does not exist" if not path.exists() else "is not named TaskXX_NAME or TaskXX_NAME.tar"
-        raise UserError(f"{path} {state}; give a Decathlon task's folder or tar file")
+        raise UserError(f"{path} {state}. Give a Decathlon task's folder or tar file")
     return name
 
 

@@ -17,7 +17,7 @@ from nnssl_ext.recipe import read_json
 from nnssl_ext.study import pictures
 from nnssl_ext.study.demo.demo import PLANS, STOCK_STEPS, Demo
 from nnssl_ext.study.page import Page, Picture, Section, Table, render
-from nnssl_ext.study.report import case_tiles
+from nnssl_ext.study.report import best_median_worst, case_tiles
 from nnssl_ext.study.results import case_dice, training_log
 
 ARMS = ("scratch", "pretrained")
@@ -120,8 +120,7 @@ def _tiles(demo: Demo, dice: dict[str, pd.DataFrame]) -> list[tuple[str, list[Pi
     scores = {arm: frame.groupby("case")["dice"].mean() for arm, frame in dice.items()}
     order = scores["pretrained"].sort_values(ascending=False).index
     rows = []
-    for title, place in {"Best": 0, "Median": len(order) // 2, "Worst": len(order) - 1}.items():
-        name = str(order[place])
+    for title, name in best_median_worst(order):
         case = name.split(".")[0]
         image = _read(demo.raw / "imagesTr" / name.replace(case, f"{case}_0000", 1))
         truth = _read(demo.raw / "labelsTr" / name)

@@ -78,7 +78,7 @@ def write_phantom(folder: Path, options: PhantomOptions, progress: Callable[[int
     """
     options.check()
     if folder.exists():
-        raise UserError(f"{folder} exists; remove it or give another number with -d")
+        raise UserError(f"{folder} exists. Remove it or give another number with -d")
     for part in ("imagesTr", "labelsTr"):
         (folder / part).mkdir(parents=True)
     names = {"labeled": [], "unlabeled": [], "test": []}  # type: dict[str, list[str]]

@@ -94,7 +94,7 @@ class Heartbeat:
         missing = list(range(self.count))
         while missing := [other for other in missing if not self._store.check([f"who{other}"])]:
             if time.monotonic() > deadline:
-                raise UserError(f"of {self.count} processes these did not come: {missing}; start all of them")
+                raise UserError(f"of {self.count} processes these did not come: {missing}. Start all of them")
             time.sleep(_POLL_SECONDS)
         self._who = self._all("who")
 

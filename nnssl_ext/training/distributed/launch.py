@@ -50,7 +50,7 @@ class Place:
         missing = [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise UserError(
-                f"RANK and WORLD_SIZE are set, {', '.join(missing)} not; start the processes with torchrun, or unset "
+                f"RANK and WORLD_SIZE are set, {', '.join(missing)} not. Start the processes with torchrun, or unset "
                 f"RANK and WORLD_SIZE"
             )
         rank, world, local = _number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK")
@@ -100,7 +100,7 @@ def process_group(check: Callable[[], argparse.Namespace]) -> Iterator[None]:
 def _check_place(place: Place, options: argparse.Namespace) -> None:
     if options.num_gpus is not None:
         raise UserError(
-            f"-num_gpus {options.num_gpus} starts processes of its own, and torchrun has started {place.world}; give "
+            f"-num_gpus {options.num_gpus} starts processes of its own, and torchrun has started {place.world}. Give "
             f"one of the two"
         )
     trainer = recursive_find_trainer_class_by_name(options.tr)
@@ -114,7 +114,7 @@ def _check_place(place: Place, options: argparse.Namespace) -> None:
     if not place.alone:
         raise UserError(
             f"trainer '{options.tr}' runs on one machine only (it takes its number among all {place.world} processes "
-            f"for its GPU's); use torchrun --standalone or -num_gpus; the pretraining trainers run on several machines"
+            f"for its GPU's). Use torchrun --standalone or -num_gpus. The pretraining trainers run on several machines"
         )
 
 
@@ -126,10 +126,10 @@ def _take_device(device: str, place: Place) -> str:
         raise UserError(f"several processes need -device cuda or cpu, got {device}")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not found:
-        raise UserError("no CUDA device was found; use -device cpu")
+        raise UserError("no CUDA device was found. Use -device cpu")
     if place.local >= found:
         raise UserError(
-            f"{place.here} processes on a machine where each sees {found} GPUs; give --nproc-per-node {found}, or let "
+            f"{place.here} processes on a machine where each sees {found} GPUs. Give --nproc-per-node {found}, or let "
             f"each process see all GPUs of its machine"
         )
     torch.cuda.set_device(place.local)
@@ -147,5 +147,5 @@ def _end_hard_on_gpus(error: BaseException, place: Place) -> None:
 def _number(name: str) -> int:
     text = os.environ[name]
     if not text.isdigit():
-        raise UserError(f"{name} must be a number, got '{text}'; start the processes with torchrun")
+        raise UserError(f"{name} must be a number, got '{text}'. Start the processes with torchrun")
     return int(text)

@@ -63,6 +63,6 @@ def same_everywhere(found: Any, fold: int | str) -> None:
         dist.all_gather_object(everywhere, found)
     if any(other != everywhere[0] for other in everywhere):
         raise UserError(
-            f"the processes find different checkpoints of fold {fold}, in their order: {everywhere}; nnUNet_results "
+            f"the processes find different checkpoints of fold {fold}, in their order: {everywhere}. nnUNet_results "
             f"must be a folder that all machines share"
         )

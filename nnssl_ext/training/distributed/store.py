@@ -55,7 +55,7 @@ def meet(number: int, world: int) -> dist.Store:
         own = dist.TCPStore(address, int(port), is_master=False, wait_for_workers=False, timeout=ANSWER)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"process {number} of {world} did not meet the others at {address}:{port} ({error}); it needs "
+            f"process {number} of {world} did not meet the others at {address}:{port} ({error}). It needs "
             f"MASTER_ADDR and MASTER_PORT of the first machine, reachable from all, and all processes started"
         ) from error
     # an elastic agent's store outlives a restart of its processes

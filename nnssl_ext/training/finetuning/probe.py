@@ -81,7 +81,7 @@ class nnsslTrainer_Probe(nnsslTrainer_Finetune):
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net reads this signature)
     ) -> None:
         if len(PlansManager(plans).get_configuration(configuration).patch_size) != 3:
-            raise UserError(f"configuration '{configuration}' is 2-D; the probe is 3-D: use 3d_fullres or 3d_lowres")
+            raise UserError(f"configuration '{configuration}' is 2-D. The probe is 3-D: use 3d_fullres or 3d_lowres")
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.enable_deep_supervision = False
         self.predicted_by = type(self).__name__

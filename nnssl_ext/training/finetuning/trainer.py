@@ -258,7 +258,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
     def _refuse_spoilt(self, outputs: Outputs) -> None:
         if is_spoilt(outputs, self.grad_scaler is not None, self.common.max_nonfinite_batches):
             raise UserError(
-                f"the loss became nan in epoch {self.current_epoch}; the checkpoints of earlier epochs are intact. "
+                f"the loss became nan in epoch {self.current_epoch}. The checkpoints of earlier epochs are intact. "
                 f"Lower finetune.learning_rate (now {self.initial_lr}) and start anew"
             )
 
@@ -375,7 +375,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         own = content["nnssl_ext"]
         if own.get("finetune") != vars(self.settings) or str(own.get("fold")) != str(self.fold):
             raise UserError(
-                f"{self.output_folder} holds a run with other finetune settings or another fold; continue it with its "
+                f"{self.output_folder} holds a run with other finetune settings or another fold. Continue it with its "
                 f"own plans, or start anew without --c"
             )
         if "optimizer_state" not in content:
@@ -390,7 +390,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
                 self.averaged.updates = own["step"]
         except RuntimeError as error:  # torch lists every tensor
             raise UserError(
-                f"{source} belongs to another network than the plans build; continue it with its own plans, or start "
+                f"{source} belongs to another network than the plans build. Continue it with its own plans, or start "
                 f"anew without --c"
             ) from error
         # nnU-Net's log takes an epoch's values once: those of an epoch that goes on are logged again

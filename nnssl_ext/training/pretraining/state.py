@@ -103,7 +103,7 @@ def _take_over(method: Method, own: Mapping[str, Any], path: Path) -> None:
     if wrong:
         raise UserError(
             f"start_from={path} belongs to another network or other heads: '{wrong[0]}' differs, and {len(wrong) - 1} "
-            f"more tensors; plan with the same recipe"
+            f"more tensors. Plan with the same recipe"
         )
     method.load_state_dict(theirs)
     method.after_start_from()
@@ -116,7 +116,7 @@ def _resized_positions(table: Tensor, grid: Sequence[int] | None, learned: Learn
         grid = [round(number ** (1 / 3))] * 3
     if math.prod(grid) != number:
         raise UserError(
-            f"start_from={path} has {number} positions of tokens, and does not say of which grid; plan with the patch "
+            f"start_from={path} has {number} positions of tokens, and does not say of which grid. Plan with the patch "
             f"size and position_grid that it was made with"
         )
     return table if tuple(grid) == learned.grid else resize_positions(table, grid, learned.grid, learned.prefix)
@@ -218,7 +218,7 @@ def refuse_other_run(stored: dict[str, Any], mine: dict[str, Any], source: str) 
     if difference:
         name, theirs, ours = difference
         raise UserError(
-            f"{source} belongs to another run: {name} is {theirs!r} there and {ours!r} here; continue with the plans "
+            f"{source} belongs to another run: {name} is {theirs!r} there and {ours!r} here. Continue with the plans "
             f"it was made with, or start anew without --c"
         )
 

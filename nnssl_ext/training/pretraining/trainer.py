@@ -221,7 +221,7 @@ class PretrainingTrainer(ManagedTrainer):
     def _terms(self, batch: CropBatch, stream: int) -> dict[str, Tensor]:
         self.unreadable.note(batch.skipped)
         if batch.failure:
-            raise UserError(f"{batch.failure}; repair or remove it, then go on with --c")
+            raise UserError(f"{batch.failure}. Repair or remove it, then go on with --c")
         views = self._views(batch, stream)
         with self.autocast():
             return self.objective(views)
@@ -240,7 +240,7 @@ class PretrainingTrainer(ManagedTrainer):
         means = mean_over_samples(train_outputs)
         if not np.isfinite(means["loss"]):
             raise UserError(
-                f"the objective became {means['loss']} in epoch {self.current_epoch}; the checkpoints of earlier "
+                f"the objective became {means['loss']} in epoch {self.current_epoch}. The checkpoints of earlier "
                 f"epochs are intact. Lower nnssl_ext.learning_rate (now {self.initial_lr}) and start anew"
             )
         self.logger.log("lrs", max(group["lr"] for group in self.optimizer.param_groups), self.current_epoch)
@@ -260,7 +260,7 @@ class PretrainingTrainer(ManagedTrainer):
             self.print_to_log_file(f"Solved: {check.solved}")
         if self.log.has_collapsed(bool(check.collapse), check.patience, self.current_epoch):
             raise UserError(
-                f"the features have collapsed ({check.patience} epochs in a row): {check.collapse}; earlier "
+                f"the features have collapsed ({check.patience} epochs in a row): {check.collapse}. Earlier "
                 f"checkpoints are intact"
             )
 

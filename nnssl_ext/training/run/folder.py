@@ -56,7 +56,7 @@ class RunFolder:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise UserError(
-                f"{self.path} belongs to another run, {_described(holder)}; wait for it or stop it"
+                f"{self.path} belongs to another run, {_described(holder)}. Wait for it or stop it"
             ) from error
         except OSError as error:
             raise UserError(f"cannot lock {self.path}: {error.strerror or error}") from error
@@ -119,7 +119,7 @@ class RunFolder:
                 self.log(f"WARNING: going on from the one before it, {path}: the steps since then are done again")
             return content, str(path)
         raise UserError(
-            f"{'; '.join(problems)}; none can be read, and nothing was deleted. Restore one, or start anew without --c"
+            f"{'; '.join(problems)}. None can be read, and nothing was deleted. Restore one, or start anew without --c"
         )
 
 

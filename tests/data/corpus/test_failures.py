@@ -136,7 +136,7 @@ def test_a_full_disk_stops_it_and_a_later_call_goes_on(target: Environment, imag
     """A folder in the place of the scratch folder's cases cannot be written to."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nnssl_ext.data.corpus.corpus.prepare", _disk_is_full)
-        with pytest.raises(UserError, match="No space left on device; make room"):
+        with pytest.raises(UserError, match="No space left on device. Make room"):
             make(images)
     assert manifest()["volumes"] == []
     assert make(images)["counts"]["kept"] == 4

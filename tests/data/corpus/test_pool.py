@@ -10,6 +10,9 @@ import pytest
 from nnssl_ext.data.corpus.pool import Lost, WorkerPool
 from nnssl_ext.errors import UserError
 
+#: Processes and random files: seconds each.
+pytestmark = pytest.mark.integration
+
 
 def work(item: Any) -> Any:
     """Do what an item says."""

@@ -19,6 +19,9 @@ from nnssl_ext.data.corpus.volumes import Unusable, Volume
 from tests.test_fuzz import INPUTS, mutated
 from tests.volumes import volume, write_enhanced, write_image, write_series
 
+#: Processes and random files: seconds each.
+pytestmark = pytest.mark.integration
+
 SHAPE = (5, 6, 7)
 FILES = ("a.nii", "a.nii.gz", "a.mgz", "a.hdr", "a.mha", "a.mhd", "a.nrrd", "a.nhdr")
 

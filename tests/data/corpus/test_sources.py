@@ -65,7 +65,7 @@ def test_channels_are_selected_by_name(with_data: WithData, raw: Path, decathlon
 
 def test_a_target_of_two_channels(with_data: WithData, raw: Path, decathlon: Path, tmp_path: Path) -> None:
     environment = with_data("two_channel")
-    with pytest.raises(UserError, match=r"has channels 'T1', 'T2', the target has 'MR0', 'MR1'; name which to take"):
+    with pytest.raises(UserError, match=r"has channels 'T1', 'T2', the target has 'MR0', 'MR1'. Name which to take"):
         make(raw, like="814")
     made = make(raw, "--channels", "T2,T1", like="814")
     assert made["counts"]["kept"] == 2
@@ -117,7 +117,7 @@ def test_normalization_by_source(with_data: WithData, tmp_path: Path, capsys: py
     # the plan clips to [0, 1] and divides by 1
     assert (values["ct"].min(), values["ct"].max()) == (0.0, 1.0)
     assert values["mr"].std() == pytest.approx(1.0, abs=1e-4)
-    with pytest.raises(UserError, match="unknown scheme; known: CTNormalization"):
+    with pytest.raises(UserError, match="unknown scheme. Known: CTNormalization"):
         make(tmp_path / "ct", "--normalization", "ct=Histogram")
     with pytest.raises(UserError, match="--normalization names 'pet', which is no source"):
         make(tmp_path / "ct", "--normalization", "pet=NoNormalization")

@@ -206,7 +206,7 @@ def test_missing_and_foreign_predictions(predictions: Path) -> None:
 
 
 def test_predict_says_what_is_missing(environment: Environment, predictions: Path) -> None:
-    with pytest.raises(UserError, match="has no finished fold 0, 1, 2, 3, 4; train it, or name the folds with -f"):
+    with pytest.raises(UserError, match="has no finished fold 0, 1, 2, 3, 4. Train it, or name the folds with -f"):
         main(["msd", "predict", "Task04", "-c", "3d_fullres", "-o", str(predictions)])
     with pytest.raises(UserError, match="no test images in"):
         main(["msd", "predict", "Task05", "-c", "3d_fullres", "-o", str(predictions)])

@@ -26,6 +26,8 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.integration
 def test_from_nothing_to_a_page_and_again_in_no_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +98,7 @@ def test_lengths_fit_the_time() -> None:
     assert choose_lengths(60.0, 8, 10, 200).pretraining_epochs == 1
 
 
+@pytest.mark.integration
 def test_a_step_is_measured_before_lengths_are_chosen(tmp_path: Path) -> None:
     source = PhantomSource(PhantomOptions(cases=6, labeled=2, test=1, field_of_view=22.0))
     demo = Demo(tmp_path / "demo", source, minutes=2, settings=TINY)

@@ -96,5 +96,5 @@ def test_refuses(tmp_path: Path, options: PhantomOptions, message: str) -> None:
     with pytest.raises(UserError, match=message):
         write_phantom(tmp_path / "new", options)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="exists; remove it"):
+    with pytest.raises(UserError, match="exists. Remove it"):
         write_phantom(tmp_path, SMALL)

@@ -65,14 +65,14 @@ def test_a_task_becomes_a_raw_data_set(task: Path, tmp_path: Path, packed: bool)
 
 
 def test_names_and_contents_are_checked(task: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist; give a Decathlon task's folder or tar"):
+    with pytest.raises(UserError, match="does not exist. Give a Decathlon task's folder or tar"):
         _ = DecathlonSource(tmp_path / "Task01_Absent").dataset
     with pytest.raises(UserError, match="is not named TaskXX_NAME"):
         _ = DecathlonSource(task.parent).dataset
     with pytest.raises(UserError, match="has 10 labeled cases: too few for 8 and a test set"):
         written(DecathlonSource(task, labeled=8), tmp_path)
     (task / "dataset.json").unlink()
-    with pytest.raises(UserError, match=r"has no dataset\.json; a Decathlon task has"):
+    with pytest.raises(UserError, match=r"has no dataset\.json. A Decathlon task has"):
         DecathlonSource(task).write_raw(tmp_path / "raw", tmp_path / "scratch")
 
 

@@ -139,9 +139,9 @@ def step_of(fold: Path) -> int:
         (
             ["-tr", "nnUNetTrainer", "-device", "cuda"],
             {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"},
-            "no CUDA device was found; use -device cpu",
+            "no CUDA device was found. Use -device cpu",
         ),
-        (["-device", "cuda"], {"CUDA_VISIBLE_DEVICES": ""}, "no CUDA device was found; use -device cpu"),
+        (["-device", "cuda"], {"CUDA_VISIBLE_DEVICES": ""}, "no CUDA device was found. Use -device cpu"),
         (["-device", "mps"], {}, "no MPS device was found"),
         (["--resume"], {}, "unrecognized arguments: --resume"),
         (["--c", "--val"], {}, "--c and --val exclude each other"),
@@ -276,7 +276,7 @@ def signalled(rank: int, *arguments: object) -> None:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT not; start the processes with torchrun"),
+        ({}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT not. Start the processes with torchrun"),
         ({"LOCAL_RANK": "a", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "LOCAL_RANK must be a number, got 'a'"),
     ],
 )

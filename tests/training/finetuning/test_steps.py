@@ -14,6 +14,7 @@ from tests.conftest import Environment
 from tests.support.finetunings import RUN, final, tune
 
 Data = Callable[[str], Environment]
+pytestmark = pytest.mark.usefixtures("training_only")
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:

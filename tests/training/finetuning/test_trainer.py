@@ -24,8 +24,10 @@ from tests.support.finetunings import NAME, RUN, final, kill_at, tune
 from tests.support.runs import trainer_for
 
 Data = Callable[[str], Environment]
+without_validation = pytest.mark.usefixtures("training_only")
 
 
+@without_validation
 @pytest.mark.parametrize(
     ("settings", "step"),
     [
@@ -133,6 +135,7 @@ def test_without_snapshots_stock_validates(with_data: Data) -> None:
     assert not list(fold.glob("checkpoint_step*"))
 
 
+@without_validation
 def test_twins_start_alike_but_for_what_was_pretrained(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = with_data("labelled")
     environment.write_plans("labelled", "scratch", {"finetune": {**RUN, "learning_rate": 0.0, "snapshots": []}})
@@ -157,6 +160,7 @@ def test_twins_start_alike_but_for_what_was_pretrained(with_data: Data, monkeypa
     assert [str(x) for x in seen["scratch"]] == [str(x) for x in seen["pretrained"]]
 
 
+@without_validation
 def test_seeds_and_folds_differ(with_data: Data) -> None:
     environment = with_data("labelled")
     digests = set()
@@ -229,6 +233,7 @@ def test_bad_settings_are_one_line_and_write_nothing(with_data: Data, settings: 
     assert not list(environment.results.rglob("*"))
 
 
+@without_validation
 def test_another_runs_checkpoint_is_refused(with_data: Data) -> None:
     environment = with_data("labelled")
     environment.write_plans("labelled", "run", {"finetune": {**RUN, "snapshots": []}})

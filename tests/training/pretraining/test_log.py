@@ -21,6 +21,7 @@ def test_any_key_one_value_an_epoch_and_repeats_replace() -> None:
     assert log.smoothed_val_loss() == pytest.approx((1 - NEWEST) * 1 + NEWEST * 5)
 
 
+@pytest.mark.draws
 def test_picture_with_any_number_of_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = PretrainingLog(READABLE)
     log.plot_progress_png(str(tmp_path))

@@ -250,6 +250,7 @@ def test_a_terminal_gets_a_progress_bar_and_a_file_does_not(
         assert ("Epoch 0, training" in capsys.readouterr().err) == terminal
 
 
+@pytest.mark.draws
 def test_progress_picture_is_drawn(with_data: Data) -> None:
     environment = with_data("plain")
     environment.write_plans("plain", "quick", {})

@@ -24,12 +24,6 @@ Data = Callable[[str], Environment]
 RUN = {"epochs": 3, "iterations_per_epoch": 2, "save_every": 1}
 
 
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most of these runs' time."""
-    monkeypatch.setattr("nnssl_ext.training.pretraining.log.PretrainingLog.plot_progress_png", lambda *_: None)
-
-
 @pytest.fixture(scope="module")
 def _results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("stopped") / "results"
@@ -187,6 +181,7 @@ def test_a_full_disk_amid_a_run(with_data: Data) -> None:
     no_checkpoint_fits(environment, words, 100_000, fold(environment))
 
 
+@pytest.mark.draws
 def test_no_picture_stays_in_memory(tmp_path: Path) -> None:
     """nnU-Net's, of every epoch: 60 MiB each until Python looks for cycles."""
     log = LocalLogger()

@@ -20,12 +20,6 @@ from tests.support.runs import TRAINER, pretrain, same_run, signal_at
 Data = Callable[[str], Environment]
 
 
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most of these runs' time."""
-    monkeypatch.setattr("nnssl_ext.training.pretraining.log.PretrainingLog.plot_progress_png", lambda *_: None)
-
-
 RUN = {"epochs": 3, "iterations_per_epoch": 3, "save_every": 2}
 
 

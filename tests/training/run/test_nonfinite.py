@@ -20,12 +20,6 @@ from tests.support.runs import pretrain, same_run
 Data = Callable[[str], Environment]
 
 
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most of these runs' time."""
-    monkeypatch.setattr("nnssl_ext.training.pretraining.log.PretrainingLog.plot_progress_png", lambda *_: None)
-
-
 RUN = {"epochs": 2, "iterations_per_epoch": 4}
 
 

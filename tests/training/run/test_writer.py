@@ -22,11 +22,6 @@ from tests.support.runs import pretrain, signal_at
 Data = Callable[[str], Environment]
 
 
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nnssl_ext.training.pretraining.log.PretrainingLog.plot_progress_png", lambda *_: None)
-
-
 def state(value: float) -> dict[str, Any]:
     """A state dict that names its one tensor twice."""
     weights = torch.full((3, 2), value)

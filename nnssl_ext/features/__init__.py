@@ -1,0 +1,1 @@
+"""Extract feature vectors and feature maps with a pretrained encoder."""
