@@ -29,7 +29,7 @@ from nnssl_ext.methods.panels import Panel, axial, principal_colors
 from nnssl_ext.networks.base import Backbone, Triple
 from nnssl_ext.views.masking import expand_blocks
 from nnssl_ext.views.multicrop import crop_views, draw_patch_masks, look_at
-from nnssl_ext.views.random import BatchRandom, to_device
+from nnssl_ext.views.random import BatchRandom, pack_to_device, to_device
 from nnssl_ext.views.spatial import SpatialRange
 
 
@@ -49,6 +49,7 @@ class DINO(Method):
     readable = Readable("masked_patches", "Accuracy on masked patches, among the views of a validation")
     deep_supervision = False
     min_batch_size = 2  # KoLeo needs neighbors
+    picture_samples = 4
 
     settings: DINOSettings
     image_center: Tensor
@@ -159,7 +160,8 @@ class DINO(Method):
         weight = 1 / masked.sum(-1).clamp_min(1) / GLOBALS  # (B, 2)
         views |= {"masked": masked, "masked_index": index, "weight": weight.flatten()[index // number]}
         views["sample"] = index // (GLOBALS * number)
-        views = {name: to_device(value, device) for name, value in views.items()}
+        drawn = {name: value for name, value in views.items() if name not in ("global", "local")}
+        views |= dict(zip(drawn, pack_to_device(list(drawn.values()), device), strict=True))
         if self.student.reader.masks_voxels:
             views["masked_image"] = self._mask(views["global"], views["masked"], random)
         return views
@@ -215,22 +217,25 @@ class DINO(Method):
         return {"loss": loss + (settings.koleo_weight or 0.0) * koleo, "image": image, "patch": patch, "koleo": koleo}
 
     def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
-        clean, masked = views["global"][0], views["masked"][0]
-        image = views["masked_image"][0] if "masked_image" in views else clean
+        # not every sample is masked
+        sample = int(views["masked"].flatten(1).sum(1).argmax())
+        clean, masked = views["global"][sample], views["masked"][sample]
+        image = views["masked_image"][sample] if "masked_image" in views else clean
         tokens = self.teacher.reader(clean)[1], self.student.reader(image, masked)[1]
         colors = [self._volumes(own.unflatten(-1, self.grid)) for own in principal_colors(*tokens)]  # (3, 2, D, H, W)
         masked_voxels = self._volumes(masked.unflatten(-1, self.grid).float()) > 0
+        student, numbers = clean[:, 0].masked_fill(masked_voxels, torch.nan), masked.sum(1).tolist()
         rows = [
             [
                 Panel(f"view {n + 1} (teacher's input)", clean[n, 0]),
-                Panel("masked (student's input)", clean[n, 0].masked_fill(masked_voxels[n], torch.nan)),
+                Panel(f"{numbers[n]} masked patches (student's input)", student[n]),
                 Panel("teacher's tokens (target)", colors[0][:, n], "colors"),
                 Panel("student's tokens", colors[1][:, n], "colors"),
             ]
             for n in range(GLOBALS)
         ]
         if "local" in views:
-            rows.append([Panel(f"local view {n + 1}", view) for n, view in enumerate(axial(views["local"][0]))])
+            rows.append([Panel(f"local view {n + 1}", view) for n, view in enumerate(axial(views["local"][sample]))])
         return rows
 
     def _volumes(self, values: Tensor) -> Tensor:
