@@ -208,21 +208,25 @@ def test_exemplar_shows_the_nearest_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "vit"])
-def test_dino_colors_tokens_and_hides_masked_ones(tmp_path: Path, kind: str) -> None:
-    method, views, rows = shown(tmp_path, "dino", kind, mask_probability=1.0)
+@pytest.mark.parametrize("probability", [1.0, 0.5, 0.0])
+def test_dino_colors_tokens_and_empties_masked_ones(tmp_path: Path, kind: str, probability: float) -> None:
+    method, views, rows = shown(tmp_path, "dino", kind, mask_probability=probability)
     size, patch = method.geometry.crop_size, method.student.reader.patch
+    sample = int(views["masked"].flatten(1).sum(1).argmax())
+    assert views["masked"][sample].any() == (probability > 0)
     with torch.no_grad():
-        tokens = method.teacher.reader(views["global"][0])[1]
+        tokens = method.teacher.reader(views["global"][sample])[1]
     for view, row in enumerate(rows[:2]):
         clean, masked, teacher, student = (panel.data for panel in row)
-        assert torch.equal(clean, views["global"][0, view, 0])
-        hidden = expand_blocks(views["masked"][0, view].unflatten(-1, method.grid).float(), size, patch) > 0
-        assert torch.equal(masked.isnan(), hidden)
-        assert hidden.any()
+        assert torch.equal(clean, views["global"][sample, view, 0])
+        patches = views["masked"][sample, view]
+        expected = expand_blocks(patches.unflatten(-1, method.grid).float(), size, patch) > 0
+        assert torch.equal(masked.isnan(), expected)
+        assert row[1].title.startswith(f"{patches.sum()} masked patches")
         colors = principal_colors(tokens)[0][:, view].unflatten(-1, method.grid)
         assert torch.equal(teacher, expand_blocks(colors, size, patch))
         assert student.shape == teacher.shape
-    assert [tuple(panel.data.shape) for panel in rows[2]] == [tuple(views["local"].shape[-2:])] * 2
+    assert torch.equal(torch.stack([panel.data for panel in rows[2]]), axial(views["local"][sample]))
 
 
 def test_variable_dimension_transform_names_classes(tmp_path: Path) -> None:

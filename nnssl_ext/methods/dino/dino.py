@@ -49,6 +49,7 @@ class DINO(Method):
     readable = Readable("masked_patches", "Accuracy on masked patches, among the views of a validation")
     deep_supervision = False
     min_batch_size = 2  # KoLeo needs neighbors
+    picture_samples = 4
 
     settings: DINOSettings
     image_center: Tensor
@@ -215,22 +216,25 @@ class DINO(Method):
         return {"loss": loss + (settings.koleo_weight or 0.0) * koleo, "image": image, "patch": patch, "koleo": koleo}
 
     def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
-        clean, masked = views["global"][0], views["masked"][0]
-        image = views["masked_image"][0] if "masked_image" in views else clean
+        # not every sample is masked
+        sample = int(views["masked"].flatten(1).sum(1).argmax())
+        clean, masked = views["global"][sample], views["masked"][sample]
+        image = views["masked_image"][sample] if "masked_image" in views else clean
         tokens = self.teacher.reader(clean)[1], self.student.reader(image, masked)[1]
         colors = [self._volumes(own.unflatten(-1, self.grid)) for own in principal_colors(*tokens)]  # (3, 2, D, H, W)
         masked_voxels = self._volumes(masked.unflatten(-1, self.grid).float()) > 0
+        student, numbers = clean[:, 0].masked_fill(masked_voxels, torch.nan), masked.sum(1).tolist()
         rows = [
             [
                 Panel(f"view {n + 1} (teacher's input)", clean[n, 0]),
-                Panel("masked (student's input)", clean[n, 0].masked_fill(masked_voxels[n], torch.nan)),
+                Panel(f"{numbers[n]} masked patches (student's input)", student[n]),
                 Panel("teacher's tokens (target)", colors[0][:, n], "colors"),
                 Panel("student's tokens", colors[1][:, n], "colors"),
             ]
             for n in range(GLOBALS)
         ]
         if "local" in views:
-            rows.append([Panel(f"local view {n + 1}", view) for n, view in enumerate(axial(views["local"][0]))])
+            rows.append([Panel(f"local view {n + 1}", view) for n, view in enumerate(axial(views["local"][sample]))])
         return rows
 
     def _volumes(self, values: Tensor) -> Tensor:
