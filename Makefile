@@ -79,6 +79,7 @@ figures: install
 soak: install
 	$(BIN)/python benchmarks/soak.py --kills 20 --minutes 60 --jobs 2
 	STUDY_KILLS=10 $(BIN)/python -m pytest tests/study/test_study.py -k killed
+	INDUCTOR=1 $(BIN)/python -m pytest tests/training/test_compiled.py -k inductor
 
 fuzz: install
 	FUZZ_INPUTS=4000 $(BIN)/python -m pytest tests/test_fuzz.py

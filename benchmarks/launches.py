@@ -44,7 +44,7 @@ LIMITS = {
     "volume_fusion": 458,
     "masked_autoencoder": 135,
     "contrastive_predictive_coding": 435,
-    "models_genesis": 125,
+    "models_genesis": 129,
     "rotation": 185,
     "jigsaw": 122,
     "relative_patch_location": 123,

@@ -111,16 +111,18 @@ def sinkhorn_bias(vectors: Tensor, prototypes: Tensor, temperature: Tensor | flo
     Returns:
         (K,) the bias.
     """
-    bias = prototypes.new_zeros(len(prototypes), dtype=torch.float32)
-    with torch.autocast(vectors.device.type, enabled=False):
-        chunks = (vectors.float() / temperature).split(max(1, MAX_LOGITS // len(prototypes)))
-        columns = prototypes.float().T
+    bias, kind = prototypes.new_zeros(len(prototypes), dtype=torch.float32), vectors.device.type
+    # logits are products in autocast's type, as those of the targets
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    with torch.autocast(kind, enabled=False):
+        chunks = (vectors.float() / temperature).to(dtype).split(max(1, MAX_LOGITS // len(prototypes)))
+        columns = prototypes.to(dtype).T
         # a single chunk is kept, several are computed again in each iteration
-        kept = chunks[0] @ columns if len(chunks) == 1 else None
+        kept = (chunks[0] @ columns).float() if len(chunks) == 1 else None
         for iteration in range(iterations):
             total = torch.full_like(bias, -torch.inf)
             for chunk in chunks:
-                scores = chunk @ columns if kept is None else kept  # (n, K)
+                scores = (chunk @ columns).float() if kept is None else kept  # (n, K)
                 if iteration:
                     scores = scores - (scores + bias).logsumexp(1, keepdim=True)
                 total = torch.logaddexp(total, scores.logsumexp(0)) if len(chunk) else total

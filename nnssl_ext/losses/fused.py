@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnssl_ext.losses import distillation
+from nnssl_ext.losses import dense, distillation
 from nnssl_ext.losses.dense import IGNORE, SMOOTH
 from nnssl_ext.losses.distillation import Targets
 
@@ -22,9 +22,10 @@ from nnssl_ext.losses.distillation import Targets
 MAX_KOLEO_GRADIENT = 2.0**2
 
 
-@torch.compiler.disable  # compiled, its backward pass would run in autocast's type
 def dice_cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute ``dense.dice_cross_entropy`` with its gradient written out.
+    """Compute ``dense.dice_cross_entropy``, eagerly with its gradient written out.
+
+    A compiler fuses the definition itself.
 
     Args:
         logits: (B, K, D, H, W).
@@ -33,6 +34,9 @@ def dice_cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Dice loss (B,) and cross-entropy (B,); both 0 for a sample without counted voxels.
     """
+    if torch.compiler.is_compiling():
+        with torch.autocast(logits.device.type, enabled=False):
+            return dense.dice_cross_entropy(logits, target)
     return _DiceCrossEntropy.apply(logits, target)
 
 
@@ -55,11 +59,9 @@ class _DiceCrossEntropy(torch.autograd.Function):
         probability.exp_().mul_(counted[:, None])
         chosen = probability.gather(1, label[:, None])[:, 0]  # (B, V)
 
-        # sums over a million voxels want double; sums per class of one value a voxel need no (B, K, V) copies
-        double = torch.float32 if logits.device.type == "mps" else torch.float64
-        none = torch.zeros(logits.shape[:2], dtype=double, device=logits.device)  # (B, K)
-        overlap = none.scatter_add(1, label, chosen.to(double))
-        true = torch.stack([(target == k).sum(1) for k in range(logits.shape[1])], 1)
+        classes = torch.arange(logits.shape[1], dtype=target.dtype, device=logits.device).view(1, -1, 1)
+        truth = target[:, None] == classes  # (B, K, V)
+        overlap, true = torch.where(truth, probability, 0.0).sum(2), truth.sum(2)
         # a class that is neither there nor predicted counts as right: 0 / 0 -> 1
         above, below = 2 * overlap + SMOOTH, true + probability.sum(2) + SMOOTH
         dice = (1 - (above / below).mean(1)) * (voxels > 0)

@@ -125,5 +125,9 @@ class ModelsGenesis(Method):
                 within = bool(chances[4] < s.inside_probability)
                 low, high = (1 / 6, 1 / 3) if within else (3 / 7, 4 / 7)
                 windows = draw_windows(draw, size, number if within else s.outside_windows, low, high)
-                paint(image, *windows, random.normal(sample, image.shape), inside=within)
+                # noise of the image's own range: another range would show where, and which curve
+                noise = torch.rand(image.shape, generator=random.noise(sample), device=image.device)
+                ends = image.flatten(1).aminmax(dim=1)
+                darkest, brightest = ends.min[:, None, None, None], ends.max[:, None, None, None]
+                paint(image, *windows, torch.lerp(darkest, brightest, noise), inside=within)
         return images

@@ -50,6 +50,23 @@ def test_painting_inside_and_outside_are_complements() -> None:
     assert 0 < inner.mean() < 1
 
 
+@pytest.mark.parametrize("inside", [0.0, 1.0])
+def test_painted_noise_has_the_range_of_the_crop(tmp_path: Path, inside: float) -> None:
+    """Also after a falling curve, which moves the intensities of most voxels far from zero."""
+    painted = replace(BARE, paint_probability=1.0, inside_probability=inside)
+    falling = replace(painted, nonlinear_probability=1.0, reversed_probability=1.0)
+    folder = write_cases(tmp_path)
+    for settings in (painted, falling):
+        views = views_of(folder, build(ModelsGenesis, settings), [0, 1])
+        for image, target in zip(views["image"].flatten(0, 1), views["target"].flatten(0, 1), strict=True):
+            assert target.min() - 1e-4 <= image.min() < image.max() <= target.max() + 1e-4
+            if settings is painted:
+                noise = (image[image != target] - target.min()) / (target.max() - target.min())
+                error = 4 * (12 * len(noise)) ** -0.5  # four standard errors of the mean
+                assert noise.mean() == pytest.approx(0.5, abs=error)
+                assert noise.std() == pytest.approx(12**-0.5, abs=error)
+
+
 def test_a_sample_looks_the_same_in_any_batch(tmp_path: Path) -> None:
     folder = write_cases(tmp_path)
     method = build(ModelsGenesis, ModelsGenesisSettings())

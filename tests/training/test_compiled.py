@@ -1,6 +1,7 @@
 """Every method compiled, as nnU-Net does by default on GPUs: traced by Dynamo and AOTAutograd, on the CPU."""
 
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -37,3 +38,24 @@ def test_compiled_it_learns_the_same_and_stays_compiled(
     for key in ("train_losses", "val_losses"):
         assert math.isfinite(compiled["logging"][key][0])
         assert compiled["logging"][key][0] == pytest.approx(eager["logging"][key][0], rel=1e-3)
+
+
+@pytest.mark.skipif(not os.environ.get("INDUCTOR"), reason="a minute of compilation, part of make soak")
+@pytest.mark.parametrize("method", ["volume_fusion"])
+def test_inductor_generates_code_in_bfloat16(with_data: Data, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """The default on GPUs: code is generated, under autocast, and the first losses are those of eager mode."""
+    monkeypatch.setattr("nnssl_ext.training.pretraining.log.PretrainingLog.plot_progress_png", lambda *_: None)
+    environment, trainer = with_data("plain"), TRAINERS[method]
+    run = {**RUN, "iterations_per_epoch": 2, "validation_iterations": 1, "precision": "bfloat16"}
+    losses = {}
+    for name, compiled in (("eager", False), ("inductor", True)):
+        environment.write_plans("plain", name, run)
+        torch._dynamo.reset()
+        counters.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(PretrainingTrainer, "_do_i_compile", lambda _, answer=compiled: answer)
+            folder = pretrain(environment, "plain", name, trainer=trainer)
+        losses[name] = checkpoint.load(folder / "checkpoint_final.pth")["logging"]["train_losses"][0]
+    assert counters["stats"]["unique_graphs"] > 0
+    assert counters["inductor"]
+    assert losses["inductor"] == pytest.approx(losses["eager"], rel=2e-2)

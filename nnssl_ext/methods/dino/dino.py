@@ -29,7 +29,7 @@ from nnssl_ext.methods.panels import Panel, axial, principal_colors
 from nnssl_ext.networks.base import Backbone, Triple
 from nnssl_ext.views.masking import expand_blocks
 from nnssl_ext.views.multicrop import crop_views, draw_patch_masks, look_at
-from nnssl_ext.views.random import BatchRandom, to_device
+from nnssl_ext.views.random import BatchRandom, pack_to_device, to_device
 from nnssl_ext.views.spatial import SpatialRange
 
 
@@ -160,7 +160,8 @@ class DINO(Method):
         weight = 1 / masked.sum(-1).clamp_min(1) / GLOBALS  # (B, 2)
         views |= {"masked": masked, "masked_index": index, "weight": weight.flatten()[index // number]}
         views["sample"] = index // (GLOBALS * number)
-        views = {name: to_device(value, device) for name, value in views.items()}
+        drawn = {name: value for name, value in views.items() if name not in ("global", "local")}
+        views |= dict(zip(drawn, pack_to_device(list(drawn.values()), device), strict=True))
         if self.student.reader.masks_voxels:
             views["masked_image"] = self._mask(views["global"], views["masked"], random)
         return views
