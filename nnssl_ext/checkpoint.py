@@ -133,8 +133,8 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # damaged archives raise OSError, RuntimeError, EOFError, UnpicklingError, ...
         raise UserError(
-            f"checkpoint {path} is damaged or no pretraining checkpoint ({type(error).__name__}); "
-            f"delete it to go on from an earlier one"
+            f"checkpoint {path} is damaged or no pretraining checkpoint ({type(error).__name__}). "
+            f"Delete it to go on from an earlier one"
         ) from error
     verify(content, path)
     return content

@@ -66,11 +66,11 @@ def find_trainer(name: str) -> type:
             raise UserError(f"trainer '{name}' cannot be used: {type(error).__name__}: {error}") from error
         near = difflib.get_close_matches(name, [*our_trainers(), *_stock_trainers()], n=1, cutoff=0.4)
         hint = (
-            f"did you mean '{near[0]}'?"
+            f"Did you mean '{near[0]}'?"
             if near
-            else "nnssl_ext methods lists ours; is its folder in nnUNet_extTrainer?"
+            else "nnssl_ext methods lists ours. Is its folder in nnUNet_extTrainer?"
         )
-        raise UserError(f"trainer '{name}' was not found by nnU-Net; {hint}") from error
+        raise UserError(f"trainer '{name}' was not found by nnU-Net. {hint}") from error
 
 
 def failing_modules(folder: Path) -> Iterator[tuple[Path, str]]:

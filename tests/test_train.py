@@ -39,7 +39,7 @@ Data = Callable[[str], Environment]
         (["Task04_Hippocampus", "3d_fullres", "0"], "'Task04_Hippocampus' is a name of nnU-Net v1 or of the Decathlon"),
         (
             ["811", "3d_fullres", "0", "-tr", "nnsslTrainer_VolumeFuison"],
-            r"trainer 'nnsslTrainer_VolumeFuison' was not found by nnU-Net; did you mean 'nnsslTrainer_VolumeFusion'\?",
+            r"trainer 'nnsslTrainer_VolumeFuison' was not found by nnU-Net. Did you mean 'nnsslTrainer_VolumeFusion'\?",
         ),
         (["811", "3d_fullres", "0", "-tr", "nnUNetTrainr"], r"did you mean 'nnUNetTrainer'\?"),
     ],
@@ -169,7 +169,7 @@ def test_the_command_is_in_utf8_whatever_the_locale(environment: Environment) ->
     ("content", "message"),
     [
         ("page", r"w.pth is no checkpoint that can be read"),
-        ({"state_dict": {}}, "w.pth has no 'network_weights', which nnU-Net expects; fit it with nnssl_ext transfer"),
+        ({"state_dict": {}}, "w.pth has no 'network_weights', which nnU-Net expects. Fit it with nnssl_ext transfer"),
         ({"network_weights": {}}, r"'encoder.stages.0.0.convs.0.conv.weight' is missing and \d+ more tensors"),
         ("narrow", r"conv.weight' is \(7, 1, 3, 3, 3\) there, expected \(\d+, 1, 3, 3, 3\) and .*nnssl_ext transfer"),
     ],

@@ -103,6 +103,6 @@ def backbone_of(network: nn.Module) -> Backbone:
 
         return PrimusBackbone(network)
     raise ValueError(
-        f"cannot pretrain a network of type {type(network).__module__}.{type(network).__name__}; "
-        f"known are PlainConvUNet, ResidualEncoderUNet, ResidualUNet, Primus, ViTUNETR and PCTNet"
+        f"cannot pretrain a network of type {type(network).__module__}.{type(network).__name__}. Expected "
+        f"PlainConvUNet, ResidualEncoderUNet, ResidualUNet, Primus, ViTUNETR or PCTNet"
     )

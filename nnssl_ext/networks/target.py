@@ -83,9 +83,9 @@ def check_stock_weights(file: Path, trainer_class: Any, plans: dict, configurati
             f"{file} is no checkpoint that can be read ({type(error).__name__}). Give a .pth file"
         ) from error
     weights = content.get("network_weights") if isinstance(content, dict) else None
-    advice = f"fit it with nnssl_ext transfer {file} -d DATASET -c {configuration} -o FILE"
+    advice = f"Fit it with nnssl_ext transfer {file} -d DATASET -c {configuration} -o FILE"
     if not isinstance(weights, dict):
-        raise UserError(f"{file} has no 'network_weights', which nnU-Net expects; {advice}")
+        raise UserError(f"{file} has no 'network_weights', which nnU-Net expects. {advice}")
     manager = PlansManager(plans)
     config = manager.get_configuration(configuration)
     try:
@@ -98,7 +98,7 @@ def check_stock_weights(file: Path, trainer_class: Any, plans: dict, configurati
     wrong = [line for name, tensor in network.state_dict().items() if (line := _misfit(name, tensor, weights))]
     if wrong:
         more = f" and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
-        raise UserError(f"{file} does not fit the network of plans {manager.plans_name}: {wrong[0]}{more}; {advice}")
+        raise UserError(f"{file} does not fit the network of plans {manager.plans_name}: {wrong[0]}{more}. {advice}")
 
 
 def _misfit(name: str, tensor: Tensor, weights: dict[str, Any]) -> str:

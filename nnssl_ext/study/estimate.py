@@ -67,7 +67,7 @@ def estimate(grid: Grid) -> Estimate:
         except (torch.OutOfMemoryError, BrokenProcessPool) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(
-                f"{grid.protocol.dataset}: a step of this network could not be timed on the GPU ({reason}); "
+                f"{grid.protocol.dataset}: a step of this network could not be timed on the GPU ({reason}). "
                 f"nnssl_ext plan --gpu-memory-target finds a batch that fits"
             ) from error
 

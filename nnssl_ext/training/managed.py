@@ -89,9 +89,7 @@ class ManagedTrainer(nnUNetTrainer):
     def check(
         self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device
     ) -> tuple[CommonSettings, str]:
-        """Check all input before anything is written.
-
-        Return the common settings and the precision.
+        """Check all input before writing. Return the common settings and the precision.
 
         Raises:
             UserError: One line about the first thing that cannot work.

@@ -173,7 +173,7 @@ def _refuse_unfilled(source: PretrainedWeights, target: TargetNetwork, report: R
     if report.encoder_share < LEAST_ENCODER and not allow_partial:
         raise UserError(
             f"only {report.encoder_share:.1%} of the encoder would come from {source.path.name} ({source.kind})."
-            f"{advice} {' '.join(report.remarks)} Nothing was written; --allow-partial does it nevertheless"
+            f"{advice} {' '.join(report.remarks)} Nothing was written. --allow-partial does it nevertheless"
         )
 
 

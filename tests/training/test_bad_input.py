@@ -74,7 +74,7 @@ def test_unknown_network(plain: Environment) -> None:
     plain.write_plans("plain", "run", {}, other)
     refused(
         plain,
-        "cannot pretrain a network of type tests.training.test_bad_input.Unknown; known are PlainConvUNet",
+        "cannot pretrain a network of type tests.training.test_bad_input.Unknown. Expected PlainConvUNet",
     )
 
 

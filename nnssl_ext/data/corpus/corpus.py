@@ -126,7 +126,7 @@ class Corpus:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
             if not manifest.counts()[KEPT]:
-                raise UserError(f"no volume of the sources can be used; {self.folder / 'corpus.json'} says why")
+                raise UserError(f"no volume of the sources can be used. {self.folder / 'corpus.json'} says why")
             self._describe(self.folder, manifest)
         return manifest
 

@@ -108,8 +108,8 @@ def _check_place(place: Place, options: argparse.Namespace) -> None:
         return
     if options.device != "cuda":
         raise UserError(
-            f"trainer '{options.tr}' takes GPUs only where there are several processes, got -device {options.device}; "
-            f"start it with nnUNetv2_train, or take one of the pretraining trainers"
+            f"trainer '{options.tr}' takes GPUs only where there are several processes, got -device {options.device}. "
+            f"Start it with nnUNetv2_train, or take one of the pretraining trainers"
         )
     if not place.alone:
         raise UserError(

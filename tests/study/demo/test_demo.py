@@ -17,7 +17,7 @@ from nnssl_ext.study.page import Page, Section, Table, render
 from tests.trainers import SHORT, short_trainer
 
 TINY = [
-    "epochs=1",
+    "epochs=2",
     "iterations_per_epoch=2",
     "validation_iterations=1",
     "architecture.features_base=4",
