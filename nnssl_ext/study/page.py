@@ -24,10 +24,11 @@ class Table:
 
 @dataclass
 class Picture:
-    """A PNG with its caption."""
+    """A PNG with its caption. ``wide`` gives it the width of the page."""
 
     image: bytes
     caption: str = ""
+    wide: bool = False
 
     @property
     def encoded(self) -> str:

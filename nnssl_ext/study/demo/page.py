@@ -44,7 +44,7 @@ def write_page(demo: Demo) -> Path:
         Section(
             "Dice per class", ["Bars are means, dots are test cases."], plots=[Picture(pictures.bars(_by_class(dice)))]
         ),
-        Section("Training", plots=_curves(demo)),
+        *_training(demo),
         *_pretext(demo),
         _commands_run(demo),
         _own_data(demo),
@@ -89,16 +89,23 @@ def _by_class(dice: dict[str, pd.DataFrame]) -> dict[str, dict[str, list[float]]
     }
 
 
-def _curves(demo: Demo) -> list[Picture]:
+def _training(demo: Demo) -> list[Section]:
+    """Draw what has more than one epoch."""
     log, readable = training_log(demo.weights), METHODS[demo.method].readable
     losses = {"training": log["train_losses"], "validation": log["val_losses"]}
     dice = {arm: training_log(demo.results(arm) / "checkpoint_final.pth")["mean_fg_dice"] for arm in ARMS}
     validation = {"validation": log[f"val_{readable.key}"]}
-    return [
-        Picture(pictures.curves("loss", losses), "Pretraining: objective"),
-        Picture(pictures.curves(readable.title, validation), f"Pretraining: {readable.title}"),
-        Picture(pictures.curves("Dice", dice), "Fine-tuning: Dice on validation patches"),
+    shown: list[tuple[str, str, dict[str, list[float]]]] = [
+        ("loss", "Pretraining: objective", losses),
+        (readable.title, f"Pretraining: {readable.title}", validation),
+        ("Dice", "Fine-tuning: Dice on validation patches", dice),
     ]
+    plots = [
+        Picture(pictures.curves(label, lines), title)
+        for label, title, lines in shown
+        if max(map(len, lines.values())) > 1
+    ]
+    return [Section("Training", plots=plots)] if plots else []
 
 
 def _pretext(demo: Demo) -> list[Section]:
@@ -110,7 +117,7 @@ def _pretext(demo: Demo) -> list[Section]:
         Section(
             "The pretraining task",
             ["One validation sample: input, target and prediction."],
-            plots=[Picture(picture.read_bytes())],
+            plots=[Picture(picture.read_bytes(), wide=True)],
         )
     ]
 

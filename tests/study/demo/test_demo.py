@@ -17,7 +17,7 @@ from nnssl_ext.study.page import Page, Section, Table, render
 from tests.trainers import SHORT, short_trainer
 
 TINY = [
-    "epochs=1",
+    "epochs=2",
     "iterations_per_epoch=2",
     "validation_iterations=1",
     "architecture.features_base=4",
@@ -55,7 +55,15 @@ def test_from_nothing_to_a_page_and_again_in_no_time(
     page = write_page(demo)
     assert capsys.readouterr().out.count("done before") == 4
     text = page.read_text()
-    for words in (*ORGANS, "from scratch", "VolumeFusion", "no evidence", "-pretrained_weights", "nnUNetv2_train 900"):
+    for words in (
+        *ORGANS,
+        "from scratch",
+        "The pretraining task",
+        "VolumeFusion",
+        "no evidence",
+        "-pretrained_weights",
+        "nnUNetv2_train 900",
+    ):
         assert words in text
     assert text.count("data:image/png;base64,") >= 4 + 9  # plots, and three tiles of each of three cases
     assert not re.findall(r'(?:src|href)="(?!data:)', text)
