@@ -41,7 +41,7 @@ Data = Callable[[str], Environment]
             ["811", "3d_fullres", "0", "-tr", "nnsslTrainer_VolumeFuison"],
             r"trainer 'nnsslTrainer_VolumeFuison' was not found by nnU-Net. Did you mean 'nnsslTrainer_VolumeFusion'\?",
         ),
-        (["811", "3d_fullres", "0", "-tr", "nnUNetTrainr"], r"did you mean 'nnUNetTrainer'\?"),
+        (["811", "3d_fullres", "0", "-tr", "nnUNetTrainr"], r"Did you mean 'nnUNetTrainer'\?"),
     ],
 )
 def test_one_line_instead_of_a_traceback(with_data: Data, words: list[str], message: str) -> None:

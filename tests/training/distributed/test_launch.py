@@ -134,7 +134,7 @@ def step_of(fold: Path) -> int:
     ("arguments", "change", "message"),
     [
         (["-num_gpus", "2"], {}, "-num_gpus 2 needs -device cuda, got cpu"),
-        (["-tr", "nnsslTrainer_VolumeFuison"], {}, "did you mean 'nnsslTrainer_VolumeFusion'"),
+        (["-tr", "nnsslTrainer_VolumeFuison"], {}, "Did you mean 'nnsslTrainer_VolumeFusion'"),
         (["-tr", "nnUNetTrainer"], {}, "trainer 'nnUNetTrainer' takes GPUs only where there are several processes"),
         (
             ["-tr", "nnUNetTrainer", "-device", "cuda"],
