@@ -68,7 +68,7 @@ def test_a_malicious_checkpoint_is_not_executed_by_any_command(with_data: Data, 
             assert ended.value.code not in (0, None)
         for name in ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_previous.pth"):
             (fold / name).write_bytes(file.read_bytes())
-            with pytest.raises(UserError, match="none can be read"):
+            with pytest.raises(UserError, match="None can be read"):
                 pretrain(environment, "plain", "run", c=True)
             (fold / name).unlink()
     assert not Path("executed").exists()

@@ -23,6 +23,7 @@ from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readab
 from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.methods.panels import Panel
 from nnssl_ext.networks.base import Backbone
+from nnssl_ext.networks.heads import TokenDecoder
 from nnssl_ext.networks.visible_norms import VisibleNorms
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
@@ -58,6 +59,9 @@ class MaskedAutoencoderSettings(SharedSettings):
         "Vision transformers encode visible tokens alone, a quarter of the cost. The mask token replaces the others.",
         source=HE,
     )
+    decoder_depth: int = setting(
+        2, "Transformer blocks behind the encoder where masked tokens are left out.", source=f"8 in {HE}", low=1
+    )
     normalize_target: bool = setting(
         False, "Predict voxels normalized by their block's mean and deviation.", source=f"an option of {HE}"
     )
@@ -87,6 +91,8 @@ class MaskedAutoencoder(Method):
         self.block_size = settings.block_size or default_block(geometry, self.token)
         if self.token:
             backbone.train_mask_token()
+            grid = [edge // step for edge, step in zip(geometry.crop_size, self.token, strict=True)]
+            self.token_decoder = TokenDecoder(width=backbone.channels[-1], grid=grid, depth=settings.decoder_depth)
             self.visible_count = _visible_count(geometry.crop_size, self.block_size, self.token, settings.mask_ratio)
         self.visible = VisibleNorms(self.network) if settings.visible_norms else None
 
@@ -153,7 +159,9 @@ class MaskedAutoencoder(Method):
         return result
 
     def _restore(self, image: Tensor, views: dict[str, Tensor]) -> Tensor:
-        return self.backbone.visible_output(image, views["tokens"]) if self.token else self.network(image)
+        if not self.token:
+            return self.network(image)
+        return self.backbone.visible_output(image, views["tokens"], self.token_decoder)
 
     def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
         first = {name: value[:1] for name, value in views.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -18,6 +18,8 @@ from nnssl_ext.networks.activation_checkpointing import checkpoint_activations
 
 #: Edges or strides along D, H and W.
 Triple = tuple[int, int, int]
+#: A change of all tokens, (B, N, E) -> (B, N, E).
+Decode = Callable[[Tensor], Tensor]
 #: Name of the layers that stock nnU-Net does not transfer.
 HEADS = ".seg_layers."
 
@@ -85,12 +87,15 @@ class Backbone(ABC):
     def train_mask_token(self) -> None:  # noqa: B027 a default
         """Train the mask token, for an objective that masks tokens. Networks without a trainable one do nothing."""
 
-    def visible_output(self, image: Tensor, visible: Tensor) -> Tensor:
+    def visible_output(
+        self, image: Tensor, visible: Tensor, decode: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Run the network without its masked tokens. The mask token takes their place in the decoder.
 
         Args:
             image: (B, C, D, H, W).
             visible: (B, V) positions of the visible tokens.
+            decode: Applied to the encoder's tokens (B, N, E) with the mask token in the place of the others.
         """
         raise NotImplementedError("only vision transformers leave out tokens")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -63,3 +64,47 @@ def layers(widths: Sequence[int]) -> list[nn.Module]:
             modules += [nn.LayerNorm(inputs), nn.GELU()]
         modules.append(nn.Linear(inputs, outputs))
     return modules
+
+
+class TokenDecoder(nn.Module):
+    """Let masked tokens attend to the visible ones, for pretraining alone: (B, N, E) -> (B, N, E).
+
+    He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022: a light transformer with fixed positions
+    behind the encoder.
+
+    Args:
+        width: E.
+        grid: Tokens per axis, N together.
+        depth: Number of blocks.
+    """
+
+    positions: Tensor
+
+    def __init__(self, *, width: int, grid: Sequence[int], depth: int) -> None:
+        super().__init__()
+        heads = next(number for number in (8, 6, 4, 3, 2, 1) if width % number == 0)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.register_buffer("positions", sine_positions(grid, width), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.positions.to(tokens.dtype)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+
+def sine_positions(grid: Sequence[int], width: int) -> Tensor:
+    """Compute sines and cosines of each axis's place, (1, N, width). Features that three axes do not fill are 0."""
+    number = width // (2 * len(grid))
+    rates = 100.0 ** -(torch.arange(number) / max(1, number))
+    places = torch.stack(torch.meshgrid(*(torch.arange(edge) for edge in grid), indexing="ij"), -1).flatten(0, -2)
+    angles = (places[:, :, None] * rates).flatten(1)  # (N, 3 number)
+    found = torch.zeros(1, len(places), width)
+    found[0, :, : 2 * angles.shape[1]] = torch.cat([angles.sin(), angles.cos()], 1)
+    return found

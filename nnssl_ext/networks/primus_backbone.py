@@ -59,8 +59,13 @@ class PrimusBackbone(Backbone):
         """Return the normed tokens as a map, [(B, E, d, h, w)]. Positions are resized to the image's grid."""
         return [self._encode(image)][:stages]
 
-    def visible_output(self, image: Tensor, visible: Tensor) -> Tensor:
-        return self.network.up_projection(self._encode(image, visible))
+    def visible_output(
+        self, image: Tensor, visible: Tensor, decode: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        tokens = self._encode(image, visible)
+        if decode is not None:
+            tokens = decode(tokens.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, tokens.shape[2:])
+        return self.network.up_projection(tokens)
 
     def _encode(self, image: Tensor, visible: Tensor | None = None) -> Tensor:
         """Encode the visible tokens (B, V), None for all. Return a map with the mask token for the others."""

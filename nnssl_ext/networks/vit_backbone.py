@@ -55,8 +55,10 @@ class ViTBackbone(Backbone):
         """
         return self.encoder(image, mask)
 
-    def visible_output(self, image: Tensor, visible: Tensor) -> Tensor:
-        return self.network(image, visible)
+    def visible_output(
+        self, image: Tensor, visible: Tensor, decode: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        return self.network(image, visible, decode)
 
     def train_mask_token(self) -> None:
         """Train the mask token."""

@@ -9,6 +9,7 @@ from torch import nn
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import DataGeometry
 from nnssl_ext.methods.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderSettings, default_block
+from nnssl_ext.networks.heads import sine_positions
 from nnssl_ext.networks.visible_norms import VisibleNorms
 from nnssl_ext.views.masking import block_moments, expand_blocks
 from nnssl_ext.views.random import VIEWS, BatchRandom
@@ -183,6 +184,16 @@ def test_a_transformer_leaves_out_masked_tokens(folder: Path) -> None:
     gradient = method.backbone.encoder.mask_token.grad
     assert gradient is not None
     assert gradient.abs().sum() > 0
+    # masked voxels are predicted from the visible ones: their error reaches every block of the encoder
+    for block in method.backbone.encoder.blocks:
+        assert block.attn.qkv.weight.grad.abs().sum() > 0
+
+
+def test_positions_tell_tokens_apart() -> None:
+    positions = sine_positions((3, 4, 2), 32)
+    assert positions.shape == (1, 24, 32)
+    assert len(positions[0].unique(dim=0)) == 24
+    assert (positions[0, :, 30:] == 0).all()
 
 
 def test_blocks_of_a_transformer_are_whole_tokens(folder: Path) -> None:

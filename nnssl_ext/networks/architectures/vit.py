@@ -10,7 +10,7 @@ B batch, C channel, D H W voxels, d h w tokens per axis, N = d h w tokens, E wid
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -279,10 +279,13 @@ class ViTUNETR(nn.Module):
         """Choose strides for tokens of about 16 voxels."""
         return halving_strides(spacing, len(STRIDES) - 1)
 
-    def forward(self, image: Tensor, visible: Tensor | None = None) -> Tensor | list[Tensor]:
+    def forward(
+        self, image: Tensor, visible: Tensor | None = None, decode: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor | list[Tensor]:
         """Segment (B, C, D, H, W), at one or all resolutions.
 
-        ``visible`` (B, V) are the positions of the patches to encode; None encodes all.
+        ``visible`` (B, V) are the positions of the patches to encode; None encodes all. ``decode`` then changes the
+        deepest tokens (B, N, E), in which the mask token stands for the others.
         """
         size = image.shape[2:]
         if any(edge % stride for edge, stride in zip(size, self.backbone.patch, strict=True)):
@@ -292,7 +295,10 @@ class ViTUNETR(nn.Module):
             tokens = encoder.layers(image, self.read)
         else:
             tokens = encoder.visible_layers(image, self.read, visible)
-        return self.decoder(image, [as_map(layer[:, 1:], encoder.grid(size)) for layer in tokens])
+        patches = [layer[:, 1:] for layer in tokens]
+        if decode is not None:
+            patches[-1] = decode(patches[-1])
+        return self.decoder(image, [as_map(layer, encoder.grid(size)) for layer in patches])
 
 
 def as_map(tokens: Tensor, grid: Sequence[int]) -> Tensor:
