@@ -15,7 +15,7 @@ from dynamic_network_architectures.architectures.primus import Primus
 from timm.layers import build_rotary_pos_embed
 from torch import Tensor, nn
 
-from nnssl_ext.networks.base import Backbone, LearnedPositions, edges_problem
+from nnssl_ext.networks.base import Backbone, Decode, LearnedPositions, edges_problem
 from nnssl_ext.networks.positions import resize_positions
 
 #: Image edges from which a token's edges are measured. Every published token divides them.
@@ -59,9 +59,7 @@ class PrimusBackbone(Backbone):
         """Return the normed tokens as a map, [(B, E, d, h, w)]. Positions are resized to the image's grid."""
         return [self._encode(image)][:stages]
 
-    def visible_output(
-        self, image: Tensor, visible: Tensor, decode: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
+    def visible_output(self, image: Tensor, visible: Tensor, decode: Decode | None = None) -> Tensor:
         tokens = self._encode(image, visible)
         if decode is not None:
             tokens = decode(tokens.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, tokens.shape[2:])

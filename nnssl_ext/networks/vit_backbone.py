@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from nnssl_ext.networks.architectures.vit import ViTUNETR, as_map
-from nnssl_ext.networks.base import Backbone, LearnedPositions, edges_problem
+from nnssl_ext.networks.base import Backbone, Decode, LearnedPositions, edges_problem
 
 
 class ViTBackbone(Backbone):
@@ -55,9 +55,7 @@ class ViTBackbone(Backbone):
         """
         return self.encoder(image, mask)
 
-    def visible_output(
-        self, image: Tensor, visible: Tensor, decode: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
+    def visible_output(self, image: Tensor, visible: Tensor, decode: Decode | None = None) -> Tensor:
         return self.network(image, visible, decode)
 
     def train_mask_token(self) -> None:
