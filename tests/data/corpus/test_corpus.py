@@ -227,7 +227,7 @@ def test_a_conversion_beside_its_series_is_a_duplicate(target: Environment, tmp_
         ("-n a__b", "-n letters, digits and hyphens, got 851 and 'a__b'"),
         ("-c 2d", "is 2-D; give 3d_fullres"),
         ("-c 4d", "have no configuration '4d'. They have 2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres$"),
-        ("--channels images=T9", "name which to take"),
+        ("--channels images=T9", "Name which to take"),
     ],
 )
 def test_impossible_words_write_nothing(target: Environment, images: Path, command: str, message: str) -> None:

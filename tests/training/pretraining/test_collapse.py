@@ -18,6 +18,7 @@ SMALL = {
     "prototypes": 64,
     "token_stride": 4,
     "mask_probability": 1.0,
+    "teacher_momentum": 0.996,
 }
 #: Targets that are neither centred nor sharpened.
 BROKEN = {
