@@ -84,7 +84,7 @@ def test_with_none_valid_the_run_stops_and_everything_stays(stopped: Environment
         truncate(file)
     before = [file.read_bytes() for file in files]
     with pytest.raises(
-        UserError, match="latest.pth is damaged.*previous.pth is.*best.pth is.*none can be read"
+        UserError, match="latest.pth is damaged.*previous.pth is.*best.pth is.*None can be read"
     ) as error:
         pretrain(stopped, "plain", "broken", c=True)
     assert "\n" not in str(error.value)
