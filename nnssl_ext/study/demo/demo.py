@@ -59,6 +59,16 @@ class Lengths:
         """Return the epochs of the fine-tuner, from its name."""
         return int("".join(character for character in self.finetuner if character.isdigit()) or 1000)
 
+    @property
+    def caution(self) -> str:
+        """Return what a reader must know of shortened trainings, '' if they have their length."""
+        if not self.patch_limit:
+            return ""
+        return (
+            f"This machine was too slow or too busy for the time: a step took {self.seconds_per_step:.1f} s. Crops and "
+            f"trainings are so short that their Dice means nothing. Give more --minutes, with nothing else running."
+        )
+
 
 def choose_lengths(seconds: float, minutes: float, epochs: int, steps: int) -> Lengths:
     """Choose lengths that fit the time, the longest first.
@@ -236,6 +246,8 @@ class Demo:
             seconds = seconds_per_step(plans, CONFIGURATION, dataset_json, CommonSettings(), device)
             steps = int(recipe.settings["iterations_per_epoch"])
             lengths = choose_lengths(seconds, self.minutes, self._recipe_epochs, steps)
+            if lengths.caution:
+                print(lengths.caution, flush=True)
         write_json(asdict(lengths), self._lengths_file)
 
     def _derive_command(self) -> list[str]:

@@ -38,6 +38,7 @@ def write_page(demo: Demo) -> Path:
         f"{labeled} labeled cases for {finetuning:,} steps and tested on {test} cases.",
         "One run of each arm on a small network: the page shows that the pipeline works. It is no evidence for or "
         "against pretraining. Two runs often differ by several points.",
+        *([demo.lengths.caution] if demo.lengths.caution else []),
     ]
     sections = [
         Section("Test cases", tiles=_tiles(demo, dice)),

@@ -102,6 +102,9 @@ def test_lengths_fit_the_time() -> None:
     assert slow.finetuner == SHORT_STOCK
     assert 1 <= slow.pretraining_epochs < 10
     assert slowest.patch_limit == 16
+    assert "a step took 1.0 s. Crops and trainings are so short" in slowest.caution
+    assert not fast.caution
+    assert not slow.caution
     # never less than one epoch, however slow the machine is
     assert choose_lengths(60.0, 8, 10, 200).pretraining_epochs == 1
 
