@@ -96,6 +96,12 @@ def update_center(center: Tensor, vectors: Tensor, prototypes: Tensor, momentum:
         return torch.lerp(center, mean, (1 - momentum) * total[-1].clamp_max(1))
 
 
+def product_dtype(tensor: Tensor, otherwise: torch.dtype) -> torch.dtype:
+    """Return the type of matrix products under autocast, another without it."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else otherwise
+
+
 def sinkhorn_bias(vectors: Tensor, prototypes: Tensor, temperature: Tensor | float, iterations: int = 3) -> Tensor:
     """Compute the bias that spreads targets evenly.
 
@@ -111,10 +117,9 @@ def sinkhorn_bias(vectors: Tensor, prototypes: Tensor, temperature: Tensor | flo
     Returns:
         (K,) the bias.
     """
-    bias, kind = prototypes.new_zeros(len(prototypes), dtype=torch.float32), vectors.device.type
-    # logits are products in autocast's type, as those of the targets
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-    with torch.autocast(kind, enabled=False):
+    bias = prototypes.new_zeros(len(prototypes), dtype=torch.float32)
+    dtype = product_dtype(vectors, torch.float32)  # logits are products in autocast's type, as those of the targets
+    with torch.autocast(vectors.device.type, enabled=False):
         chunks = (vectors.float() / temperature).to(dtype).split(max(1, MAX_LOGITS // len(prototypes)))
         columns = prototypes.to(dtype).T
         # a single chunk is kept, several are computed again in each iteration

@@ -110,11 +110,10 @@ def prototype_cross_entropy(
     Returns:
         The total () with gradient, and the losses (N,) without; float32.
     """
-    kind = student.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else student.dtype
+    dtype = distillation.product_dtype(student, student.dtype)
     weight = student.new_ones(len(student), dtype=torch.float32) if weight is None else weight
     # only the two products with the prototypes are in autocast's type
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(student.device.type, enabled=False):
         total, rows = _PrototypeCrossEntropy.apply(
             student,
             prototype_weight,

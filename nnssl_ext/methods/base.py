@@ -88,6 +88,11 @@ class ParameterGroup:
     frozen: float = 0.0
 
 
+def decays(parameter: nn.Parameter) -> bool:
+    """Return whether weight decay suits a parameter: not biases, norms and tokens."""
+    return parameter.ndim > 1 and len(parameter) > 1
+
+
 @dataclass(frozen=True)
 class Readable:
     """Name a measure that people can interpret. ``key`` is its name in ``forward``'s result."""
@@ -206,9 +211,8 @@ class Method(nn.Module, ABC):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not self.backbone.is_transformer:
             return [ParameterGroup(trained)]
-        plain = [parameter for parameter in trained if parameter.ndim < 2 or len(parameter) == 1]
-        own = {id(parameter) for parameter in plain}
-        decayed = [parameter for parameter in trained if id(parameter) not in own]
+        decayed = [parameter for parameter in trained if decays(parameter)]
+        plain = [parameter for parameter in trained if not decays(parameter)]
         return [ParameterGroup(decayed), ParameterGroup(plain, weight_decay_scale=0.0)]
 
     def clipped_modules(self) -> list[nn.Module]:

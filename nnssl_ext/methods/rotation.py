@@ -190,11 +190,10 @@ class Rotation(EncoderMethod):
         """Tell when the rotation is recognized in nearly all crops."""
         if measures["accuracy"] < SOLVED:
             return ValidationCheck()
-        advice = "set rotation.reconstruction=1, or take another method" if not self.settings.reconstruction else ""
-        return ValidationCheck(
-            solved=f"{measures['accuracy']:.2f} of the rotations are recognized, so more steps teach the encoder little"
-            + (f". To learn on, {advice}" if advice else "")
-        )
+        solved = f"{measures['accuracy']:.2f} of the rotations are recognized, so more steps teach the encoder little"
+        if not self.settings.reconstruction:
+            solved += ". To learn on, set rotation.reconstruction=1, or take another method"
+        return ValidationCheck(solved=solved)
 
     def _encode(self, views: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return features (B, N, 8 F) and, with reconstruction, the restored crops (B N, C, D, H, W)."""

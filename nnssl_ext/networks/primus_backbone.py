@@ -60,13 +60,14 @@ class PrimusBackbone(Backbone):
         return [self._encode(image)][:stages]
 
     def visible_output(self, image: Tensor, visible: Tensor, decode: Decode | None = None) -> Tensor:
-        tokens = self._encode(image, visible)
-        if decode is not None:
-            tokens = decode(tokens.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, tokens.shape[2:])
-        return self.network.up_projection(tokens)
+        return self.network.up_projection(self._encode(image, visible, decode))
 
-    def _encode(self, image: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Encode the visible tokens (B, V), None for all. Return a map with the mask token for the others."""
+    def _encode(self, image: Tensor, visible: Tensor | None = None, decode: Decode | None = None) -> Tensor:
+        """Encode tokens into a map.
+
+        Without those that are not ``visible`` (B, V), if given. The mask token then stands for them, and ``decode``
+        changes all tokens.
+        """
         network, eva = self.network, self.network.eva
         tokens = network.down_projection(image)
         grid = tokens.shape[2:]
@@ -88,6 +89,8 @@ class PrimusBackbone(Backbone):
         tokens = eva.norm(tokens)[:, registers:]
         if visible is not None:
             tokens = full.to(tokens.dtype).scatter(1, index, tokens)
+        if decode is not None:
+            tokens = decode(tokens)
         return tokens.transpose(1, 2).unflatten(2, grid)
 
     def learned_positions(self) -> LearnedPositions | None:

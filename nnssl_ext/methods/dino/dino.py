@@ -18,10 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
-from nnssl_ext.losses.distillation import Targets, koleo, sinkhorn_bias, update_center
+from nnssl_ext.losses.distillation import Targets, koleo, product_dtype, sinkhorn_bias, update_center
 from nnssl_ext.losses.fused import attach_gradient, limit_koleo_gradient, prototype_cross_entropy
 from nnssl_ext.losses.gather import gather_samples
-from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, ParameterGroup, Readable, ValidationCheck
+from nnssl_ext.methods.base import (
+    DataGeometry,
+    Method,
+    OptimizerRecipe,
+    ParameterGroup,
+    Readable,
+    ValidationCheck,
+    decays,
+)
 from nnssl_ext.methods.dino.health import ValidationBuffer, kept_patches, sign_of_collapse
 from nnssl_ext.methods.dino.networks import DistilledNetwork, reader_of
 from nnssl_ext.methods.dino.settings import GLOBALS, MAX_SHARED_REGION, DINOSettings, resolved, small_crops, view_kinds
@@ -120,9 +128,9 @@ class DINO(Method):
         groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
         for parameter in self.student.parameters():
             if parameter.requires_grad:
-                decays = float(parameter.ndim > 1 and len(parameter) > 1)
+                decay_scale = float(decays(parameter))
                 frozen = self.settings.freeze_prototypes if id(parameter) in prototypes else 0.0
-                groups.setdefault((scales.get(id(parameter), 1.0), decays, frozen), []).append(parameter)
+                groups.setdefault((scales.get(id(parameter), 1.0), decay_scale, frozen), []).append(parameter)
         return [ParameterGroup(parameters, *options) for options, parameters in groups.items()]
 
     def clipped_modules(self) -> list[nn.Module]:
@@ -305,8 +313,7 @@ class DINO(Method):
     @torch.compiler.disable  # it registers gradient hooks
     def _koleo(self, features: Tensor) -> Tensor:
         """Compute KoLeo over samples: (B, 2, F) -> (B,)."""
-        kind = features.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        dtype = product_dtype(features, torch.float32)
         everyone, own = gather_samples(features, self.geometry.batch_size)
         rows = torch.stack([koleo(features[:, v], everyone[:, v], own) for v in range(GLOBALS)]).sum(0)
         if features.requires_grad and dtype == torch.float16:
