@@ -23,7 +23,10 @@ TRANSFORMER_RECIPE = OptimizerRecipe("adamw", 3e-4, 0.05, "cosine", 0.05, max_gr
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Intensity views and optimization of a method. Settings of a method derive from it and may change defaults."""
+    """Settings of intensity views and optimization.
+
+    Settings of a method derive from it and may change defaults.
+    """
 
     intensity: IntensitySettings = field(default_factory=IntensitySettings)
     optimizer: str = setting("adamw", "Optimizer.", choices=("adam", "adamw", "sgd"))

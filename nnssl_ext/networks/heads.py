@@ -100,7 +100,10 @@ class TokenDecoder(nn.Module):
 
 
 def sine_positions(grid: Sequence[int], width: int) -> Tensor:
-    """Compute sines and cosines of each axis's place, (1, N, width). Features that three axes do not fill are 0."""
+    """Compute sine positions of tokens, (1, N, width).
+
+    Each axis has sines and cosines. Features that the axes do not fill are 0.
+    """
     number = width // (2 * len(grid))
     rates = 100.0 ** -(torch.arange(number) / max(1, number))
     places = torch.stack(torch.meshgrid(*(torch.arange(edge) for edge in grid), indexing="ij"), -1).flatten(0, -2)
