@@ -5,8 +5,10 @@ Without a name: the list of benchmarks. Each takes --help.
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
+from pathlib import Path
 
 #: Names, and what each measures.
 BENCHMARKS = {
@@ -43,6 +45,7 @@ def main() -> None:
             return
         sys.exit(f"unknown benchmark '{name}'\n{text}")
     del sys.argv[1]
+    os.environ.setdefault("nnUNet_extTrainer", str(Path(__file__).resolve().parent.parent / "trainers"))
     runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
 
 

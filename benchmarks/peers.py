@@ -4,7 +4,8 @@
 
 VolumeFusion: two crops with nnU-Net's own list (mirror, noise, blur, brightness, contrast, low resolution, two gammas
 that keep mean and deviation, each with nnU-Net's chances), then the fusion. No rotation and no zoom on either side.
-"stock nnU-Net" runs nnU-Net's own transforms on the same crops. "PyMIC" runs its own crop and fusion.
+"stock nnU-Net" runs nnU-Net's own transforms on the same crops. "ours, by default" filters the fused image once
+instead of each crop, and matches its noise. "PyMIC" runs its own crop and fusion.
 
 3DINO: 2 global and 8 local views of half the edge with the chances and ranges of its paper. "MONAI" is MONAI's
 transforms in the order of ours.
@@ -36,7 +37,9 @@ from nnssl_ext.views.random import VIEWS, BatchRandom
 
 CPU = torch.device("cpu")
 #: VolumeFusion's settings with crops cut straight and no ignored voxels. The intensity list is nnU-Net's by default.
-EQUAL_LIST = {"affine": 0.0, "rot90": 0.0, "ignore_below": 0.0}
+STRAIGHT = {"affine": 0.0, "rot90": 0.0, "ignore_below": 0.0}
+#: The whole list on each crop, as stock's transforms apply it, and nothing after the fusion.
+EQUAL_LIST = {**STRAIGHT, "degrade_fused": False, "match_noise": False}
 
 
 class Side:
@@ -87,11 +90,12 @@ def views_of(method: Method, batch: CropBatch) -> dict[str, Tensor]:
 
 def volume_fusion(edge: int, index: CaseIndex, batches: int) -> dict[str, Side]:
     """Return the sides that make samples of VolumeFusion."""
-    method = build("volume_fusion", edge, EQUAL_LIST)
+    method, default = build("volume_fusion", edge, EQUAL_LIST), build("volume_fusion", edge, STRAIGHT)
     dataset = dataset_of(method, index)
     stock = stock_transforms(edge)
     sides = {
         "ours": Side(lambda batch: views_of(method, batch), dataset, batches),
+        "ours, by default": Side(lambda batch: views_of(default, batch), dataset, batches),
         "stock nnU-Net": Side(lambda batch: stock_fusion(stock, method, batch, edge), dataset, batches),
     }
     if importlib.util.find_spec("pymic") is not None:

@@ -3,8 +3,9 @@
     python -m benchmarks startup --against-stock
     python -m benchmarks startup --cases 100 1000 10000
 
-``--against-stock`` measures the wall and CPU seconds from the call of ``nnUNetv2_train`` to its line "Epoch 0".
-nnUNetTrainer and our trainers take turns on a data set of eight tiny cases with an index.
+``--against-stock`` measures the wall and CPU seconds from the call of ``nnUNetv2_train`` to its line "Epoch 0". The
+empty trainer is a subclass of stock's without a body: nnU-Net imports all of its own trainers before it finds one
+outside. All trainers take turns on a data set of eight tiny cases with an index.
 
 Otherwise pretrainings start on folders of tiny preprocessed cases, each in a process of its own. The first start makes
 the case index, the others find it. A start is everything from the trainer's class to its first batch: checks with the
@@ -35,6 +36,13 @@ from benchmarks.measure import Figure, parser, report  # noqa: E402 (the line ab
 
 NAME = "Dataset811_Plain"
 DATA = "nnUNetPlans_3d_fullres"
+EMPTY = "EmptyTrainer"
+EMPTY_TRAINER = f"""from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+
+class {EMPTY}(nnUNetTrainer):
+    pass
+"""
 
 
 def write_cases(root: Path, number: int) -> None:
@@ -97,7 +105,8 @@ def until_first_epoch(root: Path, trainer: str) -> tuple[float, float]:
     """Return the wall and CPU seconds until ``nnUNetv2_train`` begins its first epoch, then stop it."""
     variables = {"nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results", "nnUNet_raw": "raw"}
     environment = {**os.environ, **{name: str(root / folder) for name, folder in variables.items()}}
-    environment |= {"nnUNet_extTrainer": str(REPOSITORY / "trainers"), "PYTHONUNBUFFERED": "1"}
+    folder = root / "trainers" if trainer == EMPTY else REPOSITORY / "trainers"
+    environment |= {"nnUNet_extTrainer": str(folder), "PYTHONUNBUFFERED": "1"}
     program = Path(sys.executable).parent / "nnUNetv2_train"
     command = [str(program), "811", "3d_fullres", "all", "-tr", trainer, "-device", "cpu"]
     begin = time.perf_counter()
@@ -119,6 +128,9 @@ def against_stock(repeats: int, trainers: Sequence[str]) -> list[dict[str, objec
     """Return one row for each trainer, stock's first."""
     with tempfile.TemporaryDirectory() as folder:
         write_cases(Path(folder), 8)
+        empty = Path(folder) / "trainers" / f"{EMPTY}.py"
+        empty.parent.mkdir()
+        empty.write_text(EMPTY_TRAINER)
         turns = [{name: until_first_epoch(Path(folder), name) for name in trainers} for _ in range(repeats + 1)][1:]
     rows: list[dict[str, object]] = []
     for name in trainers:
@@ -146,7 +158,9 @@ def main() -> None:
         from nnssl_ext.methods import METHODS
 
         ours = [trainer_name(name) for name, method in METHODS.items() if method.learns_from == "cases"]
-        report(against_stock(arguments.repeats, ["nnUNetTrainer", *(arguments.trainers or ours)]), arguments.json)
+        report(
+            against_stock(arguments.repeats, ["nnUNetTrainer", EMPTY, *(arguments.trainers or ours)]), arguments.json
+        )
         return
     rows = []
     for number in arguments.cases:

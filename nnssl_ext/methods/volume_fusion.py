@@ -24,7 +24,7 @@ from nnssl_ext.methods.panels import Panel
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
 from nnssl_ext.views.cpu.chunks import sample_chunks, scratch
-from nnssl_ext.views.fusion import MAX_BOXES, BoxLayout, GridLayout, fuse, missing_noise
+from nnssl_ext.views.fusion import MAX_BOXES, BoxLayout, GridLayout, MissingNoise, fuse
 from nnssl_ext.views.intensity import remap_percentiles
 from nnssl_ext.views.random import BatchRandom, shuffle_voxels
 from nnssl_ext.views.spatial import crop_batch
@@ -162,12 +162,8 @@ class VolumeFusion(Method):
     def _fuse(self, foreground: Tensor, background: Tensor, level: Tensor, random: BatchRandom) -> Tensor:
         """Fuse within ``background``, with the noise of an unmixed crop."""
         s = self.settings
-        missing = missing_noise(foreground, background, level, s.levels) if s.match_noise else None
-        fuse(foreground, background, level, s.levels, s.ignore_below)
-        if missing is not None:
-            for sample, deviation in enumerate(missing):
-                background[sample].addcmul_(deviation, random.normal(sample, deviation.shape))
-        return background
+        missing = MissingNoise(foreground, background, s.levels, random) if s.match_noise else None
+        return fuse(foreground, background, level, s.levels, s.ignore_below, missing=missing)
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``loss``, ``dice_loss`` and ``cross_entropy``, each (B,).

@@ -10,6 +10,7 @@ B batch, D H W voxels, K levels, M boxes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,10 +20,13 @@ from torch import Tensor
 
 from nnssl_ext.losses.dense import IGNORE
 from nnssl_ext.views.cpu.chunks import voxel_chunks
+from nnssl_ext.views.cpu.kernels import quantized_normal
 from nnssl_ext.views.random import BatchRandom, to_device
 
 #: Boxes are painted by the highest set bit of a 64-bit word read as a double, which is exact up to 2**52.
 MAX_BOXES = 52
+#: Voxels of a volume whose noise is measured, at most.
+MEASURED = 1 << 14
 
 
 @dataclass
@@ -159,8 +163,48 @@ class GridLayout:
         return level[sample, block[0][:, :, None, None], block[1][:, None, :, None], block[2][:, None, None, :]]
 
 
+class MissingNoise:
+    """White noise that hides the level of a mixture.
+
+    The mixture a F + (1 - a) B has less noise than F or B, so local noise would reveal min(a, 1 - a). This fills the
+    variance up to that of the noisier crop.
+
+    Attributes:
+        deviation: (B, C, K + 1), the deviation that each level lacks.
+    """
+
+    def __init__(self, foreground: Tensor, background: Tensor, levels: int, random: BatchRandom) -> None:
+        """Measure the crops F and B, (B, C, D, H, W) each."""
+        front, back = noise_variance(torch.stack([some_rows(foreground), some_rows(background)]))[..., None]
+        weight = torch.arange(levels + 1, device=front.device) / levels
+        mixed = weight.square() * front + (1 - weight).square() * back
+        self.deviation = (torch.maximum(front, back) - mixed).clamp_min_(0).sqrt_()
+        on_cpu = foreground.device.type == "cpu"
+        self._sources = [(random.bits if on_cpu else random.noise)(sample) for sample in range(len(foreground))]
+
+    def add(self, mixture: Tensor, deviation: Tensor, samples: slice) -> None:
+        """Add noise to voxels of some samples: (B, C, V) each."""
+        for row, scale, source in zip(mixture, deviation, self._sources[samples], strict=True):
+            if isinstance(source, torch.Generator):
+                row.addcmul_(scale, torch.randn(row.shape, generator=source, device=row.device))
+            else:
+                row.addcmul_(scale, quantized_normal(source, row.numel()).view(row.shape))
+
+    def of(self, level: Tensor, samples: slice) -> Tensor:
+        """Return the deviation (B, C, V) for levels (B, V) of some samples."""
+        table = self.deviation[samples]
+        index = level.to(torch.int64)[:, None].expand(-1, table.shape[1], -1)
+        return table.gather(2, index)
+
+
 def fuse(
-    foreground: Tensor, background: Tensor, level: Tensor, levels: int, ignore_below: float = 0.0, ignored: int = IGNORE
+    foreground: Tensor,
+    background: Tensor,
+    level: Tensor,
+    levels: int,
+    ignore_below: float = 0.0,
+    ignored: int = IGNORE,
+    missing: MissingNoise | None = None,
 ) -> Tensor:
     """Mix ``foreground`` into ``background`` in place.
 
@@ -173,6 +217,7 @@ def fuse(
         levels: K.
         ignore_below: Crops are alike where they differ by less in every channel.
         ignored: Level of voxels without a target.
+        missing: Noise that is added to the mixture.
     """
     # views, not copies: both are written to
     flat, over = level.view(len(level), -1), foreground.flatten(2)
@@ -180,41 +225,31 @@ def fuse(
     for samples, voxels in voxel_chunks(under):
         front, back, share = over[samples, :, voxels], under[samples, :, voxels], flat[samples, voxels]
         weight = share[:, None].to(back.dtype).div_(levels)
+        deviation = None if missing is None else missing.of(share, samples)
         if ignore_below:
             alike = (front - back).abs_().amax(1) < ignore_below
             share.masked_fill_(alike, ignored)
         back.lerp_(front, weight)
+        if missing is not None and deviation is not None:
+            missing.add(back, deviation, samples)
     return background
 
 
-def missing_noise(foreground: Tensor, background: Tensor, level: Tensor, levels: int) -> Tensor:
-    """Compute the noise deviation that hides the level: (B, C, D, H, W).
-
-    The mixture a F + (1 - a) B has less noise than F or B, so local noise would reveal min(a, 1 - a). The result fills
-    the variance up to that of the noisier crop.
-
-    Args:
-        foreground: F, (B, C, D, H, W).
-        background: B, the same.
-        level: (B, D, H, W), K a.
-        levels: K.
-    """
-    front, back = noise_variance(foreground), noise_variance(background)  # (B, C, 1, 1, 1)
-    weight = level[:, None].to(foreground.dtype) / levels
-    mixed = weight.square() * front + (1 - weight).square() * back
-    return (torch.maximum(front, back) - mixed).clamp_min_(0).sqrt_()
+def some_rows(image: Tensor) -> Tensor:
+    """Return evenly spaced rows along the last axis, ``MEASURED`` voxels of a volume at most."""
+    step = max(1, math.ceil(math.sqrt(math.prod(image.shape[-3:]) / MEASURED)))
+    return image[..., ::step, ::step, :]
 
 
 def noise_variance(image: Tensor) -> Tensor:
-    """Estimate white noise: (B, C, D, H, W) -> (B, C, 1, 1, 1).
+    """Estimate white noise: (..., D, H, W) -> (...).
 
     The median absolute second difference along the last axis is robust to edges. Constant regions, such as air that
     was set to zero, are left out.
     """
-    rows = image[..., ::2, ::2, :]  # a quarter of the rows is plenty
-    if rows.shape[-1] < 3:
-        return image.new_zeros((*image.shape[:2], 1, 1, 1))
-    second = (rows[..., 2:] - 2 * rows[..., 1:-1] + rows[..., :-2]).abs().flatten(2)
-    median = torch.where(second > 0, second, torch.nan).nanmedian(2).values.nan_to_num(0.0)
+    if image.shape[-1] < 3:
+        return image.new_zeros(image.shape[:-3])
+    second = (image[..., 2:] - 2 * image[..., 1:-1] + image[..., :-2]).abs().flatten(-3)
+    median = torch.where(second > 0, second, torch.nan).nanmedian(-1).values.nan_to_num(0.0)
     # the median of |N(0, 1)| is 0.6745, and 1, -2, 1 multiply the variance by 6
-    return ((median / 0.6745) ** 2 / 6)[..., None, None, None]
+    return (median / 0.6745) ** 2 / 6

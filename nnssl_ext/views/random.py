@@ -108,6 +108,10 @@ class BatchRandom:
         generator = torch.Generator(self.device)
         return generator.manual_seed(int(self._generators[sample].integers(1 << 62)))
 
+    def bits(self, sample: int) -> np.random.SFC64:
+        """Return a fast source of random bits for one sample's noise on the CPU."""
+        return np.random.SFC64(int(self._generators[sample].integers(1 << 62)))
+
     def normal(self, sample: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Draw one sample's standard normal noise."""
         return torch.randn(*shape, generator=self.noise(sample), device=self.device, dtype=dtype)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nnssl_ext.views.fusion import MAX_BOXES, BoxLayout, GridLayout, fuse
+from nnssl_ext.views.fusion import MAX_BOXES, BoxLayout, GridLayout, MissingNoise, fuse, noise_variance, some_rows
 from nnssl_ext.views.random import VIEWS, BatchRandom
 
 CPU = torch.device("cpu")
@@ -93,3 +93,46 @@ def test_voxels_that_are_alike_are_ignored_and_fused_all_the_same() -> None:
     assert (level[:, 1:3] == 9).all()
     for plane in (0, 3, 4):
         assert torch.equal(level[:, plane], before[:, plane])
+
+
+def noisy(deviation: float, seed: int) -> torch.Tensor:
+    """A ball with soft tissue contrast, in noise."""
+    places = torch.linspace(-1, 1, 64)
+    radius = torch.stack(torch.meshgrid(places, places, places, indexing="ij")).square().sum(0)
+    noise = torch.randn(1, 2, 64, 64, 64, generator=torch.Generator().manual_seed(seed))
+    return (radius < 0.5).float() * 2 + deviation * noise
+
+
+def test_noise_is_measured_beside_edges_and_air() -> None:
+    image = noisy(0.3, 0)
+    assert noise_variance(some_rows(image))[0].tolist() == pytest.approx([0.09, 0.09], rel=0.15)
+    image[..., :32] = 0.0
+    assert noise_variance(some_rows(image))[0].tolist() == pytest.approx([0.09, 0.09], rel=0.15)
+    assert noise_variance(torch.ones(1, 1, 8, 8, 8)).item() == 0
+    assert noise_variance(torch.ones(1, 1, 8, 8, 2)).item() == 0
+
+
+@pytest.mark.parametrize("device_source", [False, True])
+def test_missing_noise_fills_up_to_the_noisier_crop(device_source: bool) -> None:
+    front, back = noisy(0.1, 1), noisy(0.4, 2)
+    source = random(1)
+    missing = MissingNoise(front, back, 4, source)
+    share = torch.arange(5) / 4
+    expected = (0.16 - (share**2 * 0.01 + (1 - share) ** 2 * 0.16)).sqrt()
+    torch.testing.assert_close(missing.deviation[0, 0], expected, rtol=0.1, atol=0.02)
+    if device_source:  # what other devices than the CPU use
+        missing._sources = [source.noise(0)]
+    level = torch.full((1, 64, 64, 64), 2, dtype=torch.uint8)
+    plain = fuse(front, back.clone(), level.clone(), 4)
+    added = fuse(front, back.clone(), level.clone(), 4, missing=missing) - plain
+    assert added.std().item() == pytest.approx(missing.deviation[0, :, 2].mean().item(), rel=0.01)
+    assert abs(added.mean().item()) < 0.005
+    assert abs(torch.corrcoef(added.flatten(2)[0])[0, 1].item()) < 0.01  # channels have noise of their own
+
+
+def test_ignored_voxels_get_the_noise_of_their_level() -> None:
+    front = noisy(0.3, 1)
+    level = torch.full((1, 64, 64, 64), 2, dtype=torch.uint8)
+    mixed = fuse(front, front.clone(), level, 4, 0.05, missing=MissingNoise(front, front, 4, random(1)))
+    assert (level == 255).all()
+    assert (mixed - front).std().item() == pytest.approx(0.3 / 2**0.5, rel=0.05)

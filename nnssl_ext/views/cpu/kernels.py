@@ -29,10 +29,14 @@ FILTERED = 2 * VOXELS
 def add_noise(volume: Tensor, deviation: float, seed: Sequence[int]) -> None:
     """Add quantized Gaussian noise. It has 65,536 equally likely levels, at most 4.3 standard deviations."""
     bits = np.random.SFC64(seed)
-    levels = _levels()
     for chunk in flat_chunks(volume):
-        places = bits.random_raw(-(-len(chunk) // 4)).view(np.uint16)[: len(chunk)]
-        chunk.add_(levels.index_select(0, torch.from_numpy(places.astype(np.int32))), alpha=deviation)
+        chunk.add_(quantized_normal(bits, len(chunk)), alpha=deviation)
+
+
+def quantized_normal(bits: np.random.SFC64, number: int) -> Tensor:
+    """Draw standard normal noise with 65,536 equally likely levels, at most 4.3: (number,) float32."""
+    places = bits.random_raw(-(-number // 4)).view(np.uint16)[:number]
+    return _levels().index_select(0, torch.from_numpy(places.astype(np.int32)))
 
 
 @lru_cache(maxsize=1)
