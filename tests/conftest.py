@@ -22,6 +22,9 @@ from tests.images import make_images
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
+# hundreds of commands start below: without byte code each compiles the whole package again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # a shell that starts the tests in the background may ignore these, and children inherit that
 for _name, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
     if hasattr(signal, _name) and threading.current_thread() is threading.main_thread():
