@@ -61,8 +61,10 @@ def run(arguments: argparse.Namespace) -> None:
     from nnssl_ext.data.corpus.sources import Wishes, items_of, unused_words
     from nnssl_ext.environment import cores, dataset_folder
 
-    if not 0 <= arguments.max_failures <= 100 or (arguments.np is not None and arguments.np < 1):
-        raise UserError("--max-failures must be between 0 and 100, -np at least 1")
+    if not 0 <= arguments.max_failures <= 100:
+        raise UserError(f"--max-failures: expected 0 to 100, got {arguments.max_failures:g}")
+    if arguments.np is not None and arguments.np < 1:
+        raise UserError(f"-np: expected at least 1, got {arguments.np}")
     processes = arguments.np or min(default_num_processes, cores())
     like = dataset_folder(arguments.like)
     folder = _folder(arguments.d, arguments.n, like)

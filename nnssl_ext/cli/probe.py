@@ -42,8 +42,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     folder, device = Path(arguments.o).resolve(), arguments.device
     device = device or default_device()
-    if min(arguments.labels, arguments.runs, arguments.steps, arguments.jobs) < 1 or arguments.rate <= 0:
-        raise UserError("--labels, --runs, --steps and --jobs must be at least 1, --rate positive")
+    for name in ("labels", "runs", "steps", "jobs"):
+        if (number := getattr(arguments, name)) < 1:
+            raise UserError(f"--{name}: expected at least 1, got {number}")
+    if arguments.rate <= 0:
+        raise UserError(f"--rate: expected a positive number, got {arguments.rate:g}")
     dataset = dataset_folder(arguments.d).name
     protocol = Protocol(
         dataset=dataset,

@@ -128,7 +128,7 @@ def _own_safetensors(content: dict[str, Any], path: Path, plan: dict[str, Any]) 
         return None
     read = _renamed(raw)
     if checkpoint.digest(read["weights"]) != own.get("weights_sha256"):
-        raise UserError(f"{path} is damaged: its content does not match its sha256")
+        raise UserError(f"{path} is damaged: its content does not match its sha256. Copy or export it again")
     read["untrained"] = _untrained(read["weights"], own.get("trained"))
     read["geometry"], read["citations"] = planned_geometry(plan, read["weights"]), plan.get("citations") or []
     return PretrainedWeights(path, f"nnssl_ext, {own.get('title') or 'unknown origin'}", **read)

@@ -223,7 +223,7 @@ def test_a_conversion_beside_its_series_is_a_duplicate(target: Environment, tmp_
     ("command", "message"),
     [
         ("-d 811", "number 811 is taken by Dataset811_Plain"),
-        ("--max-failures 200", "must be between 0 and 100"),
+        ("--max-failures 200", "--max-failures: expected 0 to 100, got 200"),
         ("-n a__b", "-n letters, digits and hyphens, got 851 and 'a__b'"),
         ("-c 2d", "is 2-D; give 3d_fullres"),
         ("-c 4d", "have no configuration '4d'. They have 2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres$"),
