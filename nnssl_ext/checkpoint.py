@@ -148,7 +148,7 @@ def verify(content: Any, path: Path) -> None:
     """
     own = content.get("nnssl_ext") if isinstance(content, dict) else None
     if not isinstance(own, dict) or not isinstance(content.get("network_weights"), dict):
-        raise UserError(f"{path} is no pretraining checkpoint of nnssl_ext. Give the checkpoint_final.pth of a pretraining")
+        raise UserError(f"{path} is no pretraining checkpoint of nnssl_ext. Give a checkpoint_final.pth of one")
     if own.get("format") not in range(1, FORMAT + 1):
         raise UserError(f"{path} has format {own.get('format')!r}, this nnssl_ext reads {FORMAT}. Use its own version")
     try:
@@ -159,8 +159,8 @@ def verify(content: Any, path: Path) -> None:
         whole = False
     if not whole:
         raise UserError(
-            f"checkpoint {path} is damaged: its content does not match its sha256. Restore it, or delete it to go on from "
-            f"an earlier one"
+            f"checkpoint {path} is damaged: its content does not match its sha256. Restore it, or "
+            f"delete it to go on from an earlier one"
         )
 
 

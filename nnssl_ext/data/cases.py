@@ -6,12 +6,14 @@ nnU-Net stores <case>.b2nd, or <case>.npz with its unpacked <case>.npy. Labels a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nnssl_ext.errors import UserError
 from nnssl_ext.foreign import load_npz, open_blosc2
 
 #: Suffixes of image data, the preferred one first.
@@ -62,3 +64,29 @@ def shorten(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def groups_of(cases: Sequence[str], pattern: str) -> list[str]:
+    """Return the group of each case, which no split may divide.
+
+    Args:
+        cases: Case identifiers.
+        pattern: Regular expression. Its first parenthesis, or else the whole match, names the group. '' makes each case
+            a group.
+
+    Raises:
+        UserError: If the pattern is invalid or a case does not match.
+    """
+    if not pattern:
+        return list(cases)
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"--group-by: expected a regular expression, got '{pattern}' ({error})") from error
+    matches = [expression.search(case) for case in cases]
+    unmatched = [case for case, match in zip(cases, matches, strict=True) if match is None]
+    if unmatched:
+        raise UserError(
+            f"--group-by: expected a match in every case's name, got none of '{pattern}' in {shorten(unmatched)}"
+        )
+    return [match[1 if expression.groups else 0] for match in matches if match]

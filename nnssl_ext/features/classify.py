@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from nnssl_ext.data.cases import shorten
+from nnssl_ext.data.cases import groups_of, shorten
 from nnssl_ext.errors import UserError
 
 #: Folds of a cross-validation, cross-validations with other folds, and bootstrap samples.
@@ -51,8 +50,7 @@ def read_labels(path: Path, group_by: str | None) -> pd.DataFrame:
 
     Args:
         path: A csv file with the columns case, label and, if cases belong together, group.
-        group_by: Another column for the groups, or a regular expression. Its first group, or all that it matches in a
-            case's name, is the case's group.
+        group_by: Another column for the groups, or a pattern as ``groups_of`` takes it.
 
     Returns:
         Columns label and group, by case. Without groups each case is its own.
@@ -70,19 +68,8 @@ def read_labels(path: Path, group_by: str | None) -> pd.DataFrame:
     column = group_by or "group"
     if column in table:
         table["group"] = table[column].fillna(table["case"])
-    elif group_by is None:
-        table["group"] = table["case"]
     else:
-        try:
-            matches = [re.search(group_by, case) for case in table["case"]]
-        except re.error as error:
-            raise UserError(
-                f"Expected a column or a regular expression for --group-by, got '{group_by}': {error}"
-            ) from error
-        unmatched = [case for case, match in zip(table["case"], matches, strict=True) if match is None]
-        if unmatched:
-            raise UserError(f"Expected cases that match '{group_by}', got {shorten(unmatched)}. Change --group-by")
-        table["group"] = [match[1] if match.re.groups else match[0] for match in matches if match]
+        table["group"] = groups_of(table["case"].tolist(), group_by or "")
     return table.set_index("case")[["label", "group"]]
 
 

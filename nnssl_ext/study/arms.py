@@ -115,8 +115,8 @@ def _refuse_other_parts(recipe: Recipe, word: str) -> None:
     others += [name for name in ("configuration", "architecture") if recipe.parts()[name]]
     if others:
         raise UserError(
-            f"--finetune {word}: expected fine-tuning settings only, got {', '.join(others)}. Write a setting "
-            f"of the fine-tuning as finetune.SETTING=VALUE. Put others at the end of the command: they hold for all arms."
+            f"--finetune {word}: expected fine-tuning settings only, got {', '.join(others)}. Write "
+            f"finetune.SETTING=VALUE. Other settings stand at the end of the command and hold for all arms."
         )
 
 

@@ -6,7 +6,6 @@ be added to a finished study. Anything else makes another study.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from nnssl_ext.data.cases import groups_of
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
 
@@ -101,28 +101,11 @@ class Cases:
 
 
 def grouped(cases: Sequence[str], pattern: str) -> dict[str, list[str]]:
-    """Sort cases into groups that no split may divide.
-
-    Args:
-        cases: Case identifiers.
-        pattern: Regular expression. Its first parenthesis, or else the whole match, names the group. '' makes each case
-            a group.
-
-    Raises:
-        UserError: If the pattern is invalid or a case does not match.
-    """
-    if not pattern:
-        return {case: [case] for case in sorted(cases)}
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"--group-by: expected a regular expression, got '{pattern}' ({error})") from error
+    """Sort cases into groups that no split may divide, as ``groups_of`` names them."""
     groups: dict[str, list[str]] = {}
-    for case in sorted(cases):
-        found = expression.search(case)
-        if not found:
-            raise UserError(f"--group-by '{pattern}' finds nothing in case '{case}'. Every case needs a group.")
-        groups.setdefault(found.group(1) if expression.groups else found.group(0), []).append(case)
+    ordered = sorted(cases)
+    for case, group in zip(ordered, groups_of(ordered, pattern), strict=True):
+        groups.setdefault(group, []).append(case)
     return groups
 
 

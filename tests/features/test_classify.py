@@ -69,8 +69,8 @@ def test_labels_and_groups_are_read(tmp_path: Path) -> None:
     [
         ("case,kind\na,b\n", None, "columns case and label"),
         ("case,label\na,x\na,y\n", None, "each case once in .*, got a again"),
-        ("case,label\na,x\nb,y\n", "c(.)", "Expected cases that match 'c\\(.\\)', got a, b"),
-        ("case,label\na,x\nb,y\n", "(", "a column or a regular expression"),
+        ("case,label\na,x\nb,y\n", "c(.)", "got none of 'c\\(.\\)' in a, b"),
+        ("case,label\na,x\nb,y\n", "(", "expected a regular expression"),
     ],
 )
 def test_unusable_labels(tmp_path: Path, text: str, group_by: str | None, message: str) -> None:
