@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nnssl_ext.study.statistics import case_wilcoxon, sign_flip_ps
+from nnssl_ext.study.statistics import case_wilcoxon, random_effect, sign_flip_ps
 
 #: Two-sided p below which a study calls a difference.
 ALPHA = 0.05
@@ -37,14 +37,18 @@ class TruthModel:
     cases: int = 16
     pretraining: float = 0.0
 
-    def draw(self, pairs: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Draw the Dice of scratch and of the pretrained arm, each (pairs, cases)."""
+    def draw(self, pairs: int, generator: np.random.Generator, runs: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Draw the Dice of scratch and of the pretrained arm, each (pairs, cases).
+
+        Pair i starts from pretraining run i modulo ``runs``.
+        """
         easy = generator.normal(0, self.case, self.cases) + generator.normal(0, self.subset, (pairs, 1))
         sides = [
             easy + generator.normal(0, self.run, (pairs, 1)) + generator.normal(0, self.noise, (pairs, self.cases))
             for _ in range(2)
         ]
-        return sides[0], sides[1] + self.gain + generator.normal(0, self.pretraining)
+        luck = generator.normal(0, self.pretraining, runs)[np.arange(pairs) % runs]
+        return sides[0], sides[1] + self.gain + luck[:, None]
 
 
 def simulate(truth: TruthModel, *, pairs: int, repetitions: int, seed: int) -> float:
@@ -55,6 +59,17 @@ def simulate(truth: TruthModel, *, pairs: int, repetitions: int, seed: int) -> f
         scratch, pretrained = truth.draw(pairs, generator)
         study[:] = pretrained.mean(1) - scratch.mean(1)
     return float(np.mean(sign_flip_ps(studies) <= ALPHA))
+
+
+def simulate_runs(truth: TruthModel, *, pairs: int, runs: int, repetitions: int, seed: int) -> float:
+    """Return the share of significant studies with several pretraining runs as a random effect."""
+    generator = np.random.default_rng(seed)
+    found = 0
+    for _ in range(repetitions):
+        scratch, pretrained = truth.draw(pairs, generator, runs)
+        differences = pretrained.mean(1) - scratch.mean(1)
+        found += random_effect([differences[run::runs].tolist() for run in range(runs)]).p <= ALPHA
+    return found / repetitions
 
 
 def case_level_false_alarms(truth: TruthModel, *, seeds: int, repetitions: int, seed: int) -> float:
@@ -84,5 +99,21 @@ def table(repetitions: int = 1000, seed: int = 0) -> list[str]:
     return rows
 
 
+def runs_table(repetitions: int = 1000, seed: int = 0) -> list[str]:
+    """Return a Markdown table of the same shares with several pretraining runs."""
+    designs, gains = ((8, 2), (8, 4), (16, 4), (16, 8)), (0.0, 0.02, 0.03, 0.05)
+    rows = [
+        "| true gain (points) | runs differ by | " + " | ".join(f"{p} pairs, {r} runs" for p, r in designs) + " |",
+        "|---|---|" + "---|" * len(designs),
+    ]
+    for gain in gains:
+        for spread in (0.005, 0.01):
+            truth = TruthModel(gain, pretraining=spread)
+            shares = [simulate_runs(truth, pairs=p, runs=r, repetitions=repetitions, seed=seed) for p, r in designs]
+            numbers = " | ".join(f"{100 * share:.1f} %" for share in shares)
+            rows.append(f"| {100 * gain:g} | {100 * spread:g} | {numbers} |")
+    return rows
+
+
 if __name__ == "__main__":
-    print("\n".join(table()))
+    print("\n".join([*table(), "", *runs_table()]))

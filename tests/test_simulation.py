@@ -2,7 +2,7 @@
 
 import math
 
-from benchmarks.simulation import TruthModel, case_level_false_alarms, simulate
+from benchmarks.simulation import TruthModel, case_level_false_alarms, runs_table, simulate
 from tests.conftest import REPOSITORY
 
 
@@ -26,3 +26,16 @@ def test_a_null_is_not_found_and_a_gain_is() -> None:
 def test_testing_over_cases_finds_what_is_not_there() -> None:
     """The trap: three seeds averaged, then a test over cases, on a true null."""
     assert case_level_false_alarms(TruthModel(gain=0.0), seeds=3, repetitions=1000, seed=0) > 0.3
+
+
+def test_several_pretraining_runs_give_few_false_alarms_and_the_documented_power() -> None:
+    rows = runs_table()
+    documented = (REPOSITORY / "docs" / "how-to" / "study.md").read_text(encoding="utf-8")
+    assert all(row in documented for row in rows)
+    shares = {
+        (float(gain), float(spread)): [float(share.rstrip("% ")) / 100 for share in rest]
+        for gain, spread, *rest in ([cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:])
+    }
+    error = 3 * math.sqrt(0.05 * 0.95 / 1000)
+    assert max(shares[0.0, 0.5] + shares[0.0, 1.0]) <= 0.05 + error
+    assert shares[3.0, 1.0][0] < 0.5 < 0.8 < shares[3.0, 1.0][-1]
