@@ -203,6 +203,10 @@ def test_what_a_reader_must_know(tmp_path: Path) -> None:
     assert "(0.01, 0.03): scratch 0.01, VolumeFusion 0.01, MaskedAutoencoder 0.01" in line
     grid.protocol = replace(grid.protocol, rates=[0.003, 0.01, 0.03])
     assert not [line for line in warnings(about(grid)) if "Chosen rates" in line]
+    for number, warned in ((1, False), (2, True), (4, False)):
+        grid.protocol = replace(grid.protocol, pretraining_seeds=number)
+        assert any("Two pretraining runs" in line for line in warnings(about(grid))) == warned
+    grid.protocol = replace(grid.protocol, pretraining_seeds=1)
     for run, device in zip(grid.compared(grid.arms[0], 0.01), ("cpu", "cuda"), strict=False):
         write_json({"seconds": 1.0, "rate": 0.01, "device": device}, grid.metrics_file(run).with_suffix(".json"))
     assert any("different precision: cpu, cuda" in line for line in warnings(about(grid)))
