@@ -45,8 +45,8 @@ def warnings(analysis: Analysis) -> list[str]:
         )
     if p.pretraining_seeds == 2:  # one degree of freedom, see the simulation in docs/how-to/study.md
         found.append(
-            "Two pretraining runs: more than half of such studies miss even a gain of 5 points. Take --pretraining-seeds 4 "
-            "or more."
+            "Two pretraining runs: more than half of such studies miss even a gain of 5 points. Take "
+            "--pretraining-seeds 4 or more."
         )
     if p.transductive:
         found.append("Transductive: pretraining saw the images (not the labels) of the held-out cases.")
