@@ -32,7 +32,9 @@ def test_compiled_it_learns_the_same_and_stays_compiled(
     monkeypatch.setattr(PretrainingTrainer, "_do_i_compile", lambda _: True)
     monkeypatch.setattr("torch.compile", partial(torch.compile, backend="aot_eager"))
     # what is compiled anew at each step, for a number that changes, is soon not compiled at all
-    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
+    known = "recompile" if hasattr(torch._dynamo.config, "recompile_limit") else "cache"  # before torch 2.7
+    limit = {"recompile_limit" if known == "recompile" else "cache_size_limit": 4, f"fail_on_{known}_limit_hit": True}
+    with torch._dynamo.config.patch(limit):
         compiled = checkpoint.load(pretrain(environment, "plain", "compiled", trainer=trainer) / "checkpoint_final.pth")
     assert counters["stats"]["unique_graphs"] > 0
     for key in ("train_losses", "val_losses"):

@@ -58,5 +58,5 @@ def test_the_moving_average_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path: 
             log.log("mean_fg_dice", value, epoch)
         broken.load_checkpoint(plain(broken.get_checkpoint()))
     averages = [log.get_value("ema_fg_dice", None) for log in (whole, broken)]
-    # nnU-Net's own does not
-    assert (averages[0] == averages[1]) == (kind is PlainLog)
+    # nnU-Net's own does not under numpy 2, where a float32 stays one
+    assert (averages[0] == averages[1]) == (kind is PlainLog or np.__version__ < "2")

@@ -52,7 +52,9 @@ def fold(environment: Environment, plans: str = "broken") -> Path:
 
 def flip(file: Path, place: float = 0.5) -> None:
     content = bytearray(file.read_bytes())
-    content[int(place * len(content))] ^= 1
+    begin = int(place * len(content))
+    # more bytes than the gaps between tensors, which hold nothing
+    content[begin : begin + 256] = bytes(byte ^ 1 for byte in content[begin : begin + 256])
     file.write_bytes(content)
 
 
