@@ -50,7 +50,7 @@ LIMITS = {
     "relative_patch_location": 123,
     "exemplar": 312,
     "variable_dimension_transform": 173,
-    "dino": 743,
+    "dino": 794,
 }
 SMALL_DINO = {"hidden": 64, "bottleneck": 16, "prototypes": 128}
 

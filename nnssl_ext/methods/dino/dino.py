@@ -32,7 +32,15 @@ from nnssl_ext.methods.base import (
 )
 from nnssl_ext.methods.dino.health import ValidationBuffer, kept_patches, sign_of_collapse
 from nnssl_ext.methods.dino.networks import DistilledNetwork, reader_of
-from nnssl_ext.methods.dino.settings import GLOBALS, MAX_SHARED_REGION, DINOSettings, resolved, small_crops, view_kinds
+from nnssl_ext.methods.dino.settings import (
+    GLOBALS,
+    MAX_SHARED_REGION,
+    MAX_STRIDE,
+    DINOSettings,
+    resolved,
+    small_crops,
+    view_kinds,
+)
 from nnssl_ext.methods.panels import Panel, axial, principal_colors
 from nnssl_ext.networks.base import Backbone, Triple
 from nnssl_ext.views.masking import expand_blocks
@@ -72,7 +80,7 @@ class DINO(Method):
         self.warming_up = False
         self.kinds, self.looks = view_kinds(settings, geometry), settings.intensity.of_views()
         self.student = DistilledNetwork(
-            reader_of(backbone, settings.token_stride),
+            reader_of(backbone, settings.token_stride or MAX_STRIDE),
             hidden_dim=settings.hidden_dim,
             bottleneck_dim=settings.bottleneck_dim,
             prototypes=settings.prototypes,

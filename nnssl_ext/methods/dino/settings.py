@@ -20,8 +20,10 @@ XU, DINOV2 = "3DINO", "DINOv2"
 MAX_SHARED_REGION = 2.0
 #: Global views of a sample, and local ones where they are half as large.
 GLOBALS, LOCALS = 2, 8
-#: Sinkhorn needs this many samples per step to balance prototypes. Published temperatures and momentum suit it, too.
+#: Published temperatures and momentum suit this many samples per step.
 LARGE_BATCH = 256
+#: Patches are the voxels of a map with at most this stride, and a crop has at least so many of them.
+MAX_STRIDE, MIN_PATCHES = 16, 32
 #: KoLeo needs this many samples per step. With 16, its gradient is still four times that of the image term.
 KOLEO_BATCH = 64
 #: Samples per step where the plan has fewer. Crops shrink instead, so that the voxels per step stay about the plan's.
@@ -111,9 +113,10 @@ class DINOSettings(TrainingSettings):
         0.3, "Chance of quarter turns in a plane of equal edges and spacing.", source=XU, low=0, high=1
     )
     intensity: DINOIntensitySettings = field(default_factory=DINOIntensitySettings)
-    token_stride: int = setting(
-        16,
-        "Patches are the voxels of the deepest feature map with at most this stride, or a transformer's tokens.",
+    token_stride: int | None = setting(
+        None,
+        "Patches are the voxels of the deepest feature map with at most this stride, or a transformer's tokens; null "
+        "is 16, or less where a crop would have fewer than 32 patches.",
         source="tokens of 16 in 3DINO",
         low=1,
     )
@@ -143,8 +146,8 @@ class DINOSettings(TrainingSettings):
     )
     centering: str = setting(
         "auto",
-        "Method that keeps all prototypes in use; auto is softmax below 256 samples per step, sinkhorn from there on.",
-        source="sinkhorn in 3DINO",
+        "Method that keeps all prototypes in use; auto is sinkhorn.",
+        source=XU,
         choices=("auto", "softmax", "sinkhorn"),
     )
     center_momentum: float = setting(0.9, "Momentum of the mean that softmax centering subtracts.", low=0, high=1)
@@ -234,13 +237,25 @@ def resolved(settings: DINOSettings, geometry: DataGeometry) -> DINOSettings:
     automatic: dict[str, Any] = {
         "teacher_temperature": [0.04, 0.07] if large else [0.02, 0.03],
         "teacher_momentum": 0.992 if large else 0.996,
+        "token_stride": token_stride(geometry),
         "koleo_weight": 0.1 if geometry.batch_size >= KOLEO_BATCH else 0.0,
         "local_crops": max(1, min(LOCALS, room)),
     }
     chosen = {name: value for name, value in automatic.items() if getattr(settings, name) is None}
     if settings.centering == "auto":
-        chosen["centering"] = "sinkhorn" if large else "softmax"
+        chosen["centering"] = "sinkhorn"
     return replace(settings, **chosen)
+
+
+def token_stride(geometry: DataGeometry) -> int:
+    """Choose the stride of the map whose voxels are patches."""
+    strides = [stride for stride in geometry.strides if max(stride) <= MAX_STRIDE] or [geometry.strides[0]]
+    enough = [
+        stride
+        for stride in strides
+        if math.prod(edge // step for edge, step in zip(geometry.crop_size, stride, strict=True)) >= MIN_PATCHES
+    ]
+    return max((enough or strides[:1])[-1])
 
 
 def view_voxels(settings: DINOSettings, geometry: DataGeometry) -> int:
