@@ -91,13 +91,21 @@ def draw_with_host_noise(method: Any, batch: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def host_noise() -> Iterator[None]:
-    """Draw per-voxel noise on the CPU, so that a GPU gets the same values."""
+    """Draw per-voxel noise on the CPU by the definitions, so that a GPU gets the same values."""
+    from nnssl_ext.views import appearance
+    from nnssl_ext.views.random import BatchRandom
+
     generator, randn = torch.Generator, torch.randn
 
     def on_host(*shape: Any, device: Any = None, **options: Any) -> Tensor:
         return randn(*shape, **options).to(device)
 
-    with patch.object(torch, "Generator", lambda *_: generator()), patch.object(torch, "randn", on_host):
+    with (
+        patch.object(torch, "Generator", lambda *_: generator()),
+        patch.object(torch, "randn", on_host),
+        patch.object(BatchRandom, "bits", BatchRandom.noise),
+        patch.object(appearance, "has_kernels", lambda *_: False),
+    ):
         yield
 
 

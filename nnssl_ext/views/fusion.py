@@ -185,10 +185,10 @@ class MissingNoise:
     def add(self, mixture: Tensor, deviation: Tensor, samples: slice) -> None:
         """Add noise to voxels of some samples: (B, C, V) each."""
         for row, scale, source in zip(mixture, deviation, self._sources[samples], strict=True):
-            if isinstance(source, torch.Generator):
-                row.addcmul_(scale, torch.randn(row.shape, generator=source, device=row.device))
-            else:
+            if isinstance(source, np.random.SFC64):
                 row.addcmul_(scale, quantized_normal(source, row.numel()).view(row.shape))
+            else:
+                row.addcmul_(scale, torch.randn(row.shape, generator=source, device=row.device))
 
     def of(self, level: Tensor, samples: slice) -> Tensor:
         """Return the deviation (B, C, V) for levels (B, V) of some samples."""
