@@ -105,6 +105,7 @@ def test_startup_prints_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert (len(made["first batch, s"]), len(there["first batch, s"])) == (1, 2)
 
 
+@pytest.mark.integration
 def test_step_prints_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["rotation", "--plan", "hippocampus", "--batch", "1", "--repeats", "1", "--workers", "0", "--json"]
     monkeypatch.setattr(sys, "argv", ["step", *words])
@@ -252,6 +253,7 @@ def test_a_row_without_time_says_so(tmp_path: Path) -> None:
     assert "It needs 100 s" in context.read()["large"]["left out"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("method", METHODS)
 def test_launches_outside_the_network_stay_few(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_n_proc_DA"):

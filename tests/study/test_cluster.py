@@ -30,6 +30,7 @@ def pending(tmp_path: Path) -> Grid:
     return grid
 
 
+@pytest.mark.integration
 def test_failed_jobs_are_failed_runs(tmp_path: Path) -> None:
     """The predictions cannot be measured: each job marks its own run, and the others go on."""
     grid = pending(tmp_path)
