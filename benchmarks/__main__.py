@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import runpy
 import sys
-from pathlib import Path
+
+from benchmarks.checkout import REPOSITORY
 
 #: Names, and what each measures.
 BENCHMARKS = {
@@ -45,7 +46,7 @@ def main() -> None:
             return
         sys.exit(f"unknown benchmark '{name}'\n{text}")
     del sys.argv[1]
-    os.environ.setdefault("nnUNet_extTrainer", str(Path(__file__).resolve().parent.parent / "trainers"))
+    os.environ.setdefault("nnUNet_extTrainer", str(REPOSITORY / "trainers"))
     runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
 
 

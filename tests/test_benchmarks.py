@@ -262,8 +262,8 @@ def test_launches_outside_the_network_stay_few(method: str, tmp_path: Path, monk
     kernels = launches.count_step(method, tmp_path)
     found = {phase: sum(kernels.counts[phase].values()) for phase in launches.PHASES}
     assert min(found["views"], found["backward"], found["update"]) > 0
-    # versions of torch differ by a few kernels
-    assert sum(found.values()) <= 1.02 * launches.LIMITS[method], kernels.counts
+    slack = 1.02 if torch.__version__ < "2.7" else 1.0  # torch 2.6 issues a few more
+    assert sum(found.values()) <= slack * launches.LIMITS[method], kernels.counts
     assert not kernels.waits
 
 

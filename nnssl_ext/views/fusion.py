@@ -182,19 +182,15 @@ class MissingNoise:
         on_cpu = foreground.device.type == "cpu"
         self._sources = [(random.bits if on_cpu else random.noise)(sample) for sample in range(len(foreground))]
 
-    def add(self, mixture: Tensor, deviation: Tensor, samples: slice) -> None:
-        """Add noise to voxels of some samples: (B, C, V) each."""
+    def add(self, mixture: Tensor, level: Tensor, samples: slice) -> None:
+        """Add noise to voxels of some samples: (B, C, V), with levels (B, V)."""
+        table = self.deviation[samples]
+        deviation = table.gather(2, level.to(torch.int64)[:, None].expand(-1, table.shape[1], -1))
         for row, scale, source in zip(mixture, deviation, self._sources[samples], strict=True):
             if isinstance(source, np.random.SFC64):
                 row.addcmul_(scale, quantized_normal(source, row.numel()).view(row.shape))
             else:
                 row.addcmul_(scale, torch.randn(row.shape, generator=source, device=row.device))
-
-    def of(self, level: Tensor, samples: slice) -> Tensor:
-        """Return the deviation (B, C, V) for levels (B, V) of some samples."""
-        table = self.deviation[samples]
-        index = level.to(torch.int64)[:, None].expand(-1, table.shape[1], -1)
-        return table.gather(2, index)
 
 
 def fuse(
@@ -225,13 +221,12 @@ def fuse(
     for samples, voxels in voxel_chunks(under):
         front, back, share = over[samples, :, voxels], under[samples, :, voxels], flat[samples, voxels]
         weight = share[:, None].to(back.dtype).div_(levels)
-        deviation = None if missing is None else missing.of(share, samples)
-        if ignore_below:
-            alike = (front - back).abs_().amax(1) < ignore_below
-            share.masked_fill_(alike, ignored)
+        alike = (front - back).abs_().amax(1) < ignore_below if ignore_below else None
         back.lerp_(front, weight)
-        if missing is not None and deviation is not None:
-            missing.add(back, deviation, samples)
+        if missing is not None:
+            missing.add(back, share, samples)
+        if alike is not None:  # last: ignored voxels get the noise of their level
+            share.masked_fill_(alike, ignored)
     return background
 
 

@@ -105,12 +105,14 @@ class BatchRandom:
 
     def noise(self, sample: int) -> torch.Generator:
         """Return a device generator for one sample's noise."""
-        generator = torch.Generator(self.device)
-        return generator.manual_seed(int(self._generators[sample].integers(1 << 62)))
+        return torch.Generator(self.device).manual_seed(self._seed(sample))
 
     def bits(self, sample: int) -> np.random.SFC64:
         """Return a fast source of random bits for one sample's noise on the CPU."""
-        return np.random.SFC64(int(self._generators[sample].integers(1 << 62)))
+        return np.random.SFC64(self._seed(sample))
+
+    def _seed(self, sample: int) -> int:
+        return int(self._generators[sample].integers(1 << 62))
 
     def normal(self, sample: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Draw one sample's standard normal noise."""

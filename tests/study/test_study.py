@@ -124,7 +124,7 @@ def test_a_failed_run_is_reported_and_stops_nobody(
         (["-c", "3d_half"], "no configuration '3d_half'"),
         (["--pretraining-seeds", "3"], "expected a divisor of --subsets 2"),
         (["--primary-class", "liver"], "--primary-class: expected one of"),
-        (["--group-by", "z+"], "got none of 'z"),
+        (["--group-by", "z+"], r"got none of 'z\+' in"),
         (["--pretrain-on", "777"], "777"),
         (["--finetune", "x=nothing"], "unknown recipe"),
         (["--jobs", "0"], "--jobs: expected at least 1"),
