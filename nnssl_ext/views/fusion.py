@@ -21,7 +21,7 @@ from torch import Tensor
 from nnssl_ext.losses.dense import IGNORE
 from nnssl_ext.views.cpu.chunks import voxel_chunks
 from nnssl_ext.views.cpu.kernels import quantized_normal
-from nnssl_ext.views.random import BatchRandom, to_device
+from nnssl_ext.views.random import BatchRandom, pack_to_device
 
 #: Boxes are painted by the highest set bit of a 64-bit word read as a double, which is exact up to 2**52.
 MAX_BOXES = 52
@@ -90,19 +90,19 @@ class BoxLayout:
 
     def _paint_bits(self, size: Sequence[int], device: torch.device) -> Tensor:
         """Paint all boxes at once, fastest on a GPU."""
-        present = to_device(self.level > 0, device)
-        bit = torch.ones((), dtype=torch.int64, device=device) << torch.arange(self.level.shape[1], device=device)
-        words = []
+        low, high, level = self.low.numpy(), self.high.numpy(), self.level.numpy()
+        bit = np.int64(1) << np.arange(level.shape[1])
+        words = []  # bit m is set where box m reaches this plane
         for axis, length in enumerate(size):
-            place = torch.arange(length, device=device)
-            low, high = to_device(self.low[..., axis], device), to_device(self.high[..., axis], device)
-            within = (place >= low[..., None]) & (place < high[..., None]) & present[..., None]  # (B, M, length)
-            words.append((within * bit[:, None]).sum(1))  # bit m is set where box m reaches this plane
-        covered = words[0][:, :, None, None] & words[1][:, None, :, None] & words[2][:, None, None, :]
+            place = np.arange(length)
+            within = (place >= low[..., axis, None]) & (place < high[..., axis, None]) & (level > 0)[..., None]
+            words.append(torch.from_numpy((within * bit[:, None]).sum(1)))
+        table = torch.from_numpy(np.pad(level, ((0, 0), (1, 0))).astype(np.uint8))
+        *planes, table = pack_to_device([*words, table], device)
+        covered = planes[0][:, :, None, None] & planes[1][:, None, :, None] & planes[2][:, None, None, :]
 
         # the last box wins: frexp's exponent is the place of the highest set bit, counted from 1; 0 where no box is
         topmost = torch.frexp(covered.double()).exponent.long()
-        table = to_device(torch.cat([self.level.new_zeros(len(self.level), 1), self.level], 1), device, torch.uint8)
         return table.gather(1, topmost.flatten(1)).view(topmost.shape)
 
 
@@ -153,13 +153,12 @@ class GridLayout:
 
     def paint(self, size: Sequence[int], device: torch.device) -> Tensor:
         """Paint the map (B, D, H, W) uint8."""
-        edge, offset = to_device(self.edge, device), to_device(self.offset, device)
+        edge, offset, level = pack_to_device([self.edge, self.offset, self.level.to(torch.uint8)], device)
         block = [
             (torch.arange(length, device=device) + offset[:, axis, None]) // edge[:, axis, None]
             for axis, length in enumerate(size)
         ]
         sample = torch.arange(len(edge), device=device)[:, None, None, None]
-        level = to_device(self.level, device, torch.uint8)
         return level[sample, block[0][:, :, None, None], block[1][:, None, :, None], block[2][:, None, None, :]]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nnssl_ext.views.cpu.chunks import has_kernels
 from nnssl_ext.views.cpu.crops import copy_crop, interpolate_crop, source_axes
-from nnssl_ext.views.random import pack_to_device, to_device
+from nnssl_ext.views.random import pack_to_device
 
 #: Above this ratio of spacings crops rotate only in the plane of the thin slices, as in nnU-Net.
 ANISOTROPY_LIMIT = 3.0
@@ -251,26 +251,23 @@ def resample_batch(
         depth, height, width = group.data.shape[1:]
         target[:, :depth, :height, :width].copy_(group.data, non_blocking=True)
     shape = (len(groups), views, 3)
-    parameters = [
-        np.stack([box.matrix for box in boxes]).reshape(*shape, 3),
-        np.stack([box.center for box in boxes]).reshape(shape),
-        shapes,
-    ]
-    matrix, center, edges = pack_to_device([torch.from_numpy(array).float() for array in parameters], device)
-    # the place of each crop's voxel in its box: one sum of a plane and a line
-    place = center[:, :, None, None, None]  # (G, V, D, H, W, 3)
-    for axis, length in enumerate(size):
-        offset = torch.arange(length, device=device) - (length - 1) / 2
-        line = offset[:, None] * matrix[:, :, None, :, axis]
-        place = place + line.view(*shape[:2], *(length if a == axis else 1 for a in range(3)), 3)
-    edges = edges.view(-1, 1, 1, 1, 1, 3)
-    inside = None
+    matrix = np.stack([box.matrix for box in boxes])[:, ::-1].reshape(*shape, 3)  # grid_sample reverses the axes
+    center = np.stack([box.center for box in boxes])[:, ::-1].reshape(shape)
+    # the place of each crop's voxel in its box: a sum of three lines
+    lines = [(np.arange(n) - (n - 1) / 2)[:, None] * matrix[:, :, None, :, axis] for axis, n in enumerate(size)]
+    lines[0] += center[:, :, None]  # (G, V, D, 3)
+    # grid_sample's coordinates (align_corners=False): voxel x of n lies at (2 x + 1) / n - 1
+    scale = 2 / padded[::-1]
+    parameters = [*lines, shapes[:, ::-1] - 1, scale, scale / 2 - 1]
+    sent = pack_to_device([torch.from_numpy(array.astype(np.float32)) for array in parameters], device)
+    place = sent[0][:, :, :, None, None] + sent[1][:, :, None, :, None] + sent[2][:, :, None, None]
+    last, inside = sent[3].view(-1, 1, 1, 1, 1, 3), None
     if any(_leaves(box, size) for box in boxes):
-        inside = ((place >= -0.5) & (place <= edges - 0.5)).all(-1).flatten(0, 1)[:, None]
-    # grid_sample's coordinates (align_corners=False): voxel x of n lies at (2 x + 1) / n - 1, axes in reverse order
-    scale = to_device(torch.from_numpy(2 / padded), device, torch.float32)
-    grid = (place.clamp(edges.new_zeros(()), edges - 1) + 0.5) * scale - 1
-    found = F.grid_sample(data, grid.flip(-1).flatten(1, 2), padding_mode="border", align_corners=False)
+        inside = ((place >= -0.5) & (place <= last + 0.5)).all(-1).flatten(0, 1)[:, None]
+    if (shapes < padded).any():  # the border that grid_sample repeats is that of the largest box
+        place = torch.minimum(place, last)
+    grid = torch.addcmul(sent[5], place, sent[4])
+    found = F.grid_sample(data, grid.flatten(1, 2), padding_mode="border", align_corners=False)
     crops = found.unflatten(2, (views, -1)).transpose(1, 2).flatten(0, 1).contiguous()
     return (crops, None) if inside is None else (crops.mul_(inside), inside)
 
