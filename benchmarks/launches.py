@@ -1,6 +1,6 @@
 """Count the kernels of a training step that run outside the network.
 
-    python -m benchmarks launches [METHOD ...] [--code CHECKOUT] [--output FILE]
+    python -m benchmarks launches [METHOD ...] [--compiled] [--code CHECKOUT] [--output FILE]
 
 A GPU pays about 5 microseconds for each. Counted is one step of a real trainer, batch 2 at 64^3, float32. The count is
 made on the CPU: tensors answer that they are on a GPU, so that the code of a GPU runs. Every operation that computes or
@@ -186,6 +186,37 @@ def count_step(name: str, root: Path) -> Kernels:
     return kernels
 
 
+def count_compiled(name: str, root: Path) -> tuple[int, int]:
+    """Count the kernels of the compiled objective around the network: forward and backward."""
+    from torch._inductor import config
+    from torch._inductor.codegen.cpp import OuterLoopFusedSchedulerNode
+    from torch._inductor.scheduler import NopKernelSchedulerNode, Scheduler
+    from torch._inductor.virtualized import V
+
+    from nnssl_ext.views.random import VIEWS, BatchRandom
+
+    trainer = begin(name, root)
+    method, batch = trainer.method, next(iter(trainer.dataloader_train))
+    for network in (m for m in method.modules() if type(m) is type(trainer.network)):
+        for part in (network, *network.children(), *network.encoder.stages):
+            part.forward = torch.compiler.disable(part.forward)
+    counts, compile_graph = {False: 0, True: 0}, Scheduler.codegen
+
+    def counted(graph: Any) -> Any:
+        for node in graph.nodes:
+            # a CPU joins some kernels once more, a GPU does not
+            parts = node.get_outer_nodes() if isinstance(node, OuterLoopFusedSchedulerNode) else [node]
+            backward = V.graph.is_backward
+            counts[backward] += len(parts) * (not isinstance(node, NopKernelSchedulerNode))
+        return compile_graph(graph)
+
+    torch._dynamo.reset()
+    views = method.views(batch, BatchRandom(0, VIEWS, batch.indices, CPU))
+    with patch.object(Scheduler, "codegen", counted), config.patch(fx_graph_cache=False):
+        torch.compile(method)(views)["loss"].mean().backward()
+    return counts[False], counts[True]
+
+
 class HostGenerator(torch.Generator):
     """A generator on the CPU, whatever device is asked for."""
 
@@ -247,6 +278,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print all values as JSON")
     parser.add_argument("--output", type=Path, help="file to write the counts to")
     parser.add_argument("--operations", action="store_true", help="print the counts of each operation")
+    parser.add_argument("--compiled", action="store_true", help="count what torch.compile makes of the objective")
     add_option(parser)
     arguments = parser.parse_args()
     run_on(arguments.code, "launches")
@@ -259,6 +291,8 @@ def main() -> None:
         for name in arguments.methods or METHODS:
             kernels = count_step(name, Path(folder))
             parts = {phase: sum(kernels.counts[phase].values()) for phase in PHASES}
+            if arguments.compiled:
+                parts["forward"], parts["backward"] = count_compiled(name, Path(folder, "compiled"))
             rows.append(
                 {"method": name, **parts, "all": sum(parts.values()), "host waits": sum(kernels.waits.values())}
             )
