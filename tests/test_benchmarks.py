@@ -253,18 +253,30 @@ def test_a_row_without_time_says_so(tmp_path: Path) -> None:
     assert "It needs 100 s" in context.read()["large"]["left out"]
 
 
-@pytest.mark.integration
-@pytest.mark.parametrize("method", METHODS)
-def test_launches_outside_the_network_stay_few(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _counting(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_n_proc_DA"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("nnUNet_extTrainer", str(REPOSITORY / "trainers"))
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("_counting")
+@pytest.mark.parametrize("method", METHODS)
+def test_launches_outside_the_network_stay_few(method: str, tmp_path: Path) -> None:
     kernels = launches.count_step(method, tmp_path)
     found = {phase: sum(kernels.counts[phase].values()) for phase in launches.PHASES}
     assert min(found["views"], found["backward"], found["update"]) > 0
     slack = 1.02 if torch.__version__ < "2.7" else 1.0  # torch 2.6 issues a few more
     assert sum(found.values()) <= slack * launches.LIMITS[method], kernels.counts
     assert not kernels.waits
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("_counting")
+def test_a_compiled_objective_has_fewer_kernels(tmp_path: Path) -> None:
+    forward, backward = launches.count_compiled("masked_autoencoder", tmp_path)
+    assert 0 < backward <= forward <= 4  # 7 and 9 are issued one by one
 
 
 def test_the_counter_tells_host_from_device_and_network_from_the_rest() -> None:
