@@ -36,9 +36,9 @@ VOLUMES, LOCALS, PROTOTYPES = 4, 8, 65536
 class Step:
     """One student step on fixed input."""
 
-    def __init__(self, prototypes: int = PROTOTYPES) -> None:
+    def __init__(self, prototypes: int = PROTOTYPES, drop_path: float = 0.0) -> None:
         torch.manual_seed(0)
-        network = ViTUNETR(input_channels=1, num_classes=2, embed_dim=384, depth=12, num_heads=6, drop_path=0.0)
+        network = ViTUNETR(input_channels=1, num_classes=2, embed_dim=384, depth=12, num_heads=6, drop_path=drop_path)
         reader = reader_of(backbone_of(network), 16)
         self.student = DistilledNetwork(reader, hidden_dim=2048, bottleneck_dim=256, prototypes=prototypes)
         self.whole = torch.randn(VOLUMES * 2, 1, 96, 96, 96)
@@ -108,9 +108,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prototypes", type=int, default=PROTOTYPES)
+    parser.add_argument("--drop-path", type=float, default=0.0, help="3DINO publishes 0.3")
     arguments = parser.parse_args()
     keep_memory("cpu")  # as our trainers do
-    step = Step(arguments.prototypes)
+    step = Step(arguments.prototypes, arguments.drop_path)
+    step.student.train()
     times: dict[str, list[tuple[float, float]]] = {"ours": [], "bare": []}
     for repeat in range(arguments.repeats + 1):
         for name in times:
@@ -124,7 +126,7 @@ def main() -> None:
         for kind, v in zip(("CPU s", "wall s"), zip(*rows, strict=True), strict=True)
     }
     result["ratio of CPU s"] = [round(f(ratios), 3) for f in (min, statistics.median, max)]
-    print(json.dumps({"threads": torch.get_num_threads(), "masked patches": len(step.row), **result}, indent=1))
+    print(json.dumps({"threads": torch.get_num_threads(), "masked patches": len(step.index), **result}, indent=1))
 
 
 if __name__ == "__main__":

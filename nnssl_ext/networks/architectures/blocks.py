@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 
+#: Samples are left out of a branch where their whole number is this close to the probability.
+TOLERANCE = 1 / 16
+
+
 class DropPath(nn.Module):
-    """Drop a residual branch for random samples.
+    """Add a residual branch, without some samples in training.
 
     Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016. Branches that are kept are scaled, so that their
     expectation stays the same.
+
+    In a batch of enough samples as many are left out as the probability says, and cost nothing, as in DINOv2 (Oquab et
+    al., TMLR 2024). In a smaller one each is dropped by its own draw, after the branch.
     """
 
     def __init__(self, probability: float = 0.0) -> None:
         super().__init__()
         self.probability = probability
 
-    def forward(self, branch: Tensor) -> Tensor:
+    def forward(self, features: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return ``features`` (B, ...) plus ``branch`` of them. The branch treats samples separately."""
         if not self.training or self.probability == 0:
-            return branch
-        kept = 1 - self.probability
-        mask = branch.new_empty(len(branch), *[1] * (branch.ndim - 1)).bernoulli_(kept)
-        return branch * (mask / kept if kept else mask)
+            return features + branch(features)
+        samples, share = len(features), 1 - self.probability
+        kept = round(samples * share)
+        if not kept or abs(kept / samples - share) > TOLERANCE:
+            mask = features.new_empty(samples, *[1] * (features.ndim - 1)).bernoulli_(share)
+            return features + branch(features) * (mask / share if share else mask)
+        rows = torch.randperm(samples, device=features.device)[:kept]
+        added = branch(features[rows]).to(features.dtype)
+        return features.index_add(0, rows, added, alpha=samples / kept)
 
 
 class Mlp(nn.Module):

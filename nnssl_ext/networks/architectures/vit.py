@@ -78,8 +78,8 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens + self.drop_path(self.ls1(self.attn(self.norm1(tokens))))
-        return tokens + self.drop_path(self.ls2(self.mlp(self.norm2(tokens))))
+        tokens = self.drop_path(tokens, lambda own: self.ls1(self.attn(self.norm1(own))))
+        return self.drop_path(tokens, lambda own: self.ls2(self.mlp(self.norm2(own))))
 
 
 class PatchEmbed(nn.Module):

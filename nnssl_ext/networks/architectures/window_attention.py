@@ -96,8 +96,8 @@ class SwinBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, volume: Tensor) -> Tensor:
-        volume = volume + self.drop_path(self._attend(self.norm1(volume)))
-        return volume + self.drop_path(self.mlp(self.norm2(volume)))
+        volume = self.drop_path(volume, lambda own: self._attend(self.norm1(own)))
+        return self.drop_path(volume, lambda own: self.mlp(self.norm2(own)))
 
     def _attend(self, volume: Tensor) -> Tensor:
         size = volume.shape[1:4]
