@@ -201,3 +201,21 @@ def test_the_readme_from_raw_images_to_a_prediction(environment: Environment) ->
     )
     prediction = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(environment.root / "out" / "c6.nii.gz")))
     assert prediction.shape == (24, 28, 26)
+
+    # pseudo-labels, from this prediction
+    page = partial(shown_lines, "docs/how-to/pseudo-labels.md")
+    folders = [f"UNLABELED={images}", f"PSEUDO={environment.root / 'out'}"]
+    preprocessing = [f"{line} -np 1" if "preprocess" in line else line for line in page("preprocess")]
+    *split, training = page("split")
+    training += f" -tr {SHORT} -device cpu"
+    lines = [weights, *folders, *page("both"), *preprocessing, *split, training]
+    finished = environment.run(
+        "bash",
+        "-ec",
+        "\n".join(lines),
+        variables={"nnUNet_n_proc_DA": "1", "nnUNet_extTrainer": short_trainer(environment.root)},
+    )
+    assert "Mean Validation Dice" in finished.stdout
+    (fold,) = json.loads((environment.preprocessed / "Dataset005_Pseudo" / "splits_final.json").read_text())
+    assert "c6" in fold["train"]
+    assert "c6" not in fold["val"]
