@@ -33,7 +33,8 @@ def fitting(recipe: str, method: str, patch: tuple[int, int, int], checkpointing
     """Return the largest batch for each of ``CARDS``; 0 if no batch fits."""
     base = make_plans("plain")
     base["configurations"]["3d_fullres"] |= {"spacing": [1.0] * 3, "median_image_size_in_voxels": [128] * 3}
-    words = [f"configuration.patch_size={list(patch)}", "crop_size=null"]
+    # a batch that is set keeps the patch, also where a method would choose smaller crops
+    words = [f"configuration.patch_size={list(patch)}", "crop_size=null", "batch_size=2"]
     words += ["activation_checkpointing=true"] if checkpointing else []
     plans = derive_plans(base, "cards", [load_recipe(recipe), assignments_recipe(words)], ["3d_fullres"])
     needs = planned_memory(METHODS[method], plans, "3d_fullres", {"channel_names": {"0": "MR"}, **make_labels("plain")})

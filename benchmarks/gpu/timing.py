@@ -165,13 +165,13 @@ def speed(context: Context) -> None:
 def estimated(method: str, folder: str, kind: str) -> float:
     """Return the estimate of a step's allocated GiB, of the plans in a folder."""
     from nnssl_ext.methods import METHODS
-    from nnssl_ext.training.memory.estimate import planned_memory
+    from nnssl_ext.training.memory.plan import needs_of
 
     plans, content = (json.loads((Path(folder) / f"{name}.json").read_text()) for name in ("nnUNetPlans", "dataset"))
     if kind == "cpu":
         plans["nnssl_ext"]["precision"] = "float32"
-    needs = planned_memory(METHODS[method], plans, CONFIGURATION, content)
-    return needs.allocated(plans["configurations"][CONFIGURATION]["batch_size"]) / GIB
+    (need,) = needs_of(plans, [CONFIGURATION], [METHODS[method]], content)
+    return need.memory.allocated(need.batch) / GIB
 
 
 def time_step(context: Context, name: str, folder: Path, row: dict[str, Any]) -> None:

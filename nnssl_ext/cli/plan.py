@@ -14,6 +14,7 @@ import argparse
 import math
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nnssl_ext.commands import train_command
@@ -128,6 +129,11 @@ def _plan_memory(arguments: argparse.Namespace, plans: dict, configurations: lis
     if target is not None and not 0 < target < math.inf:
         raise UserError(f"--gpu-memory-target must be a positive number of GB, got {target}")
     methods = wanted_methods(arguments.method, plans)
+    settings = plans.setdefault(PLANS_KEY, {})
+    named = settings.get("batch_size")
+    if target is not None:
+        # a batch that is set keeps the plans' patch, also for methods that would choose smaller crops
+        settings["batch_size"] = named or plans["configurations"][configurations[0]]["batch_size"]
     try:
         needs = needs_of(plans, configurations, methods, dataset)
     except (Exception, UserError) as error:
@@ -136,16 +142,12 @@ def _plan_memory(arguments: argparse.Namespace, plans: dict, configurations: lis
         # nobody asked for an estimate
         return [f"memory on a GPU is not estimated: {getattr(error, 'line', f'{type(error).__name__}: {error}')}"]
     lines = ["memory on a GPU, estimated (docs/how-to/gpu-memory.md):"]
-    settings = plans.setdefault(PLANS_KEY, {})
     if target is not None:
-        named = settings.get("batch_size")
-        settings["batch_size"] = fits = fitting_batch(needs, target * GIB, plans, dataset)
+        settings["batch_size"] = fits = fitting_batch(needs, target * GIB, named, plans, dataset)
+        needs = [replace(need, batch=fits) for need in needs]
         note = "as named, fits" if fits == named else "is the largest that fits"
         lines = [f"batch_size {fits} {note}" + (f"; {named} was named" if named not in (None, fits) else ""), *lines]
-    for need in needs:
-        batch = settings.get("batch_size") or plans["configurations"][need.configuration]["batch_size"]
-        lines.append(f"  {need.line(batch, None if target is None else target * GIB)}")
-    return lines
+    return [*lines, *(f"  {need.line(None if target is None else target * GIB)}" for need in needs)]
 
 
 def _check_name(name: str, source: str, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from nnssl_ext.configurations import configuration_of
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
 from nnssl_ext.training.checks import Checked
@@ -82,6 +84,10 @@ def pretraining_advice(
     except (Exception, UserError):  # an estimate is a help; without it the line still tells the rest
         fits = ""
     change = [f"a smaller nnssl_ext.batch_size (now {checked.batch_size}{fits})", "a smaller nnssl_ext.crop_size"]
+    size = list(checked.geometry.crop_size)
+    if checked.common.crop_size is None and size != list(configuration_of(plans, configuration)["patch_size"]):
+        # the method chose smaller crops; a batch alone would switch that off
+        change[0] = f"nnssl_ext.crop_size={json.dumps(size, separators=(',', ':'))} with {change[0]}"
     if not checked.common.activation_checkpointing:
         change.append("nnssl_ext.activation_checkpointing=true")
     return (

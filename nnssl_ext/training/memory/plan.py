@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import METHODS, Method
+from nnssl_ext.networks.base import Triple, triple
 from nnssl_ext.settings import PLANS_KEY, unknown_name
-from nnssl_ext.training.memory.estimate import GIB, StepMemory, planned_memory
+from nnssl_ext.training.memory.estimate import GIB, StepMemory, planned, planned_memory, step_memory
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,21 @@ class Need:
         configuration: Its name.
         method: What pretrains.
         memory: Of a step.
+        batch: Samples of a step.
+        crop: Edges of a sample.
     """
 
     configuration: str
     method: type[Method]
     memory: StepMemory
+    batch: int
+    crop: Triple
 
-    def line(self, batch: int, target: float | None = None) -> str:
+    def line(self, target: float | None = None) -> str:
         """Describe the need in one line. ``target`` in bytes."""
+        batch, crop = self.batch, " x ".join(map(str, self.crop))
         needs, each = self.memory.peak(batch) / GIB, (self.memory.peak(batch + 1) - self.memory.peak(batch)) / GIB
-        text = f"{self.configuration}: {self.method.title} needs {needs:.1f} GiB at batch {batch}, {each:.2f} a sample"
+        text = f"{self.configuration}: {self.method.title} needs {needs:.1f} GiB at batch {batch} of {crop}, {each:.2f} each"
         return text if target is None else f"{text}; {self.memory.largest_batch(target)} fit {target / GIB:g} GiB"
 
 
@@ -52,15 +59,16 @@ def wanted_methods(names: Sequence[str] | None, plans: dict) -> list[type[Method
 
 def needs_of(plans: dict, configurations: Sequence[str], methods: Sequence[type[Method]], dataset: dict) -> list[Need]:
     """Estimate the memory of each method in each configuration."""
-    return [
-        Need(configuration, method, planned_memory(method, plans, configuration, dataset))
-        for configuration in configurations
-        for method in methods
-    ]
+    needs, precision = [], plans.get(PLANS_KEY, {}).get("precision", "auto")
+    for configuration, method in product(configurations, methods):
+        build, settings, geometry = planned(method, plans, configuration, dataset)
+        memory = step_memory(method, build, settings, geometry, precision)
+        needs.append(Need(configuration, method, memory, geometry.batch_size, triple(geometry.crop_size)))
+    return needs
 
 
-def fitting_batch(needs: Sequence[Need], target: float, plans: dict, dataset: dict) -> int:
-    """Return the largest batch that fits, at most the plans' own.
+def fitting_batch(needs: Sequence[Need], target: float, named: int | None, plans: dict, dataset: dict) -> int:
+    """Return the largest batch that fits, at most ``named``.
 
     Raises:
         UserError: If not even the smallest batch of a method fits.
@@ -69,7 +77,7 @@ def fitting_batch(needs: Sequence[Need], target: float, plans: dict, dataset: di
     for need, batch in zip(needs, largest, strict=True):
         if batch < need.method.min_batch_size:
             raise UserError(_nothing_fits(need, target, plans, dataset))
-    return min([*largest, *filter(None, [plans.get(PLANS_KEY, {}).get("batch_size")])])
+    return min([*largest, *filter(None, [named])])
 
 
 def _nothing_fits(need: Need, target: float, plans: dict, dataset: dict) -> str:

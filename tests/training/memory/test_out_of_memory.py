@@ -1,5 +1,6 @@
 """A run without enough memory ends with one line; what it wrote before stays."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -59,3 +60,13 @@ def test_other_errors_stay_what_they_are(with_data: Data, monkeypatch: pytest.Mo
     kill_at(0, monkeypatch, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         pretrain(environment, "plain", "quick")
+
+
+def test_smaller_crops_that_a_method_chose_are_kept(with_data: Data) -> None:
+    """A batch alone would return to the plans' larger crops."""
+    environment = with_data("plain")
+    environment.write_plans(
+        "plain", "quick", {}, lambda plans: plans["configurations"]["3d_fullres"].update(patch_size=[48, 48, 48])
+    )
+    line = trainer_for("plain", "quick", "nnsslTrainer_3DINO").out_of_memory_advice()
+    assert re.search(r"Use nnssl_ext.crop_size=\[\d+,\d+,\d+\] with a smaller nnssl_ext.batch_size", line), line
