@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-
 #: Samples are left out of a branch where their whole number is this close to the probability.
 TOLERANCE = 1 / 16
 

@@ -36,9 +36,9 @@ class Need:
 
     def line(self, target: float | None = None) -> str:
         """Describe the need in one line. ``target`` in bytes."""
-        batch, crop = self.batch, " x ".join(map(str, self.crop))
-        needs, each = self.memory.peak(batch) / GIB, (self.memory.peak(batch + 1) - self.memory.peak(batch)) / GIB
-        text = f"{self.configuration}: {self.method.title} needs {needs:.1f} GiB at batch {batch} of {crop}, {each:.2f} each"
+        sizes = f"batch {self.batch} of {' x '.join(map(str, self.crop))}"
+        needs, more = (self.memory.peak(batch) / GIB for batch in (self.batch, self.batch + 1))
+        text = f"{self.configuration}: {self.method.title} needs {needs:.1f} GiB at {sizes}, {more - needs:.2f} each"
         return text if target is None else f"{text}; {self.memory.largest_batch(target)} fit {target / GIB:g} GiB"
 
 
