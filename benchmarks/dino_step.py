@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +82,7 @@ class Step:
 
     def bare(self) -> Tensor:
         """Return the sum of the outputs of the same blocks and heads."""
-        encoder = self.student.reader.network.backbone
+        encoder: Any = self.student.reader.network.backbone
         ends = []
         with torch.no_grad():
             inputs = [encoder.embed(self.whole, self.masked), encoder.embed(self.local)]

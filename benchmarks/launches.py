@@ -68,7 +68,7 @@ class PretendGPU(TorchFunctionMode):
         options = dict(options or {})
         if function == Tensor.device.__get__:
             return CPU if on_host(arguments[0]) else GPU
-        if function == Tensor.is_cuda.__get__:
+        if function == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return not on_host(arguments[0])
         if function == Tensor.pin_memory:
             return arguments[0]
@@ -165,8 +165,8 @@ class Kernels(TorchDispatchMode):
             self.network[-1] = (self.network[-1][0], torch._C._autograd._get_sequence_nr())
 
 
-def count_step(name: str, root: Path) -> Kernels:
-    """Count one step of a method's trainer on a data set of its own."""
+def count_step(name: str, root: Path, *, validation: bool = False) -> Kernels:
+    """Count one step of a method's trainer on a data set of its own, in training or validation."""
     trainer = begin(name, root)
     kernels = Kernels()
     for network in (m for m in trainer.method.modules() if type(m) is type(trainer.network)):
@@ -181,8 +181,10 @@ def count_step(name: str, root: Path) -> Kernels:
         for box in row:
             box.data.host = True
     trainer.device = GPU
-    with phases(trainer, kernels), pretend(kernels):
-        trainer.train_step(batch)
+    if validation:
+        trainer.method.eval()
+    with phases(trainer, kernels), pretend(kernels), torch.set_grad_enabled(not validation):
+        (trainer.validation_step if validation else trainer.train_step)(batch)
     return kernels
 
 
@@ -231,7 +233,7 @@ def pretend(kernels: Kernels) -> Iterator[None]:
 
     def flagged(array: Any) -> Tensor:
         result = from_numpy(array)
-        result.host = True
+        result.host = True  # type: ignore[attr-defined]
         return result
 
     with (

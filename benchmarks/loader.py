@@ -49,7 +49,7 @@ def boxes_of(dataset: CropDataset, samples: int) -> list[tuple[str, tuple[slice,
             found.append((self.path, tuple(slice(k.start and int(k.start), k.stop and int(k.stop)) for k in key)))
             return self.array[key]
 
-    crops.open_case = Recorded  # type: ignore[assignment]
+    crops.open_case = Recorded
     try:
         for sample in range(samples):
             dataset[sample]

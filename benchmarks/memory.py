@@ -10,6 +10,7 @@ reserved is printed beside the estimate.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def measured(method: type[Method], case: Case, batch: int) -> tuple[int, int]:
         with torch.autocast("cuda", torch.bfloat16):
             loss = built(views)["loss"].sum()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(built.parameters(), recipe.clip)
+        torch.nn.utils.clip_grad_norm_(built.parameters(), recipe.max_grad_norm or math.inf)
         optimizer.step()
     return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
 

@@ -170,7 +170,7 @@ def monai(settings: Any, edge: int) -> Callable[[Tensor], list[Tensor]]:
                 *flips,
                 *turns,
                 m.RandGaussianNoise(s.noise_probability, std=s.noise[1]),
-                m.RandGaussianSmooth(*[tuple(s.blur)] * 3, prob=s.blur_probability),
+                m.RandGaussianSmooth(*[tuple(s.blur)] * 3, prob=s.blur_probability),  # type: ignore[misc,arg-type]
                 m.RandGaussianSharpen(prob=s.sharpen_probability),
                 m.RandGibbsNoise(s.gibbs_probability, alpha=(1 - s.gibbs[1], 1 - s.gibbs[0])),
                 m.RandAdjustContrast(s.gamma_probability, gamma=tuple(s.gamma)),

@@ -80,7 +80,7 @@ def resolutions(method: Method, index: CaseIndex, samples: int) -> dict[tuple[in
     Returns:
         Values by the edges of views.
     """
-    found = defaultdict(list)
+    found: dict[Any, list[float]] = defaultdict(list)
     request = method.crops(method.settings, method.geometry)
     assert isinstance(request, CropRequest)
     data = CropDataset(index, index.cases, request, 0)

@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -71,7 +72,7 @@ def start(root: Path) -> dict[str, float]:
     plans["continue_training"] = False  # nnUNetv2_train says so
     trainer = pretraining_trainer("volume_fusion")
     before, begin = peak(), time.perf_counter()
-    run = trainer(plans, "3d_fullres", "all", dataset_json, torch.device("cpu"))
+    run = trainer(plans, "3d_fullres", cast("int", "all"), dataset_json, torch.device("cpu"))
     checked = time.perf_counter()
     run.initialize()
     train, _ = run.get_dataloaders()

@@ -187,7 +187,7 @@ def main() -> None:
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         options.error(f"unknown method '{unknown[0]}'; known: {', '.join(METHODS)}")
-    os.environ["nnUNet_n_proc_DA"] = str(arguments.workers)
+    os.environ |= {"nnUNet_n_proc_DA": str(arguments.workers), "nnUNet_compile": "f"}  # as the bare network
     device = torch.device(arguments.device)
     rows = [measure(method, plan, arguments, device) for plan in arguments.plan for method in methods]
     report([{**dict.fromkeys(rows[0]), **row} for row in rows], arguments.json)

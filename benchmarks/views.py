@@ -55,7 +55,7 @@ def each(edge: int, device: torch.device) -> dict[str, Callable[[], object]]:
         "grid painted": lambda: grid.paint(size, device),
         "fusion": lambda: fuse(crop, other, level, 4),
     }
-    off = {f"{kind.name}_probability": 0.0 for kind in listed(IntensitySettings)}
+    off: dict[str, Any] = {f"{kind.name}_probability": 0.0 for kind in listed(IntensitySettings)}
     for kind in listed(IntensitySettings):
         always = {f"{kind.name}_probability": 1.0, f"{kind.name}_channel_probability": 1.0}
         known = {name: value for name, value in always.items() if hasattr(IntensitySettings(), name)}

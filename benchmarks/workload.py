@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pydoc
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +300,14 @@ def _resnet18(width: int, stem: int) -> dict[str, Tensor]:
 
 
 def write_dataset(
-    root: Path, plan: str, settings: dict, *, cases: int = 4, batch: int | None = None, shape: tuple[int, ...] = ()
+    root: Path,
+    plan: str,
+    settings: dict,
+    *,
+    cases: int = 4,
+    batch: int | None = None,
+    shape: tuple[int, ...] = (),
+    written: Path | None = None,
 ) -> Path:
     """Write an nnU-Net environment with one preprocessed data set, and set nnU-Net's variables to it.
 
@@ -310,6 +318,7 @@ def write_dataset(
         cases: How many cases.
         batch: Batch size; None for the plan's.
         shape: Of a case; empty for a half more than the patch.
+        written: A data set of the same plan whose cases are taken.
     """
     root.mkdir(parents=True, exist_ok=True)
     variables = {"nnUNet_raw": "raw", "nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results"}
@@ -318,7 +327,10 @@ def write_dataset(
         os.environ[name] = str(root / part)
     chosen = PLANS[plan]
     folder = root / "preprocessed" / DATASET
-    write_cases(folder / DATA, shape or tuple(3 * n // 2 for n in chosen["patch"]), cases, chosen["patch"])
+    if written is None:
+        write_cases(folder / DATA, shape or tuple(3 * n // 2 for n in chosen["patch"]), cases, chosen["patch"])
+    else:
+        shutil.copytree(written / DATA, folder / DATA, copy_function=os.link)
     plans = {**_plans(chosen, batch or chosen["batch"]), "nnssl_ext": settings}
     content = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "organ": 1}, "numTraining": cases}
     for name, value in (("nnUNetPlans", plans), ("dataset", {**content, "file_ending": ".nii.gz"})):

@@ -274,6 +274,16 @@ def test_launches_outside_the_network_stay_few(method: str, tmp_path: Path) -> N
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("_counting")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_validation_copies_nothing_to_the_device_in_its_forward_pass(method: str, tmp_path: Path) -> None:
+    """The compiler cannot trace pinned memory."""
+    kernels = launches.count_step(method, tmp_path, validation=True)
+    assert sum(kernels.counts["forward"].values()) > 0
+    assert not kernels.counts["forward"]["upload"]
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("_counting")
 def test_a_compiled_objective_has_fewer_kernels(tmp_path: Path) -> None:
     forward, backward = launches.count_compiled("masked_autoencoder", tmp_path)
     assert 0 < backward <= forward <= 4  # 7 and 9 are issued one by one

@@ -75,6 +75,7 @@ def run_part(part: str, function: Callable[[Context], None], context: Context) -
 def supervise(part: str, function: Callable[[Context], None], context: Context) -> dict[str, Any]:
     """Run one part in a forked process with a time limit. Return its rows."""
     begin = time.monotonic()
+    (context.output / f"{part}.json").unlink(missing_ok=True)  # rows of an earlier call
     process = multiprocessing.get_context("fork").Process(target=run_part, args=(part, function, context))
     process.start()
     process.join(max(1.0, context.deadline - begin))

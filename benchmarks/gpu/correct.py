@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -26,6 +28,7 @@ def correct(context: Context) -> None:
     """Check each method on one batch with the same weights."""
     from nnssl_ext.methods import METHODS
 
+    os.environ["nnUNet_compile"] = "f"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for name in METHODS:
         with context.row(name, 2) as row:
@@ -95,14 +98,19 @@ def host_noise() -> Iterator[None]:
     from nnssl_ext.views import appearance
     from nnssl_ext.views.random import BatchRandom
 
-    generator, randn = torch.Generator, torch.randn
+    generator, functions, normal_ = torch.Generator, {"randn": torch.randn, "rand": torch.rand}, Tensor.normal_
 
-    def on_host(*shape: Any, device: Any = None, **options: Any) -> Tensor:
-        return randn(*shape, **options).to(device)
+    def on_host(name: str, *shape: Any, device: Any = None, **options: Any) -> Tensor:
+        return functions[name](*shape, **options).to(device)
+
+    def normal_on_host(noise: Tensor, **options: Any) -> Tensor:
+        return noise.copy_(normal_(torch.empty(noise.shape), **options))
 
     with (
         patch.object(torch, "Generator", lambda *_: generator()),
-        patch.object(torch, "randn", on_host),
+        patch.object(torch, "randn", partial(on_host, "randn")),
+        patch.object(torch, "rand", partial(on_host, "rand")),
+        patch.object(Tensor, "normal_", normal_on_host),
         patch.object(BatchRandom, "bits", BatchRandom.noise),
         patch.object(appearance, "has_kernels", lambda *_: False),
     ):

@@ -38,7 +38,7 @@ def map_intensities(image: Tensor, controls: np.ndarray, reversed_: bool) -> Non
     places, values = (torch.from_numpy(line).float() for line in bezier_curve(controls, reversed_))
     # on an even grid the curve is looked up without a search
     even = torch.from_numpy(np.interp(np.linspace(0, 1, POINTS), places.numpy(), values.numpy())).float()
-    even = even.to(image.device, non_blocking=True)
+    even = to_device(even, image.device)
     low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
     span = (high - low).clamp_min(1e-6)
     place = (image - low) / span * (POINTS - 1)
@@ -69,7 +69,7 @@ def paint(image: Tensor, corners: np.ndarray, edges: np.ndarray, noise: Tensor, 
     mask = torch.zeros(image.shape[1:], dtype=torch.bool)
     for (z, y, x), (d, h, w) in zip(corners.tolist(), edges.tolist(), strict=True):
         mask[z : z + d, y : y + h, x : x + w] = True
-    mask = mask.to(image.device, non_blocking=True)
+    mask = to_device(mask, image.device)
     image.copy_(torch.where(mask if inside else ~mask, noise, image))
 
 

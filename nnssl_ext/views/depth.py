@@ -28,7 +28,7 @@ def colors_as_depth(images: Tensor, random: BatchRandom) -> Tensor:
 
 def luminance(images: Tensor) -> Tensor:
     """Compute the luminance (ITU-R BT.601): (B, 3, H, W) -> (B, 1, H, W)."""
-    weights = images.new_tensor([0.299, 0.587, 0.114]).view(1, COLORS, 1, 1)
+    weights = to_device(torch.tensor([0.299, 0.587, 0.114]), images.device, images.dtype).view(1, COLORS, 1, 1)
     return (images * weights).sum(1, keepdim=True)
 
 

@@ -45,7 +45,7 @@ from nnssl_ext.methods.panels import Panel, axial, principal_colors
 from nnssl_ext.networks.base import Backbone, Triple
 from nnssl_ext.views.masking import expand_blocks
 from nnssl_ext.views.multicrop import crop_views, draw_patch_masks, look_at
-from nnssl_ext.views.random import BatchRandom, pack_to_device, to_device
+from nnssl_ext.views.random import BatchRandom, pack_to_device
 from nnssl_ext.views.spatial import SpatialRange
 
 
@@ -71,6 +71,7 @@ class DINO(Method):
     image_center: Tensor
     patch_center: Tensor
     pairs: Tensor
+    kept_patches: Tensor
     teacher_temperature: Tensor
 
     def __init__(self, backbone: Backbone, settings: DINOSettings, geometry: DataGeometry) -> None:
@@ -93,6 +94,7 @@ class DINO(Method):
         pairs = torch.ones(GLOBALS + (settings.local_crops or 0), GLOBALS)
         pairs[:GLOBALS].fill_diagonal_(0)
         self.register_buffer("pairs", pairs / pairs.sum(), persistent=False)
+        self.register_buffer("kept_patches", kept_patches(math.prod(self.grid)), persistent=False)
         # tensors, so that a compiled method is not compiled again when they change
         last = (settings.teacher_temperature or [1.0])[-1]  # never null once resolved
         self.register_buffer("teacher_temperature", torch.tensor(last), persistent=False)
@@ -219,7 +221,7 @@ class DINO(Method):
         if settings.koleo_weight:
             koleo = self._koleo(features.float().unflatten(0, (number, GLOBALS)))
         if not self.training:
-            kept = to_device(kept_patches(patches.shape[1]), patches.device)
+            kept = self.kept_patches
             prediction, target = student.patch_head(patches[:, kept]), teacher.patch_head(teacher_patches[:, kept])
             self.validation.add(
                 self.geometry.batch_size,

@@ -99,10 +99,20 @@ def _average(image: Tensor, *arguments: Any, **options: Any) -> Tensor:
         return torch._C._nn.avg_pool3d(image, *arguments, **options)
 
 
+def _layer_norm(features: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """Replace ``layer_norm``, which autocast computes in float32 on GPUs."""
+    wider = features.float() if torch.is_autocast_enabled("cpu") else features
+    return torch.layer_norm(wider, *arguments, **options)
+
+
 @contextmanager
 def _as_on_gpu() -> Iterator[None]:
     """Replace functions whose saved tensors differ between CPU and GPU."""
-    instead = {"scaled_dot_product_attention": _fused_attention, "avg_pool3d": _average}
+    instead = {
+        "scaled_dot_product_attention": _fused_attention,
+        "avg_pool3d": _average,
+        "layer_norm": _layer_norm,
+    }
     own = {name: getattr(nn.functional, name) for name in instead}
     try:
         for name, function in instead.items():
