@@ -189,6 +189,10 @@ def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:
     labels = sorted({everything if word == "all" else _positive("--labels", word) for word in words})
     for name in ("subsets", "steps", "development_runs", "pretraining_seeds"):
         _positive(f"--{name.replace('_', '-')}", str(getattr(arguments, name)))
+    if arguments.transductive and arguments.pretrain_on:
+        raise UserError("--transductive and --pretrain-on: a corpus has no held-out cases. Give one of the two.")
+    if arguments.slurm and arguments.launcher != "slurm":
+        raise UserError(f"--slurm needs --launcher slurm, got --launcher {arguments.launcher}.")
     if arguments.seed < 0:
         raise UserError(f"--seed: expected at least 0, got {arguments.seed}.")
     if arguments.subsets % arguments.pretraining_seeds:

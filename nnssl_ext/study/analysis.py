@@ -122,7 +122,8 @@ class Analysis:
         """Compute an effect over pairs. Where both arms share their weights, or none was drawn, pairs vary alone."""
         runs = self.protocol.pretraining_seeds
         weights = {name: self._arm(name).weights_name for name in (arm, against)}
-        if runs == 1 or not self._arm(arm).method or weights[arm] == weights[against]:
+        drawn = self._arm(arm).method or self._arm(against).method
+        if runs == 1 or not drawn or weights[arm] == weights[against]:
             return effect(list(differences.values()))
         return random_effect([[d for pair, d in differences.items() if pair % runs == run] for run in range(runs)])
 
@@ -245,9 +246,14 @@ class Analysis:
         if self.protocol.primary_class:
             frame = frame[frame.organ == self.protocol.primary_class]
         if self.protocol.group_by:  # cases of a group are no independent evidence
-            groups = grouped(frame.case.unique(), self.protocol.group_by)
+            groups = grouped(self.grid.cases.held_out, self.protocol.group_by)
             group_of = {case: group for group, cases in groups.items() for case in cases}
-            frame = frame.assign(case=frame.case.map(group_of))
+            # the table has names of files
+            case_of = {
+                file: max((case for case in group_of if f"{file}.".startswith(f"{case}.")), key=len)
+                for file in frame.case.unique()
+            }
+            frame = frame.assign(case=frame.case.map(case_of).map(group_of))
         sides = [
             frame[(frame.arm == name) & (frame.step == at)].groupby("case")[self.metric].mean()
             for name, at in ((arm, step), (against, last))

@@ -12,6 +12,9 @@ from nnssl_ext.methods import TRAINERS
 from nnssl_ext.recipe import Recipe, merged, recipes_of
 from nnssl_ext.study.protocol import SCRATCH, TITLES, TOTAL
 
+#: Stands in the plans' name of the second baseline.
+RESERVED = "total"
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -99,6 +102,8 @@ def _finetune_recipe(word: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = word.partition("=")
     if not rest or not _is_name(name):
         raise UserError(f"--finetune: expected NAME=RECIPE, got '{word}'.")
+    if name == RESERVED:
+        raise UserError(f"--finetune: expected a name other than {RESERVED}, got '{word}'.")
     settings: dict[str, Any] = {}
     for recipe in recipes_of(rest.split(",")):
         _refuse_other_parts(recipe, word)

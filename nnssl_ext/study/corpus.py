@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_ext.data.cases import list_cases, open_case
+from nnssl_ext.data.corpus.corpus import PREPROCESSING
 from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.study.inputs import data_folder
 
-#: What decides how a case looks after preprocessing.
-PREPROCESSING = ("spacing", "normalization_schemes", "use_mask_for_norm")
 #: Blocks per axis whose mean intensities are a case's signature.
 BLOCKS = 8
 #: Correlation of signatures from which two cases are one. One voxel more on a side leaves 0.998. Different subjects of
@@ -65,15 +66,20 @@ def signature(folder: Path, case: str) -> tuple[tuple[int, ...], np.ndarray]:
 
 
 def same_content(first: tuple[tuple[int, ...], np.ndarray], second: tuple[tuple[int, ...], np.ndarray]) -> bool:
-    """Return whether two signatures belong to the same image."""
+    """Return whether two signatures belong to the same image, in any order and direction of axes."""
     (one, means), (other, others) = first, second
-    if means.shape != others.shape:
-        return False
-    if any(abs(a - b) > max(1, SAME_EDGE * max(a, b)) for a, b in zip(one, other, strict=True)):
-        return False
-    flat, others = means.ravel() - means.mean(), others.ravel() - others.mean()
-    norm = float(np.linalg.norm(flat) * np.linalg.norm(others))
-    return norm > 0 and float(flat @ others) / norm >= ALIKE
+    flat, turned = means.ravel() - means.mean(), others - others.mean()
+    norm = float(np.linalg.norm(flat) * np.linalg.norm(turned))
+    for order in permutations(range(3)):
+        edges = zip(one, (other[axis] for axis in order), strict=True)
+        swapped = turned.transpose(order)
+        if swapped.shape != means.shape or any(abs(a - b) > max(1, SAME_EDGE * max(a, b)) for a, b in edges):
+            continue
+        for steps in product((1, -1), repeat=3):
+            mirrored = swapped[tuple(slice(None, None, step) for step in steps)]
+            if norm > 0 and float(flat @ mirrored.ravel()) / norm >= ALIKE:
+                return True
+    return False
 
 
 def find_twins(corpus: Path, target: Path, held_out: Sequence[str]) -> dict[str, str]:
@@ -104,11 +110,8 @@ def pretraining_data(
     """
     source = dataset_folder(dataset)
     data = data_folder(source, plans, configuration)
-    own, theirs = (
-        PlansManager(read_json(folder / f"{plans}.json")).get_configuration(configuration).configuration
-        for folder in (target, source)
-    )
-    differing = [name for name in PREPROCESSING if own[name] != theirs[name]]
+    own, theirs = (_preprocessing(read_json(folder / f"{plans}.json"), configuration) for folder in (target, source))
+    differing = [name for name, value in own.items() if value != theirs[name]]
     if differing:
         raise UserError(
             f"--pretrain-on {dataset}: {source.name} and {target.name} differ in {', '.join(differing)}. Make the "
@@ -119,6 +122,16 @@ def pretraining_data(
     if not kept:
         raise UserError(f"--pretrain-on {dataset}: every case of {source.name} is held out. Add other images to it.")
     return PretrainingData(source.name, source, data, kept, twins)
+
+
+def _preprocessing(plans: dict, configuration: str) -> dict[str, Any]:
+    """Return what decides how a case looks after preprocessing."""
+    chosen = PlansManager(plans).get_configuration(configuration).configuration
+    result = {name: chosen.get(name) for name in PREPROCESSING}
+    result["transpose_forward"] = plans["transpose_forward"]
+    if "CTNormalization" in chosen["normalization_schemes"]:  # the others read no fixed numbers
+        result["intensities"] = plans["foreground_intensity_properties_per_channel"]
+    return result
 
 
 def write_pretraining_data(corpus: PretrainingData, folder: Path, plans: dict) -> None:

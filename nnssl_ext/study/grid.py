@@ -40,7 +40,7 @@ FINETUNE = {
     "mirroring": False,
 }
 #: Values that switch the protection of pretrained weights off.
-UNPROTECTED = {"head_only_steps": 0, "freeze_encoder_steps": 0, "encoder_lr_scale": 1.0}
+UNPROTECTED = {"head_only_steps": 0, "freeze_encoder_steps": 0, "encoder_lr_scale": 1.0, "layer_decay": 1.0}
 #: Kinds of runs in the order in which they are started.
 PRETRAINING, DEVELOPMENT, COMPARISON = "pretraining", "development", "comparison"
 

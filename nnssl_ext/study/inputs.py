@@ -20,6 +20,9 @@ from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.study.arms import Arm
 from nnssl_ext.study.protocol import grouped
 
+#: Folds of a data set without a split of its own, as in nnU-Net.
+FOLDS = 5
+
 
 def keep_files(arms: Sequence[Arm], folder: Path, keep: bool) -> None:
     """Copy the arms' files, or compare their digests.
@@ -130,13 +133,13 @@ def held_out_and_pool(source: Path, data: Path, fold: int, group_by: str = "") -
         raise UserError(f"No preprocessed data in {data}. Run nnUNetv2_plan_and_preprocess.")
     cases = sorted(infer_dataset_class(str(data)).get_identifiers(str(data)))
     file = source / "splits_final.json"
-    splits = read_json(file, list) if file.is_file() else generate_crossval_split(cases, seed=12345, n_splits=5)
+    splits = read_json(file, list) if file.is_file() else _crossval_split(cases, FOLDS, source.name, "cases")
     if not 0 <= fold < len(splits):
         raise UserError(f"--fold: expected 0 to {len(splits) - 1} for {source.name}, got {fold}.")
     groups = grouped(cases, group_by)
     split = {part: [str(case) for case in splits[fold][part]] for part in ("val", "train")}
     if any(set(members) & set(split["val"]) and set(members) - set(split["val"]) for members in groups.values()):
-        names = generate_crossval_split(sorted(groups), seed=12345, n_splits=len(splits))[fold]
+        names = _crossval_split(sorted(groups), len(splits), source.name, "groups")[fold]
         split = {part: [case for group in names[part] for case in groups[group]] for part in split}
     shared = set(split["val"]) & set(split["train"])
     if shared or not split["val"]:
@@ -145,6 +148,20 @@ def held_out_and_pool(source: Path, data: Path, fold: int, group_by: str = "") -
             f"Repair splits_final.json."
         )
     return split["val"], split["train"]
+
+
+def _crossval_split(names: list[str], folds: int, dataset: str, what: str) -> list[dict[str, list[str]]]:
+    """Split as nnU-Net does.
+
+    Raises:
+        UserError: If there are fewer names than folds.
+    """
+    if len(names) < folds:
+        raise UserError(
+            f"{dataset}: expected at least {folds} {what} for {folds} folds, got {len(names)}. Write a "
+            f"splits_final.json with fewer folds."
+        )
+    return generate_crossval_split(names, seed=12345, n_splits=folds)
 
 
 def classes_of(data: Path, cases: Sequence[str]) -> dict[str, set]:

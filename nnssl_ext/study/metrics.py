@@ -47,7 +47,7 @@ def fold_metrics(
         expected, _ = read_labels(truth / str(case), reader)
         ignored = expected == dataset_json["labels"].get("ignore", -1)
         for row, organ in rows["organ"].items():
-            labels = np.atleast_1d(classes[organ])
+            labels = np.atleast_1d(classes[organ]).astype(int)
             ours, theirs = (np.isin(volume, labels) & ~ignored for volume in (predicted, expected))
             frame.loc[row, "nsd"] = normalised_surface_dice(ours, theirs, spacing, tolerance)
     return frame

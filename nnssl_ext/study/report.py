@@ -305,11 +305,11 @@ def _cost(grid: Grid) -> Section:
         notes = [read_json(grid.metrics_file(run).with_suffix(".json")) for run in runs]
         seconds = sum(note["seconds"] for note in notes)
         made_by |= dict.fromkeys(_software(note.get("versions", {}), note.get("revision", "")) for note in notes)
-        summary = grid.fold_folder(grid.pretraining(arm)) / "pretraining_summary.json" if arm.method else None
-        before = read_json(summary) if summary and summary.is_file() else {"steps": 0, "hours": 0.0}
-        rows.append(
-            [arm.title, str(before["steps"]), f"{before['hours']:.2f}", str(len(runs)), f"{seconds / 3600:.2f}"]
-        )
+        seeds = range(grid.protocol.pretraining_seeds) if arm.method else []
+        files = [grid.fold_folder(grid.pretraining(arm, seed)) / "pretraining_summary.json" for seed in seeds]
+        before = [read_json(file) for file in files if file.is_file()]
+        steps, hours = (sum(run[name] for run in before) for name in ("steps", "hours"))
+        rows.append([arm.title, str(steps), f"{hours:.2f}", str(len(runs)), f"{seconds / 3600:.2f}"])
     text = [f"{platform.system()} {platform.machine()}, {cores()} CPU cores, {grid.device}"]
     text += [f"Fine-tunings by {software}" for software in made_by]
     text += [f"This report by {_software(versions(), revision())}"]

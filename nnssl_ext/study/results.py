@@ -23,7 +23,9 @@ def case_dice(validation: Path, dataset_json: dict) -> pd.DataFrame:
         dataset_json: The data set's, for the names of the classes.
     """
     path = validation / "summary.json"
-    names = {_key(value): name for name, value in dataset_json["labels"].items()}
+    labels = dataset_json["labels"]
+    regions = any(isinstance(value, (list, tuple)) and len(value) > 1 for value in labels.values())
+    names = {_key(value, regions): name for name, value in labels.items()}
     rows = [
         {"case": Path(entry["prediction_file"]).name, "organ": names.get(label, label), "dice": metrics["Dice"]}
         for entry in read_json(path)["metric_per_case"]
@@ -49,5 +51,8 @@ def _mean(value: Any) -> float:
     return float(np.nanmean(np.asarray(value, dtype=float))) if np.size(value) else float("nan")
 
 
-def _key(value: int | list[int]) -> str:
-    return str(tuple(value)) if isinstance(value, list) else str(value)
+def _key(value: int | str | list[int], regions: bool) -> str:
+    """Return the key of a label in nnU-Net's summary. Without regions a list of one is a label."""
+    if isinstance(value, (list, tuple)):
+        return str(tuple(value)) if regions else str(value[0])
+    return str(value)

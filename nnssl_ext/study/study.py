@@ -155,10 +155,9 @@ class Study:
         for arm in self.arms:
             finetune = {**section.get("finetune", {}), **arm.finetune, **own}
             finetune_settings({**derived, PLANS_KEY: {**section, "finetune": finetune}})
-        if p.primary_class and p.primary_class not in dataset_json["labels"]:
-            raise UserError(
-                f"--primary-class: expected one of {', '.join(dataset_json['labels'])}, got '{p.primary_class}'."
-            )
+        classes = [name for name in dataset_json["labels"] if name not in ("background", "ignore")]
+        if p.primary_class and p.primary_class not in classes:
+            raise UserError(f"--primary-class: expected one of {', '.join(classes)}, got '{p.primary_class}'.")
         return derived
 
 

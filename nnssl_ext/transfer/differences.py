@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+from nnssl_ext.configurations import configuration_of
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import legal_patch
 from nnssl_ext.transfer.source import SourceGeometry
@@ -30,9 +31,16 @@ def differences(source: SourceGeometry, target: SourceGeometry) -> list[str]:
         if not theirs & ours:
             there, here = _listed(source.modalities), _listed(target.modalities)
             found.append(f"Modality differs: {there} in the source, {here} here.")
+        elif len(theirs) > 1 and theirs == ours and not _alike(source.modalities, target.modalities):
+            there, here = _listed(source.modalities), _listed(target.modalities)
+            found.append(f"Channels are in another order: {there} in the source, {here} here. They are not reordered.")
     if found:
         found.append("Plans like the source's: nnssl_ext plan --like-source FILE.")
     return found
+
+
+def _alike(names: Sequence[str], others: Sequence[str]) -> bool:
+    return [name.upper() for name in names] == [name.upper() for name in others]
 
 
 def _listed(values: Sequence[str]) -> str:
@@ -61,6 +69,7 @@ def plans_like(
     if not (geometry.spacing or geometry.normalization or geometry.patch_size):
         raise UserError("Expected a source that records spacing, normalization or patch, got one that records none")
     result, lines = deepcopy(dict(plans)), []
+    result["configurations"] |= {name: configuration_of(plans, name) for name in configurations}
     for configuration in configurations:
         target = result["configurations"][configuration]
         axes = len(target["spacing"])

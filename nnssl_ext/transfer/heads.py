@@ -23,6 +23,10 @@ def output_names(dataset_json: Mapping[str, Any]) -> tuple[tuple[str, ...], bool
 
 
 def matching_rows(target: Sequence[str], source: Sequence[str]) -> Rows:
-    """Pair outputs of equal names: target and source row."""
+    """Pair outputs of equal names: target and source row.
+
+    The background alone is no match. It held what the target tells apart.
+    """
     places = {name: row for row, name in enumerate(source)}
-    return tuple((row, places[name]) for row, name in enumerate(target) if name in places)
+    shared = [name for name in target if name in places]
+    return tuple((target.index(name), places[name]) for name in shared) if shared != ["background"] else ()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from nnssl_ext import checkpoint
 from nnssl_ext.networks.backbone import HEADS
+from nnssl_ext.transfer.heads import output_names
 from nnssl_ext.transfer.read import read_source
 from nnssl_ext.transfer.report import LEFT, Report
 from nnssl_ext.transfer.transfer import TargetNetwork, transfer
@@ -48,10 +50,10 @@ def pretrained_weights_argument(arguments: Sequence[str]) -> Path | None:
     return None
 
 
-def load_heads(network: nn.Module, file: Path) -> list[str]:
+def load_heads(network: nn.Module, file: Path, dataset_json: Mapping[str, Any]) -> list[str]:
     """Load heads that ``nnssl_ext transfer`` filled by label.
 
-    Stock nnU-Net's loader skips heads. Other files have heads of other labels: they are left out.
+    Stock nnU-Net's loader skips heads. Those of other files, and of a data set of other labels, are left out.
 
     Returns:
         The names of the loaded tensors.
@@ -60,7 +62,11 @@ def load_heads(network: nn.Module, file: Path) -> list[str]:
         content = checkpoint.load(file)
     except SystemExit:  # not a file of ours
         return []
-    rows = content["nnssl_ext"].get("transfer", {}).get("rows", [])
+    transferred = content["nnssl_ext"].get("transfer", {})
+    names, regions = output_names(dataset_json)
+    if transferred.get("outputs") != [*names] or transferred.get("regions") != regions:
+        return []
+    rows = transferred["rows"]
     filled = [row["name"] for row in rows if row["action"] != LEFT and HEADS in f".{row['name']}"]
     state = network.state_dict()
     with torch.no_grad():

@@ -137,6 +137,8 @@ def write(
                 "source": {"file": source.path.name, "kind": source.kind, "sha256": file_digest(source.path)},
                 "dataset": to.plans.dataset_name,
                 "seed": seed,
+                "outputs": [*target.outputs],
+                "regions": target.regions,
                 **report.as_dict(),
             },
             "versions": versions(),

@@ -275,3 +275,36 @@ def test_the_summary_stands_on_top(tmp_path: Path) -> None:
     assert text.index("difference to scratch, points") < text.index("Curves")
     assert text.count("font-size") == 0
     assert text.count("<details>") >= 5
+
+
+def test_a_drawn_pretraining_counts_on_either_side(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    file.touch()
+    grid = planted(tmp_path / "study", 0.03, arms_of(["VolumeFusion"], [f"other={file}"], 0))
+    grid.protocol = replace(grid.protocol, pretraining_seeds=2)
+    analysis = about(grid)
+    one, other = analysis.primary("VolumeFusion", "other"), analysis.primary("other", "VolumeFusion")
+    assert one is not None
+    assert other is not None
+    assert (one.effect.low, one.effect.high) == pytest.approx((-other.effect.high, -other.effect.low))
+    assert one.effect.p == pytest.approx(other.effect.p)
+
+
+@pytest.mark.parametrize("pattern", [r"^(.)", r"(\d+)$"])
+def test_groups_are_those_of_the_cases_not_of_their_files(tmp_path: Path, pattern: str) -> None:
+    grid = planted(tmp_path, 0.03)
+    for arm in grid.arms:
+        for run in grid.compared(arm, 0.01):
+            frame = grid.metrics(run)
+            frame.assign(case=frame.case + ".nii.gz").to_csv(grid.metrics_file(run), index=False)
+    grid.protocol = replace(grid.protocol, group_by=pattern)
+    assert about(grid).primary("VolumeFusion") is not None
+
+
+def test_the_cost_counts_every_pretraining(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.03)
+    grid.protocol = replace(grid.protocol, pretraining_seeds=2)
+    folder = grid.fold_folder(grid.pretraining(grid.arms[1], 1))
+    folder.mkdir(parents=True)
+    write_json({"steps": 1000, "hours": 1.0}, folder / "pretraining_summary.json")
+    assert "| VolumeFusion | 2000 | 2.00 |" in write_report(grid).with_suffix(".md").read_text()

@@ -21,8 +21,17 @@ Data = Callable[[str], Environment]
 NAME = "Dataset830_Corpus"
 
 
-def write(folder: Path, case: str, seed: int, scale: float = 1.0, cut: int = 0) -> None:
+def write(
+    folder: Path,
+    case: str,
+    seed: int,
+    scale: float = 1.0,
+    cut: int = 0,
+    order: tuple[int, ...] = (0, 1, 2),
+    mirror: int = 1,
+) -> None:
     image = scale * blob(np.random.default_rng(seed), (60, 40, 40)) + scale - 1
+    image = image.transpose(order)[::mirror, ::mirror]
     folder.mkdir(parents=True, exist_ok=True)
     blosc2.asarray(
         np.ascontiguousarray(image[None, cut:], dtype=np.float32), urlpath=str(folder / f"{case}.b2nd"), mode="w"
@@ -40,6 +49,17 @@ def test_twins_are_found_by_content(tmp_path: Path) -> None:
     write(corpus, "another", 9)
     assert find_twins(corpus, target, ["t1", "t2", "t3"]) == {"renamed": "t2", "scaled": "t3", "shorter": "t1"}
     assert find_twins(corpus, target, ["t0"]) == {}
+
+
+def test_twins_are_found_in_any_order_and_direction_of_axes(tmp_path: Path) -> None:
+    """Readers differ in it: DICOM and NIfTI of one scan are often mirrored."""
+    target, corpus = tmp_path / "target", tmp_path / "corpus"
+    for number in range(3):
+        write(target, f"t{number}", number)
+    write(corpus, "mirrored", 1, mirror=-1)
+    write(corpus, "turned", 2, order=(2, 0, 1), mirror=-1)
+    write(corpus, "another", 9, order=(2, 0, 1))
+    assert find_twins(corpus, target, ["t0", "t1", "t2"]) == {"mirrored": "t1", "turned": "t2"}
 
 
 def test_constant_cases_are_no_twins() -> None:
@@ -91,7 +111,11 @@ def test_a_corpus_that_does_not_fit_is_one_line(with_data: Data) -> None:
     plans = read_json(corpus / "nnUNetPlans.json")
     plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
     write_json(plans, corpus / "nnUNetPlans.json")
-    with pytest.raises(UserError, match=r"differ in spacing\. Make the corpus with nnssl_ext corpus --like"):
+    plans["transpose_forward"] = [2, 0, 1]
+    write_json(plans, corpus / "nnUNetPlans.json")
+    with pytest.raises(
+        UserError, match=r"differ in spacing, transpose_forward\. Make the corpus with nnssl_ext corpus --like"
+    ):
         pretraining_data("830", target, "nnUNetPlans", "3d_fullres", ["x00"])
 
 

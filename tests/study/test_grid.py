@@ -63,13 +63,20 @@ def test_the_long_baseline_needs_no_pretraining_to_succeed(tmp_path: Path) -> No
 def test_what_spares_weights_is_not_done_from_scratch(tmp_path: Path) -> None:
     grid = planted(tmp_path, 0.0)
     file = grid.preprocessed / f"{grid.protocol.plans}_study.json"
-    write_json({**read_json(file), "nnssl_ext": {"finetune": {"head_only_steps": 100, "encoder_lr_scale": 0.1}}}, file)
+    write_json(
+        {
+            **read_json(file),
+            "nnssl_ext": {"finetune": {"head_only_steps": 100, "encoder_lr_scale": 0.1, "layer_decay": 0.5}},
+        },
+        file,
+    )
     found = {}
     for arm in grid.arms:
         run = grid.compared(arm, 0.01)[0]
         grid.write_plans(run)
         found[arm.name] = read_json(grid.preprocessed / f"{grid.plans_name(run)}.json")["nnssl_ext"]["finetune"]
     assert (found[SCRATCH]["head_only_steps"], found[SCRATCH]["encoder_lr_scale"]) == (0, 1.0)
+    assert (found[SCRATCH]["layer_decay"], found["VolumeFusion"]["layer_decay"]) == (1.0, 0.5)
     assert (found["VolumeFusion"]["head_only_steps"], found["VolumeFusion"]["encoder_lr_scale"]) == (100, 0.1)
 
 

@@ -84,7 +84,8 @@ def test_surfaces_are_measured_along_the_axes_of_the_image(tmp_path: Path) -> No
             SimpleITK.WriteImage(image, str(folder / name / "a.nii.gz"))
         rows = [{"prediction_file": str(folder / "validation" / "a.nii.gz"), "metrics": {"1": {"Dice": 0.9}}}]
         (folder / "validation" / "summary.json").write_text(json.dumps({"metric_per_case": rows}))
-        labels = {"labels": {"background": 0, "whole": 1}}
+        # nnU-Net takes a label as a number, as text or as a list of one
+        labels = {"labels": {"background": 0, "whole": [1, "1", [1]][axis]}}
         frame = fold_metrics(folder / "validation", folder / "truth", labels, 2.0, SimpleITKIO())
         found[axis] = frame["nsd"][0]
     assert found[0] < 0.9

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nnssl_ext.errors import UserError
+from nnssl_ext.study.inputs import held_out_and_pool
 from nnssl_ext.study.protocol import Protocol, draw_cases, grouped, keep_protocol, load_protocol
 
 PROTOCOL = Protocol(
@@ -138,3 +139,16 @@ def test_groups_come_from_names() -> None:
         grouped(["a_1", "x"], r"^([a-z])_")
     with pytest.raises(UserError, match="expected a regular expression"):
         grouped(["a"], "(")
+
+
+def test_too_few_cases_for_the_folds_are_one_line(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for name in ("p1_a", "p1_b", "p2_a", "p2_b", "p3_a", "p3_b"):
+        data.mkdir(exist_ok=True)
+        (data / f"{name}.b2nd").touch()
+    with pytest.raises(UserError, match="expected at least 5 groups for 5 folds, got 3. Write a splits_final.json"):
+        held_out_and_pool(tmp_path, data, 0, r"(p\d)_")
+    (data / "p1_a.b2nd").unlink()
+    (data / "p1_b.b2nd").unlink()
+    with pytest.raises(UserError, match="expected at least 5 cases for 5 folds, got 4"):
+        held_out_and_pool(tmp_path, data, 0)

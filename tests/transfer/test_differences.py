@@ -53,6 +53,8 @@ def test_plans_get_spacing_normalization_and_a_legal_patch() -> None:
         32,
         32,
     ]
+    plans["configurations"]["heir"] = {"inherits_from": "3d_fullres", "batch_size": 4}
+    assert plans_like(plans, CT, "like", ["heir"])[0]["configurations"]["heir"]["spacing"] == [3.0, 1.0, 1.0]
     with pytest.raises(UserError, match="got one that records none"):
         plans_like(plans, SourceGeometry(), "like", ["3d_fullres"])
 
@@ -75,3 +77,10 @@ def test_the_commands_warn_and_plan(with_data: Data, tmp_path: Path, capsys: pyt
     assert plans["configurations"]["3d_fullres"]["spacing"] == [2.0, 1.0, 1.0]
     assert main(["transfer", str(tmp_path / "stock.pth"), *words, "-p", "like", "-o", str(tmp_path / "same.pth")]) == 0
     assert "differs" not in capsys.readouterr().out
+
+
+def test_channels_in_another_order_are_told() -> None:
+    source, target = (SourceGeometry(modalities=names) for names in (("FLAIR", "T1w"), ("T1w", "FLAIR")))
+    (line, _) = differences(source, target)
+    assert line == "Channels are in another order: FLAIR, T1w in the source, T1w, FLAIR here. They are not reordered."
+    assert differences(source, source) == []

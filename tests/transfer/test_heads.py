@@ -106,18 +106,23 @@ def test_only_our_fine_tuner_takes_heads(with_data: Data, tmp_path: Path) -> Non
         assert main(["transfer", str(tmp_path / "stock.pth"), *words]) == 0
         written = read_source(str(file)).weights["decoder.seg_layers.1.weight"]
         network = built(planned(), outputs=len(names))
-        loaded = load_heads(network, file)
+        labels = json.loads((environment.dataset("labelled") / "dataset.json").read_text())
+        loaded = load_heads(network, file, labels)
         if trainer == "nnUNetTrainer":
             assert loaded == []
             continue
         assert torch.equal(written[len(names) - 1], theirs[1])
         assert torch.equal(network.state_dict()["decoder.seg_layers.1.weight"], written)
         assert "decoder.seg_layers.1.weight" in loaded
+        # another data set's labels, as many or more
+        other = {f"other {n}": n for n in range(1, len(names))}
+        for wrong in ({"background": 0, **other}, {"background": 0, **other, "more": len(names)}):
+            assert load_heads(network, file, {"labels": wrong}) == []
 
 
 def test_files_of_others_have_no_heads_to_load(tmp_path: Path) -> None:
     stock_file(tmp_path / "stock.pth", make_plans("plain"), "plain")
-    assert load_heads(built(planned()), tmp_path / "stock.pth") == []
+    assert load_heads(built(planned()), tmp_path / "stock.pth", {"labels": {"background": 0, "organ": 1}}) == []
 
 
 def test_the_argument_of_stocks_command_is_found() -> None:
@@ -136,3 +141,9 @@ def test_networks_are_filled_as_by_the_command(tmp_path: Path) -> None:
         assert torch.equal(network.state_dict()[name], weights[name])
     assert report.encoder_share == 1.0
     assert str(report).count("Starting from") == 1
+
+
+def test_the_background_alone_is_no_match() -> None:
+    """It held what the target tells apart."""
+    assert matching_rows(("background", "spleen"), ("background", "liver", "tumour")) == ()
+    assert matching_rows(("background", "spleen"), ("background", "liver", "spleen")) == ((0, 0), (1, 2))

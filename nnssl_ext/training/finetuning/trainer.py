@@ -169,7 +169,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
     def on_train_start(self) -> None:
         super().on_train_start()
         file = pretrained_weights_argument(sys.argv)
-        if file is not None and self.step == 0 and (loaded := load_heads(self.plain_network, file)):
+        if file is not None and self.step == 0 and (loaded := load_heads(self.plain_network, file, self.dataset_json)):
             self.print_to_log_file(f"Heads of equal labels from {file}: {len(loaded)} tensors")
         # made here: pretrained weights are loaded after the network is built
         if self.settings.weight_average_decay and self.averaged is None:
