@@ -209,3 +209,26 @@ def test_stocks_pretrained_weights_fill_the_teacher_too(with_data: Data) -> None
     name = "backbone.blocks.1.attn.qkv.weight"
     assert torch.equal(student[name].cpu(), theirs[name])
     assert torch.equal(teacher[name], student[name])
+
+
+def test_a_decoder_of_the_first_stage_counts_as_trained(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder-only objective leaves it as it was, and transfer takes it."""
+    environment = with_data("plain")
+    environment.write_plans("plain", "first", {"epochs": 1})
+    first = pretrain(environment, "plain", "first", trainer="nnsslTrainer_VolumeFusion") / "checkpoint_final.pth"
+    environment.write_plans("plain", "second", {"epochs": 1, "start_from": str(first)})
+    environment.write_plans("plain", "alone", {"epochs": 1})
+    kept = "decoder.stages.0.convs.0.conv.weight"
+    trainer = "nnsslTrainer_Rotation"
+    second = pretrain(environment, "plain", "second", trainer=trainer) / "checkpoint_final.pth"
+    for _ in range(2):
+        assert kept not in read_source(str(second)).untrained
+        pretrain(environment, "plain", "second", trainer=trainer, c=True)
+    alone = pretrain(environment, "plain", "alone", trainer=trainer) / "checkpoint_final.pth"
+    assert kept in read_source(str(alone)).untrained
+    # stock's argument, whose file stock loads itself
+    monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", str(first)])
+    begun = trainer_for("plain", "alone", trainer, fold=1)
+    maybe_load_checkpoint(begun, False, False, str(first))
+    begun.on_train_start()
+    assert kept in begun.filled

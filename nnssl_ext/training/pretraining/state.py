@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from nnssl_ext.networks.weight_length import scale_to_lengths
 from nnssl_ext.provenance import hardware, revision, versions
 from nnssl_ext.training.checks import Checked
 from nnssl_ext.training.distributed.ranks import rank, world
+from nnssl_ext.transfer.report import LEFT
 from nnssl_ext.transfer.start import fill_networks
 
 #: Common settings that a continued run may change: they change neither the data nor a step.
@@ -66,8 +67,20 @@ def restored(terms: dict[str, Tensor], device: torch.device) -> Outputs:
     return [{key: (value if rank() == 0 else value[:0]).to(device) for key, value in terms.items()}]
 
 
-def start_from(method: Method, text: str) -> str:
-    """Start from pretrained weights and describe what was taken.
+class Start(NamedTuple):
+    """Describe what pretrained weights gave to a run.
+
+    Attributes:
+        text: For the log.
+        filled: Names of the tensors that they hold trained values for.
+    """
+
+    text: str
+    filled: list[str]
+
+
+def start_from(method: Method, text: str) -> Start:
+    """Start from pretrained weights.
 
     A finished run of the same method hands over network, heads, teacher and centers. Every other source that
     ``nnssl_ext transfer`` takes fills the network, and the teacher where there is one.
@@ -79,9 +92,17 @@ def start_from(method: Method, text: str) -> str:
     own = _own_section(path)
     if own.get("method") == method.name and "state" in own:
         _take_over(method, own, path)
-        return f"Starting from {path}"
+        return Start(f"Starting from {path}", list(own.get("trained", [])))
     geometry = method.geometry
-    return str(fill_networks((method.network, method.exported), text, geometry.spacing, geometry.crop_size))
+    report = fill_networks((method.network, method.exported), text, geometry.spacing, geometry.crop_size)
+    return Start(str(report), [row.name for row in report.rows if row.action != LEFT])
+
+
+def filled_by(method: Method, path: Path) -> list[str]:
+    """List the tensors that stock's ``-pretrained_weights`` filled: all but heads that its file holds trained."""
+    names = [name for name, _ in method.network.named_parameters() if not method.backbone.is_head(name)]
+    trained = _own_section(path).get("trained")
+    return names if trained is None else [name for name in trained if not method.backbone.is_head(name)]
 
 
 def _own_section(path: Path) -> dict[str, Any]:
@@ -151,8 +172,9 @@ def fresh_heads(network: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in network.state_dict().items() if backbone.is_head(k)}
 
 
-def method_section(method: Method, checked: Checked) -> dict[str, Any]:
-    """Describe method, data and origin for a checkpoint."""
+def method_section(method: Method, checked: Checked, filled: Sequence[str]) -> dict[str, Any]:
+    """Describe method, data and origin for a checkpoint. ``filled`` tensors came from pretrained weights."""
+    trained = [name for name, p in method.network.named_parameters() if p.requires_grad]
     learned = method.backbone.learned_positions()
     return {
         "format": checkpoint.FORMAT,
@@ -162,7 +184,7 @@ def method_section(method: Method, checked: Checked) -> dict[str, Any]:
         "state": method.state_dict(),
         "position_grid": list(learned.grid) if learned else None,
         # a teacher is written instead of the network, under the same names
-        "trained": [name for name, p in method.network.named_parameters() if p.requires_grad],
+        "trained": list(dict.fromkeys([*trained, *filled])),
         "data": checked.samples.fingerprint(),
         "training_cases": checked.training_cases,
         "versions": versions(),

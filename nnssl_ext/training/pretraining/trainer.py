@@ -6,6 +6,7 @@ knows no method by name.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from nnssl_ext.training.pretraining.summary import next_command, recipe_commands
 from nnssl_ext.training.run.folder import FINAL
 from nnssl_ext.training.run.nonfinite import FiniteGuard
 from nnssl_ext.training.wrapping import match_memory_format, set_memory_format, wrap_for_training
+from nnssl_ext.transfer.start import pretrained_weights_argument
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom, step_seed
 
 
@@ -69,6 +71,7 @@ class PretrainingTrainer(ManagedTrainer):
         self.save_every = common.save_every
         self.enable_deep_supervision = self.method_class.deep_supervision
         self.inference_allowed_mirroring_axes = (0, 1, 2)
+        self.filled: list[str] = []
         self.log = self.logger.local_logger = PretrainingLog(self.method_class.readable)
         self.pretext = PretextPicture(
             self.folder.path / "pretext.png", common.pretext_picture_every, common.epochs, self.print_to_log_file
@@ -162,8 +165,12 @@ class PretrainingTrainer(ManagedTrainer):
         if self.step:
             return
         if self.common.start_from is not None:
-            self.print_to_log_file(state.start_from(self.method, self.common.start_from))
-        elif self.method.exported is not self.method.network:  # stock's -pretrained_weights fill the network alone
+            text, self.filled = state.start_from(self.method, self.common.start_from)
+            self.print_to_log_file(text)
+            return
+        if (file := pretrained_weights_argument(sys.argv)) is not None:
+            self.filled = state.filled_by(self.method, file)
+        if self.method.exported is not self.method.network:  # stock's -pretrained_weights fill the network alone
             self.method.exported.load_state_dict(self.method.network.state_dict())
 
     def on_train_epoch_start(self) -> None:
@@ -344,7 +351,7 @@ class PretrainingTrainer(ManagedTrainer):
             ),
             "citations": [{"type": "pretraining method", "name": method.title, "apa_citations": [method.citation]}],
             "nnssl_ext": {
-                **state.method_section(method, checked),
+                **state.method_section(method, checked, self.filled),
                 "identity": self._identity(),
                 "counters": {
                     "step": self.step,
@@ -372,3 +379,4 @@ class PretrainingTrainer(ManagedTrainer):
         self.guard.skipped = own["counters"].get("nonfinite", 0)
         self.outputs = state.restored(own.get("outputs", {}), self.device)
         self.initial_lengths = own.get("initial_lengths", self.initial_lengths)
+        self.filled = list(own.get("trained", []))
