@@ -166,7 +166,10 @@ def speed(context: Context) -> None:
         }
         for title, waiting in estimates.items():
             with context.row(f"memory of {title}, GiB") as row:
-                row["estimated"] = waiting.get(max(1.0, context.left - 1))
+                try:
+                    row["estimated"] = waiting.get(max(1.0, context.left - 1))
+                except multiprocessing.TimeoutError:
+                    row["left out"] = "The time was over."
                 row["allocated"] = context.read().get(title, {}).get("allocated, GiB")
 
 
@@ -237,10 +240,13 @@ def largest_vit(context: Context) -> None:
     settings: dict[str, Any] = {"dino": spelled("dino", SMALL_DINO if context.tiny else PUBLISHED_DINO)}
     if not context.tiny:  # a small batch would take smaller crops
         settings |= {"crop_size": [96, 96, 96], "batch_size": 2}
+    trainer: Any = None
     with context.row("dino on a ViT, start", 1 if context.tiny else 15):
         release(context)
         folder = dataset(context.folder("vit"), "tiny_vit" if context.tiny else "vit_large", **settings)
         trainer = start_trainer(folder, "dino", context.device)
+    if trainer is None:
+        return
     batches = iter(trainer.dataloader_train)
     for number in [1, 2] if context.tiny else [1, 2, 4, 8, 16, 32]:
         with context.row(f"dino on a ViT, {number * trainer.batch_size} samples", 1 if context.tiny else 8) as row:

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from nnssl_ext.environment import dataset_folder, default_device
+    from nnssl_ext.environment import check_device, dataset_folder, default_device
     from nnssl_ext.study.analysis import Analysis, load_results
     from nnssl_ext.study.arms import arms_of
     from nnssl_ext.study.metrics import tolerance_of
@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     folder, device = Path(arguments.o).resolve(), arguments.device
     device = device or default_device()
+    check_device(device)
     for name in ("labels", "runs", "steps", "jobs"):
         if (number := getattr(arguments, name)) < 1:
             raise UserError(f"--{name}: expected at least 1, got {number}")

@@ -59,6 +59,8 @@ def executor_of(folder: Path, launcher: str, device: str, jobs: int, options: Se
     except RuntimeError as error:
         raise UserError(f"--launcher {launcher}: {error}. Run this on a machine that can submit Slurm jobs.") from error
     executor.update_parameters(name="nnssl_ext_study", timeout_min=60 * HOURS)
+    if launcher == "local" and device == "cuda":
+        raise UserError("--launcher local runs on CPUs. Use -device cpu, or --launcher here, which shares the GPUs")
     if launcher == "slurm":
         own: dict[str, Any] = {"slurm_array_parallelism": jobs}
         if device == "cuda":
@@ -71,15 +73,24 @@ def executor_of(folder: Path, launcher: str, device: str, jobs: int, options: Se
 
 
 def run_job(grid: Grid, run: Run) -> bool:
-    """Train and measure one run. Return whether it succeeded."""
+    """Train and measure one run. Return whether Slurm interrupted it."""
+    warned = []
 
-    def execute(clock: Any) -> int:
+    def execute(clock: Any) -> int | None:
         process = start(grid, run, Slot({"nnUNet_n_proc_DA": str(max(1, min(12, cores())))}))
-        # Slurm warns a job before it ends it: the training writes a checkpoint then
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        return wait(process, clock)
 
-    return perform(grid, run, execute) is not None
+        def end(number: int, _: Any) -> None:
+            warned.append(number)
+            process.terminate()  # the training writes a checkpoint
+
+        # Slurm ends a job by the first, and submitit lets it warn by the second before the time limit
+        for name in ("SIGTERM", "SIGUSR2"):
+            signal.signal(getattr(signal, name), end)
+        status = wait(process, clock)
+        return None if warned else status
+
+    perform(grid, run, execute)
+    return bool(warned)
 
 
 def run_on_cluster(grid: Grid, executor: Any, jobs: int, poll: float) -> None:
@@ -121,6 +132,9 @@ def run_on_cluster(grid: Grid, executor: Any, jobs: int, poll: float) -> None:
 
 def _conclude(grid: Grid, run: Run, job: Any) -> None:
     done = grid.done(run)
+    if not done and job.exception() is None and job.result():
+        print(f"{run.arm.name} {run.name}: interrupted; it continues in another job", flush=True)
+        return
     if not done:
         grid.failed[run] = log = grid.log_file(run)
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -57,25 +57,34 @@ def estimate(grid: Grid) -> Estimate:
         runs += 1
         steps += grid.pretraining_steps() if run.kind == PRETRAINING else grid.last_step(run)
     dataset_json = read_json(grid.preprocessed / "dataset.json")
-    words = grid.plans, grid.protocol.configuration, dataset_json, grid.common, torch.device(grid.device)
-    if grid.device == "cpu":
-        return Estimate(runs, steps, seconds_per_step(*words))
-    # in a process of its own, which gives the GPU's memory back before the study's runs want it
+    seconds = seconds_per_step(grid.plans, grid.protocol.configuration, dataset_json, grid.common, grid.device)
+    return Estimate(runs, steps, seconds)
+
+
+def seconds_per_step(plans: dict, configuration: str, dataset_json: dict, common: CommonSettings, device: str) -> float:
+    """Time a step of the plan's network on noise.
+
+    Raises:
+        UserError: If the step does not fit the GPU.
+    """
+    words = plans, configuration, dataset_json, common, torch.device(device)
+    if device == "cpu":
+        return _time_step(*words)
+    # in a process of its own, which gives the GPU's memory back before the runs want it
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            return Estimate(runs, steps, pool.submit(seconds_per_step, *words).result())
+            return pool.submit(_time_step, *words).result()
         except (torch.OutOfMemoryError, BrokenProcessPool) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(
-                f"{grid.protocol.dataset}: a step of this network could not be timed on the GPU ({reason}). "
+                f"{plans['dataset_name']}: a step of this network could not be timed on the GPU ({reason}). "
                 f"nnssl_ext plan --gpu-memory-target finds a batch that fits"
             ) from error
 
 
-def seconds_per_step(
+def _time_step(
     plans: dict, configuration: str, dataset_json: dict, common: CommonSettings, device: torch.device
 ) -> float:
-    """Time a step of the plan's network on noise."""
     manager = PlansManager(plans)
     config = manager.get_configuration(configuration)
     channels = determine_num_input_channels(manager, config, dataset_json)

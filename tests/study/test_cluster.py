@@ -1,14 +1,18 @@
 """A study as jobs of submitit's local executor."""
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from nnssl_ext.cli import main
 from nnssl_ext.errors import UserError
+from nnssl_ext.study import cluster
 from nnssl_ext.study.cluster import executor_of, run_on_cluster
 from nnssl_ext.study.grid import Grid
 from nnssl_ext.study.protocol import SCRATCH
@@ -66,3 +70,24 @@ def test_jobs_give_the_report_of_a_local_study(with_data: Data, monkeypatch: pyt
 def test_bad_options_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected KEY=VALUE, got 'partition'"):
         executor_of(tmp_path, "local", "cpu", 1, ["partition"])
+    with pytest.raises(UserError, match="--launcher local runs on CPUs"):
+        executor_of(tmp_path, "local", "cuda", 1, [])
+
+
+def test_a_job_that_slurm_warns_is_interrupted_and_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By USR2, which submitit asks Slurm for. The training gets SIGTERM, and another job continues it."""
+    grid = planted(tmp_path, 0.0)
+    run, ended = grid.compared(grid.arms[0], 0.01)[0], []
+    grid.metrics_file(run).unlink()
+    monkeypatch.setattr(cluster, "start", lambda *_: SimpleNamespace(terminate=lambda: ended.append("SIGTERM")))
+    monkeypatch.setattr(cluster, "wait", lambda *_: os.kill(os.getpid(), signal.SIGUSR2))
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)]
+    try:
+        assert cluster.run_job(grid, run)
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGUSR2), before, strict=True):
+            signal.signal(number, handler)
+    assert ended == ["SIGTERM"]
+    cluster._conclude(grid, run, SimpleNamespace(exception=lambda: None, result=lambda: True))
+    assert not grid.failed
+    assert run in list(grid.ready())

@@ -234,16 +234,13 @@ class Demo:
         """Time a few steps and choose the lengths."""
         lengths = Lengths(self._recipe_epochs, self.finetuner)
         if self.minutes is not None:
-            import torch
-
             from nnssl_ext.study.estimate import seconds_per_step
 
             recipe = load_recipe(self.recipe)
             recipes = [recipe, *recipes_of(word for word in self.settings if "=" in word)]
             plans = derive_plans(read_json(self.preprocessed / "nnUNetPlans.json"), PLANS, recipes, [CONFIGURATION])
             dataset_json = read_json(self.preprocessed / "dataset.json")
-            device = torch.device(self.device)
-            seconds = seconds_per_step(plans, CONFIGURATION, dataset_json, CommonSettings(), device)
+            seconds = seconds_per_step(plans, CONFIGURATION, dataset_json, CommonSettings(), self.device)
             steps = int(recipe.settings["iterations_per_epoch"])
             lengths = choose_lengths(seconds, self.minutes, self._recipe_epochs, steps)
             if lengths.caution:

@@ -105,6 +105,11 @@ def _check_place(place: Place, options: argparse.Namespace) -> None:
         )
     trainer = recursive_find_trainer_class_by_name(options.tr)
     if issubclass(trainer, PretrainingTrainer):
+        if options.pretrained_weights and (options.device != "cuda" or not place.alone):
+            # stock loads them to the GPU of the process's number among all
+            raise UserError(
+                "-pretrained_weights needs GPUs of one machine here. Use nnssl_ext.start_from (nnssl_ext plan)"
+            )
         return
     if options.device != "cuda":
         raise UserError(

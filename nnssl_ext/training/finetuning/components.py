@@ -67,6 +67,7 @@ def rate_at(settings: FinetuneSettings, peak: float, step: int) -> float:
 
 def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Group parameters by component: encoder, decoder and heads."""
+    network = unwrapped(network)
     groups: dict[str, list[nn.Parameter]] = {"encoder": [], "decoder": [], "heads": []}
     encoder = {id(parameter) for layer in encoder_layers(network) for parameter in layer}
     for name, parameter in network.named_parameters():
@@ -76,6 +77,7 @@ def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def encoder_layers(network: nn.Module) -> list[list[nn.Parameter]]:
     """Return the encoder's parameters layer by layer from the input. Those of an unknown network are one layer."""
+    network = unwrapped(network)  # a wrapper is of no known kind
     try:
         return backbone_of(network).layers()
     except ValueError:

@@ -26,6 +26,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.provenance import revision, versions
 from nnssl_ext.settings import CommonSettings
 from nnssl_ext.training.distributed.ranks import rank, world
+from nnssl_ext.training.distributed.store import from_the_first
 from nnssl_ext.training.finetuning.components import (
     PEAK,
     PHASES,
@@ -112,7 +113,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         self.clip = partial(torch.nn.utils.clip_grad_norm_, list(self.network.parameters()), 12)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, None]:
-        return build_optimizer(self.network, self.settings, self.initial_lr), None
+        return build_optimizer(self.plain_network, self.settings, self.initial_lr), None
 
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterable[dict]]:
         """Return loaders of the remaining training and the validation batches."""
@@ -131,9 +132,11 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         never_by_time(augmentation)
         plain = self.get_validation_transforms(scales, **shared)
         workers = get_allowed_n_proc_DA()
+        from_the_first("split", self.do_split)  # it may write splits_final.json
+        datasets = self.get_tr_and_val_datasets()
         loaders = []
         for cases, size, transforms, stream, numbers, readers in zip(
-            self.get_tr_and_val_datasets(),
+            datasets,
             (initial_patch, patch),
             (augmentation, plain),
             (TRAINING, VALIDATION),

@@ -105,3 +105,9 @@ def test_layer_decay_and_freezing_know_the_encoder_of_every_network(kind: str) -
     assert {scales[id(p)] for p in net.parameters() if id(p) not in encoder} == {1.0}
     vectors = [p for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]]
     assert {p.ndim for p in vectors} <= {0, 1}
+    # nnU-Net compiles before it asks for the optimizer
+    wrapped: Any = torch.compile(net)
+    compiled = build_optimizer(wrapped, recipe("finetune_transformer"), 1e-4)
+    for one, other in zip(optimizer.param_groups, compiled.param_groups, strict=True):
+        assert (one["part"], one.get("lr_scale")) == (other["part"], other.get("lr_scale"))
+        assert list(map(id, one["params"])) == list(map(id, other["params"]))
