@@ -154,7 +154,8 @@ class FinetuneSettings:
     )
     precision: str = setting(
         "stock",
-        "Arithmetic of the network. stock: float16 on GPUs, float32 elsewhere. auto: as in pretraining.",
+        "Arithmetic of training steps; predictions are stock's. stock: float16 on GPUs, float32 elsewhere. auto: as in "
+        "pretraining.",
         source="nnU-Net",
         choices=("stock", *PRECISIONS),
     )

@@ -126,17 +126,15 @@ class nnsslTrainer_Finetune(ManagedTrainer):
             "regions": labels.foreground_regions if labels.has_regions else None,
             "ignore_label": labels.ignore_label,
         }
-        masked = {"use_mask_for_norm": manager.use_mask_for_norm}
-        patch = manager.patch_size
+        masked, patch = {"use_mask_for_norm": manager.use_mask_for_norm}, manager.patch_size
         augmentation = self.get_training_transforms(patch, rotation, scales, mirror, dummy_2d, **masked, **shared)
         never_by_time(augmentation)
         plain = self.get_validation_transforms(scales, **shared)
         workers = get_allowed_n_proc_DA()
         from_the_first("split", self.do_split)  # it may write splits_final.json
-        datasets = self.get_tr_and_val_datasets()
         loaders = []
         for cases, size, transforms, stream, numbers, readers in zip(
-            datasets,
+            self.get_tr_and_val_datasets(),
             (initial_patch, patch),
             (augmentation, plain),
             (TRAINING, VALIDATION),
@@ -166,8 +164,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
                     waiting=self.leave_if_asked_alone,
                 )
             )
-        training, validation = loaders
-        return iter(training), validation
+        return iter(loaders[0]), loaders[1]
 
     def on_train_start(self) -> None:
         super().on_train_start()
