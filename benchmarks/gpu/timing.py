@@ -31,8 +31,8 @@ COMPILED = ("volume_fusion", "masked_autoencoder", "rotation", "dino")
 #: 3DINO's crops as published: 2 of 96^3 and 8 of 48^3, from heads of 65,536 prototypes.
 PUBLISHED_DINO = {"region": 100, "local_crops": 8, "local_size": [48, 48, 48]}
 PUBLISHED_DINO |= {"hidden": 2048, "bottleneck": 256, "prototypes": 65536}
-#: Plans and data sets of this part. Compressing large cases takes longer than the steps.
-_WRITTEN: list[tuple[str, Path]] = []
+#: The first data set of each plan in this part. Compressing large cases takes longer than the steps.
+_WRITTEN: dict[str, Path] = {}
 
 
 def ceilings(context: Context) -> None:
@@ -136,10 +136,9 @@ def against_eager(context: Context, trainer: Any, batch: Any) -> dict[str, float
 def dataset(folder: Path, plan: str, **settings: Any) -> Path:
     """Write a data set for a step in the device's usual precision."""
     write_images(folder / "images")
-    written = next((data for name, data in _WRITTEN if name == plan), None)
     common = {"iterations_per_epoch": 100_000, "epochs": 1, "images": str(folder / "images")}
-    data = write_dataset(folder / "data", plan, {**common, **settings}, written=written)
-    _WRITTEN.append((plan, data))
+    data = write_dataset(folder / "data", plan, {**common, **settings}, written=_WRITTEN.get(plan))
+    _WRITTEN.setdefault(plan, data)
     return data
 
 

@@ -248,12 +248,7 @@ class Analysis:
         if self.protocol.group_by:  # cases of a group are no independent evidence
             groups = grouped(self.grid.cases.held_out, self.protocol.group_by)
             group_of = {case: group for group, cases in groups.items() for case in cases}
-            # the table has names of files
-            case_of = {
-                file: max((case for case in group_of if f"{file}.".startswith(f"{case}.")), key=len)
-                for file in frame.case.unique()
-            }
-            frame = frame.assign(case=frame.case.map(case_of).map(group_of))
+            frame = frame.assign(case=frame.case.map(self.grid.case_of).map(group_of))
         sides = [
             frame[(frame.arm == name) & (frame.step == at)].groupby("case")[self.metric].mean()
             for name, at in ((arm, step), (against, last))

@@ -26,7 +26,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnssl_ext.methods import SCHEMAS, TRAINERS
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.settings import PLANS_KEY, CommonSettings, split_sections
-from nnssl_ext.study.arms import Arm
+from nnssl_ext.study.arms import RESERVED, Arm
 from nnssl_ext.study.metrics import run_scores
 from nnssl_ext.study.protocol import SCRATCH, TOTAL, Cases, Protocol
 
@@ -115,6 +115,15 @@ class Grid:
         splits = self.preprocessed.parent / self.protocol.pretrain_on / "splits_final.json"
         return read_json(splits, list)[0]["train"]
 
+    @cached_property
+    def file_ending(self) -> str:
+        """Return the ending of the data set's files."""
+        return read_json(self.preprocessed / "dataset.json")["file_ending"]
+
+    def case_of(self, file: str) -> str:
+        """Return the case of a predicted file, as the table of results names it."""
+        return file.removesuffix(self.file_ending)
+
     def plans_name(self, run: Run) -> str:
         """Return the name of a run's plans."""
         base = f"{self.protocol.plans}_study"
@@ -122,7 +131,7 @@ class Grid:
             return base + (f"_seed_{run.subset}" if run.subset else "")
         kind = ""
         if run.arm.name == TOTAL:
-            kind = "_total"
+            kind = f"_{RESERVED}"
         elif run.arm.finetune:
             kind = f"_{run.arm.name.rpartition('+')[2]}"
         elif self._protection and not self.is_pretrained(run.arm):

@@ -280,9 +280,8 @@ def _prediction_folder(grid: Grid, arm: Arm) -> Path:
 
 def _image(grid: Grid, case: str) -> np.ndarray | None:
     """Read a case's raw image, if there is one."""
-    ending = read_json(grid.preprocessed / "dataset.json")["file_ending"]
-    name = case.removesuffix(ending)
-    raw = Path(os.environ.get("nnUNet_raw", "")) / grid.protocol.dataset / "imagesTr" / f"{name}_0000{ending}"
+    name = f"{grid.case_of(case)}_0000{grid.file_ending}"
+    raw = Path(os.environ.get("nnUNet_raw", "")) / grid.protocol.dataset / "imagesTr" / name
     return grid.reader.read_images([str(raw)])[0][0] if raw.is_file() else None
 
 

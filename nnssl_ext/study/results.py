@@ -11,6 +11,7 @@ import pandas as pd
 from nnssl_ext.errors import UserError
 from nnssl_ext.foreign import load_tensors
 from nnssl_ext.recipe import read_json
+from nnssl_ext.transfer.heads import output_names
 
 
 def case_dice(validation: Path, dataset_json: dict) -> pd.DataFrame:
@@ -23,9 +24,8 @@ def case_dice(validation: Path, dataset_json: dict) -> pd.DataFrame:
         dataset_json: The data set's, for the names of the classes.
     """
     path = validation / "summary.json"
-    labels = dataset_json["labels"]
-    regions = any(isinstance(value, (list, tuple)) and len(value) > 1 for value in labels.values())
-    names = {_key(value, regions): name for name, value in labels.items()}
+    _, regions = output_names(dataset_json)
+    names = {_key(value, regions): name for name, value in dataset_json["labels"].items()}
     rows = [
         {"case": Path(entry["prediction_file"]).name, "organ": names.get(label, label), "dice": metrics["Dice"]}
         for entry in read_json(path)["metric_per_case"]

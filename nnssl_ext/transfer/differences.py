@@ -27,20 +27,16 @@ def differences(source: SourceGeometry, target: SourceGeometry) -> list[str]:
             there, here, times = map(_product, (source.spacing, target.spacing, factors))
             found.append(f"Spacing differs: {there} mm in the source, {here} mm here, factors {times}.")
     if source.modalities and target.modalities:
-        theirs, ours = ({name.upper() for name in names} for names in (source.modalities, target.modalities))
-        if not theirs & ours:
+        theirs, ours = ([name.upper() for name in names] for names in (source.modalities, target.modalities))
+        if not set(theirs) & set(ours):
             there, here = _listed(source.modalities), _listed(target.modalities)
             found.append(f"Modality differs: {there} in the source, {here} here.")
-        elif len(theirs) > 1 and theirs == ours and not _alike(source.modalities, target.modalities):
+        elif theirs != ours and set(theirs) == set(ours):
             there, here = _listed(source.modalities), _listed(target.modalities)
             found.append(f"Channels are in another order: {there} in the source, {here} here. They are not reordered.")
     if found:
         found.append("Plans like the source's: nnssl_ext plan --like-source FILE.")
     return found
-
-
-def _alike(names: Sequence[str], others: Sequence[str]) -> bool:
-    return [name.upper() for name in names] == [name.upper() for name in others]
 
 
 def _listed(values: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ def planted(tmp_path: Path, gain: float, arms: list[Arm] | None = None, missing:
     grid.preprocessed.mkdir(parents=True)
     plans = {"plans_name": "study", "nnssl_ext": {"epochs": 10, "iterations_per_epoch": 100}}
     write_json(plans, grid.preprocessed / f"{protocol.plans}_study.json")
+    write_json({"file_ending": ".nii.gz"}, grid.preprocessed / "dataset.json")
     generator = np.random.default_rng(0)
     for arm in grid.arms:
         if arm.method:

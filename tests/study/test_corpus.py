@@ -111,6 +111,8 @@ def test_a_corpus_that_does_not_fit_is_one_line(with_data: Data) -> None:
     plans = read_json(corpus / "nnUNetPlans.json")
     plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
     write_json(plans, corpus / "nnUNetPlans.json")
+    with pytest.raises(UserError, match=r"differ in spacing\. Make the corpus with nnssl_ext corpus --like"):
+        pretraining_data("830", target, "nnUNetPlans", "3d_fullres", ["x00"])
     plans["transpose_forward"] = [2, 0, 1]
     write_json(plans, corpus / "nnUNetPlans.json")
     with pytest.raises(
