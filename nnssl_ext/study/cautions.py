@@ -50,12 +50,16 @@ def warnings(analysis: Analysis) -> list[str]:
         )
     if p.transductive:
         found.append("Transductive: pretraining saw the images (not the labels) of the held-out cases.")
+    if grid.cases.duplicates:
+        found.append(
+            f"{p.dataset} holds images twice. Not trained on, since the same image is held out: "
+            f"{_pairs(grid.cases.duplicates)}."
+        )
     if p.pretrain_on:
         left_out = read_json(grid.preprocessed.parent / p.pretrain_on / "left_out.json")
-        named = ", ".join(f"{case} = {twin}" for case, twin in left_out.items()) or "none"
         found.append(
             f"Pretraining on {p.pretrain_on}: its cases were compared with the held-out cases by content. Left out: "
-            f"{named}."
+            f"{_pairs(left_out) or 'none'}."
         )
     runs = grid.all_runs()
     missing = sum(not grid.done(run) for run in runs)
@@ -72,6 +76,10 @@ def warnings(analysis: Analysis) -> list[str]:
     if len(devices) > 1:
         found.append(f"Runs were made on devices of different precision: {', '.join(devices)}.")
     return found + _rates_at_an_end(grid)
+
+
+def _pairs(left_out: dict[str, str]) -> str:
+    return ", ".join(f"{case} = {other}" for case, other in left_out.items())
 
 
 def _rates_at_an_end(grid: Grid) -> list[str]:

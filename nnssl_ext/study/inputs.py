@@ -18,6 +18,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.files import file_digest, replaced_on_success
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.study.arms import Arm
+from nnssl_ext.study.duplicates import find_duplicates
 from nnssl_ext.study.protocol import grouped
 
 #: Folds of a data set without a split of its own, as in nnU-Net.
@@ -114,7 +115,9 @@ def pool_size(dataset: str, plans: str, configuration: str, fold: int, group_by:
     """Count the labeled groups that are not held out."""
     source = dataset_folder(dataset)
     data = data_folder(source, plans, configuration)
-    _, pool = held_out_and_pool(source, data, fold, group_by)
+    held_out, pool = held_out_and_pool(source, data, fold, group_by)
+    left_out = find_duplicates(data, pool, data, held_out)
+    pool = [case for case in pool if case not in left_out]
     if "ignore" in read_json(source / "dataset.json")["labels"]:
         pool = list(classes_of(data, pool))
     return len(grouped(pool, group_by))

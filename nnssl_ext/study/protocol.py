@@ -7,7 +7,7 @@ be added to a finished study. Anything else makes another study.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,13 @@ class Cases:
 
     Attributes:
         held_out: Predicted by every run, seen by no stage.
-        pool: All other cases. Pretraining sees them.
+        pool: All other cases but ``duplicates``. Pretraining sees them.
         labeled: Cases of the pool that have labels.
         groups: Number of groups among them: the largest budget.
         development: Cases of the pool on which rates are chosen.
         subsets: (labels, subset) -> training cases, nested for each subset.
         development_subsets: Training cases of the development runs, without ``development``.
+        duplicates: Cases left out of the pool -> the held-out case with the same image.
     """
 
     held_out: list[str]
@@ -98,6 +99,7 @@ class Cases:
     development: list[str]
     subsets: dict[tuple[int, int], list[str]]
     development_subsets: list[list[str]]
+    duplicates: dict[str, str] = field(default_factory=dict)
 
 
 def grouped(cases: Sequence[str], pattern: str) -> dict[str, list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -19,6 +19,7 @@ from nnssl_ext.recipe import Recipe, derive_plans, read_json, recipes_of, write_
 from nnssl_ext.settings import PLANS_KEY, FinetuneSettings, split_sections
 from nnssl_ext.study.arms import Arm
 from nnssl_ext.study.corpus import PretrainingData, pretraining_data, write_pretraining_data
+from nnssl_ext.study.duplicates import find_duplicates
 from nnssl_ext.study.grid import FINETUNER, Grid
 from nnssl_ext.study.inputs import (
     classes_of,
@@ -86,7 +87,9 @@ class Study:
         """
         p, plans = self.protocol, self._checked_plans()
         held_out, pool = held_out_and_pool(self.source, self._data, p.fold, p.group_by)
-        cases = draw_cases(p, held_out, pool, classes_of(self._data, pool))
+        duplicates = find_duplicates(self._data, pool, self._data, held_out)
+        pool = [case for case in pool if case not in duplicates]
+        cases = replace(draw_cases(p, held_out, pool, classes_of(self._data, pool)), duplicates=duplicates)
         corpus = self._corpus(held_out)
         grid = Grid(self.folder, self.protocol, cases, self.arms, self.device, self.keep_checkpoints, self.finetuner)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import blosc2
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -13,58 +11,11 @@ from nnssl_ext.cli import main
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
-from nnssl_ext.study.corpus import find_twins, pretraining_data, same_content, signature
+from nnssl_ext.study.corpus import pretraining_data
 from tests.conftest import Environment
-from tests.datasets import blob
 
 Data = Callable[[str], Environment]
 NAME = "Dataset830_Corpus"
-
-
-def write(
-    folder: Path,
-    case: str,
-    seed: int,
-    scale: float = 1.0,
-    cut: int = 0,
-    order: tuple[int, ...] = (0, 1, 2),
-    mirror: int = 1,
-) -> None:
-    image = scale * blob(np.random.default_rng(seed), (60, 40, 40)) + scale - 1
-    image = image.transpose(order)[::mirror, ::mirror]
-    folder.mkdir(parents=True, exist_ok=True)
-    blosc2.asarray(
-        np.ascontiguousarray(image[None, cut:], dtype=np.float32), urlpath=str(folder / f"{case}.b2nd"), mode="w"
-    )
-
-
-def test_twins_are_found_by_content(tmp_path: Path) -> None:
-    """Another name, another scale of intensities and one slice less change nothing. Another subject is no twin."""
-    target, corpus = tmp_path / "target", tmp_path / "corpus"
-    for number in range(4):
-        write(target, f"t{number}", number)
-    write(corpus, "renamed", 2)
-    write(corpus, "scaled", 3, scale=2.5)
-    write(corpus, "shorter", 1, cut=1)
-    write(corpus, "another", 9)
-    assert find_twins(corpus, target, ["t1", "t2", "t3"]) == {"renamed": "t2", "scaled": "t3", "shorter": "t1"}
-    assert find_twins(corpus, target, ["t0"]) == {}
-
-
-def test_twins_are_found_in_any_order_and_direction_of_axes(tmp_path: Path) -> None:
-    """Readers differ in it: DICOM and NIfTI of one scan are often mirrored."""
-    target, corpus = tmp_path / "target", tmp_path / "corpus"
-    for number in range(3):
-        write(target, f"t{number}", number)
-    write(corpus, "mirrored", 1, mirror=-1)
-    write(corpus, "turned", 2, order=(2, 0, 1), mirror=-1)
-    write(corpus, "another", 9, order=(2, 0, 1))
-    assert find_twins(corpus, target, ["t0", "t1", "t2"]) == {"mirrored": "t1", "turned": "t2"}
-
-
-def test_constant_cases_are_no_twins() -> None:
-    flat = ((8, 8, 8), np.zeros((8, 8, 8), np.float32))
-    assert not same_content(flat, flat)
 
 
 def corpus_of(environment: Environment) -> tuple[Path, dict[str, str]]:
@@ -119,10 +70,3 @@ def test_a_corpus_that_does_not_fit_is_one_line(with_data: Data) -> None:
         UserError, match=r"differ in spacing, transpose_forward\. Make the corpus with nnssl_ext corpus --like"
     ):
         pretraining_data("830", target, "nnUNetPlans", "3d_fullres", ["x00"])
-
-
-def test_signatures_do_not_depend_on_the_grid(tmp_path: Path) -> None:
-    write(tmp_path, "a", 0)
-    shape, means = signature(tmp_path, "a")
-    assert shape == (60, 40, 40)
-    assert means.shape == (8, 8, 8)
