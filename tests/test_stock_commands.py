@@ -80,6 +80,7 @@ def test_hand_over(with_data: Data, method: str, kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.real_commands
 def test_killed_and_continued(with_data: Data) -> None:
     """SIGKILL at some moment after the first checkpoint, then --c: the weights of a run that was never killed."""
     environment, trainer = with_data("plain"), "nnsslTrainer_VolumeFusion"

@@ -134,6 +134,7 @@ def test_a_lost_write_permission_amid_a_run(
     same_run(tune(environment, "labelled", "whole"), tune(environment, "labelled", "broken", c=True))
 
 
+@pytest.mark.real_commands
 def test_a_full_disk(with_data: Data) -> None:
     """The command, on a system that takes files up to a size only: the logs, but no checkpoint."""
     environment = with_data("labelled")

@@ -164,6 +164,7 @@ def test_a_lost_worker_is_replaced_and_no_batch_is_lost(
     same_run(whole, broken)
 
 
+@pytest.mark.real_commands
 def test_a_signal_to_the_whole_group_through_the_command(with_data: Data) -> None:
     """As a cluster sends it: to the command and its workers; and once more SIGKILL."""
     environment = with_data("labelled")

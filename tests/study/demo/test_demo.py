@@ -29,7 +29,7 @@ TINY = [
 @pytest.mark.slow
 @pytest.mark.integration
 def test_from_nothing_to_a_page_and_again_in_no_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quick_commands: None
 ) -> None:
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"):
         monkeypatch.setenv(name, "/nonexistent")  # the user's own folders are not touched
@@ -110,7 +110,7 @@ def test_lengths_fit_the_time() -> None:
 
 
 @pytest.mark.integration
-def test_a_step_is_measured_before_lengths_are_chosen(tmp_path: Path) -> None:
+def test_a_step_is_measured_before_lengths_are_chosen(tmp_path: Path, quick_commands: None) -> None:
     source = PhantomSource(PhantomOptions(cases=6, labeled=2, test=1, field_of_view=22.0))
     demo = Demo(tmp_path / "demo", source, minutes=2, settings=TINY)
     for step in demo.chain.steps[:4]:

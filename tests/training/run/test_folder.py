@@ -175,6 +175,7 @@ def test_a_lost_write_permission_amid_a_run(
     same_run(fold(stopped, "whole"), pretrain(stopped, "plain", "other", c=True))
 
 
+@pytest.mark.real_commands
 def test_a_full_disk_amid_a_run(with_data: Data) -> None:
     """The command, on a system that takes files up to a size only: the logs, but no checkpoint."""
     environment = with_data("plain")

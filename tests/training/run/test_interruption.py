@@ -46,6 +46,7 @@ def test_a_signal_amid_an_epoch_loses_nothing(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.real_commands
 def test_killed_at_random_moments_through_the_command(with_data: Data) -> None:
     """SIGKILL whenever it comes, checkpoint writing included; SIGTERM once; then to the end."""
     environment = with_data("plain")

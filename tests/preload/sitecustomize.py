@@ -1,0 +1,55 @@
+"""Let a command run in a fork of ``server.py``. Python imports this file at its start, from PYTHONPATH.
+
+Two thirds of a short command are imports of torch and of nnU-Net's other dependencies. The server has imported them.
+nnU-Net and this package are imported anew in every command. Where a fork would differ from the command, the command
+runs as always.
+"""
+
+import os
+import sys
+
+
+def run_elsewhere(address: str, argv: list[str]) -> None:
+    """Pass arguments, environment, folder and streams to the server, and end like the command."""
+    import json
+    import signal
+    import socket
+
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address)
+    words = {
+        "executable": sys.executable,
+        "argv": argv,
+        "variables": dict(os.environ),
+        "folder": os.getcwd(),
+        "group": os.getpgrp(),
+    }
+    message = json.dumps(words).encode()
+    socket.send_fds(connection, [len(message).to_bytes(8, "big")], [0, 1, 2])
+    connection.sendall(message)
+    answers = connection.makefile()
+    process = int(answers.readline())
+    if not process:
+        connection.close()
+        return
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda received, _: os.kill(process, received))
+    status = int(answers.readline())
+    if status < 0:  # it was killed
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+def is_command(words: list[str]) -> bool:
+    """Return whether Python was called for a command of nnU-Net or of this package, or for a job of a study."""
+    if words[:1] == ["-m"]:
+        return words[1] in ("nnssl_ext", "nnssl_ext.train", "submitit.core._submit")
+    name = os.path.basename(words[0]) if words else ""
+    return name.startswith(("nnUNetv2_", "nnssl_ext"))
+
+
+ARGV = sys.orig_argv[2:] if sys.orig_argv[1:2] == ["-u"] else sys.orig_argv[1:]
+if "NNSSL_TEST_SERVER" in os.environ and is_command(ARGV):
+    run_elsewhere(os.environ["NNSSL_TEST_SERVER"], ARGV)
