@@ -308,6 +308,14 @@ def _plans(path: Path) -> Iterator[Finding]:
         yield from kept_going(subject, _configuration(subject, path, plans, name, dataset_json))
 
 
+def _data_folders(plans: dict) -> Iterator[str]:
+    """Name the folders of the 3-D configurations' cases."""
+    for name in plans["configurations"]:
+        content = configuration_of(plans, name)
+        if not unusable(name, content, ""):
+            yield content["data_identifier"]
+
+
 def _configuration(subject: str, path: Path, plans: dict, name: str, dataset_json: dict) -> Iterator[Finding]:
     from nnssl_ext.data.index import CaseIndex
     from nnssl_ext.environment import worker_count
@@ -328,6 +336,9 @@ def _configuration(subject: str, path: Path, plans: dict, name: str, dataset_jso
         yield Finding(f"{subject}, {method.title}", f"crop {geometry.crop_size}, batch {batch_size}; {edges}")
     cases = path.parent / content["data_identifier"]
     if not cases.is_dir():
+        if any((path.parent / found).is_dir() for found in _data_folders(plans)):
+            yield Finding(subject, f"is not preprocessed ({cases.name} is missing), others are")
+            return
         advice = f"nnUNetv2_preprocess -d {path.parent.name} -plans_name {path.stem} -c {name}"
         yield Finding(subject, "", f"is not preprocessed ({cases.name} is missing)", advice)
         return

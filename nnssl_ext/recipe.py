@@ -244,19 +244,20 @@ def default_kwargs(network_class_name: str, spacing: list[float], where: str) ->
     return {"strides": network_class.strides_for(spacing)} if hasattr(network_class, "strides_for") else {}
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
+def read_json(path: Path, kind: type = dict, most: int = MAX_JSON_BYTES) -> Any:
     """Read a JSON file, with or without byte-order mark.
 
     Args:
         path: The file.
         kind: Expected type of the content, dict or list.
+        most: Bytes that are accepted.
 
     Raises:
         UserError: If it cannot be read, is too large or too deep, or has another type.
     """
     try:
-        if (size := path.stat().st_size) > MAX_JSON_BYTES:
-            raise UserError(f"{path} has {size:,} bytes, more than any settings: refused (at most {MAX_JSON_BYTES:,})")
+        if (size := path.stat().st_size) > most:
+            raise UserError(f"{path} has {size:,} bytes, more than any settings: refused (at most {most:,})")
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         check_json(content)
     except OSError as error:

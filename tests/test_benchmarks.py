@@ -196,11 +196,11 @@ def test_cards_fit_more_the_larger_they_are() -> None:
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_the_gpu_check_runs_every_line_on_a_cpu(tmp_path: Path) -> None:
+def test_the_gpu_check_runs_every_line_on_a_cpu(tmp_path: Path, quick_commands: None) -> None:
     """The very command of a GPU machine, with the smallest networks; no part and no row may fail."""
     words = ["gpu", "--device", "cpu", "--tiny", "--minutes", "10", "--output", str(tmp_path)]
     finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "benchmarks", *words],
+        [sys.executable, "-Wignore", "-m", "benchmarks", *words],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
         text=True,

@@ -14,6 +14,7 @@ import pytest
 from nnssl_ext import doctor
 from nnssl_ext.cli import main
 from nnssl_ext.doctor import examine_dataset, examine_environment
+from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.resources import resource_folder
 from tests.conftest import Environment
 
@@ -127,7 +128,12 @@ def test_data_set(with_data: Data) -> None:
     path.write_bytes(b"")
     (trouble,) = dataset_troubles()
     assert "case case_01: cannot be read" in trouble
-    shutil.rmtree(folder / "nnUNetPlans_3d_fullres")
+    shutil.move(folder / "nnUNetPlans_3d_fullres", folder / "nnUNetPlans_3d_lowres")
+    plans = read_json(folder / "nnUNetPlans.json")
+    low = {"inherits_from": "3d_fullres", "data_identifier": "nnUNetPlans_3d_lowres"}
+    write_json({**plans, "configurations": {**plans["configurations"], "3d_lowres": low}}, folder / "nnUNetPlans.json")
+    assert not any("is not preprocessed" in trouble for trouble in dataset_troubles())  # another configuration is
+    shutil.rmtree(folder / "nnUNetPlans_3d_lowres")
     assert any("is not preprocessed (nnUNetPlans_3d_fullres is missing)" in t for t in dataset_troubles())
     (folder / "nnUNetPlans.json").unlink()
     assert dataset_troubles() == ["Dataset811_Plain: has no plans"]

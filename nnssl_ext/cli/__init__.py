@@ -82,7 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # for processes that are started, too
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), f"ignore:{NOT_OURS}"]))
     warnings.filterwarnings("ignore", NOT_OURS)
-    parsed = command_line().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["train"] and words[1:2] not in (["-h"], ["--help"]):  # argparse would take the first option itself
+        words.insert(1, "--")
+    parsed = command_line().parse_args(words)
     if parsed.command not in LIGHT:
         check_processes()
     try:

@@ -26,7 +26,7 @@ from nnssl_ext.signals import EndSignals
 
 if TYPE_CHECKING:
     from nnssl_ext.data.corpus.corpus import Corpus
-    from nnssl_ext.data.corpus.manifest import Manifest
+    from nnssl_ext.data.corpus.manifest import Entry, Manifest
     from nnssl_ext.data.corpus.sources import NotRead
 
 #: Damaged volumes that are named at the end; corpus.json names all.
@@ -181,12 +181,17 @@ def _note_foreign(corpus: Corpus, manifest: Manifest) -> None:
     """Suggest another normalization for images other than CT."""
     from nnssl_ext.data.corpus.preparation import CONSTANT
 
+    ct = [number for number, scheme in enumerate(corpus.normalization) if scheme == "CTNormalization"]
+
+    def foreign_names(entry: Entry) -> set[str]:
+        # the names of the channels that are normalized as CT; those of one volume may be unknown
+        names = [entry.channels[n] for n in ct if n < len(entry.channels)]
+        return {name.casefold() for name in (*names, entry.modality)} - {"", "ct"}
+
     foreign = {
         entry.source
         for entry in manifest.all()
-        if "CTNormalization" in corpus.normalization
-        and not entry.normalization
-        and ({entry.modality, *entry.channels} - {"", "CT"} or entry.reason == CONSTANT)
+        if ct and not entry.normalization and (foreign_names(entry) or entry.reason == CONSTANT)
     }
     for source in sorted(foreign):
         print(
@@ -198,8 +203,8 @@ def _note_foreign(corpus: Corpus, manifest: Manifest) -> None:
 
 def _note_own(corpus: Corpus, manifest: Manifest) -> None:
     """Warn of validation images within the corpus."""
-    own = Path(os.environ.get("nnUNet_raw", "")).resolve() / corpus.like.name / "imagesTr"
-    if any(Path(file).parent == own for entry in manifest.all() for file in entry.files):
+    own = (Path(os.environ.get("nnUNet_raw", "")) / corpus.like.name / "imagesTr").resolve()
+    if any(Path(file).parent.resolve() == own for entry in manifest.all() for file in entry.files):
         print(
             f"note: {corpus.like.name}'s own training images are in the corpus, its validation cases among them: their "
             "Dice after this pretraining is too good",

@@ -14,6 +14,7 @@ nnssl_ext study answers that. The page is docs/how-to/features.md.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,15 +125,15 @@ def _cases(arguments: argparse.Namespace, plans: Any, preprocessed: Path | None)
     """List the cases, with label maps where they are pooled over, and the names of these labels."""
     from dataclasses import replace
 
-    from nnssl_ext.environment import named_folder
     from nnssl_ext.features.cases import dataset_cases, image_cases, region_names, with_masks
 
     if preprocessed is None:
         cases = image_cases(Path(arguments.i).expanduser(), plans)
     else:
         original = arguments.maps is not None or arguments.mask is not None
-        raw = named_folder("nnUNet_raw") / preprocessed.name
-        cases = dataset_cases(raw if raw.is_dir() else None, preprocessed, plans, original)
+        folder = os.environ.get("nnUNet_raw")  # only --maps and --mask need it
+        raw = Path(folder) / preprocessed.name if folder else None
+        cases = dataset_cases(raw if raw and raw.is_dir() else None, preprocessed, plans, original)
     if arguments.pool != "mask":
         return [replace(case, mask=None) for case in cases], {}
     if arguments.mask:

@@ -17,4 +17,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from nnssl_ext.train import train
 
-    train(arguments.arguments)
+    words = arguments.arguments
+    train(words[1:] if words[:1] == ["--"] else words)

@@ -112,8 +112,10 @@ def image_cases(folder: Path, plans: TargetPlans) -> list[Case]:
         if channel in found.setdefault(case, {}):
             raise UserError(f"Expected one file of case {case}, got {found[case][channel].name} and {path.name}")
         found[case][channel] = path
+    # where every case is one file, it may hold several channels, as RGB. ``preprocess`` counts them
+    expected = 1 if all(list(channels) == [0] for channels in found.values()) else plans.channels
     for case, channels in found.items():
-        if sorted(channels) != list(range(plans.channels)):
+        if sorted(channels) != list(range(expected)):
             there = ", ".join(path.name for path in channels.values())
             raise UserError(f"Expected {plans.channels} channels of case {case}, got {there}. Add or remove files")
     return [Case(case, tuple(channels[c] for c in sorted(channels))) for case, channels in found.items()]

@@ -148,11 +148,19 @@ def _classify(folder: Path, rows: Iterable[tuple], labels: pd.DataFrame) -> None
             parts.setdefault((region, stage), []).append((values, known[case]["label"], known[case]["group"]))
     if not parts:
         raise UserError(f"Expected labels of the extracted cases, got {next(iter(known))}, ... Correct the column case")
-    scores = []
+    scores: list[dict] = []
+    refused: list[UserError] = []
     for (region, stage), members in sorted(parts.items()):
         vectors, kinds, groups = zip(*members, strict=True)
-        for score in cross_validate(np.stack(vectors), kinds, groups):
-            scores.append({"region": region, "stage": stage, **asdict(score)})
+        try:
+            found = cross_validate(np.stack(vectors), kinds, groups)
+        except UserError as error:  # such as a region that few cases have
+            print(f"{region}, stage {stage}, is not classified: {error.line}")
+            refused.append(error)
+            continue
+        scores += [{"region": region, "stage": stage, **asdict(score)} for score in found]
+    if not scores:
+        raise refused[0]
     table = pd.DataFrame(scores)
     with replaced_on_success(folder / "classification.csv") as temporary:
         table.to_csv(temporary, index=False, float_format="%.4f")

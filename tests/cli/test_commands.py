@@ -135,3 +135,19 @@ def test_plan_renames_the_settings_of_old_plans(with_data: Data, capsys: pytest.
     assert main(["plan", "-d", "811", "-p", "old", "-o", "new"]) == 0
     assert main(["plan", "--rename-settings", str(path)]) == 0
     assert "no old names" in capsys.readouterr().out
+
+
+def test_options_of_a_training_may_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[list[str]] = []
+    monkeypatch.setattr("nnssl_ext.train.train", found.append)
+    for words in (
+        ["-device", "cpu", "4", "3d_fullres", "0"],
+        ["--max-time", "20", "4"],
+        ["4", "3d_fullres", "0", "--c"],
+    ):
+        main(["train", *words])
+    assert found == [
+        ["-device", "cpu", "4", "3d_fullres", "0"],
+        ["--max-time", "20", "4"],
+        ["4", "3d_fullres", "0", "--c"],
+    ]

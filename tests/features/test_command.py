@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -14,6 +15,9 @@ import torch
 from nnssl_ext.cli import main
 from nnssl_ext.data.cases import open_case
 from nnssl_ext.errors import UserError
+from nnssl_ext.features.cases import image_cases
+from nnssl_ext.features.classify import read_labels
+from nnssl_ext.features.results import _classify
 from nnssl_ext.networks.backbone import backbone_of
 from tests.conftest import Environment
 from tests.transfer.files import nnssl_file
@@ -217,3 +221,37 @@ def test_features_of_other_settings_are_kept(labelled: Environment, weights: Pat
     features(weights, "-d", "817", "-o", labelled.root / "out")
     with pytest.raises(UserError, match='Expected pool "mean" as in .*, got "max". Give another -o'):
         features(weights, "-d", "817", "-o", labelled.root / "out", "--pool", "max")
+
+
+def test_one_region_that_cannot_be_classified_stops_no_other(
+    labelled: Environment, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"case_{number:02d},{'a' if number % 2 else 'b'}" for number in range(CASES)]
+    (labelled.root / "labels.csv").write_text("\n".join(["case,label", *rows]))
+    table = [("case_00", "rare", 0, np.zeros(3)), *((f"case_{n:02d}", "image", 0, np.full(3, n)) for n in range(CASES))]
+    known = read_labels(labelled.root / "labels.csv", None)
+    _classify(labelled.root, table, known)
+    assert "rare, stage 0, is not classified: " in capsys.readouterr().out
+    assert set(pd.read_csv(labelled.root / "classification.csv")["region"]) == {"image"}
+    with pytest.raises(UserError):
+        _classify(labelled.root, table[:1], known)
+
+
+def test_preprocessed_cases_need_no_raw_data(
+    labelled: Environment, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("nnUNet_raw")
+    assert features(weights, "-d", "817", "-o", labelled.root / "out") == 0
+
+
+def test_a_file_may_hold_all_channels(tmp_path: Path) -> None:
+    """As RGB. A case that lacks a channel of several files is named."""
+    plans = SimpleNamespace(
+        channels=3, plans=SimpleNamespace(image_reader_writer_class=SimpleNamespace(supported_file_endings=[".png"]))
+    )
+    for name in ("a_0000.png", "b_0000.png"):
+        (tmp_path / name).touch()
+    assert [case.name for case in image_cases(tmp_path, plans)] == ["a", "b"]  # type: ignore[arg-type]
+    (tmp_path / "b_0001.png").touch()
+    with pytest.raises(UserError, match="Expected 3 channels of case a, got a_0000.png"):
+        image_cases(tmp_path, plans)  # type: ignore[arg-type]

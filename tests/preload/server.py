@@ -5,6 +5,7 @@ It ends when its standard input is closed.
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -56,7 +57,11 @@ def like_own(variables: dict[str, str]) -> bool:
 
 def run(words: dict, streams: list[int]) -> None:
     """Become the command, in a fork."""
-    for number, stream in enumerate(streams):
+    # first out of the way of the numbers that they must have
+    moved = [fcntl.fcntl(stream, fcntl.F_DUPFD, 100) for stream in streams]
+    for stream in streams:
+        os.close(stream)
+    for stream, number in zip(moved, words["files"], strict=True):
         os.dup2(stream, number)
         os.close(stream)
     with contextlib.suppress(OSError):
@@ -72,7 +77,10 @@ def run(words: dict, streams: list[int]) -> None:
     random.seed()
     argv = words["argv"]
     sys.orig_argv = [sys.executable, *argv]
-    if argv[0] == "-m":
+    if argv[0] == "-c":
+        sys.argv = ["-c", *argv[2:]]
+        exec(argv[1], vars(sys.modules["__main__"]))
+    elif argv[0] == "-m":
         sys.argv = ["", *argv[2:]]
         sys.path[0] = words["folder"]
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
@@ -124,7 +132,7 @@ def serve(listening: socket.socket) -> tuple[dict, list[int]] | None:
         if listening not in readable:
             continue
         connection, _ = listening.accept()
-        head, streams, _, _ = socket.recv_fds(connection, 8, 3)
+        head, streams, _, _ = socket.recv_fds(connection, 8, 5)
         with connection.makefile("rb") as received:
             words = json.loads(received.read(int.from_bytes(head, "big")))
         same = like_own(words["variables"]) and words["executable"] == sys.executable

@@ -6,32 +6,42 @@ runs as always.
 """
 
 import os
+import re
 import sys
+
+#: Options of Python without an effect on tests. PYTHONWARNINGS of the server says the last one too.
+WITHOUT_EFFECT = ("-u", "-B", "-s", "-Wignore")
+MODULES = ("nnssl_ext", "nnssl_ext.train", "submitit.core._submit")
 
 
 def run_elsewhere(address: str, argv: list[str]) -> None:
-    """Pass arguments, environment, folder and streams to the server, and end like the command."""
+    """Pass arguments, environment, folder and open files to the server, and end like the command."""
     import json
     import signal
     import socket
 
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(address)
+    # a process of multiprocessing is told the numbers of its pipes
+    files = [0, 1, 2, *map(int, re.findall(r"(?:tracker_fd|pipe_handle)=(\d+)", argv[1] if argv[0] == "-c" else ""))]
     words = {
         "executable": sys.executable,
         "argv": argv,
         "variables": dict(os.environ),
         "folder": os.getcwd(),
         "group": os.getpgrp(),
+        "files": files,
     }
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address)
     message = json.dumps(words).encode()
-    socket.send_fds(connection, [len(message).to_bytes(8, "big")], [0, 1, 2])
+    socket.send_fds(connection, [len(message).to_bytes(8, "big")], files)
     connection.sendall(message)
     answers = connection.makefile()
     process = int(answers.readline())
     if not process:
         connection.close()
         return
+    for file in files[3:]:
+        os.close(file)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda received, _: os.kill(process, received))
@@ -43,13 +53,17 @@ def run_elsewhere(address: str, argv: list[str]) -> None:
 
 
 def is_command(words: list[str]) -> bool:
-    """Return whether Python was called for a command of nnU-Net or of this package, or for a job of a study."""
+    """Return whether Python was called for a command of nnU-Net or of this package, or for a part of one."""
     if words[:1] == ["-m"]:
-        return words[1] in ("nnssl_ext", "nnssl_ext.train", "submitit.core._submit")
+        return words[1] in MODULES
+    if words[:1] == ["-c"]:
+        return words[1].startswith("from multiprocessing.spawn import spawn_main")
     name = os.path.basename(words[0]) if words else ""
     return name.startswith(("nnUNetv2_", "nnssl_ext"))
 
 
-ARGV = sys.orig_argv[2:] if sys.orig_argv[1:2] == ["-u"] else sys.orig_argv[1:]
-if "NNSSL_TEST_SERVER" in os.environ and is_command(ARGV):
-    run_elsewhere(os.environ["NNSSL_TEST_SERVER"], ARGV)
+words = sys.orig_argv[1:]
+while words and words[0] in WITHOUT_EFFECT:
+    words = words[1:]
+if "NNSSL_TEST_SERVER" in os.environ and is_command(words):
+    run_elsewhere(os.environ["NNSSL_TEST_SERVER"], words)

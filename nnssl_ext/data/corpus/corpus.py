@@ -138,7 +138,7 @@ class Corpus:
         for files in known:
             limit.count(manifest.entries[files])
         for item in new:
-            for case in manifest.forget(item):
+            for case in manifest.forget(item, cases):
                 self._remove(case)
         limit.check()
         target = self._target(manifest, scratch)

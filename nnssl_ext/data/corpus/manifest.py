@@ -13,6 +13,8 @@ from nnssl_ext.recipe import read_json, write_json
 KEPT, DUPLICATE, UNUSABLE, NO_IMAGE = "kept", "duplicate", "unusable", "no image"
 #: Raised when entries change their meaning. Version 1 kept DICOM and headers that are refused today.
 VERSION = 2
+#: Largest file that is read. An entry takes about a thousand bytes.
+MAX_BYTES = 4 * 2**30
 #: What is not said of all entries.
 _BODY = ("version", "volumes", "counts", "not_read")
 
@@ -92,7 +94,7 @@ class Manifest:
         manifest = cls(path, head)
         if not path.is_file():
             return manifest
-        content = read_json(path)
+        content = read_json(path, most=MAX_BYTES)
         version = content.get("version")
         if version not in (1, VERSION):
             raise UserError(f"{path}: expected version {VERSION}, got {version!r}. Give another -d and -n.")
@@ -153,12 +155,16 @@ class Manifest:
             entry.stamp == stamp
             and entry.normalization == item.normalization
             and (entry.status != KEPT or entry.case in cases)
+            and (entry.status != DUPLICATE or self.case_of(entry.content) in cases)
             and not (retry and entry.status == UNUSABLE)
             for entry in found
         )
 
-    def forget(self, item: Item) -> list[str]:
-        """Drop an item's entries. Return cases that lose their last one."""
+    def forget(self, item: Item, cases: set[str]) -> list[str]:
+        """Drop an item's entries. Return cases that lose their last one.
+
+        A duplicate takes an existing case over. Where the case is gone, the next item with its content makes it again.
+        """
         dropped = self.entries.pop(item.files, [])
         for entry in dropped:
             if entry.status == DUPLICATE:
@@ -169,7 +175,7 @@ class Manifest:
                 continue
             del self._kept[entry.content]
             twins = self._twins.get(entry.content)
-            if not twins:
+            if not twins or entry.case not in cases:
                 orphans.append(entry.case)
             else:  # the same volume from elsewhere
                 twin = twins.pop(0)

@@ -167,12 +167,14 @@ def _death(code: int) -> Lost:
 def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
     """Work until the connection ends."""
     _isolate()
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0] if resource is not None else 0
     connection.send(None)
     while True:
         try:
             item = connection.recv()
         except (EOFError, OSError):
             return
+        _limit_memory(soft)  # what is free changes with the other workers
         try:
             result = work(item)
         except MemoryError:
@@ -195,7 +197,12 @@ def _isolate() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if resource is not None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+
+
+def _limit_memory(soft: int) -> None:
+    """Let what does not fit end in a MemoryError. ``soft`` is the limit that the process began with."""
+    if resource is not None:
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         limits = [limit for limit in (soft, hard, _memory_limit()) if limit > 0]
         resource.setrlimit(resource.RLIMIT_AS, (min(limits, default=soft), hard))
 
@@ -208,12 +215,17 @@ def _memory_limit() -> int:
         own = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, KeyError, ValueError):
         return 0
-    group = Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError):  # a container may have less; "max" is no number
-        free = min(
-            free, int((group / "memory.max").read_text("ascii")) - int((group / "memory.current").read_text("ascii"))
-        )
+        free = min(free, _free_in_container(Path("/sys/fs/cgroup")))
     return own + int(MEMORY_SHARE * free)
+
+
+def _free_in_container(group: Path) -> int:
+    """Return the bytes that a control group may still use. Files that the system keeps in memory make room."""
+    most, used = (int((group / f"memory.{name}").read_text("ascii")) for name in ("max", "current"))
+    rows = (line.split() for line in (group / "memory.stat").read_text("ascii").splitlines())
+    kept = sum(int(number) for name, number in rows if name in ("inactive_file", "active_file", "slab_reclaimable"))
+    return most - used + kept
 
 
 def _end_with_parent() -> None:

@@ -18,7 +18,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnssl_ext.data.corpus.dicom import read_folder
-from nnssl_ext.data.corpus.manifest import KEPT, NO_IMAGE, UNUSABLE, Entry
+from nnssl_ext.data.corpus.manifest import KEPT, MAX_BYTES, NO_IMAGE, UNUSABLE, Entry
 from nnssl_ext.data.corpus.readers import check_regular, image_suffix, last_line, read_image
 from nnssl_ext.data.corpus.sources import Item
 from nnssl_ext.data.corpus.volumes import MAX_VOXELS, NotAnImage, Unusable, Volume
@@ -199,7 +199,7 @@ def _managers(target: CorpusTarget, scheme: str) -> tuple[PlansManager, Configur
 
 @lru_cache
 def _contents(target: CorpusTarget) -> frozenset[str]:
-    return frozenset(read_json(target.contents, list))
+    return frozenset(read_json(target.contents, list, MAX_BYTES))
 
 
 @lru_cache

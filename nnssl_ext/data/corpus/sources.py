@@ -106,15 +106,24 @@ class Wishes:
         if chosen is None and single:
             return tuple((number,) for number in range(len(names)))
         wanted = [name.casefold() for name in chosen or self.target_names]
-        missing = [name for name in wanted if name not in lowered]
-        if missing or (not single and len(wanted) != len(self.target_names)):
+        numbers = _numbers(wanted, lowered)
+        if None in numbers or (not single and len(wanted) != len(self.target_names)):
             raise UserError(
                 f"{source} has channels {', '.join(map(repr, names))}, the target has "
                 f"{', '.join(map(repr, self.target_names))}. Name which to take, in the target's order, with "
                 f"--channels SOURCE=NAME,NAME, or leave the source out"
             )
-        numbers = tuple(lowered.index(name) for name in wanted)
-        return tuple((number,) for number in numbers) if single else (numbers,)
+        found = tuple(number for number in numbers if number is not None)
+        return tuple((number,) for number in found) if single else (found,)
+
+
+def _numbers(wanted: Sequence[str], names: Sequence[str]) -> list[int | None]:
+    """Return the channel number of each wanted name. Names may repeat, as in several phases of CT."""
+    numbers: list[int | None] = []
+    for name in wanted:
+        free = (n for n, other in enumerate(names) if other == name and n not in numbers)
+        numbers.append(next(free, None))
+    return numbers
 
 
 def of_source(choices: dict[str, Any], source: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -154,8 +155,10 @@ def label_values(array: np.ndarray, name: str = "") -> int:
 
     Label maps hold integers, few per volume, in pieces: most neighbors are equal. Images have noise.
     """
-    voxels = array.ravel()
-    found, counts = np.unique(voxels[:: max(1, voxels.size // SAMPLE)], return_counts=True)
+    voxels, step = array.ravel(), max(1, array.size // SAMPLE)
+    while math.gcd(step, math.prod(array.shape[-2:])) > 1:  # else one column or row stands for all
+        step += 1
+    found, counts = np.unique(voxels[::step], return_counts=True)
     most = min(MANY_VALUES, max(FEW_VALUES, voxels.size // 50))
     if len(found) > FEW_VALUES:
         limit = EQUAL_NEIGHBORS_NAMED if LABEL_NAME.search(name.casefold()) else EQUAL_NEIGHBORS

@@ -17,6 +17,7 @@ from nnssl_ext.data import index
 from nnssl_ext.data.cases import list_cases, open_case
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.errors import UserError
+from nnssl_ext.recipe import MAX_JSON_BYTES
 from tests.conftest import Environment
 from tests.volumes import SHAPE, volume, write_image, write_series
 
@@ -245,3 +246,24 @@ def test_a_corpus_has_one_target(target: Environment, images: Path, with_data: W
         make(images, "-n", "Other")
     with pytest.raises(UserError, match="exists and is no corpus"):
         main(["corpus", "-d", "812", "-n", "Residual", "--like", "811", str(images)])
+
+
+def test_a_deleted_case_with_a_duplicate_is_made_again(target: Environment, images: Path) -> None:
+    shutil.copy(images / "b/four.mha", images / "b/copy.mha")
+    made = make(images)
+    (case,) = {row["case"] for row in made["volumes"] if row["status"] == "kept" and "b/" in row["files"][0]} - {
+        row["case"] for row in made["volumes"] if "three" in row["files"][0]
+    }
+    (data() / f"{case}.b2nd").unlink()
+    for _ in range(2):
+        again = make(images)
+        assert again["counts"] == made["counts"]
+        assert set(list_cases(data())) == {row["case"] for row in again["volumes"] if row["status"] == "kept"}
+
+
+def test_a_manifest_of_many_volumes_is_read(target: Environment, images: Path) -> None:
+    """Settings of this size are refused."""
+    made = make(images)
+    with (folder() / "corpus.json").open("a") as file:
+        file.write(" " * MAX_JSON_BYTES)
+    assert make(images)["counts"] == made["counts"]

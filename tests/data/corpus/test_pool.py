@@ -1,13 +1,15 @@
 """Worker processes that die, hang or fill the memory: one item costs one item."""
 
 import os
+import resource
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nnssl_ext.data.corpus.pool import Lost, WorkerPool
+from nnssl_ext.data.corpus.pool import Lost, WorkerPool, _free_in_container, _limit_memory
 from nnssl_ext.errors import UserError
 
 #: Processes and random files: seconds each.
@@ -68,3 +70,31 @@ def test_a_worker_that_cannot_start_is_no_items_fault(monkeypatch: pytest.Monkey
     monkeypatch.setattr("nnssl_ext.data.corpus.pool._serve", os.abort)
     with pytest.raises(UserError, match="Expected a worker process, got one that ended with status"):
         list(WorkerPool(work, 1, seconds).run([1]))
+
+
+def test_files_in_memory_are_free_memory(tmp_path: Path) -> None:
+    """A container counts them as used, and gives them up for a program."""
+    for name, text in (
+        ("max", "1000\n"),
+        ("current", "990\n"),
+        ("stat", "anon 90\ninactive_file 500\nactive_file 300\n"),
+    ):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert _free_in_container(tmp_path) == 1000 - 990 + 500 + 300
+
+
+def memory_limit(_: Any) -> int:
+    return resource.getrlimit(resource.RLIMIT_AS)[0]
+
+
+def test_the_memory_limit_is_set_anew_for_each_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        limits = []
+        for free in (2**40, 2**45):
+            monkeypatch.setattr("nnssl_ext.data.corpus.pool._memory_limit", lambda free=free: free)
+            _limit_memory(before[0])
+            limits.append(memory_limit(None))
+        assert limits == [2**40, 2**45]
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

@@ -224,3 +224,12 @@ def test_equal_content_in_any_order_of_axes(tmp_path: Path) -> None:
     nibabel.save(image, tmp_path / "b.nii")
     nibabel.save(nibabel.Nifti1Image(IMAGE.T, turned), tmp_path / "c.nii")
     assert only(tmp_path / "b.nii").digest() == only(tmp_path / "c.nii").digest() != first.digest()
+
+
+def test_images_of_any_size_are_no_label_maps() -> None:
+    """A sample at every (rows x columns)-th voxel would see one column of air."""
+    image = np.random.default_rng(0).integers(1, 255, (391, 64, 64)).astype(np.float32)
+    for edge in (64, 32, 16):
+        part = image[:, :edge, :edge].copy()
+        part[:, :, 0] = 0
+        assert label_values(part) == 0

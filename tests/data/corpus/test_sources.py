@@ -13,7 +13,7 @@ from nnssl_ext.data.corpus import sources as corpus_sources
 from nnssl_ext.data.corpus.sources import NotRead, Wishes, items_of
 from nnssl_ext.errors import UserError
 from tests.conftest import Environment
-from tests.data.corpus.test_corpus import data, make
+from tests.data.corpus.test_corpus import data, folder, make
 from tests.volumes import volume, write_image
 
 WithData = Callable[[str], Environment]
@@ -236,3 +236,34 @@ def test_sources_that_are_none(with_data: WithData, tmp_path: Path) -> None:
         main(["corpus", "-d", "851", "-n", "Open", "--like", "811", str(tmp_path / "empty")])
     with pytest.raises(UserError, match="neither a file or folder nor a data set in nnUNet_raw"):
         main(["corpus", "-d", "851", "-n", "Open", "--like", "811", "899"])
+
+
+def test_channels_of_equal_names_are_all_read() -> None:
+    """Such as phases of CT: nnU-Net chooses the normalization by the name."""
+    two, three = Wishes(("CT", "CT"), {}, {}), Wishes(("ct", "pet", "ct"), {}, {})
+    assert two.groups("S", ("CT", "CT")) == ((0, 1),)
+    assert three.groups("S", ("CT", "CT", "PET")) == ((0, 2, 1),)
+    assert Wishes(("CT",), {"S": ("CT", "CT")}, {}).groups("S", ("CT", "CT")) == ((0,), (1,))
+    with pytest.raises(UserError, match="S has channels 'CT', 'PET', the target has 'CT', 'CT'"):
+        two.groups("S", ("CT", "PET"))
+
+
+def test_channels_beside_ct_are_no_foreign_images(
+    with_data: WithData, raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only channels that the plan normalizes as CT are compared, in nnU-Net's spelling."""
+    environment = with_data("two_channel")
+
+    def ct(plans: dict) -> None:
+        schemes = ["CTNormalization", "ZScoreNormalization"]
+        plans["configurations"]["3d_fullres"]["normalization_schemes"] = schemes
+
+    environment.write_plans("two_channel", "nnUNetPlans", {}, ct)
+    path = environment.dataset("two_channel") / "dataset.json"
+    for names, foreign in ((("ct", "PET"), False), (("MR", "PET"), True)):
+        described = {"channel_names": {"0": names[0], "1": names[1]}}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **described}))
+        (raw / "dataset.json").write_text(json.dumps({**json.loads((raw / "dataset.json").read_text()), **described}))
+        shutil.rmtree(folder(), ignore_errors=True)
+        make(raw, like="814")
+        assert ("does not look like CT" in capsys.readouterr().err) == foreign
