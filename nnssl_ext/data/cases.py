@@ -18,6 +18,8 @@ from nnssl_ext.foreign import load_npz, open_blosc2
 
 #: Suffixes of image data, the preferred one first.
 SUFFIXES = (".b2nd", ".npy", ".npz")
+#: Those whose size and time tell one state of a case from another: nnU-Net unpacks .npz when a training starts.
+IDENTITY = (".b2nd", ".npz", ".npy")
 
 
 def list_cases(folder: Path) -> dict[str, tuple[int, int]]:
@@ -28,7 +30,7 @@ def list_cases(folder: Path) -> dict[str, tuple[int, int]]:
             stem, suffix = os.path.splitext(entry.name)
             if suffix not in SUFFIXES or stem.endswith("_seg"):
                 continue
-            rank = SUFFIXES.index(suffix)
+            rank = IDENTITY.index(suffix)
             if stem not in found or rank < found[stem][0]:
                 stat = entry.stat()
                 found[stem] = (rank, stat.st_size, stat.st_mtime_ns)

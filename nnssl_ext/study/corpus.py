@@ -57,7 +57,7 @@ def pretraining_data(
     source = dataset_folder(dataset)
     data = data_folder(source, plans, configuration)
     own, theirs = (_preprocessing(read_json(folder / f"{plans}.json"), configuration) for folder in (target, source))
-    differing = [name for name, value in own.items() if value != theirs[name]]
+    differing = [name for name, value in own.items() if value != theirs.get(name)]
     if differing:
         raise UserError(
             f"--pretrain-on {dataset}: {source.name} and {target.name} differ in {', '.join(differing)}. Make the "

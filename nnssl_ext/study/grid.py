@@ -255,7 +255,10 @@ class Grid:
 
     def metrics(self, run: Run) -> pd.DataFrame:
         """Read a run's metrics: step, case, organ, dice, nsd."""
-        return pd.read_csv(self.metrics_file(run))
+        # labels may have names like 1 and NA
+        missing = {"dice": [""], "nsd": [""]}
+        types = {"case": str, "organ": str}
+        return pd.read_csv(self.metrics_file(run), dtype=types, keep_default_na=False, na_values=missing)
 
     def weights(self, run: Run) -> Path | None:
         """Return a fine-tuning's weights, None for scratch."""
@@ -340,7 +343,7 @@ class Grid:
         snapshots = [last] if run.arm.name == TOTAL else p.snapshots
         own = {"steps": last, "snapshots": snapshots, "learning_rate": run.rate, "seed": p.seed}
         if not self.is_pretrained(run.arm):
-            own |= self._protection
+            own |= {name: value for name, value in UNPROTECTED.items() if name in run.arm.finetune} | self._protection
         finetune = {**FINETUNE, **section.get("finetune", {}), **run.arm.finetune, **own}
         self._write({**section, "finetune": finetune}, name, self.preprocessed)
 

@@ -19,7 +19,7 @@ from nnssl_ext.files import file_digest, replaced_on_success
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.study.arms import Arm
 from nnssl_ext.study.duplicates import find_duplicates
-from nnssl_ext.study.protocol import grouped
+from nnssl_ext.study.protocol import SCRATCH, grouped
 
 #: Folds of a data set without a split of its own, as in nnU-Net.
 FOLDS = 5
@@ -34,9 +34,11 @@ def keep_files(arms: Sequence[Arm], folder: Path, keep: bool) -> None:
     path = folder / "init.json"
     noted = read_json(path) if path.is_file() else {}
     for arm in arms:
-        if arm.finetune:
+        if arm.finetune or arm.name == SCRATCH:
             recipe = f"the recipe of {arm.name}"
-            if noted.setdefault(recipe, digest_of(arm.finetune)) != digest_of(arm.finetune):
+            # before 0.2 a baseline without a recipe was not noted
+            before: dict = {} if any((folder / "runs" / arm.name).glob("*.csv")) else arm.finetune
+            if noted.setdefault(recipe, digest_of(before)) != digest_of(arm.finetune):
                 raise UserError(f"--finetune: {recipe} has changed since {folder} was begun. Give it another name.")
         if not arm.init:
             continue
@@ -92,6 +94,8 @@ def digest_of_cases(source: Path, data: Path, cases: Sequence[str]) -> str:
     for case in sorted(cases):
         truth = source / "gt_segmentations" / f"{case}{ending}"
         own = [*files.get(case, []), *files.get(f"{case}_seg", [])]
+        if any(name == f"{case}.npz" for name, _ in own):  # nnU-Net unpacks it when a training starts
+            own = [(name, size) for name, size in own if not name.endswith(".npy")]
         if not truth.is_file() or not own:
             missing = f"label map {truth}" if own else f"preprocessed case {data / case}"
             raise UserError(f"There is no {missing}. Preprocess {source.name} again.")
@@ -116,11 +120,25 @@ def pool_size(dataset: str, plans: str, configuration: str, fold: int, group_by:
     source = dataset_folder(dataset)
     data = data_folder(source, plans, configuration)
     held_out, pool = held_out_and_pool(source, data, fold, group_by)
-    left_out = find_duplicates(data, pool, data, held_out)
+    left_out = duplicates_in(data, pool, held_out, group_by)
     pool = [case for case in pool if case not in left_out]
     if "ignore" in read_json(source / "dataset.json")["labels"]:
         pool = list(classes_of(data, pool))
     return len(grouped(pool, group_by))
+
+
+def duplicates_in(data: Path, pool: Sequence[str], held_out: Sequence[str], group_by: str = "") -> dict[str, str]:
+    """Find training cases whose image, or one of whose group, is held out.
+
+    Returns:
+        Training case -> held-out case.
+    """
+    found = find_duplicates(data, pool, data, held_out)
+    for members in grouped(pool, group_by).values():
+        twin = next((found[case] for case in members if case in found), None)
+        if twin is not None:
+            found |= {case: twin for case in members if case not in found}
+    return dict(sorted(found.items()))
 
 
 def held_out_and_pool(source: Path, data: Path, fold: int, group_by: str = "") -> tuple[list[str], list[str]]:
@@ -139,8 +157,9 @@ def held_out_and_pool(source: Path, data: Path, fold: int, group_by: str = "") -
     splits = read_json(file, list) if file.is_file() else _crossval_split(cases, FOLDS, source.name, "cases")
     if not 0 <= fold < len(splits):
         raise UserError(f"--fold: expected 0 to {len(splits) - 1} for {source.name}, got {fold}.")
-    groups = grouped(cases, group_by)
     split = {part: [str(case) for case in splits[fold][part]] for part in ("val", "train")}
+    chosen = {*split["val"], *split["train"]}  # a split may leave cases out
+    groups = grouped([case for case in cases if case in chosen], group_by)
     if any(set(members) & set(split["val"]) and set(members) - set(split["val"]) for members in groups.values()):
         names = _crossval_split(sorted(groups), len(splits), source.name, "groups")[fold]
         split = {part: [case for group in names[part] for case in groups[group]] for part in split}
@@ -163,6 +182,11 @@ def _crossval_split(names: list[str], folds: int, dataset: str, what: str) -> li
         raise UserError(
             f"{dataset}: expected at least {folds} {what} for {folds} folds, got {len(names)}. Write a "
             f"splits_final.json with fewer folds."
+        )
+    if folds < 2:
+        raise UserError(
+            f"{dataset}: expected a splits_final.json that keeps {what} together, got one fold that divides one. "
+            f"Correct it, or write two folds or more."
         )
     return generate_crossval_split(names, seed=12345, n_splits=folds)
 

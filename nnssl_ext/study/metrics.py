@@ -30,7 +30,7 @@ def fold_metrics(
 ) -> pd.DataFrame:
     """Measure a folder: case, organ, dice, nsd.
 
-    NaN where neither side has the class.
+    NaN where neither side has the class, and for a class that no case shows.
 
     Args:
         validation: With the predictions and nnU-Net's summary.json.
@@ -42,6 +42,7 @@ def fold_metrics(
     frame = case_dice(validation, dict(dataset_json))
     classes = {name: value for name, value in dataset_json["labels"].items() if name not in ("background", "ignore")}
     frame["nsd"] = np.nan
+    shown: set[str] = set()
     for case, rows in frame.groupby("case", sort=False):
         predicted, spacing = read_labels(validation / str(case), reader)
         expected, _ = read_labels(truth / str(case), reader)
@@ -50,6 +51,9 @@ def fold_metrics(
             labels = np.atleast_1d(classes[organ]).astype(int)
             ours, theirs = (np.isin(volume, labels) & ~ignored for volume in (predicted, expected))
             frame.loc[row, "nsd"] = normalised_surface_dice(ours, theirs, spacing, tolerance)
+            shown |= {organ} if theirs.any() else set()
+    # one wrong voxel would make their Dice 0, and the mean over classes half of what it was
+    frame.loc[~frame["organ"].isin(shown), ["dice", "nsd"]] = np.nan
     return frame
 
 

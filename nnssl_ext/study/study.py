@@ -19,13 +19,13 @@ from nnssl_ext.recipe import Recipe, derive_plans, read_json, recipes_of, write_
 from nnssl_ext.settings import PLANS_KEY, FinetuneSettings, split_sections
 from nnssl_ext.study.arms import Arm
 from nnssl_ext.study.corpus import PretrainingData, pretraining_data, write_pretraining_data
-from nnssl_ext.study.duplicates import find_duplicates
 from nnssl_ext.study.grid import FINETUNER, Grid
 from nnssl_ext.study.inputs import (
     classes_of,
     data_folder,
     digest_of,
     digest_of_cases,
+    duplicates_in,
     held_out_and_pool,
     keep_files,
     keep_inputs,
@@ -87,7 +87,7 @@ class Study:
         """
         p, plans = self.protocol, self._checked_plans()
         held_out, pool = held_out_and_pool(self.source, self._data, p.fold, p.group_by)
-        duplicates = find_duplicates(self._data, pool, self._data, held_out)
+        duplicates = duplicates_in(self._data, pool, held_out, p.group_by)
         pool = [case for case in pool if case not in duplicates]
         cases = replace(draw_cases(p, held_out, pool, classes_of(self._data, pool)), duplicates=duplicates)
         corpus = self._corpus(held_out)
@@ -139,7 +139,7 @@ class Study:
             if "seed" in recipe.settings:
                 raise UserError(f"{recipe.name}: seed belongs to the study. Use --seed.")
         derived = derive_plans(plans, f"{p.plans}_study", recipes, [p.configuration])
-        if derived.get(PLANS_KEY, {}).get("start_from"):
+        if derived.get(PLANS_KEY, {}).get("start_from") and any(arm.method for arm in self.arms):
             raise UserError(
                 "start_from: a study's pretraining starts from random weights, since others may have seen held-out "
                 "images. Compare a finished pretraining with --init NAME=FILE."

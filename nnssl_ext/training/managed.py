@@ -178,6 +178,8 @@ class ManagedTrainer(nnUNetTrainer):
                 self.load_checkpoint(str(self.folder.path / found[0]))
             elif self.step == 0 and self.local_rank == 0 and not self.disable_checkpointing:
                 self.folder.set_aside()
+            if self.local_rank == 0 and 0 < self.step < self.total_steps and not self.disable_checkpointing:
+                self.folder.reopen()
             same_everywhere(self.step, self.fold)
             yield
 
@@ -228,7 +230,7 @@ class ManagedTrainer(nnUNetTrainer):
     def on_epoch_end(self) -> None:
         """Log the epoch, write what is due, and draw the progress.
 
-        Stock's writes checkpoint_latest.pth before the best one, which a continued run would then not know.
+        Stock writes checkpoint_latest.pth first. A run that is killed between the two keeps an old best one.
         """
         log = self.logger.get_value
         self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
@@ -240,7 +242,7 @@ class ManagedTrainer(nnUNetTrainer):
         self.print_to_log_file(f"Epoch time: {seconds:.2f} s")
         best = self.is_best()
         last = self.current_epoch == self.num_epochs - 1
-        names = [LATEST] * (self.latest_is_due(best) and not last) + [BEST] * best
+        names = [BEST] * best + [LATEST] * (self.latest_is_due(best) and not last)
         if names:
             self.save_checkpoint(*(str(self.folder.path / name) for name in names))
         if self.local_rank == 0:
@@ -278,8 +280,7 @@ class ManagedTrainer(nnUNetTrainer):
 
     def leave_if_asked(self) -> None:
         """Write a checkpoint and end the process, if asked to."""
-        reason = self.interruption.agreed(self.step)
-        if reason:
+        if reason := self.interruption.agreed(self.step):
             self.leave(reason, self.keep_progress())
 
     def leave_if_asked_alone(self) -> None:

@@ -131,3 +131,13 @@ def test_body_of_a_case_without_air() -> None:
 def test_shorten() -> None:
     assert shorten("abc", 5) == "a, b, c"
     assert shorten("abcdefg", 5) == "a, b, c, d, e and 2 more"
+
+
+def test_unpacked_cases_are_the_same_cases(folder: Path) -> None:
+    """nnU-Net unpacks .npz when a training starts, and a later call finds both."""
+    array = np.random.default_rng(0).random((1, 8, 8, 8)).astype(np.float32)
+    np.savez_compressed(folder / "case_9.npz", data=array, seg=array)
+    before = CaseIndex.build(folder).fingerprint()
+    np.save(folder / "case_9.npy", array)
+    np.save(folder / "case_9_seg.npy", array)
+    assert CaseIndex.build(folder).fingerprint() == before

@@ -58,7 +58,7 @@ def like_own(variables: dict[str, str]) -> bool:
 def run(words: dict, streams: list[int]) -> None:
     """Become the command, in a fork."""
     # first out of the way of the numbers that they must have
-    moved = [fcntl.fcntl(stream, fcntl.F_DUPFD, 100) for stream in streams]
+    moved = [fcntl.fcntl(stream, fcntl.F_DUPFD, 300) for stream in streams]
     for stream in streams:
         os.close(stream)
     for stream, number in zip(moved, words["files"], strict=True):
@@ -132,7 +132,7 @@ def serve(listening: socket.socket) -> tuple[dict, list[int]] | None:
         if listening not in readable:
             continue
         connection, _ = listening.accept()
-        head, streams, _, _ = socket.recv_fds(connection, 8, 5)
+        head, streams, _, _ = socket.recv_fds(connection, 8, 200)
         with connection.makefile("rb") as received:
             words = json.loads(received.read(int.from_bytes(head, "big")))
         same = like_own(words["variables"]) and words["executable"] == sys.executable

@@ -6,7 +6,6 @@ runs as always.
 """
 
 import os
-import re
 import sys
 
 #: Options of Python without an effect on tests. PYTHONWARNINGS of the server says the last one too.
@@ -20,8 +19,8 @@ def run_elsewhere(address: str, argv: list[str]) -> None:
     import signal
     import socket
 
-    # a process of multiprocessing is told the numbers of its pipes
-    files = [0, 1, 2, *map(int, re.findall(r"(?:tracker_fd|pipe_handle)=(\d+)", argv[1] if argv[0] == "-c" else ""))]
+    # a process of multiprocessing inherits pipes and knows their numbers
+    files = [0, 1, 2, *([number for number in range(3, 200) if is_open(number)] if argv[0] == "-c" else [])]
     words = {
         "executable": sys.executable,
         "argv": argv,
@@ -50,6 +49,15 @@ def run_elsewhere(address: str, argv: list[str]) -> None:
         signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
+
+
+def is_open(file: int) -> bool:
+    """Return whether this process has inherited a file of this number."""
+    try:
+        os.fstat(file)
+    except OSError:
+        return False
+    return True
 
 
 def is_command(words: list[str]) -> bool:

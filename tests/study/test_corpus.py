@@ -64,6 +64,12 @@ def test_a_corpus_that_does_not_fit_is_one_line(with_data: Data) -> None:
     write_json(plans, corpus / "nnUNetPlans.json")
     with pytest.raises(UserError, match=r"differ in spacing\. Make the corpus with nnssl_ext corpus --like"):
         pretraining_data("830", target, "nnUNetPlans", "3d_fullres", ["x00"])
+    target_plans = read_json(target / "nnUNetPlans.json")
+    target_plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["CTNormalization"]
+    write_json(target_plans, target / "ct.json")
+    write_json({**plans, "plans_name": "ct"}, corpus / "ct.json")
+    with pytest.raises(UserError, match=r"differ in spacing, normalization_schemes, intensities\."):
+        pretraining_data("830", target, "ct", "3d_fullres", ["x00"])
     plans["transpose_forward"] = [2, 0, 1]
     write_json(plans, corpus / "nnUNetPlans.json")
     with pytest.raises(

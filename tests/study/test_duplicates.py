@@ -14,7 +14,7 @@ from nnssl_ext.data.cases import list_cases
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json
 from nnssl_ext.study.duplicates import find_duplicates, same_content, signature
-from nnssl_ext.study.inputs import held_out_and_pool
+from nnssl_ext.study.inputs import duplicates_in, held_out_and_pool
 from tests.conftest import Environment
 from tests.datasets import blob
 
@@ -107,3 +107,12 @@ def test_a_study_does_not_train_on_its_held_out_images(with_data: Data, monkeypa
     assert max(trained, key=len) == pool[1:]
     assert not any(pool[0] in cases for cases in trained)
     assert f"{pool[0]} = {held_out[0]}." in Path("st/report.md").read_text()
+
+
+def test_all_cases_of_a_duplicates_group_are_left_out(tmp_path: Path) -> None:
+    """A second scan of a held-out subject looks different, and its group tells."""
+    for number, case in enumerate(("held", "p1_a", "p1_b", "p2_a")):
+        write(tmp_path, case, 0 if case == "p1_a" else number)
+    pool = ["p1_a", "p1_b", "p2_a"]
+    assert duplicates_in(tmp_path, pool, ["held"]) == {"p1_a": "held"}
+    assert duplicates_in(tmp_path, pool, ["held"], r"(p\d)_") == {"p1_a": "held", "p1_b": "held"}

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -78,6 +79,12 @@ def test_what_spares_weights_is_not_done_from_scratch(tmp_path: Path) -> None:
     assert (found[SCRATCH]["head_only_steps"], found[SCRATCH]["encoder_lr_scale"]) == (0, 1.0)
     assert (found[SCRATCH]["layer_decay"], found["VolumeFusion"]["layer_decay"]) == (1.0, 0.5)
     assert (found["VolumeFusion"]["head_only_steps"], found["VolumeFusion"]["encoder_lr_scale"]) == (100, 0.1)
+    # nor by a recipe of the baseline's own
+    (scratch,) = (arm for arm in arms_of(["scratch"], [], 0, ["scratch=finetune_sawtooth"]) if arm.name == SCRATCH)
+    run = replace(grid.compared(grid.arms[0], 0.01)[0], arm=scratch)
+    grid.write_plans(run)
+    plans = read_json(grid.preprocessed / f"{grid.plans_name(run)}.json")["nnssl_ext"]["finetune"]
+    assert plans["freeze_encoder_steps"] == 0
 
 
 def test_a_name_stays_with_its_file(tmp_path: Path) -> None:
@@ -155,3 +162,32 @@ def test_pairs_share_out_the_pretraining_runs(tmp_path: Path) -> None:
     grid.write_plans(second)
     plans = read_json(grid.preprocessed / f"{grid.plans_name(second)}.json")
     assert plans["nnssl_ext"]["seed"] == grid.protocol.seed + 1
+
+
+def test_the_baselines_recipe_stays(tmp_path: Path) -> None:
+    """Also that it has none."""
+    plain, gentle = Arm(SCRATCH), Arm(SCRATCH, finetune={"warmup": 0.1})
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    keep_files([plain], tmp_path / "a", keep=True)
+    with pytest.raises(UserError, match="the recipe of scratch has changed"):
+        keep_files([gentle], tmp_path / "a", keep=True)
+    keep_files([gentle], tmp_path / "b", keep=True)
+    with pytest.raises(UserError, match="the recipe of scratch has changed"):
+        keep_files([plain], tmp_path / "b", keep=True)
+    # a study from before it was noted, with a finished run
+    (tmp_path / "c" / "runs" / SCRATCH).mkdir(parents=True)
+    (tmp_path / "c" / "runs" / SCRATCH / "labels_2_subset_0.csv").touch()
+    with pytest.raises(UserError, match="the recipe of scratch has changed"):
+        keep_files([gentle], tmp_path / "c", keep=True)
+
+
+def test_labels_of_any_name_are_read(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.0)
+    run = grid.compared(grid.arms[0], 0.01)[0]
+    rows = [(300, "1", "1", 0.5, 0.5), (300, "1", "NA", 0.25, float("nan"))]
+    pd.DataFrame(rows, columns=["step", "case", "organ", "dice", "nsd"]).to_csv(grid.metrics_file(run), index=False)
+    frame = grid.metrics(run)
+    assert frame["organ"].tolist() == ["1", "NA"]
+    assert frame["dice"].tolist() == [0.5, 0.25]
+    assert np.isnan(frame["nsd"][1])

@@ -102,3 +102,19 @@ def test_images_that_only_nibabel_reads_are_read_by_it(tmp_path: Path) -> None:
     labels, spacing = read_labels(file, NibabelIO())
     assert np.array_equal(labels, cube(0))
     assert spacing == pytest.approx((3.0, 1.02, 1.0), abs=0.01)
+
+
+def test_a_class_that_no_case_shows_does_not_count(tmp_path: Path) -> None:
+    """One wrong voxel of it would halve the mean over classes."""
+    for name in ("truth", "validation"):
+        (tmp_path / name).mkdir()
+        volume = cube(0).astype(np.uint8)
+        volume[0, 0, 0] = 2 * (name == "validation")
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(volume), str(tmp_path / name / "a.nii.gz"))
+    metrics = {"1": {"Dice": 1.0}, "2": {"Dice": 0.0}}
+    rows = [{"prediction_file": str(tmp_path / "validation" / "a.nii.gz"), "metrics": metrics}]
+    (tmp_path / "validation" / "summary.json").write_text(json.dumps({"metric_per_case": rows}))
+    labels = {"labels": {"background": 0, "organ": 1, "rare": 2}}
+    frame = fold_metrics(tmp_path / "validation", tmp_path / "truth", labels, 1.0, SimpleITKIO())
+    for value in ("dice", "nsd"):
+        assert run_scores(frame.assign(run="r"), value, ["run"]).tolist() == [1.0]

@@ -1,5 +1,6 @@
 """Who is seen by which stage, decided before the first run."""
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -148,6 +149,15 @@ def test_too_few_cases_for_the_folds_are_one_line(tmp_path: Path) -> None:
         (data / f"{name}.b2nd").touch()
     with pytest.raises(UserError, match="expected at least 5 groups for 5 folds, got 3. Write a splits_final.json"):
         held_out_and_pool(tmp_path, data, 0, r"(p\d)_")
+    (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["p1_a", "p2_a"], "val": ["p1_b"]}]))
+    with pytest.raises(UserError, match="got one fold that divides one. Correct it, or write two folds or more"):
+        held_out_and_pool(tmp_path, data, 0, r"(p\d)_")
+    # what a split leaves out stays out
+    folds = [{"train": ["p1_a", "p2_a"], "val": ["p1_b"]}, {"train": ["p1_a", "p1_b"], "val": ["p2_a"]}]
+    (tmp_path / "splits_final.json").write_text(json.dumps(folds))
+    held_out, pool = held_out_and_pool(tmp_path, data, 0, r"(p\d)_")
+    assert sorted([*held_out, *pool]) == ["p1_a", "p1_b", "p2_a"]
+    (tmp_path / "splits_final.json").unlink()
     (data / "p1_a.b2nd").unlink()
     (data / "p1_b.b2nd").unlink()
     with pytest.raises(UserError, match="expected at least 5 cases for 5 folds, got 4"):

@@ -10,7 +10,7 @@ from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import METHODS, TRAINERS
 from tests.conftest import Environment
-from tests.support.runs import TRAINER, Killed, kill_at, pretrain
+from tests.support.runs import TRAINER, Killed, kill_at, pretrain, same_run
 
 Data = Callable[[str], Environment]
 RUN = {"epochs": 5, "iterations_per_epoch": 3, "save_every": 2}
@@ -96,6 +96,24 @@ def test_more_epochs_may_be_asked_for(with_data: Data) -> None:
     pretrain(environment, "plain", "run")
     environment.write_plans("plain", "run", {"epochs": 3})
     assert final(pretrain(environment, "plain", "run", c=True))["current_epoch"] == 3
+
+
+def test_a_longer_run_goes_on_from_its_own_checkpoints(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The final checkpoint of the shorter one is an earlier one then."""
+    environment = with_data("plain")
+    for name in ("run", "whole"):
+        environment.write_plans("plain", name, {"epochs": 1})
+        fold = pretrain(environment, "plain", name)
+        environment.write_plans("plain", name, {"epochs": 4})
+    with monkeypatch.context() as patch:
+        kill_at(8, patch)
+        with pytest.raises(Killed):
+            pretrain(environment, "plain", "run", c=True)
+    fold = environment.fold("plain", "run", TRAINER)
+    assert not (fold / "checkpoint_final.pth").exists()
+    pretrain(environment, "plain", "run", c=True)
+    assert max(fold.glob("training_log*")).read_text().count("\nEpoch ") == 0
+    same_run(fold, pretrain(environment, "plain", "whole", c=True))
 
 
 def test_a_damaged_checkpoint_stops_and_is_kept(with_data: Data) -> None:

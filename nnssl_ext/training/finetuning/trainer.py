@@ -280,8 +280,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
 
     def after_training(self) -> None:
         """Leave if asked, before the validation of whole cases, which answers no signal. ``--c`` repeats it."""
-        reason = self.interruption.agreed(0)
-        if reason:
+        if reason := self.interruption.agreed(0):
             self.leave(reason, not self.disable_checkpointing)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
@@ -289,11 +288,14 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         predict_alone(self.network)
         with self.folder.locked() if self.local_rank == 0 else nullcontext():
             try:
-                if not any(self.snapshot_file(step).is_file() for step in self.settings.snapshots):
+                snapshots = any(self.snapshot_file(step).is_file() for step in self.settings.snapshots)
+                # only stock writes probabilities, and predictions for the next stage of a cascade
+                by_stock = not snapshots or save_probabilities or bool(self.configuration_manager.next_stage_names)
+                if snapshots and rank() == 0:
+                    self._validate_snapshots(final=not by_stock)
+                if by_stock:
                     with other_weights(self.plain_network, self.exported_weights()):
                         super().perform_actual_validation(save_probabilities)
-                elif rank() == 0:
-                    self._validate_snapshots()
             except KeyboardInterrupt as error:
                 if world() > 1:
                     raise
@@ -301,8 +303,8 @@ class nnsslTrainer_Finetune(ManagedTrainer):
                 self.print_to_log_file(f"Stopped by SIGINT in the validation. Repeat it with:\n    {command}")
                 raise SystemExit(0) from error
 
-    def _validate_snapshots(self) -> None:
-        settings, network, final = self.settings, self.plain_network, self.exported_weights()
+    def _validate_snapshots(self, final: bool) -> None:
+        settings, network = self.settings, self.plain_network
         _, cases = self.do_split()
         evaluation = Evaluation(
             network=self.network,
@@ -323,15 +325,14 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         )
         self.set_deep_supervision_enabled(False)
         for step in settings.snapshots:
-            if step == settings.steps or not self.snapshot_file(step).is_file():
-                continue
-            weights = checkpoint.load(self.snapshot_file(step))["network_weights"]
-            with other_weights(network, weights):
-                evaluation.run(self.folder.path / f"validation_step_{step:06d}")
-        with other_weights(network, final):
-            dice = evaluation.run(self.folder.path / "validation")
+            if step != settings.steps and (file := self.snapshot_file(step)).is_file():
+                with other_weights(network, checkpoint.load(file)["network_weights"]):
+                    evaluation.run(self.folder.path / f"validation_step_{step:06d}")
+        if final:
+            with other_weights(network, self.exported_weights()):
+                dice = evaluation.run(self.folder.path / "validation")
+            self.print_to_log_file(f"Mean Validation Dice: {dice}")
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
-        self.print_to_log_file(f"Mean Validation Dice: {dice}")
 
     def snapshot_file(self, step: int) -> Path:
         """Return where the weights after ``step`` steps are kept."""
@@ -344,8 +345,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
 
     def exported_weights(self) -> dict[str, torch.Tensor]:
         """Return the trained weights or their moving average."""
-        network = self.plain_network if self.averaged is None else self.averaged.module
-        return network.state_dict()
+        return (self.plain_network if self.averaged is None else self.averaged.module).state_dict()
 
     def out_of_memory_advice(self) -> str:
         return finetuning_advice(self.batch_size, self.configuration_manager, self.device)

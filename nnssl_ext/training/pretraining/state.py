@@ -144,7 +144,7 @@ def _resized_positions(table: Tensor, grid: Sequence[int] | None, learned: Learn
 
 
 def network_weights(
-    method: Method, heads: Mapping[str, Tensor], lengths: Mapping[str, float]
+    method: Method, heads: Mapping[str, Tensor], lengths: Mapping[str, float], restore: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the state dict of the data set's own network.
 
@@ -154,16 +154,18 @@ def network_weights(
     Args:
         method: The method.
         heads: Fresh heads; empty where the method trained none of its own.
-        lengths: Lengths to which convolutions before a norm are scaled; empty to leave them as trained.
+        lengths: Initial lengths of convolutions before a norm.
+        restore: Scale them to these lengths.
 
     Returns:
-        The state dict, and what was done to the lengths: ``restored``, and the ``factors`` by name.
+        The state dict, and what it says of lengths: whether they are ``restored``, and the ``factors`` by name that
+        restore them.
     """
-    weights, factors = method.exported.state_dict(), dict[str, float]()
-    if lengths:
-        weights, factors = scale_to_lengths(method.exported, weights, lengths)
+    weights = method.exported.state_dict()
+    scaled, factors = scale_to_lengths(method.exported, weights, lengths)
+    weights = scaled if restore else weights
     kept = {k: v for k, v in weights.items() if not (heads and method.backbone.is_head(k))}
-    return {**kept, **heads}, {"restored": bool(lengths), "factors": factors}
+    return {**kept, **heads}, {"restored": restore, "factors": factors}
 
 
 def fresh_heads(network: nn.Module) -> dict[str, Tensor]:

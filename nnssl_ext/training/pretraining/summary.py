@@ -58,8 +58,22 @@ def summary_text(content: Mapping[str, Any], readable: Readable, learned_from: s
         f"{content['epochs']} epochs, {content['steps']} steps of {content['batch_size']}, {content['hours']:.2f} h\n"
         f"  objective on validation crops: {content['objective_first']:.4f} -> {content['objective_last']:.4f}\n"
         f"  {readable.title}: {value['first']:.4f} -> {value['last']:.4f}\n"
+        f"{_lengths_text(content)}"
         f"  fine-tune with:\n    {content['next_command'] or 'nothing: no checkpoint was written'}"
         + (f"\n  or, as suits a transformer:{recipe}" if recipe else "")
+    )
+
+
+def _lengths_text(content: Mapping[str, Any]) -> str:
+    lengths = content.get("weight_lengths")
+    if not lengths:
+        return ""
+    median = lengths["median"]
+    if lengths["restored"]:
+        return f"  convolutions before a norm are scaled to their initial lengths, from {median:.2f} times (median)\n"
+    return (
+        f"  convolutions before a norm have {median:.2f} times their initial length (median): an SGD step of "
+        f"fine-tuning is {median**2:.2f} times smaller than on fresh weights\n"
     )
 
 

@@ -309,7 +309,7 @@ class PretrainingTrainer(ManagedTrainer):
             },
             steps=self.step,
             batch_size=self.checked.batch_size,
-            after=after,
+            after={**self._lengths(), **after},
         )
         write_json(content, self.folder.path / "pretraining_summary.json")
         learned_from = self.checked.samples.summary(self.checked.training_cases)
@@ -332,10 +332,19 @@ class PretrainingTrainer(ManagedTrainer):
             self.method_class, self.checked, name.dataset, name.configuration, self.fold, architecture
         )
 
+    def _lengths(self) -> dict[str, Any]:
+        """Return the trained lengths of normed convolutions as multiples of the initial ones."""
+        now = convolution_lengths(self.method.exported)
+        ratios = [now[name] / length for name, length in self.initial_lengths.items() if length and name in now]
+        if not ratios:
+            return {}
+        restored = self.common.restore_weight_lengths
+        return {"weight_lengths": {"median": float(np.median(ratios)), "longest": max(ratios), "restored": restored}}
+
     def checkpoint_content(self, paths: list[Path]) -> dict[str, Any]:
         method, checked = self.method, self.checked
         weights, handed_over = state.network_weights(
-            method, self.data_heads, self.initial_lengths if self.common.restore_weight_lengths else {}
+            method, self.data_heads, self.initial_lengths, self.common.restore_weight_lengths
         )
         return {
             "network_weights": weights,

@@ -95,6 +95,12 @@ class RunFolder:
         if (self.path / FINAL).is_file():
             (self.path / PREVIOUS).unlink(missing_ok=True)
 
+    def reopen(self) -> None:
+        """Make room for a longer run: the final checkpoint of the shorter one is an earlier one now."""
+        final, latest = self.path / FINAL, self.path / LATEST
+        if final.is_file():
+            os.replace(final, self.path / PREVIOUS if latest.is_file() else latest)
+
     def load_newest(self, file: Path) -> tuple[dict[str, Any], str]:
         """Load a checkpoint, or the newest intact one before it.
 
@@ -105,8 +111,13 @@ class RunFolder:
             UserError: If none can be read. Nothing is deleted or written.
         """
         problems = []
-        start = CHAIN.index(file.name) if file.name in CHAIN else 0
-        for path in [file, *(file.parent / name for name in CHAIN[start + 1 :])]:
+        after = CHAIN.index(file.name) + 1 if file.name in CHAIN else 1
+        chain = [file, *(file.parent / name for name in CHAIN[after:])]
+        latest = file.parent / LATEST
+        if file.name == FINAL and latest.is_file() and latest.stat().st_mtime > file.stat().st_mtime:
+            # of a longer run that went on from the final one
+            chain = [latest, file, *(path for path in chain[1:] if path != latest)]
+        for path in chain:
             if path != file and not path.is_file():
                 continue
             try:

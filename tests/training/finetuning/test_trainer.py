@@ -10,6 +10,7 @@ import pytest
 import torch
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.run_training import run_training
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -20,6 +21,7 @@ from nnssl_ext.training.finetuning import trainer as finetune
 from nnssl_ext.training.finetuning.components import MovingAverage, finetune_settings, rate_at
 from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
 from tests.conftest import Environment
+from tests.datasets import dataset_name
 from tests.support.finetunings import NAME, RUN, final, kill_at, tune
 from tests.support.runs import trainer_for
 
@@ -243,3 +245,16 @@ def test_another_runs_checkpoint_is_refused(with_data: Data) -> None:
     with pytest.raises(UserError, match="other finetune settings"):
         tune(environment, "labelled", "run", c=True)
     assert (fold / "checkpoint_final.pth").read_bytes() == before
+
+
+def test_probabilities_are_written_beside_snapshots(with_data: Data) -> None:
+    environment = with_data("labelled")
+    environment.write_plans("labelled", "run", {"finetune": {**RUN, "snapshots": [4, 8]}})
+    words = (dataset_name("labelled"), "3d_fullres", 0, NAME, "run")
+    run_training(*words, export_validation_probabilities=True, device=torch.device("cpu"))
+    fold = environment.fold("labelled", "run", NAME)
+    cases = {file.name.partition(".")[0] for file in (fold / "validation").glob("*.nii.gz")}
+    assert cases
+    assert {file.stem for file in (fold / "validation").glob("*.npz")} == cases
+    assert (fold / "validation_step_000004" / "summary.json").is_file()
+    assert "Mean Validation Dice" in next(fold.glob("training_log*")).read_text()

@@ -1,4 +1,4 @@
-"""Weights for fine-tuning have their initial lengths; runs continue with the trained ones."""
+"""Weights for fine-tuning can have their initial lengths; runs continue with the trained ones."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nnssl_ext import checkpoint
+from nnssl_ext.recipe import read_json
 from tests.conftest import Environment
 from tests.support.runs import pretrain
 
@@ -19,8 +20,9 @@ def test_only_the_weights_for_fine_tuning_are_scaled(with_data: Data) -> None:
         contents[name] = checkpoint.load(pretrain(environment, "plain", name) / "checkpoint_final.pth")
     raw, scaled = (contents[name]["nnssl_ext"] for name in ("raw", "scaled"))
     assert all(torch.equal(tensor, scaled["state"][key]) for key, tensor in raw["state"].items())
-    assert raw["weight_lengths"] == {"restored": False, "factors": {}}
+    assert not raw["weight_lengths"]["restored"]
     assert scaled["weight_lengths"]["restored"]
+    assert raw["weight_lengths"]["factors"] == scaled["weight_lengths"]["factors"]
     factors, lengths = scaled["weight_lengths"]["factors"], scaled["initial_lengths"]
     assert set(factors) == set(lengths)
     for name, length in lengths.items():
@@ -28,3 +30,16 @@ def test_only_the_weights_for_fine_tuning_are_scaled(with_data: Data) -> None:
         assert written.norm().item() == pytest.approx(length, rel=1e-5)
         torch.testing.assert_close(written, trained * factors[name])
     assert any(abs(factor - 1) > 1e-4 for factor in factors.values())
+
+
+def test_the_summary_says_how_long_weights_are(with_data: Data) -> None:
+    """By default they stay as trained."""
+    environment = with_data("plain")
+    environment.write_plans("plain", "run", {"epochs": 1, "learning_rate": 0.01})
+    fold = pretrain(environment, "plain", "run")
+    summary = read_json(fold / "pretraining_summary.json")["weight_lengths"]
+    factors = checkpoint.load(fold / "checkpoint_final.pth")["nnssl_ext"]["weight_lengths"]["factors"]
+    assert not summary["restored"]
+    assert summary["longest"] == pytest.approx(1 / min(factors.values()), rel=1e-5)
+    text = next(fold.glob("training_log*")).read_text()
+    assert f"have {summary['median']:.2f} times their initial length (median): an SGD step" in text
