@@ -114,6 +114,18 @@ def end(function: Callable[..., None], *words: Any) -> NoReturn:
     os._exit(status)
 
 
+def receive(connection: socket.socket) -> tuple[dict, list[int]]:
+    """Read what a command must know, and its open files."""
+    head, streams, _, _ = socket.recv_fds(connection, 8, 200)
+    try:
+        with connection.makefile("rb") as received:
+            return json.loads(received.read(int.from_bytes(head, "big"))), streams
+    except (OSError, ValueError):
+        for stream in streams:
+            os.close(stream)
+        raise
+
+
 def serve(listening: socket.socket) -> tuple[dict, list[int]] | None:
     """Fork until the standard input is closed. Return in each fork, with what it must run."""
     running: dict[int, socket.socket] = {}
@@ -132,9 +144,11 @@ def serve(listening: socket.socket) -> tuple[dict, list[int]] | None:
         if listening not in readable:
             continue
         connection, _ = listening.accept()
-        head, streams, _, _ = socket.recv_fds(connection, 8, 200)
-        with connection.makefile("rb") as received:
-            words = json.loads(received.read(int.from_bytes(head, "big")))
+        try:
+            words, streams = receive(connection)
+        except (OSError, ValueError):  # it was killed before it had said all
+            connection.close()
+            continue
         same = like_own(words["variables"]) and words["executable"] == sys.executable
         process = os.fork() if same else 0
         if same and not process:
@@ -143,7 +157,8 @@ def serve(listening: socket.socket) -> tuple[dict, list[int]] | None:
             return words, streams
         for stream in streams:
             os.close(stream)
-        connection.sendall(f"{process}\n".encode())
+        with contextlib.suppress(OSError):
+            connection.sendall(f"{process}\n".encode())
         if process:
             running[process] = connection
         else:

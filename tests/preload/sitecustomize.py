@@ -30,12 +30,15 @@ def run_elsewhere(address: str, argv: list[str]) -> None:
         "files": files,
     }
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(address)
+    try:
+        connection.connect(address)
+    except OSError:  # the server has ended
+        return
     message = json.dumps(words).encode()
     socket.send_fds(connection, [len(message).to_bytes(8, "big")], files)
     connection.sendall(message)
     answers = connection.makefile()
-    process = int(answers.readline())
+    process = int(answers.readline() or 0)
     if not process:
         connection.close()
         return
@@ -44,7 +47,7 @@ def run_elsewhere(address: str, argv: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda received, _: os.kill(process, received))
-    status = int(answers.readline())
+    status = int(answers.readline() or 1)
     if status < 0:  # it was killed
         signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
