@@ -30,7 +30,7 @@ lock: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# without those that go through an nnU-Net environment
+# without those that go through an nnU-Net environment, start processes or take long
 test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not integration"
 

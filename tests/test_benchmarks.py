@@ -222,6 +222,7 @@ def test_the_gpu_check_runs_every_line_on_a_cpu(tmp_path: Path, quick_commands: 
     assert parts["ranks"]["torchrun, one rank"]["weights, relative difference"] == 0
 
 
+@pytest.mark.integration
 def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path) -> None:
     def fails(context: Context) -> None:
         with context.row("first") as row:

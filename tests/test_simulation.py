@@ -2,6 +2,8 @@
 
 import math
 
+import pytest
+
 from benchmarks.simulation import TruthModel, case_level_false_alarms, runs_table, simulate
 from tests.conftest import REPOSITORY
 
@@ -28,6 +30,7 @@ def test_testing_over_cases_finds_what_is_not_there() -> None:
     assert case_level_false_alarms(TruthModel(gain=0.0), seeds=3, repetitions=1000, seed=0) > 0.3
 
 
+@pytest.mark.integration
 def test_several_pretraining_runs_give_few_false_alarms_and_the_documented_power() -> None:
     rows = runs_table()
     documented = (REPOSITORY / "docs" / "how-to" / "study.md").read_text(encoding="utf-8")

@@ -120,6 +120,7 @@ def test_crops_are_never_padded(with_data: Data, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PUZZLES)
+@pytest.mark.integration
 def test_puzzles_learn_where_patches_are_from_and_from_shuffled_voxels_they_do_not(tmp_path: Path, name: str) -> None:
     folder = write_anatomy(tmp_path)
     settings = replace(METHODS[name].Settings(), warmup=0.0, **PUZZLES[name])

@@ -53,6 +53,7 @@ def test_the_perceptron_is_timms_with_the_same_names() -> None:
     assert torch.equal(*results)
 
 
+@pytest.mark.integration
 def test_timm_is_loaded_with_primus_only() -> None:
     """All of timm takes more than a CPU second to load."""
     program = (

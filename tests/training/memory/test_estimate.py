@@ -46,6 +46,7 @@ def test_a_teacher_and_momentum_are_counted() -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "residual", *OWN_NETWORKS])
+@pytest.mark.integration
 def test_activation_checkpointing_and_precision_lower_it(kind: str) -> None:
     own = estimate(kind)
     assert estimate(kind, checkpointing=True).kept.each < 0.85 * own.kept.each
