@@ -127,6 +127,9 @@ class Environment:
 def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Start ``tests/preload/server.py``. Yield the variables that let commands run in it."""
     folder, address = REPOSITORY / "tests" / "preload", tmp_path_factory.mktemp("server") / "socket"
+    if len(str(address)) > 100:  # the system's limit
+        yield {}
+        return
     found = {
         "PYTHONPATH": str(folder),
         "PYTHONWARNINGS": "ignore",
