@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.study.inputs import held_out_and_pool
+from nnssl_ext.study.inputs import digest_of_cases, held_out_and_pool
 from nnssl_ext.study.protocol import Protocol, draw_cases, grouped, keep_protocol, load_protocol
 
 PROTOCOL = Protocol(
@@ -162,3 +162,17 @@ def test_too_few_cases_for_the_folds_are_one_line(tmp_path: Path) -> None:
     (data / "p1_b.b2nd").unlink()
     with pytest.raises(UserError, match="expected at least 5 cases for 5 folds, got 4"):
         held_out_and_pool(tmp_path, data, 0)
+
+
+def test_unpacked_cases_are_the_same_inputs(tmp_path: Path) -> None:
+    """nnU-Net unpacks .npz into the same folder when a training starts."""
+    (tmp_path / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz"}))
+    for folder, name in (("gt_segmentations", "a.nii.gz"), ("data", "a.npz"), ("data", "a.pkl")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_bytes(b"1")
+    before = digest_of_cases(tmp_path, tmp_path / "data", ["a"])
+    for name in ("a.npy", "a_seg.npy"):
+        (tmp_path / "data" / name).write_bytes(b"12")
+    assert digest_of_cases(tmp_path, tmp_path / "data", ["a"]) == before
+    (tmp_path / "data" / "a.npz").write_bytes(b"12")
+    assert digest_of_cases(tmp_path, tmp_path / "data", ["a"]) != before

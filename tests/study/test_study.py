@@ -154,6 +154,9 @@ def test_settings_are_checked_against_the_studys_own_steps(with_data: Data, monk
         main([*WORDS, "seed=1", "-o", "st"])
     with pytest.raises(UserError, match="start_from: a study's pretraining starts from random weights"):
         main([*WORDS, "start_from=weights.pth", "-o", "st"])
+    # where nothing is pretrained it does not matter
+    without = [word for word in WORDS if word != "VolumeFusion"]
+    main([*without, "start_from=weights.pth", "--report-only", "-o", "st"])
 
 
 def test_an_estimate_decides_nothing(

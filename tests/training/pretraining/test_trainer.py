@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnssl_ext import checkpoint
 from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.training.pretraining import classes
+from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from tests.conftest import REPOSITORY, Environment
 from tests.support.runs import TRAINER, Data, pretrain, trainer_for
 
@@ -179,6 +181,21 @@ def test_validation_only_prints_the_summary(with_data: Data, capsys: pytest.Capt
     assert "2 epochs, 6 steps of 2" in printed
     pretrain(environment, "plain", "quick", val=True, val_best=True)
     assert (fold / "checkpoint_final.pth").read_bytes() == before
+
+
+def test_the_best_checkpoint_is_written_first(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill behind the latest one would leave an old best one, which a continued run takes for its own."""
+    environment, written = with_data("plain"), []
+    environment.write_plans("plain", "run", {"save_every": 1})
+    save = PretrainingTrainer.save_checkpoint
+
+    def noted(self: PretrainingTrainer, *paths: str) -> None:
+        written.append([Path(path).name for path in paths])
+        save(self, *paths)
+
+    monkeypatch.setattr(PretrainingTrainer, "save_checkpoint", noted)
+    pretrain(environment, "plain", "run")
+    assert written[0] == ["checkpoint_best.pth", "checkpoint_latest.pth"]
 
 
 def test_checkpointing_can_be_disabled(with_data: Data) -> None:
