@@ -49,6 +49,12 @@ def convolution_lengths(network: nn.Module) -> dict[str, float]:
     }
 
 
+def length_factors(network: nn.Module, lengths: Mapping[str, float]) -> dict[str, float]:
+    """Return the factor that gives each normed convolution its length in ``lengths``. Nothing is scaled."""
+    now = convolution_lengths(network)
+    return {name: lengths[name] / now[name] for name in now if name in lengths and 0 < now[name] < float("inf")}
+
+
 def scale_to_lengths(
     network: nn.Module, weights: Mapping[str, Tensor], lengths: Mapping[str, float]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -120,8 +120,7 @@ def pool_size(dataset: str, plans: str, configuration: str, fold: int, group_by:
     source = dataset_folder(dataset)
     data = data_folder(source, plans, configuration)
     held_out, pool = held_out_and_pool(source, data, fold, group_by)
-    left_out = duplicates_in(data, pool, held_out, group_by)
-    pool = [case for case in pool if case not in left_out]
+    pool, _ = without_duplicates(data, pool, held_out, group_by)
     if "ignore" in read_json(source / "dataset.json")["labels"]:
         pool = list(classes_of(data, pool))
     return len(grouped(pool, group_by))
@@ -139,6 +138,14 @@ def duplicates_in(data: Path, pool: Sequence[str], held_out: Sequence[str], grou
         if twin is not None:
             found |= {case: twin for case in members if case not in found}
     return dict(sorted(found.items()))
+
+
+def without_duplicates(
+    data: Path, pool: Sequence[str], held_out: Sequence[str], group_by: str
+) -> tuple[list[str], dict[str, str]]:
+    """Return the pool without ``duplicates_in`` it, and these."""
+    duplicates = duplicates_in(data, pool, held_out, group_by)
+    return [case for case in pool if case not in duplicates], duplicates
 
 
 def held_out_and_pool(source: Path, data: Path, fold: int, group_by: str = "") -> tuple[list[str], list[str]]:

@@ -25,10 +25,10 @@ from nnssl_ext.study.inputs import (
     data_folder,
     digest_of,
     digest_of_cases,
-    duplicates_in,
     held_out_and_pool,
     keep_files,
     keep_inputs,
+    without_duplicates,
 )
 from nnssl_ext.study.protocol import Protocol, draw_cases, keep_protocol
 from nnssl_ext.training.checks import check_plans
@@ -87,8 +87,7 @@ class Study:
         """
         p, plans = self.protocol, self._checked_plans()
         held_out, pool = held_out_and_pool(self.source, self._data, p.fold, p.group_by)
-        duplicates = duplicates_in(self._data, pool, held_out, p.group_by)
-        pool = [case for case in pool if case not in duplicates]
+        pool, duplicates = without_duplicates(self._data, pool, held_out, p.group_by)
         cases = replace(draw_cases(p, held_out, pool, classes_of(self._data, pool)), duplicates=duplicates)
         corpus = self._corpus(held_out)
         grid = Grid(self.folder, self.protocol, cases, self.arms, self.device, self.keep_checkpoints, self.finetuner)

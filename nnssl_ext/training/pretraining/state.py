@@ -20,7 +20,7 @@ from nnssl_ext.networks import adaptation_plan as contract
 from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.networks.base import LearnedPositions
 from nnssl_ext.networks.positions import resize_positions
-from nnssl_ext.networks.weight_length import scale_to_lengths
+from nnssl_ext.networks.weight_length import length_factors, scale_to_lengths
 from nnssl_ext.provenance import hardware, revision, versions
 from nnssl_ext.training.checks import Checked
 from nnssl_ext.training.distributed.ranks import rank, world
@@ -162,8 +162,10 @@ def network_weights(
         restore them.
     """
     weights = method.exported.state_dict()
-    scaled, factors = scale_to_lengths(method.exported, weights, lengths)
-    weights = scaled if restore else weights
+    if restore:
+        weights, factors = scale_to_lengths(method.exported, weights, lengths)
+    else:
+        factors = length_factors(method.exported, lengths)
     kept = {k: v for k, v in weights.items() if not (heads and method.backbone.is_head(k))}
     return {**kept, **heads}, {"restored": restore, "factors": factors}
 

@@ -21,7 +21,7 @@ from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
 from nnssl_ext.networks.target import target_network
-from nnssl_ext.networks.weight_length import convolution_lengths
+from nnssl_ext.networks.weight_length import convolution_lengths, length_factors
 from nnssl_ext.recipe import write_json
 from nnssl_ext.settings import CommonSettings
 from nnssl_ext.training.checks import check_run, target_backbone
@@ -334,8 +334,8 @@ class PretrainingTrainer(ManagedTrainer):
 
     def _lengths(self) -> dict[str, Any]:
         """Return the trained lengths of normed convolutions as multiples of the initial ones."""
-        now = convolution_lengths(self.method.exported)
-        ratios = [now[name] / length for name, length in self.initial_lengths.items() if length and name in now]
+        factors = length_factors(self.method.exported, self.initial_lengths)
+        ratios = [1 / factor for factor in factors.values() if factor]
         if not ratios:
             return {}
         restored = self.common.restore_weight_lengths
