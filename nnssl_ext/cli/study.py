@@ -91,8 +91,10 @@ def run(arguments: argparse.Namespace) -> None:
     from nnssl_ext.environment import check_device, default_device
     from nnssl_ext.study.decathlon.tasks import find_task
 
-    device = arguments.device or default_device()
-    check_device(device)
+    on_slurm = arguments.launcher == "slurm"  # from a machine that need not have a GPU
+    device = arguments.device or ("cuda" if on_slurm else default_device())
+    if not on_slurm or arguments.estimate:
+        check_device(device)
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs: expected at least 1, got {arguments.jobs}.")
     folder = Path(arguments.o).resolve()
@@ -103,7 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
         for task in [find_task(word) for word in arguments.msd]:
             own = argparse.Namespace(**{**vars(arguments), "d": task.dataset})
             studies.append(study_of(own, folder / task.folder, device))
-    if arguments.estimate or (arguments.msd and not arguments.report_only):
+    if arguments.estimate or (arguments.msd and not arguments.report_only and not on_slurm):
         _estimate(studies)
     failures = [] if arguments.estimate else [text for study in studies if (text := _run(study, arguments))]
     if failures:
@@ -114,10 +116,19 @@ def study_of(arguments: argparse.Namespace, folder: Path, device: str) -> Study:
     """Build the study of one data set from the options."""
     from nnssl_ext.environment import dataset_folder
     from nnssl_ext.study.arms import arms_of
-    from nnssl_ext.study.study import Study
+    from nnssl_ext.study.study import Study, optimizer_of
 
     protocol = protocol_of(arguments, dataset_folder(arguments.d).name)
     arms = arms_of(arguments.methods, arguments.init, protocol.total_baseline, arguments.finetune)
+    if not arguments.rates:
+        common = optimizer_of(dataset_folder(protocol.dataset), arguments.p, arguments.c, arguments.overlays)
+        for arm in arms:
+            own = arm.finetune.get("optimizer", common)
+            if own != common and arm.own_rate is None:
+                raise UserError(
+                    f"--finetune: expected a rate for {own} in the recipe of {arm.name}, got none. The default rates "
+                    f"are {common}'s. Add finetune.learning_rate=RATE to the recipe, or give --rates."
+                )
     return Study(folder, protocol, arms, device, arguments.keep_checkpoints)
 
 
@@ -195,11 +206,15 @@ def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:
         raise UserError(f"--slurm needs --launcher slurm, got --launcher {arguments.launcher}.")
     if arguments.seed < 0:
         raise UserError(f"--seed: expected at least 0, got {arguments.seed}.")
-    if arguments.subsets % arguments.pretraining_seeds:
-        raise UserError(
-            f"--pretraining-seeds {arguments.pretraining_seeds}: expected a divisor of --subsets {arguments.subsets}, "
-            f"so that each pretraining run has equally many pairs."
-        )
+    total = arguments.subsets if arguments.total_baseline is None else min(arguments.total_baseline, arguments.subsets)
+    if total < 0:
+        raise UserError(f"--total-baseline: expected at least 0, got {total}.")
+    for name, pairs in (("--subsets", arguments.subsets), ("--total-baseline", total)):
+        if pairs % arguments.pretraining_seeds:
+            raise UserError(
+                f"--pretraining-seeds {arguments.pretraining_seeds}: expected a divisor of {name} {pairs}, so that "
+                f"each pretraining run has equally many pairs."
+            )
     two_thirds = round(2 * arguments.steps / 3)  # shows whether scratch still rises
     asked = arguments.snapshots or [*(step for step in SNAPSHOTS if step < arguments.steps), max(1, two_thirds)]
     snapshots = sorted({*asked, arguments.steps})
@@ -218,7 +233,6 @@ def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:
         rates = [3e-4, 1e-3, 3e-3] if optimizer == "adamw" else [1e-3, 3e-3, 1e-2]
     if min(rates) <= 0:
         raise UserError(f"--rates: expected positive numbers, got {rates}.")
-    total = arguments.subsets if arguments.total_baseline is None else arguments.total_baseline
     return Protocol(
         dataset=dataset,
         configuration=arguments.c,
@@ -232,7 +246,7 @@ def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:
         primary_step=primary_step,
         rates=list(rates),
         development_runs=arguments.development_runs,
-        total_baseline=min(total, arguments.subsets),
+        total_baseline=total,
         fold=arguments.fold,
         transductive=arguments.transductive,
         tolerance=tolerance_of(dataset) if arguments.tolerance is None else arguments.tolerance,

@@ -209,6 +209,10 @@ class Analysis:
             return "no significant difference"
         return "significant gain" if e.mean > 0 else "significant loss"
 
+    def against_total(self, arm: Arm) -> Comparison | None:
+        """Compare with scratch of equal total steps. The steps behind a file are not known."""
+        return self.primary(arm.name, TOTAL) if arm.method else None
+
     def answer(self, arm: Arm) -> str:
         """Summarize an arm in one sentence."""
         found = self.primary(arm.name)
@@ -219,9 +223,10 @@ class Analysis:
         pairs = pairs if e.pairs == p.subsets else f"{e.pairs} of {pairs}"
         if e.pretrainings > 1:
             pairs += f" over {count(e.pretrainings, 'pretraining run')}"
-        total = self.primary(arm.name, TOTAL)
+        total = self.against_total(arm)
         longer = f"{100 * total.effect.mean:+.1f} {interval(total.effect)}" if total else "not measured"
-        against = f" Against scratch of equal total steps: {longer}." if self.grid.has_total else ""
+        comparable = self.grid.has_total and arm.method
+        against = f" Against scratch of equal total steps: {longer}." if comparable else ""
         return (
             f"{arm.name}: {self.verdict(arm.name)}, {100 * e.mean:+.1f} points {interval(e)}, {significance(e.p)}, "
             f"{pairs}. {self.labels_sentence(arm.name)}.{against}"

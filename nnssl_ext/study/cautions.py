@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from nnssl_ext.methods import METHODS
 from nnssl_ext.recipe import read_json
 from nnssl_ext.study.analysis import SHORT, Analysis, count
-from nnssl_ext.study.grid import PRETRAINING, Grid
-from nnssl_ext.study.protocol import TOTAL
+from nnssl_ext.study.arms import Arm
+from nnssl_ext.study.grid import PRETRAINING, UNPROTECTED, Grid
+from nnssl_ext.study.protocol import SCRATCH, TOTAL
 
 
 def notes(analysis: Analysis) -> list[str]:
@@ -23,6 +25,8 @@ def notes(analysis: Analysis) -> list[str]:
             f"Each method was pretrained {p.pretraining_seeds} times. Intervals and p values are about the method: "
             f"Student's t over the means of the pretraining runs."
         )
+        if files := [arm.name for arm in analysis.tested_arms if arm.init]:
+            found.append(f"Those of {', '.join(files)} are about one file each, by exact sign flips.")
     else:
         found.append(
             "Differences are tested by exact sign flips. All runs of an arm start from one pretraining, so intervals "
@@ -42,6 +46,11 @@ def warnings(analysis: Analysis) -> list[str]:
         found.append(
             f"Short study: scratch still rises by {100 * rise:.1f} points over the last third of its steps. Longer "
             f"fine-tuning may change the result."
+        )
+    if other := _arms_of_another_recipe(grid):
+        found.append(
+            f"Fine-tuned by another recipe than scratch: {', '.join(other)}. Their differences to scratch are those of "
+            f"pretraining and recipe together."
         )
     if p.pretraining_seeds == 2:  # one degree of freedom, see the simulation in docs/how-to/study.md
         found.append(
@@ -76,6 +85,16 @@ def warnings(analysis: Analysis) -> list[str]:
     if len(devices) > 1:
         found.append(f"Runs were made on devices of different precision: {', '.join(devices)}.")
     return found + _rates_at_an_end(grid)
+
+
+def _arms_of_another_recipe(grid: Grid) -> list[str]:
+    """Name arms whose recipe differs in more than the protection of pretrained weights."""
+
+    def recipe(arm: Arm) -> dict[str, Any]:
+        return {name: value for name, value in arm.finetune.items() if name not in UNPROTECTED}
+
+    scratch = next(arm for arm in grid.arms if arm.name == SCRATCH)
+    return [arm.name for arm in grid.arms if grid.is_pretrained(arm) and recipe(arm) != recipe(scratch)]
 
 
 def _pairs(left_out: dict[str, str]) -> str:

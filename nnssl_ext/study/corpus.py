@@ -55,6 +55,11 @@ def pretraining_data(
         UserError: If the corpus is not preprocessed like the target, or nothing is left of it.
     """
     source = dataset_folder(dataset)
+    if source.name == target.name:
+        raise UserError(
+            f"--pretrain-on {dataset}: expected another data set than {target.name}. Leave it out: pretraining takes "
+            f"the study's own images by default."
+        )
     data = data_folder(source, plans, configuration)
     own, theirs = (_preprocessing(read_json(folder / f"{plans}.json"), configuration) for folder in (target, source))
     differing = [name for name, value in own.items() if value != theirs.get(name)]

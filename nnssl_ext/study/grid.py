@@ -367,5 +367,6 @@ class Grid:
         words = [word for word in self.command(run) if word != "--c"]
         if weights and "-pretrained_weights" not in words:
             words += ["-pretrained_weights", str(weights)]
-        line = f"nnUNet_results={self.folder / 'results' / run.arm.name} {shlex.join(words)}"
-        return line.replace(str(self.folder), "$STUDY")
+        folder = str(self.folder)
+        shown = [f'"{word.replace(folder, "$STUDY")}"' if folder in word else shlex.quote(word) for word in words]
+        return f'nnUNet_results="$STUDY/results/{run.arm.name}" {" ".join(shown)}'

@@ -135,9 +135,12 @@ def draw_cases(protocol: Protocol, held_out: Sequence[str], pool: Sequence[str],
     rest = sorted(set(names) - set(development))
     if protocol.labels[-1] > len(names) or (choose and protocol.primary_labels > len(rest)):
         noun = "labeled groups" if protocol.group_by else "labeled cases"
+        found = f"{protocol.dataset} has {len(names)} {noun} to train on"
+        if protocol.labels[-1] > len(names):
+            raise UserError(f"{found}. Budgets {protocol.labels} do not fit. Give smaller --labels.")
         raise UserError(
-            f"{protocol.dataset} has {len(names)} {noun} to train on ({number if choose else 0} of them choose the "
-            f"rate). Budgets {protocol.labels} do not fit. Give smaller --labels."
+            f"{found}. {number} of them choose the rate, so the endpoint's {protocol.primary_labels} do not fit. Give "
+            f"smaller --primary-labels, or one of --rates."
         )
     subsets = {}
     for subset in range(protocol.subsets):

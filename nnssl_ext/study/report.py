@@ -75,9 +75,10 @@ def _summary(grid: Grid, dice: Analysis) -> Table:
         rows.append(row)
     for row in rows if len(p.labels) > 1 else []:
         row.append(dice.saving(row[0]))
-    for row in rows[1:] if grid.has_total else []:
-        total = dice.primary(row[0], TOTAL)
-        row.append(f"{100 * total.effect.mean:+.1f} {interval(total.effect)}" if total else "not measured")
+    for arm, row in zip(dice.tested_arms, rows[1:], strict=True) if grid.has_total else []:
+        total = dice.against_total(arm)
+        unknown = "not measured" if arm.method else "its steps are not known"
+        row.append(f"{100 * total.effect.mean:+.1f} {interval(total.effect)}" if total else unknown)
     for row in rows:
         row += [""] * (len(head) - len(row))
     return Table(head, rows)
@@ -94,7 +95,7 @@ def _forest(grid: Grid, dice: Analysis) -> list[Picture]:
     if rows:
         caption = f"Difference to scratch after {p.primary_step:,} fine-tuning steps"
         plots.append(Picture(pictures.forest(rows), caption))
-    totals = [(arm.name, found.effect) for arm in dice.tested_arms if (found := dice.primary(arm.name, TOTAL))]
+    totals = [(arm.name, found.effect) for arm in dice.tested_arms if (found := dice.against_total(arm))]
     if grid.has_total and totals:
         caption = f"Difference to scratch of equal total steps, {grid.total_steps():,}"
         plots.append(Picture(pictures.forest(totals), caption))
@@ -131,7 +132,7 @@ def _comparisons(grid: Grid, dice: Analysis) -> Section:
         if arm.name != base
         for c in dice.compare(arm.name, base, p.labels, p.primary_step)
     ]
-    rows += [comparison_row(c) for arm in arms if (c := dice.primary(arm.name, TOTAL))]
+    rows += [comparison_row(c) for arm in arms if (c := dice.against_total(arm))]
     text = "p over cases is Wilcoxon's over held-out cases. It is about these networks, not about other runs."
     return Section("Every comparison", [text], Table([*HEAD, "p over cases"], rows), folded=True)
 
@@ -212,7 +213,8 @@ def _every_run(grid: Grid, dice: Analysis) -> Section:
             for subset in sorted(set().union(*scores))
         ]
     table = Table(["labels", "pair", *(arm.title for arm in grid.arms)], rows)
-    text = f"Dice after {p.primary_step:,} steps. Of equal total steps: after {grid.total_steps():,}."
+    text = f"Dice after {p.primary_step:,} steps."
+    text += f" Of equal total steps: after {grid.total_steps():,}." if grid.has_total else ""
     return Section("Every run", [text], table, folded=True)
 
 
@@ -289,7 +291,7 @@ def _protocol(grid: Grid) -> Section:
     cases, rows = grid.cases, [[name, str(value)] for name, value in asdict(grid.protocol).items()]
     rows += [
         ["cases held out", ", ".join(cases.held_out)],
-        ["cases on which rates were chosen", ", ".join(cases.development)],
+        ["cases on which rates were chosen", ", ".join(cases.development if cases.development_subsets else [])],
         ["cases to draw labels from", str(len(cases.labeled))],
         ["cases whose images pretraining sees", str(len(grid.pretraining_cases))],
     ]
@@ -327,7 +329,7 @@ def _commands(grid: Grid) -> Section:
     lines = [
         _study_command(grid),
         "# its runs",
-        f"STUDY=.../{grid.folder.name}",
+        f"STUDY='.../{grid.folder.name}'",
         'export nnUNet_preprocessed="$STUDY/nnUNet_preprocessed" nnUNet_extTrainer="$(nnssl_ext trainers)"',
         *map(grid.shown_command, runs),
     ]

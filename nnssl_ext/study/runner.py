@@ -177,7 +177,8 @@ class _Pool:
         """Report finished runs and extrapolate the remaining hours."""
         runs = self.grid.all_runs()
         left = sum(not self.grid.done(run) for run in runs)
-        hours = (time.monotonic() - self.begin) / 3600 * left / max(1, self.ended)
+        # failed runs are not repeated by this call
+        hours = (time.monotonic() - self.begin) / 3600 * (left - len(self.grid.failed)) / max(1, self.ended)
         return f"{len(runs) - left} of {len(runs)} runs done, about {hours:.1f} h left"
 
     def _command(self, run: Run, slot: Slot, clock: _Clock) -> int | None:
@@ -296,10 +297,15 @@ def keep_metrics(grid: Grid, run: Run, seconds: float) -> None:
     dataset_json = read_json(grid.preprocessed / "dataset.json")
     folders = {int(path.name.rpartition("_")[2]): path for path in fold.glob("validation_step_*")}
     folders[grid.last_step(run)] = fold / "validation"
-    frames = []
+    frames, expected = [], set(grid.folds[run.fold]["val"])
     for step in sorted(folders):
         truth, tolerance = grid.preprocessed / "gt_segmentations", grid.protocol.tolerance
         frame = fold_metrics(folders[step], truth, dataset_json, tolerance, grid.reader)
+        if (found := {grid.case_of(file) for file in frame["case"]}) != expected:
+            raise UserError(
+                f"{folders[step]}: expected predictions of the {len(expected)} cases of the split, got {len(found)}, "
+                f"{len(found - expected)} of them others. Delete {fold} and call the study again."
+            )
         frame.insert(0, "step", step)
         frames.append(frame)
     file.parent.mkdir(parents=True, exist_ok=True)

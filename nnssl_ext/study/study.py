@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
+from nnssl_ext.configurations import configuration_of, unusable
 from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
 from nnssl_ext.external_trainers import find_trainer, trainer_folders
@@ -89,11 +91,9 @@ class Study:
         held_out, pool = held_out_and_pool(self.source, self._data, p.fold, p.group_by)
         pool, duplicates = without_duplicates(self._data, pool, held_out, p.group_by)
         cases = replace(draw_cases(p, held_out, pool, classes_of(self._data, pool)), duplicates=duplicates)
+        self._check_primary_class(held_out)
         corpus = self._corpus(held_out)
         grid = Grid(self.folder, self.protocol, cases, self.arms, self.device, self.keep_checkpoints, self.finetuner)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        keep_protocol(self.protocol, self.folder / "study.json", keep)
-        keep_files(self.arms, self.folder, keep)
         inputs = {
             "held-out cases": digest_of(sorted(held_out)),
             "training cases": digest_of(sorted(pool)),
@@ -103,7 +103,12 @@ class Study:
         }
         if corpus:
             inputs["images to pretrain on"] = digest_of(corpus.kept)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        keep_protocol(self.protocol, self.folder / "study.json", keep)
+        keep_files(self.arms, self.folder, keep)
         keep_inputs(inputs, self.folder / "inputs.json", keep)
+        if keep:  # of .npz data, before several runs do it at a time
+            infer_dataset_class(str(self._data)).unpack_dataset(str(self._data), num_processes=1)
         grid.preprocessed.mkdir(parents=True, exist_ok=True)
         for name in (self._data.name, "gt_segmentations"):
             link = grid.preprocessed / name
@@ -143,6 +148,11 @@ class Study:
                 "start_from: a study's pretraining starts from random weights, since others may have seen held-out "
                 "images. Compare a finished pretraining with --init NAME=FILE."
             )
+        chosen = configuration_of(derived, p.configuration)
+        if reason := unusable(p.configuration, chosen, "study", flat=True):
+            raise UserError(reason)
+        # stock would predict for the next stage of a cascade, with mirroring, and read that stage's data
+        derived["configurations"][p.configuration] = {**chosen, "next_stage": None}
         derived[PLANS_KEY] = {**derived.get(PLANS_KEY, {}), "seed": p.seed}
         dataset_json = read_json(self.source / "dataset.json")
         for arm in self.arms:
@@ -161,6 +171,19 @@ class Study:
         if p.primary_class and p.primary_class not in classes:
             raise UserError(f"--primary-class: expected one of {', '.join(classes)}, got '{p.primary_class}'.")
         return derived
+
+    def _check_primary_class(self, held_out: Sequence[str]) -> None:
+        """Raise where no held-out case shows the class of the endpoint."""
+        name = self.protocol.primary_class
+        if not name:
+            return
+        labels = read_json(self.source / "dataset.json")["labels"][name]
+        key = tuple(labels) if isinstance(labels, list) else labels
+        if not any(key in shown for shown in classes_of(self._data, held_out).values()):
+            raise UserError(
+                f"--primary-class {name}: expected it in a held-out case of {self.source.name}, found it in none. "
+                f"Take another --fold or class."
+            )
 
 
 def locked(folder: Path) -> FileLock:

@@ -186,6 +186,33 @@ def test_the_answer_names_the_baseline_of_equal_total_steps(tmp_path: Path) -> N
     assert "Against scratch of equal total steps: +" in answer
 
 
+def test_the_steps_behind_a_file_are_not_known(tmp_path: Path) -> None:
+    """So it is not compared with scratch of equal total steps."""
+    file = tmp_path / "weights.pth"
+    file.touch()
+    arms = arms_of(["VolumeFusion"], [f"other={file}"], 8)
+    grid = planted(tmp_path / "study", 0.03, arms)
+    grid.protocol = replace(grid.protocol, total_baseline=8)
+    total = arms[-1]
+    for run in grid.compared(total, 0.01):
+        grid.metrics_file(run).parent.mkdir(parents=True, exist_ok=True)
+        write_json({"seconds": 60.0, "rate": 0.01}, grid.metrics_file(run).with_suffix(".json"))
+        frame = grid.metrics(grid.compared(arms[1], 0.01)[0]).assign(step=grid.total_steps(), dice=0.1)
+        frame.to_csv(grid.metrics_file(run), index=False)
+    analysis = about(grid)
+    assert "equal total steps" in analysis.answer(arms[1])
+    assert "equal total steps" not in analysis.answer(arms[2])
+    text = write_report(grid).with_suffix(".md").read_text()
+    assert "its steps are not known" in text
+
+
+def test_another_recipe_than_scratch_is_said(tmp_path: Path) -> None:
+    words = ["a=finetune.optimizer=adamw,finetune.learning_rate=0.01", "b=finetune.encoder_lr_scale=0.5"]
+    grid = planted(tmp_path, 0.0, arms_of(["VolumeFusion"], [], 0, words))
+    (line,) = [line for line in warnings(about(grid)) if "another recipe" in line]
+    assert "than scratch: VolumeFusion+a. Their" in line
+
+
 def test_five_pairs_cannot_decide(tmp_path: Path) -> None:
     grid = planted(tmp_path, 0.03)
     grid.protocol = replace(grid.protocol, subsets=5)

@@ -1,5 +1,6 @@
 """Which runs a study has, and with what."""
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,6 +163,15 @@ def test_pairs_share_out_the_pretraining_runs(tmp_path: Path) -> None:
     grid.write_plans(second)
     plans = read_json(grid.preprocessed / f"{grid.plans_name(second)}.json")
     assert plans["nnssl_ext"]["seed"] == grid.protocol.seed + 1
+
+
+def test_commands_of_folders_with_spaces_run(tmp_path: Path) -> None:
+    grid = planted(tmp_path / "my study", 0.0, arms_of(["VolumeFusion"], [], 0))
+    line = grid.shown_command(grid.compared(grid.arms[1], 0.01)[0])
+    shell = f"STUDY='{grid.folder}'; nnUNetv2_train() {{ printf '%s\\n' \"$nnUNet_results\" \"$@\"; }}; {line}"
+    words = subprocess.run(["bash", "-c", shell], check=True, capture_output=True, text=True).stdout.splitlines()
+    assert words[0] == str(grid.folder / "results" / "VolumeFusion")
+    assert words[-2:] == ["-pretrained_weights", str(grid.weights(grid.compared(grid.arms[1], 0.01)[0]))]
 
 
 def test_the_baselines_recipe_stays(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_too_many_labels_are_refused() -> None:
 
 def test_without_a_rate_to_choose_all_labels_may_be_asked_for() -> None:
     everything = replace(PROTOCOL, labels=[20], primary_labels=20)
-    with pytest.raises(UserError, match="Budgets .20. do not fit"):
+    with pytest.raises(UserError, match="the endpoint.s 20 do not fit"):
         draw_cases(everything, HELD_OUT, POOL, ALL)
     assert draw_cases(replace(everything, rates=[0.01]), HELD_OUT, POOL, ALL).subsets[20, 0] == POOL
 

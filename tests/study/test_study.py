@@ -132,6 +132,15 @@ def test_a_failed_run_is_reported_and_stops_nobody(
         (["--pretrain-on", "777"], "777"),
         (["--finetune", "x=nothing"], "unknown recipe"),
         (["--jobs", "0"], "--jobs: expected at least 1"),
+        (["--total-baseline", "-1"], "--total-baseline: expected at least 0, got -1"),
+        (["--pretraining-seeds", "2"], "expected a divisor of --total-baseline 1"),
+        (["--pretrain-on", "817"], "--pretrain-on .*: expected another data set than Dataset817"),
+        (
+            ["--labels", "all"],
+            r"choose the rate, so the endpoint's \d+ do not fit. Give smaller --primary-labels, or one",
+        ),
+        (["--finetune", "a=finetune.optimizer=adamw"], r"expected a rate for adamw in the recipe of VolumeFusion\+a"),
+        (["--group-by", r"no(\d+)|."], "Put all alternatives into one"),
     ],
 )
 def test_bad_words_are_one_line_and_write_nothing(
@@ -157,6 +166,45 @@ def test_settings_are_checked_against_the_studys_own_steps(with_data: Data, monk
     # where nothing is pretrained it does not matter
     without = [word for word in WORDS if word != "VolumeFusion"]
     main([*without, "start_from=weights.pth", "--report-only", "-o", "st"])
+
+
+def test_cascades_are_left_to_nnunet(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that had a next stage would be predicted for it by stock, with mirroring."""
+    environment = with_data("labelled")
+    monkeypatch.chdir(environment.root)
+    file = environment.dataset("labelled") / "nnUNetPlans.json"
+    plans = read_json(file)
+    plans["configurations"]["3d_fullres"]["next_stage"] = "3d_cascade_fullres"
+    cascade = {"inherits_from": "3d_fullres", "previous_stage": "3d_fullres", "next_stage": None}
+    plans["configurations"]["3d_cascade_fullres"] = cascade
+    write_json(plans, file)
+    with pytest.raises(UserError, match="'3d_cascade_fullres' is a cascade stage"):
+        main([*["3d_cascade_fullres" if word == "3d_fullres" else word for word in WORDS], *RATE, "-o", "st"])
+    main([*WORDS, "--report-only", "-o", "st"])
+    for plans_file in (environment.root / "st").rglob("nnUNetPlans_study*.json"):
+        assert read_json(plans_file)["configurations"]["3d_fullres"]["next_stage"] is None
+    assert [*(environment.root / "st").rglob("nnUNetPlans_study.json")]
+
+
+def test_the_class_of_the_endpoint_is_held_out(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("labelled")
+    monkeypatch.chdir(environment.root)
+    file = environment.dataset("labelled") / "dataset.json"
+    content = read_json(file)
+    write_json({**content, "labels": {**content["labels"], "never": len(content["labels"])}}, file)
+    place = WORDS.index("epochs=1")
+    with pytest.raises(UserError, match="--primary-class never: expected it in a held-out case of .* found it in none"):
+        main([*WORDS[:place], "--primary-class", "never", "-o", "st", *WORDS[place:]])
+
+
+def test_slurm_takes_gpus_that_this_machine_does_not_have(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("labelled")
+    monkeypatch.chdir(environment.root)
+    devices = []
+    monkeypatch.setattr("nnssl_ext.cli.study._run", lambda study, _: devices.append(study.device) or "")
+    place = WORDS.index("-device")
+    main([*WORDS[:place], *WORDS[place + 2 :], "--launcher", "slurm", "-o", "st"])
+    assert devices == ["cuda"]
 
 
 def test_an_estimate_decides_nothing(
