@@ -39,7 +39,7 @@ def draw_pipeline(path: Path) -> None:
     axis.set(xlim=(0, 100), ylim=(3, 22))
     axis.set_axis_off()
     boxes = [
-        (0.3, 18, "your nnU-Net\ndata set", "labels not needed", "#e8eef7"),
+        (0.3, 18, "your nnU-Net\ndata set", "labels not read", "#e8eef7"),
         (22.5, 24, "nnUNetv2_train\n-tr nnsslTrainer_X", "pretrain", "#fbe9e4"),
         (51, 19.5, "checkpoint_final\n.pth", "an ordinary\nnnU-Net checkpoint", "#e8eef7"),
         (74.5, 25.2, "nnUNetv2_train\n-pretrained_weights", "fine-tune on few labels", "#e4f2e7"),
