@@ -63,6 +63,10 @@ def run_part(part: str, function: Callable[[Context], None], context: Context) -
     log = open(context.output / f"{part}.log", "a", buffering=1)  # noqa: SIM115 (kept open until the process ends)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
+    if context.kind == "cuda" and part != "correct":
+        import torch
+
+        torch.backends.cudnn.benchmark = True  # as nnUNetv2_train sets it
     try:
         function(context)
     except NoTimeLeftError as row:

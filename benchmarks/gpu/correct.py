@@ -152,5 +152,5 @@ def host_waits(context: Context, data: Any, name: str) -> dict[str, int]:
             if context.kind == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
     trainer.dataloader_train = trainer.dataloader_val = None
-    lines = Counter(f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
+    lines = Counter(f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message))
     return dict(lines.most_common())

@@ -20,7 +20,8 @@ GRID = 2
 
 def grid_features(features: Tensor) -> Tensor:
     """Average over the eight octants of a feature map: (B, C, D, H, W) -> (B, 8 C)."""
-    return F.adaptive_avg_pool3d(features, GRID).flatten(1)
+    on_mps = features.device.type == "mps"  # lacks the operator
+    return F.adaptive_avg_pool3d(features.cpu() if on_mps else features, GRID).flatten(1).to(features.device)
 
 
 class GridHead(nn.Sequential):

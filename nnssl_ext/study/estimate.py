@@ -88,6 +88,7 @@ def _time_step(
     manager = PlansManager(plans)
     config = manager.get_configuration(configuration)
     channels = determine_num_input_channels(manager, config, dataset_json)
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # as nnUNetv2_train sets it
     network = planned_network(manager, configuration, dataset_json).to(device)
     batch = torch.randn(config.batch_size, channels, *config.patch_size, device=device)
     dtype = mixed_precision(device, common.precision)

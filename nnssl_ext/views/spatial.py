@@ -249,7 +249,9 @@ def resample_batch(
     data = torch.zeros((len(groups), len(groups[0].data), *padded), device=device)
     for target, group in zip(data, groups, strict=True):
         depth, height, width = group.data.shape[1:]
-        target[:, :depth, :height, :width].copy_(group.data, non_blocking=True)
+        # of another type, torch would convert on the host, into memory that is not pinned
+        source = group.data if group.data.dtype == data.dtype else group.data.to(device, non_blocking=True)
+        target[:, :depth, :height, :width].copy_(source, non_blocking=True)
     shape = (len(groups), views, 3)
     matrix = np.stack([box.matrix for box in boxes])[:, ::-1].reshape(*shape, 3)  # grid_sample reverses the axes
     center = np.stack([box.center for box in boxes])[:, ::-1].reshape(shape)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -84,7 +85,9 @@ def process_group(check: Callable[[], argparse.Namespace]) -> Iterator[None]:
             backend = _take_device(options.device, place)
             if place.rank:
                 os.environ["nnUNet_wandb_enabled"] = "0"  # stock would begin one record per process
-            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world)
+            # a lost process is found by its heartbeat; waiting for a slow disk or validation is no error
+            day = timedelta(days=1)
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=day)
             try:
                 yield
             except SystemExit as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,14 +19,22 @@ from nnssl_ext.training.checks import Checked
 from nnssl_ext.training.distributed.ranks import world
 from nnssl_ext.training.memory.estimate import GIB, planned_memory
 
-#: Messages of torch's allocators on CPUs, the driver and libraries, which raise plain RuntimeErrors.
+#: Messages of allocators, drivers, compilers and libraries, which raise plain RuntimeErrors.
 MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
-    "CUDA error: out of memory",
+    "out of memory",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
+#: What cuDNN and cuBLAS say where no memory is left for their workspace, but not only then.
+UNCLEAR = (
+    "unable to find an engine to execute this computation",
+    "CUDNN_STATUS_NOT_INITIALIZED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+)
+#: Free memory in bytes below which these mean a lack of it.
+LITTLE = 2**29
 
 
 @contextmanager
@@ -57,7 +66,13 @@ def out_of_memory_line(
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in MESSAGES)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in MESSAGES):
+        return True
+    return any(text in str(error) for text in UNCLEAR) and _free_memory() < LITTLE
+
+
+def _free_memory() -> float:
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else math.inf
 
 
 def pretraining_advice(

@@ -17,6 +17,8 @@ ERRORS = {
     "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
     "python": MemoryError(),
     "driver": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    "triton": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "workspace": RuntimeError("GET was unable to find an engine to execute this computation"),
 }
 
 
@@ -24,6 +26,7 @@ ERRORS = {
 def test_one_line_and_intact_checkpoints(with_data: Data, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     environment = with_data("plain")
     environment.write_plans("plain", "quick", {"epochs": 3})
+    monkeypatch.setattr(out_of_memory, "_free_memory", lambda: 2**20)
     kill_at(4, monkeypatch, ERRORS[where])  # in the second epoch of three steps
     with pytest.raises(SystemExit) as stopped:
         pretrain(environment, "plain", "quick")
@@ -59,6 +62,9 @@ def test_other_errors_stay_what_they_are(with_data: Data, monkeypatch: pytest.Mo
     environment.write_plans("plain", "quick", {})
     kill_at(0, monkeypatch, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        pretrain(environment, "plain", "quick")
+    kill_at(0, monkeypatch, ERRORS["workspace"])  # an old driver says so where memory is left
+    with pytest.raises(RuntimeError, match="unable to find an engine"):
         pretrain(environment, "plain", "quick")
 
 
