@@ -85,12 +85,16 @@ def write_report(findings: Sequence[Finding], file: str) -> None:
         UserError: If the file cannot be written.
     """
     text = "\n".join(str(finding) for finding in findings) + "\n"
-    for case in {finding.subject.partition(CASE)[2] for finding in findings} - {""}:
-        text = text.replace(case, "<case>")
-    names = [*VARIABLES, "nnUNet_extTrainer", "HOME", "USERPROFILE"]
-    values = {name: os.environ.get(name, "").rstrip("/\\") for name in names}
-    for name, value in sorted(values.items(), key=lambda item: -len(item[1])):
-        text = text.replace(value, f"<{name}>") if value else text
+    cases = {finding.subject.partition(CASE)[2] for finding in findings} - {""}
+    for case in sorted(cases, key=len, reverse=True):
+        # in a subject, in quotes or in a path: a case may be called 3
+        text = re.sub(rf"({CASE}|['\"/\\]){re.escape(case)}(?=[:'\"._/\\])", r"\1<case>", text)
+    names = [*VARIABLES, "HOME", "USERPROFILE"]
+    values = [(os.environ.get(name, ""), name) for name in names]
+    values += [(folder, "nnUNet_extTrainer") for folder in named_trainer_folders()]
+    for value, name in sorted(values, key=lambda pair: -len(pair[0])):
+        if value.strip("./\\"):  # not "."
+            text = text.replace(value.rstrip("/\\"), f"<{name}>")
     text = PATHS.sub("<path>", DATASETS.sub(r"\1_<name>", text))
     try:
         with replaced_on_success(Path(file)) as temporary:
@@ -325,6 +329,7 @@ def _configuration(subject: str, path: Path, plans: dict, name: str, dataset_jso
     content: dict[str, Any] = configuration_of(plans, name)
     if unusable(name, content, ""):
         return
+    channels = None
     for method in METHODS.values():
         try:
             _, _, geometry, batch_size = check_plans(method, plans, name, dataset_json)
@@ -332,18 +337,23 @@ def _configuration(subject: str, path: Path, plans: dict, name: str, dataset_jso
             advice = "derive other plans with nnssl_ext plan"
             yield Finding(f"{subject}, {method.title}", "", error.line, advice)
             continue
+        channels = geometry.channels
         edges = f"edges are multiples of {total_stride(content)}"
         yield Finding(f"{subject}, {method.title}", f"crop {geometry.crop_size}, batch {batch_size}; {edges}")
     cases = path.parent / content["data_identifier"]
+    advice = f"nnUNetv2_preprocess -d {path.parent.name} -plans_name {path.stem} -c {name}"
     if not cases.is_dir():
         if any((path.parent / found).is_dir() for found in _data_folders(plans)):
             yield Finding(subject, f"is not preprocessed ({cases.name} is missing), others are")
             return
-        advice = f"nnUNetv2_preprocess -d {path.parent.name} -plans_name {path.stem} -c {name}"
         yield Finding(subject, "", f"is not preprocessed ({cases.name} is missing)", advice)
         return
     workers = 1 if process_problem("nnUNet_n_proc_DA") else worker_count()
-    problems = CaseIndex.build(cases, workers=workers, show_progress=True).problems()
+    index = CaseIndex.build(cases, workers=workers, show_progress=True)
+    if not index.cases:
+        yield Finding(subject, "", f"has no case in {cases.name}", advice)
+        return
+    problems = index.problems(channels)
     for case, problem in problems.items():
         yield Finding(f"{subject}{CASE}{case}", "", problem, "preprocess the case again or remove it")
     if not problems:

@@ -13,6 +13,10 @@ from filelock import FileLock, Timeout
 
 from nnssl_ext.errors import UserError
 
+# read once: between the two calls, files of other threads would be open to all
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 @contextmanager
 def replaced_on_success(path: Path) -> Iterator[Path]:
@@ -28,9 +32,9 @@ def replaced_on_success(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:  # Windows flushes writable files only
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private, ordinary ones are not
+        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp's files are private, ordinary ones are not
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -54,17 +58,23 @@ def lock_file(path: Path, work: str) -> FileLock:
     """Take a lock that ends with this process.
 
     Args:
-        path: Lock file.
+        path: Lock file. Its folder is made.
         work: Object of the lock, for the message.
 
     Raises:
-        UserError: If another process holds it.
+        UserError: If another process holds it, or the folder cannot be written.
     """
     lock = FileLock(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"another process works on {work}. Wait for it or stop it") from error
+    except OSError as error:
+        raise UserError(
+            f"expected a folder that can be written for {work}, got {path.parent}: {error.strerror}. Give another one, "
+            f"or permission to write"
+        ) from error
     return lock
 
 
@@ -91,9 +101,3 @@ def check_writable(folder: Path, name: str) -> None:
         os.unlink(temporary)
     except OSError as error:
         raise UserError(f"{name}={folder} cannot be written: {nearest}: {error.strerror}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nnssl_ext.errors import UserError
+
 RENAMED: dict[str, dict[str, str]] = {
     "": {
         "most_unreadable": "max_unreadable_fraction",
@@ -93,12 +95,20 @@ def rename_settings(settings: Mapping[str, Any], section: str = "") -> tuple[dic
 
     Returns:
         The settings under their current names, in the same order, and each old name with its new one.
+
+    Raises:
+        UserError: If a setting stands under both names.
     """
     result: dict[str, Any] = {}
     changed: dict[str, str] = {}
     for name, value in settings.items():
         new = current_name(section, name)
         if new is not None:
+            if new in settings:
+                raise UserError(
+                    f"expected one of the settings {name} and {new}{f' in {section}' if section else ''}, got both. "
+                    f"Remove {name}, which is the old name"
+                )
             changed[f"{section}.{name}".lstrip(".")] = f"{section}.{new}".lstrip(".")
         if isinstance(value, Mapping):
             value, below = rename_settings(value, f"{section}.{name}".lstrip("."))

@@ -9,11 +9,13 @@ from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
+import blosc2
+import numpy as np
 import pytest
 
 from nnssl_ext import doctor
 from nnssl_ext.cli import main
-from nnssl_ext.doctor import examine_dataset, examine_environment
+from nnssl_ext.doctor import Finding, examine_dataset, examine_environment, write_report
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.resources import resource_folder
 from tests.conftest import Environment
@@ -141,6 +143,18 @@ def test_data_set(with_data: Data) -> None:
     assert dataset_troubles() == ["Dataset811_Plain: dataset_fingerprint.json is missing"]
 
 
+def test_cases_that_a_training_refuses(with_data: Data) -> None:
+    """No cases, and cases of other channels."""
+    data = with_data("plain").dataset("plain") / "nnUNetPlans_3d_fullres"
+    (data / "case_01.b2nd").unlink()
+    blosc2.asarray(np.random.default_rng(0).random((2, 8, 8, 8)), urlpath=str(data / "case_01.b2nd"))
+    subject = "Dataset811_Plain, nnUNetPlans, 3d_fullres"
+    assert dataset_troubles() == [f"{subject}, case case_01: has 2 channels, the plans expect 1"]
+    shutil.rmtree(data)
+    data.mkdir()
+    assert dataset_troubles() == [f"{subject}: has no case in nnUNetPlans_3d_fullres"]
+
+
 def test_the_command_fails_with_a_trouble(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("nnUNet_results")
     assert main(["doctor"]) == 1
@@ -215,6 +229,28 @@ def test_the_report_has_no_paths_and_no_names(with_data: Data, tmp_path: Path) -
     assert "/" not in text.replace("<nnUNet_raw>/", "").replace("/dev/shm", "").split("advice")[0] or "<path>" in text
     assert "Dataset811_<name>" in text
     assert "nnunetv2: 2." in text
+
+
+def test_the_report_replaces_names_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case may be called 3, and one of several trainers' folders may have a space."""
+    folder = tmp_path / "Jane Doe" / "trainers"
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([".", str(tmp_path), f"{folder}/"]))
+    problem = f"cannot be read (no file of case '3' in /data/3.b2nd or {tmp_path}/3_seg.b2nd, 3 bytes)"
+    findings = [
+        Finding("Python", "3.13.3"),
+        Finding("set, case 3", "", problem, "preprocess the case again"),
+        Finding(f"{folder}/mine.py", "", "cannot be imported", "repair it"),
+        Finding("set, case 3_John", "", "is constant", "preprocess the case again"),
+    ]
+    write_report(findings, str(tmp_path / "report.txt"))
+    lines = (tmp_path / "report.txt").read_text().splitlines()
+    assert lines[0] == "  ok  Python: 3.13.3"
+    assert lines[1] == (
+        "TROUBLE  set, case <case>: cannot be read (no file of case '<case>' in <path> or "
+        "<nnUNet_extTrainer>/<case>_seg.b2nd, 3 bytes)"
+    )
+    assert lines[3] == "TROUBLE  <nnUNet_extTrainer>/mine.py: cannot be imported"
+    assert lines[5] == "TROUBLE  set, case <case>: is constant"
 
 
 def test_no_command_of_ours_takes_torch_that_need_not() -> None:

@@ -1,10 +1,12 @@
+import fcntl
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from nnssl_ext.files import replaced_on_success
+from nnssl_ext.errors import UserError
+from nnssl_ext.files import lock_file, replaced_on_success
 
 
 def test_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
@@ -33,3 +35,30 @@ def test_failure_leaves_what_was_there(tmp_path: Path) -> None:
         interrupted()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_is_flushed_through_a_handle_that_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows refuses to flush any other."""
+    modes: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE))
+    with replaced_on_success(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    assert modes == [os.O_RDWR]
+
+
+def test_files_of_other_threads_keep_their_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed umask holds for all threads."""
+    masks: list[int] = []
+    monkeypatch.setattr(os, "umask", masks.append)
+    with replaced_on_success(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    assert masks == []
+
+
+def test_a_lock_makes_its_folder_or_says_in_one_line_why_not(tmp_path: Path) -> None:
+    lock_file(tmp_path / "a" / "b" / ".lock", "work").release()
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match="expected a folder that can be written for work, got .*file/c: Not a directory"
+    ):
+        lock_file(tmp_path / "file" / "c" / ".lock", "work")

@@ -65,11 +65,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--max-failures: expected 0 to 100, got {arguments.max_failures:g}")
     if arguments.np is not None and arguments.np < 1:
         raise UserError(f"-np: expected at least 1, got {arguments.np}")
-    processes = arguments.np or min(default_num_processes, cores())
+    processes = arguments.np or max(1, min(default_num_processes, cores()))
     like = dataset_folder(arguments.like)
     folder = _folder(arguments.d, arguments.n, like)
     corpus = Corpus(folder, like, arguments.p, arguments.c, processes)
-    channels = {source: tuple(names.split(",")) for source, names in _choices("--channels", arguments.channels)}
+    chosen = _choices("--channels", arguments.channels)
+    channels = {source: tuple(name.strip() for name in names.split(",")) for source, names in chosen}
     schemes = dict(_choices("--normalization", arguments.normalization))
     for source, scheme in schemes.items():
         _check_scheme(source, scheme)
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         with signals:
             found = [item for source in arguments.sources for item in items_of(source, wishes, not_read[source])]
-            items = {item.files: item for item in found}
+            items = {frozenset(item.files): item for item in found}
             manifest = corpus.add(list(items.values()), arguments.max_failures, arguments.retry, not_read)
     except KeyboardInterrupt:
         kept = corpus.manifest().counts()["kept"] if corpus.folder.is_dir() else 0

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,6 @@ def run(arguments: argparse.Namespace) -> None:
     for remark in report.remarks:
         print(remark)
     print(f"{len(cases)} cases, plans {plans.plans.plans_name}, {plans.configuration_name}")
-    folder.mkdir(parents=True, exist_ok=True)
     batch = arguments.batch or plans.configuration.batch_size
     extraction = Extraction(encoder, plans, stages, arguments.pool, names, arguments.maps, batch, folder)
     settings = results.settings(source, extraction, report)
@@ -102,7 +102,10 @@ def run(arguments: argparse.Namespace) -> None:
             vectors, failed = extraction.run(cases)
         except torch.OutOfMemoryError as error:
             raise UserError("the GPU's memory is too small. Give --batch 1 or -device cpu") from error
-        results.write(folder, settings, vectors, labels, arguments.parquet)
+        for line in failed:
+            print(line, file=sys.stderr)
+        if vectors or not failed:
+            results.write(folder, settings, vectors, labels, arguments.parquet)
     if failed:
         more = f" and {len(failed) - 1} more cases failed" if len(failed) > 1 else ""
         raise UserError(f"{failed[0]}{more}. Repair the files and call again: finished cases are kept")

@@ -32,8 +32,11 @@ def list_cases(folder: Path) -> dict[str, tuple[int, int]]:
                 continue
             rank = IDENTITY.index(suffix)
             if stem not in found or rank < found[stem][0]:
-                stat = entry.stat()
-                found[stem] = (rank, stat.st_size, stat.st_mtime_ns)
+                try:
+                    stat = entry.stat()
+                    found[stem] = (rank, stat.st_size, stat.st_mtime_ns)
+                except OSError:  # a dangling link, or a file that goes away; whoever opens it says so
+                    found[stem] = (rank, 0, 0)
     return {case: found[case][1:] for case in sorted(found)}
 
 
@@ -91,4 +94,11 @@ def groups_of(cases: Sequence[str], pattern: str) -> list[str]:
         raise UserError(
             f"--group-by: expected a match in every case's name, got none of '{pattern}' in {shorten(unmatched)}"
         )
-    return [match[1 if expression.groups else 0] for match in matches if match]
+    groups = [match[1 if expression.groups else 0] for match in matches if match]
+    unnamed = [case for case, group in zip(cases, groups, strict=True) if group is None]
+    if unnamed:
+        raise UserError(
+            f"--group-by: expected the first parenthesis of '{pattern}' to match in every case's name, got nothing in "
+            f"{shorten(unnamed)}. Put all alternatives into one: (A|B)"
+        )
+    return groups

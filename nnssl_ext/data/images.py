@@ -71,7 +71,7 @@ class ImageFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+            names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _hidden(entry.name))
         except OSError as error:
             raise UserError(f"nnssl_ext.images: cannot read the folder {folder}: {error.strerror}") from error
         if len(names) < 2:
@@ -114,8 +114,8 @@ class ImageFolder:
         return ImageDataset(self, request, seed), ImageDataset(self, request, seed, VALIDATION)
 
     def _list(self, name: str) -> list[str]:
-        below = self.folder / name
-        files = sorted(path.relative_to(self.folder).as_posix() for path in below.rglob("*") if _is_image(path))
+        paths = (path.relative_to(self.folder) for path in (self.folder / name).rglob("*") if _is_image(path))
+        files = sorted(path.as_posix() for path in paths if not any(map(_hidden, path.parts)))
         if len(files) < 2:
             raise UserError(
                 f"nnssl_ext.images: class '{name}' in {self.folder} has {len(files)} images, expected at least two "
@@ -206,6 +206,11 @@ def eight_bit(image: Image.Image) -> Image.Image:
         low, high = values.min(), values.max()
         image = Image.fromarray(((values - low) / max(high - low, 1e-12) * 255).astype(np.uint8))
     return image.convert("RGB")
+
+
+def _hidden(name: str) -> bool:
+    """Return whether a file or folder is hidden, or comes from macOS's archives."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _is_image(path: Path) -> bool:

@@ -6,6 +6,7 @@ its file has changed. The index lies beside the configuration's folder, because 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,9 @@ BINS = 16
 #: Share of body voxels from which a bin is body.
 BODY_SHARE = 0.25
 #: Raised when stored values change their meaning.
-VERSION = 1
+VERSION = 2
+#: Voxels that stand for a whole image.
+SAMPLE = 100_000
 
 
 @dataclass
@@ -64,10 +67,19 @@ class CaseIndex:
         problem = self.left_out.get(case, str(self._table["problem"][row]))
         return CaseRecord(shape, bits[: used[0], : used[1], : used[2]], problem)
 
-    def problems(self) -> dict[str, str]:
-        """Return unusable cases with their problems."""
+    def problems(self, channels: int | None = None) -> dict[str, str]:
+        """Return unusable cases with their problems.
+
+        Args:
+            channels: Number that each case should have; None for any.
+        """
         rows = np.flatnonzero(self._table["problem"] != "")
-        return {self.cases[row]: str(self._table["problem"][row]) for row in rows}
+        others = {
+            case: f"has {found} channels, the plans expect {channels}"
+            for case, found in zip(self.cases, self.channels(), strict=True)
+            if channels not in (None, found)
+        }
+        return others | {self.cases[row]: str(self._table["problem"][row]) for row in rows}
 
     def channels(self) -> np.ndarray:
         """Return each case's channels, 0 for unreadable ones."""
@@ -211,10 +223,17 @@ def body_map(data: np.ndarray) -> np.ndarray:
     A voxel is body when its mean over channels exceeds Li's minimum cross-entropy threshold (Li and Tam 1998).
     """
     image = data.mean(0, dtype=np.float32)
-    sample = image.ravel()[:: max(1, image.size // 100_000)]
-    body = (image > threshold_li(sample)).astype(np.float32)
+    body = (image > threshold_li(sampled(image))).astype(np.float32)
     for axis, edge in enumerate(image.shape):
         starts = np.linspace(0, edge, min(BINS, edge), endpoint=False).astype(int)
         widths = np.diff([*starts, edge]).reshape([-1 if a == axis else 1 for a in range(3)])
         body = np.add.reduceat(body, starts, axis=axis) / widths
     return body >= BODY_SHARE
+
+
+def sampled(image: np.ndarray) -> np.ndarray:
+    """Return about ``SAMPLE`` voxels of an image (D, H, W)."""
+    step = max(1, image.size // SAMPLE)
+    while math.gcd(step, math.prod(image.shape[-2:])) > 1:  # else one column or row stands for all
+        step += 1
+    return image.ravel()[::step]

@@ -177,7 +177,8 @@ class _Crew:
         self.processes = sorted(set(multiprocessing.active_children()) - before, key=lambda p: p.pid or 0)
         #: Which worker was lost, how, and what it was reading.
         self.problem = ""
-        if self.workers and threading.current_thread() is threading.main_thread():
+        in_main = threading.current_thread() is threading.main_thread()
+        if self.workers and in_main and hasattr(signal, "SIGCHLD"):  # Windows has none
             # torch's handler would raise within an optimizer step; deaths are noticed while waiting for a batch
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from torch import Tensor
 
 from nnssl_ext.data.cases import SUFFIXES, list_cases, open_case, shorten
 from nnssl_ext.errors import UserError
+from nnssl_ext.foreign import load_npz
 from nnssl_ext.transfer.target import TargetPlans
 
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})$")
@@ -38,7 +40,7 @@ class Case:
     @property
     def signature(self) -> str:
         """Describe the files by name, size and time."""
-        files = [*self.images, *([self.mask] if self.mask else [])]
+        files = [file for file in (*self.images, self.mask) if file is not None and file.is_file()]
         return " ".join(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
 
 
@@ -69,8 +71,9 @@ def preprocess(case: Case, plans: TargetPlans) -> Preprocessed:
     try:
         if case.preprocessed:
             folder = case.images[0].parent
-            image = open_case(folder, case.name)[:]
-            labels = open_case(folder, f"{case.name}_seg")[:] if case.mask else None
+            # torch wants memory that may be written; .npy files are opened for reading
+            image = np.require(open_case(folder, case.name)[:], requirements="W")
+            labels = _stored_labels(case.mask) if case.mask else None
         else:
             preprocessor = plans.configuration.preprocessor_class(verbose=False)
             files, mask = list(map(str, case.images)), str(case.mask) if case.mask else None
@@ -82,6 +85,8 @@ def preprocess(case: Case, plans: TargetPlans) -> Preprocessed:
         raise UserError(f"case {case.name} cannot be preprocessed: {reason}") from error
     if len(image) != plans.channels:
         raise UserError(f"case {case.name}: Expected {plans.channels} channels, got {len(image)}")
+    if not np.isfinite(image).all():
+        raise UserError(f"case {case.name}: Expected finite values, got NaN or infinite ones. Repair the image")
     # nnU-Net marks what it cropped or masked with negative values
     found = torch.from_numpy(labels[0]).int().clamp_min(0) if case.mask and labels is not None else None
     return Preprocessed(torch.from_numpy(image).float(), found, properties)
@@ -117,7 +122,10 @@ def image_cases(folder: Path, plans: TargetPlans) -> list[Case]:
     for case, channels in found.items():
         if sorted(channels) != list(range(expected)):
             there = ", ".join(path.name for path in channels.values())
-            raise UserError(f"Expected {plans.channels} channels of case {case}, got {there}. Add or remove files")
+            raise UserError(
+                f"Expected {plans.channels} channels of case {case}, got {there}, whose _{max(channels):04d} is read "
+                f"as the channel's number. Add files, or rename them to CASE_0000 and so on"
+            )
     return [Case(case, tuple(channels[c] for c in sorted(channels))) for case, channels in found.items()]
 
 
@@ -137,10 +145,7 @@ def dataset_cases(raw: Path | None, preprocessed: Path, plans: TargetPlans, orig
     """
     folder = preprocessed / plans.configuration.data_identifier
     if folder.is_dir() and not original:
-        files = {
-            name: next(p for s in SUFFIXES if (p := folder / f"{name}{s}").is_file()) for name in list_cases(folder)
-        }
-        cases = [Case(name, (p,), _existing(folder / f"{name}_seg.b2nd"), True) for name, p in files.items()]
+        cases = [_stored_case(folder, name) for name in list_cases(folder)]
         if cases:
             return cases
     if raw is None:
@@ -186,5 +191,18 @@ def _stem(path: Path, endings: list[str]) -> str:
     return next((path.name.removesuffix(ending) for ending in endings if path.name.endswith(ending)), "")
 
 
-def _existing(path: Path) -> Path | None:
-    return path if path.is_file() else None
+def _existing(*paths: Path) -> Path | None:
+    """Return the first path that is a file."""
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _stored_case(folder: Path, name: str) -> Case:
+    """Find a preprocessed case's files. nnU-Net's .npz holds the labels, too."""
+    names = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
+    mask = _existing(*(folder / f"{name}_seg{suffix}" for suffix in SUFFIXES), folder / f"{name}.npz")
+    return Case(name, (_existing(*names) or names[0],), mask, True)
+
+
+def _stored_labels(mask: Path) -> Any:
+    labels = load_npz(mask, "seg") if mask.suffix == ".npz" else open_case(mask.parent, mask.stem)[:]
+    return np.require(labels, requirements="W")

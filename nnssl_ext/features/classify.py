@@ -59,7 +59,9 @@ def read_labels(path: Path, group_by: str | None) -> pd.DataFrame:
         UserError: If the file cannot be read, lacks a column or names a case twice, or a name does not match.
     """
     try:
-        table = pd.read_csv(path, dtype=str, skipinitialspace=True).dropna(subset=["case", "label"])
+        # names such as NA and None are names
+        table = pd.read_csv(path, dtype=str, skipinitialspace=True, keep_default_na=False, na_values=[""])
+        table = table.dropna(subset=["case", "label"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"Expected a csv file with columns case and label, got {path}: {error}") from error
     twice = table["case"][table["case"].duplicated()]
@@ -86,7 +88,7 @@ def cross_validate(vectors: np.ndarray, labels: Sequence[str], groups: Sequence[
         seed: Of folds and bootstrap.
 
     Raises:
-        UserError: If there are fewer than two labels, or a label with fewer than two groups.
+        UserError: If there are fewer than two labels, or a label with fewer than two groups, or folds cannot be made.
     """
     kinds, truth = np.unique(np.asarray(labels), return_inverse=True)
     names, members = np.unique(np.asarray(groups), return_inverse=True)
@@ -102,6 +104,11 @@ def cross_validate(vectors: np.ndarray, labels: Sequence[str], groups: Sequence[
                 vectors, truth, members
             )
             for train, test in splits:
+                if len(learned := np.unique(truth[train])) < 2:
+                    raise UserError(
+                        f"Expected two labels or more in the training cases of each fold, got only "
+                        f"{kinds[learned[0]]}: few groups hold the others. Label more cases"
+                    )
                 linear = LogisticRegression(class_weight="balanced", max_iter=10_000)
                 nearest = KNeighborsClassifier(min(NEIGHBORS, len(train)))
                 model = make_pipeline(StandardScaler(), linear if name == CLASSIFIERS[0] else nearest)

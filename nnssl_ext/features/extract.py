@@ -93,11 +93,12 @@ class Extraction:
         return self.folder / "cases" / f"{case.name}.npz"
 
     def _finished(self, case: Case) -> Vectors:
-        """Read the vectors of a finished case. Empty if it is new or has changed."""
+        """Read the vectors of a finished case. Empty if it is new, has changed or has no finite vectors."""
         if not self._file(case).is_file():
             return {}
         with np.load(self._file(case), allow_pickle=False) as stored:
-            if str(stored["signature"]) != case.signature:
+            finite = all(np.isfinite(stored[f"stage{s}"]).all() for s in self.stages)
+            if str(stored["signature"]) != case.signature or not finite:
                 return {}
             regions = stored["regions"].tolist()
             return {region: {s: stored[f"stage{s}"][row] for s in self.stages} for row, region in enumerate(regions)}

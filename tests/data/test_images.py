@@ -116,3 +116,12 @@ def test_unreadable_images_are_named_and_replaced(tmp_path: Path) -> None:
     for name in images.training:
         (images.folder / name).write_bytes(b"nothing")
     assert "8 images in a row cannot be read" in data[0].failure
+
+
+def test_hidden_files_and_those_of_macos_are_no_images(tmp_path: Path) -> None:
+    folder = make_images(tmp_path / ".hidden_above" / "images", classes=2, each=3)
+    expected = ImageFolder(folder).files
+    for name in ("__MACOSX/a.png", ".trash/a.png", "brick/._0.png", "brick/.thumbnails/0.png", "brick/__MACOSX/0.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+    assert ImageFolder(folder).files == expected

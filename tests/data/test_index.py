@@ -141,3 +141,34 @@ def test_unpacked_cases_are_the_same_cases(folder: Path) -> None:
     np.save(folder / "case_9.npy", array)
     np.save(folder / "case_9_seg.npy", array)
     assert CaseIndex.build(folder).fingerprint() == before
+
+
+def test_an_index_of_an_earlier_version_is_made_anew(folder: Path) -> None:
+    expected = CaseIndex.build(folder)["case_0"].body
+    path = folder.parent / f"nnssl_ext_index_{folder.name}.npz"
+    with np.load(path) as stored:
+        content = {**stored, "version": 1, "body": np.zeros_like(stored["body"])}
+    np.savez(path, **content)
+    assert np.array_equal(CaseIndex.build(folder)["case_0"].body, expected)
+    assert expected.any()
+
+
+def test_the_body_is_found_in_images_of_any_size() -> None:
+    """Every (size / 100,000)-th voxel would be the first column, which is air."""
+    image = np.random.default_rng(0).random((1, 1000, 100, 8), dtype=np.float32)
+    image[..., 4:] += 10
+    image[..., 0] = 0
+    assert body_map(image).mean() == 0.5
+
+
+def test_a_link_to_nowhere_is_a_case_that_cannot_be_read(folder: Path) -> None:
+    (folder / "case_7.b2nd").symlink_to(folder / "absent.b2nd")
+    assert list_cases(folder)["case_7"] == (0, 0)
+    assert CaseIndex.build(folder).problems()["case_7"].startswith("cannot be read")
+
+
+def test_cases_of_other_channels_than_expected_are_problems(folder: Path) -> None:
+    write(folder, "case_1", np.random.default_rng(0).random((2, 4, 4, 4)))
+    index = CaseIndex.build(folder)
+    assert index.problems() == {}
+    assert index.problems(channels=1) == {"case_1": "has 2 channels, the plans expect 1"}

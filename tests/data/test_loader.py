@@ -201,3 +201,15 @@ def test_ending_never_waits_for_torchs_own_end(folder: Path, monkeypatch: pytest
     while steady.multiprocessing.active_children():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_workers_read_where_the_system_has_no_signal_of_their_deaths(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows has no SIGCHLD."""
+    monkeypatch.setattr(steady, "signal", SimpleNamespace())
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        assert len(list(loader(dataset(folder), [], workers=1))) == 8
+    finally:
+        signal.signal(signal.SIGCHLD, before)

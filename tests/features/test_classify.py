@@ -83,3 +83,18 @@ def test_unusable_labels(tmp_path: Path, text: str, group_by: str | None, messag
 def test_a_missing_table(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Expected a csv file"):
         read_labels(tmp_path / "absent.csv", None)
+
+
+def test_names_that_pandas_takes_for_missing_values_are_names(tmp_path: Path) -> None:
+    file = tmp_path / "labels.csv"
+    file.write_text("case,label,group\nNA,None,null\nnan,n/a,\nleft out,,x\n")
+    found = read_labels(file, None)
+    assert found["label"].to_dict() == {"NA": "None", "nan": "n/a"}
+    assert found["group"].tolist() == ["null", "nan"]
+
+
+def test_a_fold_whose_training_cases_have_one_label_is_refused() -> None:
+    """One group holds all cases of a label but one."""
+    groups = ["z", "x", "y", "z", "x", "x"]
+    with pytest.raises(UserError, match="two labels or more in the training cases of each fold, got only"):
+        cross_validate(noise()[:6], ["a", "b", "a", "b", "b", "b"], groups)

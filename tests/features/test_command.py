@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import blosc2
 import nibabel
 import numpy as np
 import pandas as pd
@@ -143,6 +144,39 @@ def test_a_second_call_goes_on(labelled: Environment, weights: Path, capsys: pyt
     assert not list(out.rglob("*.tmp"))
 
 
+def test_an_image_of_nan_is_named_in_each_call_and_ends_no_other(labelled: Environment, weights: Path) -> None:
+    out = labelled.root / "out"
+    file = labelled.dataset("labelled") / "nnUNetPlans_3d_fullres" / "case_04.b2nd"
+    blosc2.asarray(np.full((1, 20, 24, 22), np.nan, np.float32), urlpath=str(file), mode="w")
+    for _ in range(2):
+        with pytest.raises(UserError, match="case case_04: Expected finite values"):
+            features(weights, "-d", "817", "-o", out)
+        assert pd.read_csv(out / "features.csv")["case"].tolist() == [f"case_{n:02d}" for n in (0, 1, 2, 3, 5)]
+    with np.load(out / "cases" / "case_00.npz") as stored:
+        earlier = dict(stored)
+    # as an earlier version kept it
+    np.savez(out / "cases" / "case_00.npz", **{**earlier, "stage2": np.full_like(earlier["stage2"], np.nan)})
+    with pytest.raises(UserError, match="case case_04: Expected finite values"):
+        features(weights, "-d", "817", "-o", out)
+    with np.load(out / "cases" / "case_00.npz") as stored:
+        assert np.array_equal(stored["stage2"], earlier["stage2"])
+
+
+def test_failures_are_named_before_anything_else_fails(
+    labelled: Environment, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (labelled.root / "labels.csv").write_text("case,label\nother,a\n")
+    words = ("-i", images(labelled), "-o", labelled.root / "out")
+    (images(labelled) / "case_04_0000.nii.gz").write_bytes(b"")
+    with pytest.raises(UserError, match="Expected labels of the extracted cases"):
+        features(weights, *words, "--classify", labelled.root / "labels.csv")
+    assert "case case_04 cannot be preprocessed: " in capsys.readouterr().err
+    for file in images(labelled).iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match=r"case case_00 cannot be preprocessed: .* and 5 more cases failed"):
+        features(weights, *words)
+
+
 def test_classification(labelled: Environment, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [f"case_{number:02d},{'a' if number % 2 else 'b'}" for number in range(CASES)]
     (labelled.root / "labels.csv").write_text("\n".join(["case,label", *rows]))
@@ -205,6 +239,12 @@ def test_unusable_command_lines(
         features(weights, "-i", images(labelled), "-o", "out", *words)
     assert "\n" not in str(error.value)
     assert not Path("out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(labelled: Environment, weights: Path) -> None:
+    (labelled.root / "file").touch()
+    with pytest.raises(UserError, match="expected a folder that can be written for .*, got .*: Not a directory"):
+        features(weights, "-i", images(labelled), "-o", labelled.root / "file" / "out")
 
 
 def test_unusable_folders(labelled: Environment, weights: Path) -> None:

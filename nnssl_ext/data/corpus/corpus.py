@@ -76,7 +76,9 @@ class Corpus:
             raise UserError(reason)
         self.data = self.folder / self._configuration["data_identifier"]
         self.target_json = read_json(self.like / "dataset.json")
-        if self.folder.exists() and not (self.folder / "corpus.json").is_file() and any(self.folder.iterdir()):
+        # a call that ended before its first case leaves hidden files
+        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        if "corpus.json" not in names and not all(name.startswith(".") for name in names):
             raise UserError(f"{self.folder} exists and is no corpus. Give another -d and -n")
 
     @property
@@ -111,7 +113,6 @@ class Corpus:
         Raises:
             UserError: If more are damaged. The cases made by then stay, and a later call continues.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         with lock_file(self.folder / ".nnssl_ext_corpus.lock", f"the corpus {self.folder.name}"):
             manifest = self.manifest()
             for source, files in (not_read or {}).items():
@@ -132,13 +133,15 @@ class Corpus:
 
     def _fill(self, manifest: Manifest, items: Sequence[Item], scratch: Path, max_failures: float, retry: bool) -> None:
         cases = set(list_cases(self.data))
+        for case in manifest.lose(cases):
+            self._remove(case)
         new = [item for item in items if not manifest.knows(item, cases, retry)]
-        known = {item.files for item in items} - {item.files for item in new}
+        known = {frozenset(item.files) for item in items} - {frozenset(item.files) for item in new}
         limit = Limit(max_failures, len(items))
         for files in known:
             limit.count(manifest.entries[files])
         for item in new:
-            for case in manifest.forget(item, cases):
+            for case in manifest.forget(item):
                 self._remove(case)
         limit.check()
         target = self._target(manifest, scratch)

@@ -11,6 +11,8 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
 
 KEPT, DUPLICATE, UNUSABLE, NO_IMAGE = "kept", "duplicate", "unusable", "no image"
+#: Reason of a volume whose case somebody has removed.
+GONE = "its preprocessed case is gone. Name its source again"
 #: Raised when entries change their meaning. Version 1 kept DICOM and headers that are refused today.
 VERSION = 2
 #: Largest file that is read. An entry takes about a thousand bytes.
@@ -26,7 +28,7 @@ class Entry:
     Attributes:
         source: As named on the command line.
         files: Absolute paths: one file, one per channel, or a DICOM folder.
-        stamp: Number, bytes and latest change of the files when they were read; empty: to be read again.
+        stamp: ``Item.stamp`` of the files when they were read; empty: to be read again.
         status: kept, duplicate, unusable, or no image.
         reason: Why it was left out.
         kind: Of what is no image, as "localizer"; counted at the end of a call.
@@ -80,7 +82,8 @@ class Manifest:
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
         self.path, self.head = path, head
         self.not_read: dict[str, dict[str, int]] = {}
-        self.entries: dict[tuple[str, ...], list[Entry]] = {}
+        #: By the set of their files.
+        self.entries: dict[frozenset[str], list[Entry]] = {}
         self._kept: dict[str, str] = {}
         self._twins: dict[str, list[Entry]] = {}
 
@@ -120,7 +123,7 @@ class Manifest:
 
     def add(self, entry: Entry) -> None:
         """Append an entry."""
-        self.entries.setdefault(tuple(entry.files), []).append(entry)
+        self.entries.setdefault(frozenset(entry.files), []).append(entry)
         if entry.status == KEPT:
             self._kept[entry.content] = entry.case
         elif entry.status == DUPLICATE:
@@ -146,13 +149,18 @@ class Manifest:
             cases: Identifiers of the existing cases.
             retry: Unusable items count as unread.
         """
-        found = self.entries.get(item.files, [])
-        read = {name for entry in found for name in entry.channels}
-        if not found or read != set(item.channels()):
+        found = self.entries.get(frozenset(item.files), [])
+        read = sorted(entry.channels for entry in found)
+        wanted = sorted(item.channels(group) for group in item.groups)
+        # what cannot be read has one entry with all channels; a DICOM folder holds any number of volumes
+        if not found or not (item.dicom or read in (wanted, [item.channels()])):
             return False
         stamp = item.stamp()
         return all(
-            entry.stamp == stamp
+            entry.files == list(item.files)
+            # earlier stamps lack the checksum
+            and entry.stamp
+            and entry.stamp == stamp[: len(entry.stamp)]
             and entry.normalization == item.normalization
             and (entry.status != KEPT or entry.case in cases)
             and (entry.status != DUPLICATE or self.case_of(entry.content) in cases)
@@ -160,12 +168,27 @@ class Manifest:
             for entry in found
         )
 
-    def forget(self, item: Item, cases: set[str]) -> list[str]:
+    def lose(self, cases: set[str]) -> list[str]:
+        """Note which cases are gone and return them.
+
+        The next item with such a case's content makes it again.
+
+        Args:
+            cases: Identifiers of the existing cases.
+        """
+        gone = [entry for entry in self.all() if entry.status == KEPT and entry.case not in cases]
+        names = [entry.case for entry in gone]
+        for entry in gone:
+            self._kept.pop(entry.content, None)
+            entry.status, entry.reason, entry.case, entry.stamp = UNUSABLE, GONE, "", []
+        return names
+
+    def forget(self, item: Item) -> list[str]:
         """Drop an item's entries. Return cases that lose their last one.
 
-        A duplicate takes an existing case over. Where the case is gone, the next item with its content makes it again.
+        A duplicate takes a case over.
         """
-        dropped = self.entries.pop(item.files, [])
+        dropped = self.entries.pop(frozenset(item.files), [])
         for entry in dropped:
             if entry.status == DUPLICATE:
                 self._twins[entry.content].remove(entry)
@@ -175,7 +198,7 @@ class Manifest:
                 continue
             del self._kept[entry.content]
             twins = self._twins.get(entry.content)
-            if not twins or entry.case not in cases:
+            if not twins:
                 orphans.append(entry.case)
             else:  # the same volume from elsewhere
                 twin = twins.pop(0)

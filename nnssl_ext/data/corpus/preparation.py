@@ -17,7 +17,7 @@ import SimpleITK
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnssl_ext.data.corpus.dicom import read_folder
+from nnssl_ext.data.corpus.dicom import is_dicom, read_folder
 from nnssl_ext.data.corpus.manifest import KEPT, MAX_BYTES, NO_IMAGE, UNUSABLE, Entry
 from nnssl_ext.data.corpus.readers import check_regular, image_suffix, last_line, read_image
 from nnssl_ext.data.corpus.sources import Item
@@ -28,6 +28,8 @@ from nnssl_ext.recipe import read_json
 
 #: Resampling to the target's spacing may multiply the voxels by this, a factor of ten per axis.
 MAX_GROWTH = 1000
+#: Degrees by which a channel may be turned, and part of a voxel's edge by which it may be shifted without a remark.
+MAX_TURN, MAX_SHIFT = 0.5, 0.1
 #: A reason that another normalization removes.
 CONSTANT = "is constant once it is normalized and resampled"
 
@@ -152,10 +154,31 @@ def _describe(entry: Entry, volumes: list[Volume]) -> None:
                 f"has channels of different size: {volume.array.shape} at {volume.spacing} mm, the first has "
                 f"{first.array.shape} at {first.spacing} mm"
             )
+        _check_place(entry, volume, first)
     digests = [volume.digest() for volume in volumes]
     entry.content = hashlib.sha256(b"".join(digests)).hexdigest()
     stem = name[: len(name) - len(image_suffix(name))]
     entry.case = f"{re.sub(r'[^A-Za-z0-9]+', '-', stem)[:40].strip('-') or 'case'}_{entry.content[:12]}"
+
+
+def _check_place(entry: Entry, volume: Volume, first: Volume) -> None:
+    """Compare where two channels lie.
+
+    Another origin is a remark only: nnU-Net warns of it and stacks the channels voxel by voxel.
+
+    Raises:
+        Unusable: If their axes have other directions.
+    """
+    axes = [one.affine[:3, :3] / one.spacing[::-1] for one in (volume, first)]
+    turn = float(np.degrees(np.arccos(np.clip(np.sum(axes[0] * axes[1], axis=0).min(), -1, 1))))
+    if turn > MAX_TURN:
+        raise Unusable(
+            f"has channels turned by {turn:.1f} degrees against each other ({first.orientation} and "
+            f"{volume.orientation}). Resample them to one grid"
+        )
+    shift = float(np.linalg.norm(volume.affine[:3, 3] - first.affine[:3, 3]))
+    if shift > MAX_SHIFT * min(first.spacing):
+        entry.remarks.append(f"its channels lie {shift:.3g} mm apart and are stacked voxel by voxel")
 
 
 def _preprocess(volumes: list[Volume], output: Path, target: CorpusTarget, scheme: str) -> CaseRecord:
@@ -176,6 +199,8 @@ def _preprocess(volumes: list[Volume], output: Path, target: CorpusTarget, schem
     preprocessor = configuration.preprocessor_class(verbose=False)
     dataset_json = _dataset_json(target)
     case = preprocessor.run_case_npy(data, None, properties, plans, configuration, dataset_json)
+    if min(case[0].shape[1:]) < 2:
+        raise Unusable(f"has size {list(case[0].shape[1:])} once nnU-Net has cropped and resampled it")
     record = record_of(case[0])
     if record.problem:
         raise Unusable(CONSTANT if "constant" in record.problem else f"{record.problem} once it is normalized")
@@ -183,6 +208,8 @@ def _preprocess(volumes: list[Volume], output: Path, target: CorpusTarget, schem
     preprocessor.run_case = lambda *_: case  # stock saves what stock read; this was read by us
     try:
         preprocessor.run_case_save(str(output), [], None, plans, configuration, dataset_json)
+    except MemoryError:  # the pool tries it again alone
+        raise
     except Exception as error:  # blosc2 and pickle each have their own
         raise NotWrittenError(f"cannot write to {target.scratch.parent}: {last_line(error)}") from error
     return record
@@ -238,5 +265,11 @@ def _item_digest(item: Item) -> str:
     if not item.dicom:
         for name in item.files:
             check_regular(name)
-    digests = [file_digest(path) for path in item.paths()]
+    digests = []
+    for path in item.paths():
+        if not item.dicom or is_dicom(path):  # nobody reads what lies beside DICOM files
+            try:
+                digests.append(file_digest(path))
+            except OSError as error:
+                raise Unusable(f"cannot be read: {path.name}: {error.strerror}") from error
     return digests[0] if len(digests) == 1 else hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()

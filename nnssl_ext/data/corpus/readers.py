@@ -20,6 +20,7 @@ import nibabel
 import numpy as np
 import SimpleITK
 from nibabel.fileholders import FileHolder
+from nibabel.spatialimages import HeaderDataError
 
 from nnssl_ext.data.corpus.volumes import (
     MAX_COSINE,
@@ -184,10 +185,7 @@ def _nibabel_affine(header: Any) -> tuple[np.ndarray, list[str]]:
         raise Unusable(f"has unknown voxel size: spacing {tuple(sizes.tolist())}")
     stated = [header.get_base_affine()]
     if hasattr(header, "get_sform"):
-        codes = (int(header["sform_code"]), int(header["qform_code"]))
-        pairs = zip(codes, (header.get_sform, header.get_qform), strict=True)
-        stated = [form() for code, form in pairs if code > 0] or stated
-    # a registration may shear the sform; the qform cannot be sheared
+        stated = _stated_affines(header) or stated
     affine = next((one for one in stated if largest_cosine(one) <= MAX_COSINE), None)
     if affine is None:
         affine = checked_affine(stated[0])
@@ -200,6 +198,19 @@ def _nibabel_affine(header: Any) -> tuple[np.ndarray, list[str]]:
     affine[:3, :3] *= sizes / found
     affine[:3] *= unit
     return checked_affine(affine), remarks
+
+
+def _stated_affines(header: Any) -> list[np.ndarray]:
+    """Return the sform. If there is none or it is sheared, return the qform too."""
+    stated = [header.get_sform()] if header["sform_code"] > 0 else []
+    if header["qform_code"] > 0 and not any(largest_cosine(one) <= MAX_COSINE for one in stated):
+        # a registration may shear the sform; the qform cannot be sheared
+        try:
+            stated.append(header.get_qform())
+        except (ValueError, HeaderDataError):  # its quaternion is no rotation
+            if not stated:
+                raise
+    return stated
 
 
 def _read_by_itk(path: str) -> list[Volume]:

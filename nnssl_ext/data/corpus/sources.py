@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
@@ -72,12 +73,16 @@ class Item:
         return [path for name in self.files for path in (Path(name), *data_files(Path(name)))]
 
     def stamp(self) -> list[int]:
-        """Return number, bytes and latest change of the files."""
+        """Return number, bytes, latest change and a checksum.
+
+        The checksum is of each file's name, size and time.
+        """
         try:
-            stats = [path.stat() for path in self.paths()]
+            rows = [(path.name, stat.st_size, stat.st_mtime_ns) for path in self.paths() for stat in (path.stat(),)]
         except (OSError, ValueError):  # a dangling link; its reader will name it
-            return [0, 0, 0]
-        return [len(stats), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
+            return [0, 0, 0, 0]
+        latest = max((row[2] for row in rows), default=0)
+        return [len(rows), sum(row[1] for row in rows), latest, crc32(repr(rows).encode())]
 
 
 @dataclass(frozen=True)

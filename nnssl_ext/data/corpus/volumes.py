@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from dataclasses import dataclass, field
 
 import nibabel
 import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+
+from nnssl_ext.data.index import SAMPLE, sampled
 
 #: Most voxels of a volume: 8 GB of float32.
 MAX_VOXELS = 2**31
@@ -21,8 +22,6 @@ FEW_VALUES = 16
 MANY_VALUES = 2000
 #: Share of equal neighbors from which integers are a label map, and where the file's name says so too.
 EQUAL_NEIGHBORS, EQUAL_NEIGHBORS_NAMED = 0.6, 0.3
-#: Voxels that are looked at first.
-SAMPLE = 100_000
 #: Names of label maps: x_seg, x-label, mask_x, aparc+aseg, x_dseg.
 LABEL_NAME = re.compile(r"(^|[^a-z])(d?seg|segmentations?|labels?|masks?|rois?|atlas|parc|aseg|aparc|gt)([^a-z]|$)")
 
@@ -155,16 +154,13 @@ def label_values(array: np.ndarray, name: str = "") -> int:
 
     Label maps hold integers, few per volume, in pieces: most neighbors are equal. Images have noise.
     """
-    voxels, step = array.ravel(), max(1, array.size // SAMPLE)
-    while math.gcd(step, math.prod(array.shape[-2:])) > 1:  # else one column or row stands for all
-        step += 1
-    found, counts = np.unique(voxels[::step], return_counts=True)
-    most = min(MANY_VALUES, max(FEW_VALUES, voxels.size // 50))
+    found, counts = np.unique(sampled(array), return_counts=True)
+    most = min(MANY_VALUES, max(FEW_VALUES, array.size // 50))
     if len(found) > FEW_VALUES:
         limit = EQUAL_NEIGHBORS_NAMED if LABEL_NAME.search(name.casefold()) else EQUAL_NEIGHBORS
         if len(found) > most or not _integers(found) or _equal_neighbors(array, found[counts.argmax()]) < limit:
             return 0
-    values = np.unique(voxels)
+    values = np.unique(array)
     return len(values) if len(values) <= FEW_VALUES or (len(values) <= most and _integers(values)) else 0
 
 

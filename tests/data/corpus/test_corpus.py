@@ -267,3 +267,36 @@ def test_a_manifest_of_many_volumes_is_read(target: Environment, images: Path) -
     with (folder() / "corpus.json").open("a") as file:
         file.write(" " * MAX_JSON_BYTES)
     assert make(images)["counts"] == made["counts"]
+
+
+def test_what_a_call_left_that_ended_before_its_first_case_is_no_obstacle(target: Environment, images: Path) -> None:
+    folder().mkdir()
+    for name in (".nnssl_ext_corpus.lock", ".corpus.json.x.tmp"):
+        (folder() / name).touch()
+    assert make(images)["counts"]["kept"] == 4
+
+
+def test_a_folder_that_cannot_be_made_is_named(target: Environment, images: Path) -> None:
+    folder().symlink_to(folder().with_name("absent") / "absent")
+    with pytest.raises(UserError, match="expected a folder that can be written for the corpus Dataset851_Open"):
+        make(images)
+
+
+def test_a_deleted_case_is_made_again_from_another_source(target: Environment, images: Path, tmp_path: Path) -> None:
+    write_image(tmp_path / "copies" / "copy.mha", volume(0), (1.0, 1.0, 2.0))
+    (images / "a" / "two.nii").unlink()
+    (case,) = {row["case"] for row in make(images / "a")["volumes"]}
+    (data() / f"{case}.b2nd").unlink()
+    made = make(tmp_path / "copies")
+    assert made["counts"] == {"kept": 1, "duplicate": 0, "unusable": 1, "no image": 0}
+    assert files_of(made, "unusable") == {"one.nii.gz": "its preprocessed case is gone. Name its source again"}
+    assert {row["case"] for row in made["volumes"] if row["case"]} == set(list_cases(data()))
+    assert len(list(data().iterdir())) == 3
+    assert make(images / "a")["counts"] == {"kept": 1, "duplicate": 1, "unusable": 0, "no image": 0}
+
+
+def test_no_processes_of_nnunet_are_one(target: Environment, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnUNet_def_n_proc=0."""
+    monkeypatch.setattr("nnunetv2.configuration.default_num_processes", 0)
+    main(["corpus", "-d", "851", "-n", "Open", "--like", "811", str(images)])
+    assert manifest()["counts"]["kept"] == 4

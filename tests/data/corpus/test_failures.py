@@ -20,7 +20,7 @@ from nnssl_ext.data.corpus.sources import Item
 from nnssl_ext.errors import UserError
 from tests.conftest import Environment
 from tests.data.corpus.test_corpus import data, files_of, folder, make, manifest, spoil
-from tests.volumes import SHAPE, volume, write_bad_files, write_image
+from tests.volumes import SHAPE, volume, write_bad_files, write_image, write_series
 
 
 @pytest.fixture
@@ -113,11 +113,24 @@ def test_unusable_files_are_read_again_on_demand(target: Environment, images: Pa
     assert make(images, "--retry")["counts"]["kept"] == 4
 
 
-def test_a_full_disk_is_no_files_fault(
-    target: Environment, images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("error", "expected", "line"),
+    [
+        (OSError(28, "No space left on device"), NotWrittenError, "No space left on device"),
+        (MemoryError("too little"), MemoryError, "too little"),
+    ],
+)
+def test_a_full_disk_or_memory_is_no_files_fault(
+    target: Environment,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    error: BaseException,
+    expected: type[BaseException],
+    line: str,
 ) -> None:
     def fails(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     like, scratch = target.dataset("plain"), tmp_path / "scratch"
     scratch.mkdir()
@@ -128,7 +141,7 @@ def test_a_full_disk_is_no_files_fault(
             "nnunetv2.preprocessing.preprocessors.default_preprocessor.DefaultPreprocessor.run_case_save", fails
         )
         patch.setattr("tempfile.tempdir", None)
-        with pytest.raises(NotWrittenError, match="No space left on device"):
+        with pytest.raises(expected, match=line):
             prepare(Item("s", (str(images / "a" / "two.nii"),)), CorpusTarget(*paths))
 
 
@@ -227,3 +240,23 @@ def test_a_killed_call_whose_files_are_gone(target: Environment, images: Path) -
     made = make(images)
     assert {row["case"] for row in made["volumes"] if row["case"]} == set(list_cases(data()))
     assert len(list(data().iterdir())) == 3 * made["counts"]["kept"]
+
+
+def test_one_slice_that_is_not_zero_is_no_volume(target: Environment, images: Path) -> None:
+    """nnU-Net crops to it."""
+    array = np.zeros(SHAPE, np.float32)
+    array[5] = volume(0)[5]
+    write_image(images / "slice.nii.gz", array)
+    reason = files_of(make(images, "--max-failures", "20"), "unusable")["slice.nii.gz"]
+    assert reason == "has size [1, 14, 16] once nnU-Net has cropped and resampled it"
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="its first byte cannot be read")
+def test_an_unreadable_file_beside_dicom_files_spoils_none(target: Environment, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_series(tmp_path / "scans" / name, volume(ord(name)), uid=f"1.2.{ord(name)}")
+    (tmp_path / "scans" / "a" / "notes").symlink_to("/proc/self/mem")
+    (tmp_path / "scans" / "b" / "more.dcm").symlink_to("/proc/self/mem")
+    made = make(tmp_path / "scans", "--max-failures", "50")
+    assert made["counts"] == {"kept": 1, "duplicate": 0, "unusable": 1, "no image": 0}
+    assert files_of(made, "unusable") == {"b": "cannot be read: more.dcm: Input/output error"}

@@ -233,3 +233,19 @@ def test_images_of_any_size_are_no_label_maps() -> None:
         part = image[:, :edge, :edge].copy()
         part[:, :, 0] = 0
         assert label_values(part) == 0
+
+
+def test_a_qform_that_nobody_needs_may_be_wrong(tmp_path: Path) -> None:
+    """The quaternion (1.001, 0, 0) is longer than 1."""
+    sheared = np.diag([*SPACING, 1.0])
+    sheared[0, 2] = 1.0
+    quaternion = struct.pack("<fff", 1.001, 0, 0)
+    good, wrong = (nifti(tmp_path / name, affine) for name, affine in (("a.nii", None), ("b.nii", sheared)))
+    for path in (good, wrong):
+        patched(patched(path, 252, struct.pack("<hh", 1, 1)), 256, quaternion)
+    assert only(good).orientation == "RAS"
+    with pytest.raises(Unusable, match="is sheared"):
+        only(wrong)
+    patched(good, 252, struct.pack("<hh", 1, 0))
+    with pytest.raises(Unusable, match="cannot be read"):
+        only(good)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK
 
 from nnssl_ext.cli import main
 from nnssl_ext.data.cases import list_cases, open_case
@@ -267,3 +268,48 @@ def test_channels_beside_ct_are_no_foreign_images(
         shutil.rmtree(folder(), ignore_errors=True)
         make(raw, like="814")
         assert ("does not look like CT" in capsys.readouterr().err) == foreign
+
+
+@pytest.mark.parametrize("source", ["raw", "decathlon"])
+def test_a_corrected_order_of_channels_makes_the_cases_anew(
+    with_data: WithData, source: str, request: pytest.FixtureRequest
+) -> None:
+    with_data("two_channel")
+    path = request.getfixturevalue(source)
+    names = ["T1", "T2"] if source == "raw" else ["FLAIR", "T2"]
+    first = make(path, "--channels", ",".join(names), like="814")
+    made = make(path, "--channels", ", ".join(reversed(names)), like="814")
+    assert made["counts"] == first["counts"]
+    assert channels(made) == ["+".join(reversed(names))] * made["counts"]["kept"]
+    assert set(list_cases(data())) == {row["case"] for row in made["volumes"]}
+
+
+def moved(path: Path, origin: tuple[float, ...], direction: tuple[float, ...]) -> None:
+    """Change where an image lies."""
+    image = SimpleITK.ReadImage(str(path))
+    image.SetOrigin(origin)
+    image.SetDirection(direction)
+    SimpleITK.WriteImage(image, str(path))
+
+
+def test_channels_must_have_the_same_directions(
+    with_data: WithData, raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """nnU-Net would stack a mirrored channel. It warns of another origin and goes on."""
+    with_data("two_channel")
+    moved(raw / "imagesTr" / "x_0001.nii.gz", (0, 0, 0), (-1, 0, 0, 0, 1, 0, 0, 0, 1))
+    moved(raw / "imagesTs" / "y_0001.nii.gz", (3, 4, 0), (1, 0, 0, 0, 1, 0, 0, 0, 1))
+    made = make(raw, "--channels", "T1,T2", "--max-failures", "50", like="814")
+    mirrored, shifted = made["volumes"]
+    assert "has channels turned by 180.0 degrees against each other (LPS and RPS)" in mirrored["reason"]
+    assert shifted["remarks"] == ["its channels lie 5 mm apart and are stacked voxel by voxel"]
+    assert "y_0000.nii.gz: its channels lie 5 mm apart" in capsys.readouterr().err
+
+
+def test_channels_on_one_grid_have_no_remarks(with_data: WithData, raw: Path) -> None:
+    """Headers of single precision differ in the last digits."""
+    with_data("two_channel")
+    tilt = 1e-3
+    moved(raw / "imagesTr" / "x_0001.nii.gz", (0, 0, 1e-3), (1, -tilt, 0, tilt, 1, 0, 0, 0, 1))
+    made = make(raw, "--channels", "T1,T2", like="814")
+    assert [row["remarks"] for row in made["volumes"]] == [[], []]
