@@ -33,7 +33,9 @@ def info_nce(
     return F.cross_entropy(logits, right, reduction="none")
 
 
-def paired_bce(predictions: Tensor, candidates: Tensor, right: Tensor, draw: Tensor) -> Tensor:
+def paired_bce(
+    predictions: Tensor, candidates: Tensor, right: Tensor, draw: Tensor, excluded: Tensor | None = None
+) -> Tensor:
     """Compute the cross-entropy of a right and a wrong candidate.
 
     Scores are scalar products.
@@ -43,12 +45,17 @@ def paired_bce(predictions: Tensor, candidates: Tensor, right: Tensor, draw: Ten
         candidates: (K, F).
         right: (P,) position of the right candidate of each prediction.
         draw: (P,) in [0, 1), selects the wrong candidate.
+        excluded: (P, K) bool, candidates that are never the wrong one. Each prediction needs one that is.
 
     Returns:
         (P,); log 2 at chance.
     """
-    wrong = (draw * (len(candidates) - 1)).long().clamp_max(len(candidates) - 2)
-    wrong = wrong + (wrong >= right)
+    allowed = torch.arange(len(candidates), device=right.device) != right[:, None]  # (P, K)
+    if excluded is not None:
+        allowed = allowed & ~excluded
+    number = allowed.sum(1)
+    place = (draw * number).long().minimum(number - 1)  # among those that are allowed
+    wrong = torch.searchsorted(allowed.cumsum(1), place[:, None] + 1)[:, 0]
     predictions, candidates = predictions.float(), candidates.float()
     yes = (predictions * candidates[right]).sum(1)
     no = (predictions * candidates[wrong]).sum(1)

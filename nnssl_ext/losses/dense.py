@@ -68,7 +68,7 @@ def deep_supervision_weights(outputs: int) -> list[float]:
 def hard_dice(logits: Tensor, target: Tensor) -> Tensor:
     """Compute the Dice of the predicted classes, (B,).
 
-    It is a mean over the classes 1..K-1 that are in the target or predicted.
+    It is a mean over the classes 1..K-1 that are in the target or predicted. NaN where there is none.
     """
     prediction = logits.argmax(1).flatten(1)
     target = target.flatten(1)
@@ -80,4 +80,4 @@ def hard_dice(logits: Tensor, target: Tensor) -> Tensor:
         scores.append(2 * (predicted & true).sum(1) / size.clamp_min(1))
         present.append(size > 0)
     there = torch.stack(present, 1)
-    return (torch.stack(scores, 1) * there).sum(1) / there.sum(1).clamp_min(1)
+    return (torch.stack(scores, 1) * there).sum(1) / there.sum(1)

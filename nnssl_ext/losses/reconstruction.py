@@ -5,10 +5,14 @@ B batch, C channel, D H W voxels. Weights are 1 for voxels that count and 0 for 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-#: Blocks and images of lower variance show nothing to reconstruct.
+#: Blocks of lower variance show nothing to reconstruct.
 MIN_VARIANCE = 1e-6
+#: Least variance of which a share is given: a deviation of 0.1, in normalized intensities. Small errors are large
+#: multiples of less, and one such image would outweigh all others in a mean.
+MIN_EXPLAINED = 0.01
 
 
 def squared_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -20,7 +24,8 @@ def squared_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 def explained_variance(error: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Compute the share of the target's variance that is predicted: (B,).
 
-    Predicting the mean of each channel scores 0, the target 1.
+    Predicting the mean of each channel scores 0, the target 1. NaN where the variance of the voxels that count is below
+    ``MIN_EXPLAINED``, or where none counts.
 
     Args:
         error: (B,) mean squared error.
@@ -30,4 +35,4 @@ def explained_variance(error: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     mean = (target * weight).sum((2, 3, 4), keepdim=True) / per_channel
     count = weight.sum((1, 2, 3, 4)).clamp_min(1)
     variance = ((target - mean) ** 2 * weight).sum((1, 2, 3, 4)) / count
-    return 1 - error / variance.clamp_min(MIN_VARIANCE)
+    return torch.where(variance >= MIN_EXPLAINED, 1 - error / variance, torch.nan)

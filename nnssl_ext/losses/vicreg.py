@@ -22,7 +22,8 @@ def vicreg(first: Tensor, second: Tensor, everything: Tensor) -> Tensor:
     Args:
         first: (B, F), not normalized.
         second: (B, F), the other views.
-        everything: (N, F), N at least 2, embeddings of the global batch. Variance and covariance are taken over them.
+        everything: (N, F), N at least 2, embeddings of the global batch. Variance and covariance are taken over them,
+            and each counts twice: the published loss sums them over both views.
 
     Returns:
         (B,). The last two terms are equal for all pairs.
@@ -35,4 +36,4 @@ def vicreg(first: Tensor, second: Tensor, everything: Tensor) -> Tensor:
         covariance = centered.T @ centered / (len(everything) - 1)
         off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
         spread = VARIANCE * F.relu(1 - deviation).mean() + COVARIANCE * off_diagonal / everything.shape[1]
-        return INVARIANCE * invariance + spread
+        return INVARIANCE * invariance + 2 * spread

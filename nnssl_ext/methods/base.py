@@ -129,7 +129,7 @@ class Method(nn.Module, ABC):
         name: Name of its section in the plans and of its file.
         title: Name in reports.
         citation: The publication.
-        Settings: Dataclass of its settings, derived from ``TrainingSettings``.
+        Settings: Dataclass of its settings, derived from ``OptimizationSettings``.
         readable: The measure that people can interpret.
         learns_from: What its samples are made of, for reports: ``cases`` of the data set, or anything else.
         deep_supervision: Whether the objective uses the network's coarser outputs.

@@ -22,13 +22,9 @@ TRANSFORMER_RECIPE = OptimizerRecipe("adamw", 3e-4, 0.05, "cosine", 0.05, max_gr
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
-    """Settings of intensity views and optimization.
+class OptimizationSettings:
+    """Settings of optimization."""
 
-    Settings of a method derive from it and may change defaults.
-    """
-
-    intensity: IntensitySettings = field(default_factory=IntensitySettings)
     optimizer: str = setting("adamw", "Optimizer.", choices=("adam", "adamw", "sgd"))
     weight_decay: float | None = setting(
         None, "Weight decay. null: 1e-5, on a vision transformer 0.05.", source=f"0.05: {TRANSFORMER_SOURCE}", low=0
@@ -68,6 +64,21 @@ class TrainingSettings:
         )
 
 
+@dataclass(frozen=True)
+class IntensityViewSettings:
+    """Intensity views."""
+
+    intensity: IntensitySettings = field(default_factory=IntensitySettings)
+
+
+@dataclass(frozen=True)
+class TrainingSettings(OptimizationSettings, IntensityViewSettings):
+    """Settings of intensity views and optimization.
+
+    Settings of a method derive from it and may change defaults.
+    """
+
+
 def view_size(geometry: DataGeometry, margin: float, alike: np.ndarray | None = None) -> Triple:
     """Compute the edges of rotated views.
 
@@ -103,8 +114,8 @@ def region_size(geometry: DataGeometry, view: Triple, extent: float) -> Triple:
 
 
 @dataclass(frozen=True)
-class SharedSettings(TrainingSettings):
-    """Spatial views in addition."""
+class SpatialViewSettings:
+    """Spatial views."""
 
     flip: float = setting(0.5, "Chance of a mirror, per axis and crop.", source="nnU-Net", low=0, high=1)
     rot90: float = setting(0.3, "Chance of quarter turns in a plane of equal edges and spacing.", low=0, high=1)
@@ -116,3 +127,8 @@ class SharedSettings(TrainingSettings):
         """Build the range of spatial views of a crop."""
         zoom = (self.zoom[0], self.zoom[1])
         return SpatialRange(geometry.spacing, self.flip, self.rot90, self.affine, self.rotation, zoom)
+
+
+@dataclass(frozen=True)
+class SharedSettings(SpatialViewSettings, TrainingSettings):
+    """Spatial views in addition."""

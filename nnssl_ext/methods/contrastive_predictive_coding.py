@@ -98,7 +98,7 @@ class ContrastivePredictiveCoding(PatchMethod):
             self.context = RecurrentContext(embedding_dim=s.embedding_dim, context_dim=s.context_dim)
         else:
             self.context = ConvolutionalContext(
-                columns=self.columns, embedding_dim=s.embedding_dim, context_dim=s.context_dim
+                rows=s.context_rows, columns=self.columns, embedding_dim=s.embedding_dim, context_dim=s.context_dim
             )
         overlaps = torch.from_numpy(self.layout.overlaps()[-self.targets :])  # (T, N)
         self.register_buffer("overlaps", overlaps, persistent=False)
@@ -152,7 +152,7 @@ class ContrastivePredictiveCoding(PatchMethod):
         if self.settings.loss == "infonce":
             loss = info_nce(predicted, candidates, positive, self.settings.temperature, excluded)
         else:
-            loss = paired_bce(predicted, candidates, positive, views["negative"].flatten())
+            loss = paired_bce(predicted, candidates, positive, views["negative"].flatten(), excluded)
         measures = {} if self.training else self._accuracies(predicted, candidates, positive, excluded)
         return self.result(loss.view(-1, self.targets).mean(1), features, self.chance, **measures)
 

@@ -160,7 +160,7 @@ class MaskedAutoencoder(Method):
 
     def _restore(self, image: Tensor, views: dict[str, Tensor]) -> Tensor:
         if not self.token:
-            return self.network(image)
+            return self.backbone.output(image)
         return self.backbone.visible_output(image, views["tokens"], self.token_decoder)
 
     def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.losses.reconstruction import explained_variance, squared_error
 from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
-from nnssl_ext.methods.common import SharedSettings
+from nnssl_ext.methods.common import OptimizationSettings, SpatialViewSettings
 from nnssl_ext.methods.panels import Panel
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.settings import setting
@@ -27,8 +27,8 @@ ZHOU = "Zhou et al. 2021"
 
 
 @dataclass(frozen=True)
-class ModelsGenesisSettings(SharedSettings):
-    """Settings of Models Genesis."""
+class ModelsGenesisSettings(SpatialViewSettings, OptimizationSettings):
+    """Settings of Models Genesis. Its corruptions change intensities, and no other view does."""
 
     nonlinear_probability: float = setting(0.9, "Chance of a Bezier curve of intensities.", low=0, high=1)
     reversed_probability: float = setting(0.5, "Chance that the curve falls.", low=0, high=1)
@@ -91,11 +91,11 @@ class ModelsGenesis(Method):
 
         In evaluation also ``explained_variance`` and, as its control, ``shuffled_variance`` on shuffled voxels.
         """
-        error = squared_error(self.network(views["image"]), views["target"], views["weight"])
+        error = squared_error(self.backbone.output(views["image"]), views["target"], views["weight"])
         result = {"loss": error}
         if not self.training:
             target, weight = views["shuffled_target"], views["weight"]
-            shuffled = squared_error(self.network(views["shuffled"]), target, weight)
+            shuffled = squared_error(self.backbone.output(views["shuffled"]), target, weight)
             result["explained_variance"] = explained_variance(error, views["target"], weight)
             result["shuffled_variance"] = explained_variance(shuffled, target, weight)
         return result
@@ -104,7 +104,7 @@ class ModelsGenesis(Method):
         return [
             [
                 Panel("corrupted input", views["image"][0, 0]),
-                Panel("restoration", self.network(views["image"][:1])[0, 0]),
+                Panel("restoration", self.backbone.output(views["image"][:1])[0, 0]),
                 Panel("truth (target)", views["target"][0, 0]),
             ]
         ]

@@ -38,7 +38,9 @@ class PatchIntensitySettings(CustomIntensitySettings):
 class PatchSettings(TrainingSettings):
     """Reading and appearance of patches."""
 
-    zoom: float = setting(2.0, "Largest magnification of the window, for small cases.", low=1, high=8)
+    zoom: float = setting(
+        2.0, "Largest magnification of the patches, for small cases. The smallest tenth may exceed it.", low=1, high=8
+    )
     standardize: bool = setting(
         True, "Zero mean and unit deviation per patch.", source="intensity drifts reveal a patch's place"
     )

@@ -21,7 +21,7 @@ from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable, Vali
 from nnssl_ext.methods.common import TrainingSettings, region_size, view_size
 from nnssl_ext.methods.encoder_only import EncoderMethod, classification
 from nnssl_ext.methods.panels import Panel
-from nnssl_ext.networks.base import Backbone, Triple
+from nnssl_ext.networks.base import Backbone, Triple, triple
 from nnssl_ext.networks.heads import GridHead, grid_features, layers
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw
@@ -111,10 +111,14 @@ class Rotation(EncoderMethod):
         return geometry.channels if settings.reconstruction else None
 
     @classmethod
+    def exchanged(cls, settings: RotationSettings, geometry: DataGeometry) -> np.ndarray:
+        """Return which axes rotations exchange: (3, 3) bool."""
+        return same_spacing(geometry.spacing) if settings.keep_grid else np.ones((3, 3), bool)
+
+    @classmethod
     def box(cls, settings: RotationSettings, geometry: DataGeometry) -> tuple[int, int, int]:
         """Compute the crop's edges. They are equal along axes that rotations exchange."""
-        alike = same_spacing(geometry.spacing) if settings.keep_grid else np.ones((3, 3), bool)
-        return view_size(geometry, extent_of(settings.jitter_angle / 2), alike)
+        return view_size(geometry, extent_of(settings.jitter_angle / 2), cls.exchanged(settings, geometry))
 
     @classmethod
     def crops(cls, settings: RotationSettings, geometry: DataGeometry) -> CropRequest:
@@ -124,11 +128,18 @@ class Rotation(EncoderMethod):
 
     @classmethod
     def region(cls, settings: RotationSettings, geometry: DataGeometry) -> Triple:
-        """Compute the region to read. It is equal along axes with equal edges of the crop."""
+        """Compute the region to read.
+
+        It is equal along axes with equal edges of the crop. Where nothing rotates along an axis, as along that of thick
+        slices, it has the crop's edge: a larger one could center the crop between two slices, which would be averaged.
+        """
         box = cls.box(settings, geometry)
         region = region_size(geometry, box, extent_of(settings.jitter_angle))
-        depth, height, width = (min(r for r, b in zip(region, box, strict=True) if b == edge) for edge in box)
-        return depth, height, width
+        region = triple([min(r for r, b in zip(region, box, strict=True) if b == edge) for edge in box])
+        about = SpatialRange(geometry.spacing).turning_axes()
+        # a rotation about another axis moves voxels along this one, or along one that it is exchanged with
+        moved = cls.exchanged(settings, geometry) @ (about.sum() - about)
+        return triple([r if moves else b for r, b, moves in zip(region, box, moved, strict=True)])
 
     def clipped_modules(self) -> list[nn.Module]:
         """Clip the spacing classifier's gradient apart from the task's."""
@@ -183,7 +194,8 @@ class Rotation(EncoderMethod):
             target, weight = views["target"].flatten(0, 1), views["weight"].flatten(0, 1)
             error = squared_error(restored, target, weight)
             loss = loss + self.settings.reconstruction * error.unflatten(0, label.shape).mean(1)
-            measures["explained_variance"] = explained_variance(error, target, weight).unflatten(0, label.shape).mean(1)
+            explained = explained_variance(error, target, weight).unflatten(0, label.shape)
+            measures["explained_variance"] = explained.nanmean(1)
         return self.result(loss, features, 1 / len(self.rotations), **measures)
 
     def check_validation(self, measures: dict[str, float]) -> ValidationCheck:

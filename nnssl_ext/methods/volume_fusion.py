@@ -125,7 +125,7 @@ class VolumeFusion(Method):
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Return ``image`` (B, C, D, H, W) and ``level`` (B, D, H, W) uint8 with ``IGNORE``.
 
-        In evaluation also ``shuffled``, the same fusion of the crops' shuffled voxels.
+        In evaluation also ``shuffled``, the same fusion of the crops' shuffled voxels, and its ``shuffled_level``.
         """
         s, size, spacing = self.settings, self.geometry.crop_size, self.geometry.spacing
         channels = len(batch.boxes[0][0].data)
@@ -134,9 +134,11 @@ class VolumeFusion(Method):
         filters = IntensityDraw.draw(of_fused, random, channels, spacing) if of_fused else None
         level = self._draw_levels(random)
         image = torch.empty((len(random), channels, *size), device=random.device)
-        shuffled = None if self.training else torch.empty_like(image)
+        views = {"image": image, "level": level}
+        if not self.training:
+            views |= {"shuffled": torch.empty_like(image), "shuffled_level": level.clone()}
         for samples in sample_chunks(image):
-            own, levels = random.of(samples), level[samples]
+            own = random.of(samples)
             background, foreground = image[samples], scratch(image[samples].shape, random.device)
             valid = []
             for crop, boxes, draw in zip((background, foreground), batch.boxes, draws, strict=True):
@@ -147,17 +149,18 @@ class VolumeFusion(Method):
                 if inside is not None:
                     crop.mul_(inside)
                     valid.append(inside)
-            if shuffled is not None:
+            pairs = [(foreground, background, level[samples])]
+            if not self.training:  # first, since fusing changes the background
                 front, back = shuffle_voxels(foreground, own), shuffle_voxels(background, own)
-                shuffled[samples] = self._fuse(front, back, levels.clone(), own)
-            self._fuse(foreground, background, levels, own)
-            if filters is not None:
-                filters.of(samples).apply(background)
-            for inside in valid:
-                background.mul_(inside)
-                levels.masked_fill_(~inside[:, 0], IGNORE)
-        views = {"image": image, "level": level}
-        return views if shuffled is None else {**views, "shuffled": shuffled}
+                pairs.insert(0, (front, views["shuffled"][samples].copy_(back), views["shuffled_level"][samples]))
+            for front, fused, target in pairs:
+                self._fuse(front, fused, target, own)
+                if filters is not None:
+                    filters.of(samples).apply(fused)
+                for inside in valid:
+                    fused.mul_(inside)
+                    target.masked_fill_(~inside[:, 0], IGNORE)
+        return views
 
     def _fuse(self, foreground: Tensor, background: Tensor, level: Tensor, random: BatchRandom) -> Tensor:
         """Fuse within ``background``, with the noise of an unmixed crop."""
@@ -185,7 +188,7 @@ class VolumeFusion(Method):
         result = {"loss": loss, "dice_loss": dice_total.detach(), "cross_entropy": entropy_total.detach()}
         if not self.training:
             result["fusion_dice"] = hard_dice(outputs[0], views["level"])
-            result["shuffled_dice"] = hard_dice(self._outputs(views["shuffled"])[0], views["level"])
+            result["shuffled_dice"] = hard_dice(self._outputs(views["shuffled"])[0], views["shuffled_level"])
         return result
 
     def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
@@ -202,7 +205,7 @@ class VolumeFusion(Method):
 
     def _outputs(self, image: Tensor) -> Sequence[Tensor]:
         """Return all outputs, the finest first."""
-        outputs = self.network(image)
+        outputs = self.backbone.output(image)
         return outputs if isinstance(outputs, (list, tuple)) else [outputs]
 
     def _draw_levels(self, random: BatchRandom) -> Tensor:

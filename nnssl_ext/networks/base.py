@@ -77,12 +77,19 @@ class Backbone(ABC):
         (B, C, D, H, W) -> [(B, channels[i], *edges / strides[i])].
         """
 
+    def output(self, image: Tensor) -> Any:
+        """Compute the network's output, or all outputs under deep supervision.
+
+        (B, C, D, H, W) -> (B, classes, D, H, W). Any crop without a ``crop_problem`` is possible.
+        """
+        return self.network(image)
+
     def features_and_output(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
         """Compute the encoder's feature maps and the network's output, without deep supervision.
 
         (B, C, D, H, W) -> maps as ``features`` returns them, (B, classes, D, H, W). The default runs the encoder twice.
         """
-        return self.features(image), self.network(image)
+        return self.features(image), self.output(image)
 
     def train_mask_token(self) -> None:  # noqa: B027 a default
         """Train the mask token, for an objective that masks tokens. Networks without a trainable one do nothing."""

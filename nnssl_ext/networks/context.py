@@ -23,16 +23,17 @@ class RecurrentContext(nn.Module):
 
 
 class ConvolutionalContext(nn.Module):
-    """Run causal convolutions along rows and read the last row: (B, R, Q, E) -> (B, H)."""
+    """Run causal convolutions along rows and read the last row: (B, R, Q, E) -> (B, H). It sees all R rows."""
 
-    def __init__(self, *, columns: int, embedding_dim: int, context_dim: int) -> None:
+    def __init__(self, *, rows: int, columns: int, embedding_dim: int, context_dim: int) -> None:
         super().__init__()
+        length = max(2, rows - 1)
         self.layers = nn.Sequential(
             nn.ConstantPad1d((1, 0), 0.0),
             nn.Conv1d(columns * embedding_dim, context_dim, 2),
             nn.GELU(),
-            nn.ConstantPad1d((1, 0), 0.0),
-            nn.Conv1d(context_dim, context_dim, 2),
+            nn.ConstantPad1d((length - 1, 0), 0.0),
+            nn.Conv1d(context_dim, context_dim, length),
         )
 
     def forward(self, rows: Tensor) -> Tensor:

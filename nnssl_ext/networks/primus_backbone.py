@@ -59,6 +59,14 @@ class PrimusBackbone(Backbone):
         """Return the normed tokens as a map, [(B, E, d, h, w)]. Positions are resized to the image's grid."""
         return [self._encode(image)][:stages]
 
+    def output(self, image: Tensor) -> Tensor:
+        """Segment an image of any token grid: (B, C, D, H, W) -> (B, classes, D, H, W)."""
+        return self.features_and_output(image)[1]
+
+    def features_and_output(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
+        maps = self.features(image)
+        return maps, self.network.up_projection(maps[0])
+
     def visible_output(self, image: Tensor, visible: Tensor, decode: Decode | None = None) -> Tensor:
         return self.network.up_projection(self._encode(image, visible, decode))
 

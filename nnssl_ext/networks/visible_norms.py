@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnssl_ext.errors import UserError
+
 
 class VisibleNorms:
     """Let instance norms use visible voxels only.
@@ -20,16 +22,24 @@ class VisibleNorms:
     Args:
         network: Its instance norms are changed in place. Their names and parameters stay.
 
+    Raises:
+        UserError: If it has none.
+
     Attributes:
         mask: (B, 1, D, H, W) bool, True where voxels are visible. None uses all voxels.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.mask: Tensor | None = None
-        for module in network.modules():
-            if isinstance(module, nn.InstanceNorm3d):
-                module.__class__ = VisibleInstanceNorm3d
-                object.__setattr__(module, "norms", self)
+        norms = [module for module in network.modules() if isinstance(module, nn.InstanceNorm3d)]
+        if not norms:
+            raise UserError(
+                f"masked_autoencoder.visible_norms: expected a network with instance norms, got "
+                f"{type(network).__name__} without any. Set it to false."
+            )
+        for module in norms:
+            module.__class__ = VisibleInstanceNorm3d
+            object.__setattr__(module, "norms", self)
 
 
 class VisibleInstanceNorm3d(nn.InstanceNorm3d):
@@ -42,7 +52,8 @@ class VisibleInstanceNorm3d(nn.InstanceNorm3d):
         if mask is None:
             return super().forward(input)
         # a voxel of a coarse map is visible where any voxel below it is
-        visible = F.adaptive_max_pool3d(mask.float(), input.shape[2:])
+        fine = mask.cpu() if mask.device.type == "mps" else mask  # MPS lacks the operator
+        visible = F.adaptive_max_pool3d(fine.float(), input.shape[2:]).to(input.device)
         # a fully masked map would have no statistics
         visible = torch.where(visible.amax((2, 3, 4), keepdim=True) > 0, visible, torch.ones_like(visible))
         values, count = input.float(), visible.sum((2, 3, 4), keepdim=True)

@@ -133,10 +133,12 @@ class GridLayout:
             random: One stream per sample.
             size: Edges of the crop in voxels.
             levels: K; each foreground block gets a level from 1..K.
-            edges: Range of a block's edge in voxels, per axis.
+            edges: Range of a block's edge in voxels, per axis. Whole blocks are at most as long as the crop.
             share: Share of blocks that are foreground.
             whole: Take whole blocks only. The border that is left is background.
         """
+        if whole:  # a block that is longer than the crop would never be whole
+            edges = [[min(end, length) for end in ends] for ends, length in zip(edges, size, strict=True)]
         edge = torch.stack([random.integers(low, high) for low, high in edges], -1)
         place = random.uniform(0, 1, (3,))
         lengths = torch.tensor(size)
@@ -239,11 +241,12 @@ def noise_variance(image: Tensor) -> Tensor:
     """Estimate white noise: (..., D, H, W) -> (...).
 
     The median absolute second difference along the last axis is robust to edges. Constant regions, such as air that
-    was set to zero, are left out.
+    was set to zero, are left out. Interpolation leaves rounding errors in them.
     """
     if image.shape[-1] < 3:
         return image.new_zeros(image.shape[:-3])
     second = (image[..., 2:] - 2 * image[..., 1:-1] + image[..., :-2]).abs().flatten(-3)
-    median = torch.where(second > 0, second, torch.nan).nanmedian(-1).values.nan_to_num(0.0)
+    constant = 1e-5 * image.flatten(-3).abs().amax(-1, keepdim=True)
+    median = torch.where(second > constant, second, torch.nan).nanmedian(-1).values.nan_to_num(0.0)
     # the median of |N(0, 1)| is 0.6745, and 1, -2, 1 multiply the variance by 6
     return (median / 0.6745) ** 2 / 6

@@ -25,6 +25,8 @@ from nnssl_ext.views.spatial import SourceBox, crop_batch
 
 #: A patch whose longest edge is shorter shows nothing.
 MIN_EDGE = 8
+#: Along an axis on which a window spans less of the case, in voxels, patches are not shifted.
+MIN_SPAN = 2
 
 Edges = tuple[int, int, int]
 
@@ -111,7 +113,7 @@ def cut_patches(
         scale = np.diag(box.matrix)
         half = scale * (np.asarray(window) - 1) / 2
         # an unmagnified window is copied; a single plane leaves no room
-        room = (2 * half >= 2) * (scale != 1).any()
+        room = (2 * half >= MIN_SPAN) * (scale != 1).any()
         scale = scale * (1 - room / np.maximum(2 * half, 1))
         centers = box.center - half + (places + (np.asarray(patch) - 1) / 2) * scale + shift * room
         placed += [SourceBox(box.data, np.diag(scale), center, box.case) for center in centers]
@@ -136,6 +138,40 @@ def patch_sizes(strides: Sequence[Sequence[int]]) -> Iterator[tuple[int, Edges]]
 def magnification(window: Sequence[int], case_size: Sequence[int]) -> float:
     """Compute a window's magnification in cases, at least 1."""
     return max(1.0, *(edge / case for edge, case in zip(window, case_size, strict=True)))
+
+
+def patch_zoom(window: Sequence[int], zoom: float, case_size: Sequence[int]) -> float:
+    """Compute the largest magnification of a window's patches.
+
+    It is that along one axis, and larger than the window's: patches leave a voxel of the case for their shifts, and the
+    window ends at the centers of the case's outermost voxels.
+
+    Args:
+        window: Edges of the window.
+        zoom: Its ``magnification``.
+        case_size: Edges of the cases.
+    """
+    if zoom == 1:
+        return 1.0
+    found = [zoom]
+    for edge, case in zip(window, case_size, strict=True):
+        span = min((edge - 1) / zoom, case - 1)
+        if span:  # a single plane is repeated
+            found.append((edge - 1) / (span - (span >= MIN_SPAN)))
+    return max(found)
+
+
+def longest_edge(case: int, max_zoom: float) -> float:
+    """Compute the longest edge of a window along an axis.
+
+    Its ``patch_zoom`` along this axis is then at most ``max_zoom``.
+
+    Args:
+        case: Edge of the cases.
+        max_zoom: Largest magnification.
+    """
+    span = case - 1 - (case - 1 >= MIN_SPAN)
+    return max(case, 1 + max_zoom * span) if span else max_zoom
 
 
 def shift_room(zoom: float) -> int:
@@ -181,9 +217,9 @@ def solve_layout(
             if math.prod(grid) < min_patches:
                 continue
             bare = Layout(_edges(grid), patch, gaps, jitters, stages, 1.0)
-            windows.append(bare.window)
+            windows.append(_widened(bare, shift_room(max_zoom)).window)
             layout = _magnify(bare, case_size, max_zoom)
-            if layout.zoom <= max_zoom:
+            if patch_zoom(layout.window, layout.zoom, case_size) <= max_zoom:
                 found.append(layout)
         affordable = [layout for layout in found if math.prod(layout.grid + patch) <= max_voxels]
         candidates += affordable or sorted(found, key=lambda layout: (math.prod(layout.grid), layout.zoom))[:1]
@@ -194,13 +230,18 @@ def solve_layout(
 
 def _magnify(layout: Layout, case_size: Sequence[int], max_zoom: float) -> Layout:
     """Set the zoom and widen gaps for shifts."""
-    gaps, room = layout.gap, 0
+    bare, room = layout, 0
     while True:
         zoom = magnification(layout.window, case_size)
         if shift_room(zoom) <= room or zoom > max_zoom:
             return replace(layout, zoom=zoom)
         room = shift_room(zoom)
-        layout = replace(layout, gap=_edges(gap + room for gap in gaps))
+        layout = _widened(bare, room)
+
+
+def _widened(layout: Layout, room: int) -> Layout:
+    """Widen the gaps for shifts, in voxels."""
+    return replace(layout, gap=_edges(gap + room for gap in layout.gap))
 
 
 def nothing_fits(
@@ -219,14 +260,16 @@ def nothing_fits(
         strides: Cumulative stride of each encoder stage.
         case_size: Edges of the cases.
         max_zoom: Largest magnification.
-        windows: Windows that larger cases would hold.
+        windows: Windows that larger cases would hold, with room for shifts.
     """
     smallest = min((patch for _, patch in patch_sizes(strides)), default=None)
     least = f"of {smallest} voxels " if smallest else ""
     advice = ""
     if windows:
-        # one voxel more along each axis: patches of a magnified window are shifted
-        needed = [math.ceil(edge / max_zoom) + 1 for edge in min(windows, key=math.prod)]
+        window = min(windows, key=math.prod)
+        # with these ``patch_zoom`` is at most ``max_zoom``
+        share = 1 / max_zoom + 1 / (min(window) - 1)
+        needed = [min(edge, math.ceil(max(edge * share, (edge - 1) / max_zoom + 2))) for edge in window]
         advice = f"; cases of {format_edges(needed)} would do"
     return UserError(
         f"{title} needs {what} {least}side by side, but cases of {tuple(case_size)} voxels hold none even magnified "

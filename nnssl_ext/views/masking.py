@@ -66,9 +66,11 @@ def expand_blocks(values: Tensor, size: Sequence[int], block: Sequence[int]) -> 
 
 def block_moments(image: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return mean and variance of each block: (B, C, D, H, W) -> (B, C, blocks D, blocks H, blocks W) each."""
+    # pooling refuses a kernel that is longer than the image
+    kernel = tuple(min(pair) for pair in zip(block, image.shape[2:], strict=True))
 
     def pooled(values: Tensor) -> Tensor:
-        return F.avg_pool3d(values, tuple(block), ceil_mode=True, count_include_pad=False)
+        return F.avg_pool3d(values, kernel, ceil_mode=True, count_include_pad=False)
 
     mean = pooled(image)
     centered = image - expand_blocks(mean, image.shape[2:], block)

@@ -16,7 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnssl_ext.views.layout import Edges, format_edges, magnification, nothing_fits, patch_sizes, shift_room
+from nnssl_ext.views.layout import (
+    Edges,
+    format_edges,
+    longest_edge,
+    magnification,
+    nothing_fits,
+    patch_sizes,
+    patch_zoom,
+    shift_room,
+)
 
 
 @dataclass(frozen=True)
@@ -174,10 +183,10 @@ def solve_rows(
                 candidates.append(layout)
     if candidates:
         return max(candidates, key=lambda layout: (-layout.zoom, layout.stages, math.prod(layout.columns)))
-    windows = []
+    windows, spaced = [], replace(rows, room=shift_room(max_zoom))
     for _, patch in patch_sizes(strides):
         for axis in range(3):
-            edges = [rows.length(edge) if a == axis else edge for a, edge in enumerate(patch)]
+            edges = [spaced.length(edge) if a == axis else edge for a, edge in enumerate(patch)]
             windows.append((edges[0], edges[1], edges[2]))
     number = rows.context + rows.skipped + rows.predicted
     raise nothing_fits(title, f"{number} rows", strides, case_size, max_zoom, windows)
@@ -199,7 +208,7 @@ def _magnify(
     Returns:
         None if it does not fit.
     """
-    space, room = [edge * max_zoom for edge in case_size], 0
+    space, room = [longest_edge(edge, max_zoom) for edge in case_size], 0
     while True:
         spaced = replace(rows, room=room)
         axes = tuple(axis for axis in range(3) if spaced.length(patch[axis]) <= space[axis])
@@ -215,6 +224,8 @@ def _magnify(
         window = (edges[0], edges[1], edges[2])
         zoom = magnification(window, case_size)
         if shift_room(zoom) <= room:
+            if patch_zoom(window, zoom, case_size) > max_zoom:
+                return None
             grid = (columns[0], columns[1], columns[2])
             return RowLayout(spaced, patch, grid, axes, window, stages, zoom)
         room = shift_room(zoom)

@@ -30,6 +30,18 @@ def test_paired_bce_takes_one_wrong_candidate_never_the_right_one() -> None:
     assert two.item() < 1e-3
 
 
+def test_paired_bce_takes_every_candidate_but_excluded_ones_equally_often() -> None:
+    candidates = torch.eye(6, requires_grad=True)
+    excluded = torch.zeros(600, 6, dtype=torch.bool)
+    excluded[:, [0, 3]] = True
+    draws, right = torch.linspace(0, 1 - 2**-24, 600), torch.full((600,), 1)
+    loss = paired_bce(torch.ones(600, 6), candidates, right, draws, excluded)
+    (gradient,) = torch.autograd.grad(loss.sum(), candidates)
+    often = gradient.sum(1) / gradient.sum(1)[2]
+    assert often[[0, 3]].tolist() == [0, 0]
+    assert often[[2, 4, 5]].tolist() == pytest.approx([1, 1, 1], abs=0.02)
+
+
 def test_hits_share_what_is_equal() -> None:
     scores = torch.tensor([[1.0, 2.0, 0.0], [1.0, 1.0, 1.0], [0.0, 2.0, 2.0]])
     assert hits(scores, torch.tensor([1, 0, 2])).tolist() == pytest.approx([1, 1 / 3, 1 / 2])

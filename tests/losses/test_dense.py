@@ -109,6 +109,17 @@ def test_hard_dice_is_one_for_the_truth_and_zero_for_its_opposite() -> None:
     assert hard_dice(right.flip(1), target).item() == 0
 
 
+def test_hard_dice_leaves_out_a_sample_without_any_class() -> None:
+    """Nothing counts, or all background is right. One wrong voxel counts."""
+    target = torch.zeros(3, 1, 1, 4, dtype=torch.uint8)
+    target[1] = IGNORE
+    prediction = torch.zeros(3, 1, 1, 4, dtype=torch.int64)
+    prediction[1:, ..., 0] = 1
+    found = hard_dice(F.one_hot(prediction, 2).permute(0, 4, 1, 2, 3).float(), target)
+    assert found.isnan().tolist() == [True, True, False]
+    assert found[2] == 0
+
+
 def test_labels_are_halved_without_new_values() -> None:
     target = torch.randint(0, 5, (1, 8, 8, 8), dtype=torch.uint8)
     target[0, :4] = IGNORE

@@ -161,8 +161,24 @@ def test_patches_that_share_voxels_with_the_target_are_no_negatives() -> None:
     shared = ((starts[:, None] - starts).abs() < patch).all(-1) & ~torch.eye(len(starts), dtype=torch.bool)
     assert torch.equal(shared[-method.targets :], method.overlaps)
     assert method.overlaps.any(1).all()
-    apart = build(ContrastivePredictiveCoding, replace(BARE, overlap=0.0))
+    apart = build(ContrastivePredictiveCoding, replace(BARE, overlap=0.0, zoom=4.0))
     assert not apart.overlaps.any()
+
+
+def test_the_one_negative_shares_no_voxels_with_the_target() -> None:
+    method = build(ContrastivePredictiveCoding, replace(BARE, loss="bce"))
+    embedded = torch.eye(16, requires_grad=True)[None]
+    method.encode, method.embed = lambda _: embedded, torch.nn.Identity()
+    drawn = torch.zeros(method.targets, 16)
+    for target in range(method.targets):
+        # only this target's prediction passes a gradient on
+        one = torch.zeros(method.targets, 16).index_fill_(0, torch.tensor(target), 1.0)
+        method._predict = lambda *_, prediction=one: prediction
+        for draw in torch.linspace(0, 0.99, 40):
+            views = {"patches": None, "direction": None, "negative": draw.expand(1, method.targets)}
+            (gradient,) = torch.autograd.grad(method(views)["loss"].sum(), embedded)
+            drawn[target] += gradient[0].abs().sum(1)
+    assert torch.equal(drawn == 0, method.overlaps)
 
 
 def test_excluded_candidates_have_no_gradient() -> None:

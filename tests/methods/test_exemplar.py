@@ -142,7 +142,8 @@ def test_vicreg_is_what_was_published_and_needs_no_negatives(folder: Path) -> No
     covariance = flat.T.cov()
     variance = (1 - (covariance.diagonal() + 1e-4).sqrt()).clamp_min(0).mean()
     others = (covariance - covariance.diagonal().diag()).square().sum() / len(covariance)
-    expected = 25 * ((embedded[:, 0] - embedded[:, 1]) ** 2).mean(1) + 25 * variance + others
+    # both terms are sums over the two views, and here each is one over all images
+    expected = 25 * ((embedded[:, 0] - embedded[:, 1]) ** 2).mean(1) + 2 * (25 * variance + others)
     torch.testing.assert_close(method(views)["loss"], expected)
     views["case"][:] = 1  # one case alone has no negatives
     torch.testing.assert_close(method(views)["loss"], expected)

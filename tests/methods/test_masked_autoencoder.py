@@ -1,19 +1,23 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from dynamic_network_architectures.architectures.primus import Primus
 from torch import nn
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import DataGeometry
 from nnssl_ext.methods.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderSettings, default_block
+from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.networks.heads import sine_positions
 from nnssl_ext.networks.visible_norms import VisibleNorms
 from nnssl_ext.views.masking import block_moments, expand_blocks
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from tests.methods.helpers import CPU, OFF, SIZE, batch_of, build, views_of, write_cases
+from tests.support.networks import network
 
 #: No augmentation.
 BARE = replace(MaskedAutoencoderSettings(), flip=0, rot90=0, affine=0, intensity=OFF, block_size=[4, 4, 4])
@@ -68,6 +72,16 @@ def test_visible_norms_do_not_depend_on_masked_voxels() -> None:
     torch.testing.assert_close(network(image)[visible], network(changed)[visible], atol=1e-4, rtol=1e-4)
     norms.mask = None
     assert not torch.allclose(network(image)[visible], network(changed)[visible], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["pct_net", "primus"])
+def test_visible_norms_need_instance_norms(kind: str) -> None:
+    geometry = DataGeometry((16, 16, 16), (1.0, 1.0, 1.0), 1, ((8, 8, 8),))
+    size: dict[str, Any] = {"embed_dim": 72, "eva_depth": 1, "eva_numheads": 6, "input_shape": (16, 16, 16)}
+    net = Primus(1, patch_embed_size=(8, 8, 8), num_classes=1, **size) if kind == "primus" else network(kind)
+    settings = MaskedAutoencoderSettings(visible_norms=True, drop_masked_tokens=False)
+    with pytest.raises(UserError, match=r"visible_norms: expected a network with instance norms, got P\w+ without any"):
+        MaskedAutoencoder(backbone_of(net), settings, geometry)
 
 
 @pytest.mark.parametrize("kind", ["plain", "residual", "anisotropic"])
@@ -157,13 +171,22 @@ def test_it_learns_and_with_shuffled_voxels_it_does_not(folder: Path) -> None:
     assert explained_after(folder, True) < 0.05
 
 
-def test_constant_crops_give_finite_numbers(folder: Path) -> None:
-    method = build(MaskedAutoencoder, replace(MaskedAutoencoderSettings(), normalize_target=True)).eval()
+def test_constant_crops_give_a_finite_loss_and_explain_nothing(folder: Path) -> None:
+    method = build(MaskedAutoencoder, MaskedAutoencoderSettings(normalize_target=True, intensity=OFF)).eval()
     batch = batch_of(folder, method, [0, 1])
     for box in batch.boxes[0]:
         box.data = torch.zeros_like(box.data)
     with torch.no_grad():
         result = method(method.views(batch, BatchRandom(0, VIEWS, [0, 1], CPU)))
+    assert torch.isfinite(result["loss"]).all()
+    assert result["explained_variance"].isnan().all()
+    assert result["shuffled_variance"].isnan().all()
+
+
+def test_a_block_may_be_longer_than_the_crop(folder: Path) -> None:
+    """As the published one is, in plans with few slices."""
+    method = build(MaskedAutoencoder, replace(BARE, block_size=[32, 4, 4])).eval()
+    result = method(views_of(folder, method, [0, 1]))
     assert all(torch.isfinite(value).all() for value in result.values())
 
 

@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from nnssl_ext.errors import UserError
+from nnssl_ext.methods import SCHEMAS
 from nnssl_ext.methods.models_genesis import ModelsGenesis, ModelsGenesisSettings
+from nnssl_ext.settings import split_sections
 from nnssl_ext.views.corruption import bezier_curve, draw_windows, map_intensities, paint, shuffle_locally
 from tests.methods.helpers import build, readable_after, views_of, write_anatomy, write_cases
 
@@ -74,6 +77,12 @@ def test_a_sample_looks_the_same_in_any_batch(tmp_path: Path) -> None:
     for place, index in enumerate([3, 4]):
         alone = views_of(folder, method, [index])
         assert all(torch.equal(together[key][place], alone[key][0]) for key in together)
+
+
+def test_intensity_views_of_other_methods_are_refused() -> None:
+    """The method has an intensity transform of its own, so they would change nothing."""
+    with pytest.raises(UserError, match=r"unknown setting 'models_genesis\.intensity'"):
+        split_sections({"models_genesis": {"intensity": {"noise_probability": 1.0}}}, SCHEMAS, "plans")
 
 
 def test_without_corruption_the_image_is_the_target(tmp_path: Path) -> None:

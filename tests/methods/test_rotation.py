@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from nnssl_ext.data.crops import CropBatch
+from nnssl_ext.methods import DataGeometry
 from nnssl_ext.methods.rotation import Rotation, RotationSettings, allowed_rotations, roughness
+from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from tests.methods.helpers import CPU, OFF, build, noise_boxes, readable_after, views_of, write_anatomy, write_cases
+from tests.support.networks import network
 
 #: Turns and nothing else.
 BARE = replace(RotationSettings(), jitter_angle=0.0, thick_slice_probability=0.0, intensity=OFF)
@@ -132,6 +135,20 @@ def test_the_probe_learns_beside_and_leaves_the_objective_and_the_encoder_alone(
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("depth", [8, 12, 14, 16])
+def test_slices_are_copied_where_nothing_rotates_along_them(depth: int) -> None:
+    """Small angles turn thick slices in their plane. Noise keeps its differences from slice to slice."""
+    geometry = DataGeometry((depth, 32, 32), THICK, 1, ((1, 1, 1), (1, 2, 2), (2, 4, 4)), (2 * depth, 64, 64))
+    settings = replace(BARE, jitter_angle=5.0)
+    method = Rotation(backbone_of(network("anisotropic")), settings, geometry)
+    (crop,) = Rotation.crops(settings, geometry).crops
+    assert method.size == (depth, 32, 32)
+    assert crop.size == (depth, 38, 38)
+    image, _ = turned(method, noise_boxes(crop.size, 10))
+    # independent slices differ by twice their variance. Means of two neighbors differ by half of that
+    assert image.diff(dim=2).var() / image.var() == pytest.approx(2, abs=0.1)
+
+
 def test_crops_lie_about_the_body(tmp_path: Path) -> None:
     (crop,) = Rotation.crops(RotationSettings(), make(RotationSettings()).geometry).crops
     assert crop.centered
@@ -162,7 +179,10 @@ def test_cut_out_blocks_are_restored_beside_it(tmp_path: Path, kind: str) -> Non
     assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
     method.eval()
     with torch.no_grad():
-        assert method(views)["explained_variance"].shape == (2,)
+        explained = method(views)["explained_variance"]
+        assert explained.shape == (2,)
+        views["target"][0, 0] = 0  # one copy with nothing to explain leaves the other
+        assert method(views)["explained_variance"].isfinite().all()
 
 
 def test_features_with_the_output_are_those_without(tmp_path: Path) -> None:

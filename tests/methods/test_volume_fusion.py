@@ -212,6 +212,40 @@ def test_the_control_fuses_shuffled_voxels_with_the_same_levels(folder: Path) ->
         assert "shuffled_dice" in method(views)
 
 
+def test_the_control_ignores_what_is_undecidable_in_it(folder: Path) -> None:
+    """Shuffled voxels meet other partners. Where both have one value the level cannot be told."""
+    method = build(VolumeFusion, replace(BARE, levels=2, ignore_below=0.3)).eval()
+    batch = batch_of(folder, method, [0, 1])
+    for row in batch.boxes:
+        for box in row:
+            box.data = (box.data[:1] > box.data.median()).float()
+    views = method.views(batch, BatchRandom(0, VIEWS, batch.indices, CPU))
+    for image, level in (("image", "level"), ("shuffled", "shuffled_level")):
+        assert (views[image][:, 0][views[level] == 1] == 0.5).all()
+        assert (views[level] == 1).any()
+    # an answer that is right wherever one can be has the full score
+    right = torch.nn.functional.one_hot((views["shuffled_level"] % IGNORE).long(), 3).movedim(-1, 1).float()
+    method.network.forward = lambda _: [right]
+    assert method(views)["shuffled_dice"].tolist() == [1, 1]
+
+
+def test_the_control_is_filtered_and_padded_as_the_fused_image(folder: Path) -> None:
+    looks = (replace(OFF, blur_probability=1.0, blur_channel_probability=1.0, blur=[edge, edge]) for edge in (0.0, 1.0))
+    found = []
+    for look in looks:
+        method = build(VolumeFusion, replace(BARE, intensity=look)).eval()
+        batch = batch_of(folder, method, [0, 1])
+        for row in batch.boxes:
+            for box in row:
+                box.data, box.center = box.data[:, 4:], box.center - np.array([4, 0, 0])
+        found.append(method.views(batch, BatchRandom(0, VIEWS, [0, 1], CPU)))
+    sharp, soft = found
+    assert (soft["shuffled_level"][:, :4] == IGNORE).all()
+    assert not soft["shuffled"][:, :, :4].any()
+    difference = (soft["shuffled"] - sharp["shuffled"]).abs()
+    assert (difference[:, :, 4:] > 0).float().mean() > 0.9
+
+
 def test_an_overflow_of_the_coarsest_head_is_no_part_of_the_loss(folder: Path) -> None:
     method = build(VolumeFusion, VolumeFusionSettings())
     views, network = views_of(folder, method, [0, 1]), method.network.forward

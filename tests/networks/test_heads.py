@@ -46,12 +46,12 @@ def test_a_head_has_the_layers_it_is_asked_for() -> None:
     assert head(torch.randn(2, 24)).shape == (2, 4)
 
 
-@pytest.mark.parametrize(
-    "context",
-    [RecurrentContext(embedding_dim=5, context_dim=6), ConvolutionalContext(columns=4, embedding_dim=5, context_dim=6)],
-)
-def test_contexts_see_every_row(context: torch.nn.Module) -> None:
-    rows = torch.randn(2, 2, 4, 5, requires_grad=True)
+@pytest.mark.parametrize("number", [1, 2, 3, 6])
+@pytest.mark.parametrize("kind", [RecurrentContext, ConvolutionalContext])
+def test_contexts_see_every_row(kind: type, number: int) -> None:
+    shape = {"rows": number, "columns": 4} if kind is ConvolutionalContext else {}
+    context = kind(**shape, embedding_dim=5, context_dim=6)
+    rows = torch.randn(2, number, 4, 5, requires_grad=True)
     summary = context(rows)
     assert summary.shape == (2, 6)
     (gradient,) = torch.autograd.grad(summary.sum(), rows)

@@ -43,6 +43,18 @@ def test_other_grids_stretch_the_positions() -> None:
         assert (others - there).norm(dim=1).argmin() == (others - here).norm(dim=1).argmin()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_output_is_the_networks_own_and_fits_other_grids(kind: type[nn.Module]) -> None:
+    network, image = small(kind, num_register_tokens=2), torch.randn(1, 1, 16, 24, 16)
+    backbone = backbone_of(network)
+    assert torch.equal(backbone.output(image), network(image))
+    other = torch.randn(1, 1, 32, 16, 24)
+    maps, output = backbone.features_and_output(other)
+    assert output.shape == (1, 3, 32, 16, 24)
+    assert torch.equal(output, backbone.output(other))
+    assert torch.equal(maps[0], backbone.features(other)[0])
+
+
 def test_the_decoder_is_a_head_and_the_encoder_is_all_the_rest() -> None:
     network = small(num_register_tokens=2)
     backbone = backbone_of(network)

@@ -21,6 +21,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.study.grid import Grid, Run
 from nnssl_ext.study.protocol import SCRATCH, TOTAL
+from nnssl_ext.study.study import Study
 from tests.conftest import Environment
 
 Data = Callable[[str], Environment]
@@ -201,7 +202,12 @@ def test_slurm_takes_gpus_that_this_machine_does_not_have(with_data: Data, monke
     environment = with_data("labelled")
     monkeypatch.chdir(environment.root)
     devices = []
-    monkeypatch.setattr("nnssl_ext.cli.study._run", lambda study, _: devices.append(study.device) or "")
+
+    def note_device(study: Study, _: object) -> str:
+        devices.append(study.device)
+        return ""
+
+    monkeypatch.setattr("nnssl_ext.cli.study._run", note_device)
     place = WORDS.index("-device")
     main([*WORDS[:place], *WORDS[place + 2 :], "--launcher", "slurm", "-o", "st"])
     assert devices == ["cuda"]

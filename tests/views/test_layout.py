@@ -29,6 +29,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "relative location": {"min_patches": 3, "choices": (1, 3)},
 }
 COMMON: dict[str, Any] = {"title": "it", "gap": 0.25, "jitter": 0.125, "max_zoom": 2.0}
+ROWS: dict[str, Any] = {"title": "it", "max_columns": 2, "max_zoom": 2.0, "max_voxels": 1e9}
 
 
 def cumulated(strides: list) -> list[tuple[int, ...]]:
@@ -151,7 +152,7 @@ def test_magnified_only_where_no_stage_fits() -> None:
     layout = solve_layout(strides, (14, 14, 14), **COMMON, min_patches=4)
     assert layout.patch == (8, 8, 8)  # the shallowest stage that shows anything
     assert 1 < layout.zoom <= 2
-    rows = solve_rows(strides, (14, 14, 14), Rows(2, 1, 2, 0.5), title="it", max_columns=2, max_zoom=2, max_voxels=1e9)
+    rows = solve_rows(strides, (16, 16, 16), Rows(2, 1, 2, 0.5), **ROWS)
     assert rows.patch == (8, 8, 8)
     assert 1 < rows.zoom <= 2
 
@@ -165,6 +166,18 @@ def test_one_line_where_nothing_fits() -> None:
     # and cases of the size that it names are enough
     (needed,) = re.findall(r"cases of (\d+) x (\d+) x (\d+) would do", str(error.value))
     solve_layout(cumulated(PLANS["hippocampus"][0]), [int(edge) for edge in needed], **COMMON, min_patches=4)
+    for plan in PLANS:
+        with pytest.raises(UserError, match="it needs 5 rows") as error:
+            solve_rows(cumulated(PLANS[plan][0]), (3, 3, 3), Rows(2, 1, 2, 0.5, 0.25), **ROWS)
+        (needed,) = re.findall(r"cases of (\d+) x (\d+) x (\d+) would do", str(error.value))
+        solve_rows(cumulated(PLANS[plan][0]), [int(edge) for edge in needed], Rows(2, 1, 2, 0.5, 0.25), **ROWS)
+
+
+def test_rows_run_along_the_axes_that_the_largest_magnification_leaves() -> None:
+    """The short axis would need more for the shifts of the patches, and the others need less."""
+    layout = solve_rows(cumulated(PLANS["hippocampus"][0]), (14, 24, 24), Rows(2, 1, 2, 0.5, 0.25), **ROWS)
+    assert layout.axes == (1, 2)
+    assert layout.zoom < 1.5
 
 
 def test_patches_keep_their_distance_and_are_jittered() -> None:

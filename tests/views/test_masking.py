@@ -40,3 +40,11 @@ def test_moments_are_those_of_each_block_cut_off_ones_too() -> None:
         part = image[(slice(None), slice(None), *place)].flatten(2)
         torch.testing.assert_close(mean[(slice(None), slice(None), *corner)], part.mean(2))
         torch.testing.assert_close(variance[(slice(None), slice(None), *corner)], part.var(2, unbiased=False))
+
+
+def test_a_block_may_be_longer_than_the_image() -> None:
+    image = torch.randn(2, 1, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean, variance = block_moments(image, (16, 4, 4))
+    assert mean.shape == variance.shape == (2, 1, 1, 2, 2)
+    torch.testing.assert_close(mean[..., 0, 0, 1], image[..., :4, 4:].mean((2, 3, 4)))
+    torch.testing.assert_close(variance[..., 0, 0, 1], image[..., :4, 4:].var((2, 3, 4), unbiased=False))

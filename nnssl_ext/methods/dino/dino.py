@@ -35,8 +35,8 @@ from nnssl_ext.methods.dino.networks import DistilledNetwork, reader_of
 from nnssl_ext.methods.dino.settings import (
     GLOBALS,
     MAX_SHARED_REGION,
-    MAX_STRIDE,
     DINOSettings,
+    patch_level,
     resolved,
     small_crops,
     view_kinds,
@@ -81,7 +81,7 @@ class DINO(Method):
         self.warming_up = False
         self.kinds, self.looks = view_kinds(settings, geometry), settings.intensity.of_views()
         self.student = DistilledNetwork(
-            reader_of(backbone, settings.token_stride or MAX_STRIDE),
+            reader_of(backbone, patch_level(settings, geometry)),
             hidden_dim=settings.hidden_dim,
             bottleneck_dim=settings.bottleneck_dim,
             prototypes=settings.prototypes,

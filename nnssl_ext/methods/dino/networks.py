@@ -67,18 +67,16 @@ class MapReader(Reader):
 
     Args:
         backbone: Any backbone.
-        token_stride: Patches are the voxels of the deepest map whose stride is at most this along every axis.
+        level: Encoder stage whose voxels are patches.
     """
 
     masks_voxels = True
 
-    def __init__(self, backbone: Backbone, token_stride: int) -> None:
+    def __init__(self, backbone: Backbone, level: int) -> None:
         super().__init__(backbone)
-        fine = [level for level, stride in enumerate(backbone.strides) if max(stride) <= token_stride]
-        self.level = fine[-1] if fine else 0
-        self.patch = triple(backbone.strides[self.level])
+        self.level, self.patch = level, triple(backbone.strides[level])
         width = backbone.channels[-1]
-        self.image_width, self.patch_width = GRID**3 * width, backbone.channels[self.level]
+        self.image_width, self.patch_width = GRID**3 * width, backbone.channels[level]
         self.voxel = nn.Sequential(nn.Conv3d(width, width, 1), nn.GELU())
 
     def forward(self, image: Tensor, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -167,8 +165,13 @@ class DistilledNetwork(nn.Module):
         return head
 
 
-def reader_of(backbone: Backbone, token_stride: int) -> Reader:
-    """Choose the reader of a backbone."""
+def reader_of(backbone: Backbone, level: int) -> Reader:
+    """Choose the reader of a backbone.
+
+    Args:
+        backbone: The backbone.
+        level: Encoder stage whose voxels are patches. A vision transformer's are its tokens.
+    """
     if isinstance(backbone, ViTBackbone):
         return TokenReader(backbone)
-    return MapReader(backbone, token_stride)
+    return MapReader(backbone, level)

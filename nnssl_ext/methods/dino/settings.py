@@ -237,7 +237,6 @@ def resolved(settings: DINOSettings, geometry: DataGeometry) -> DINOSettings:
     automatic: dict[str, Any] = {
         "teacher_temperature": [0.04, 0.07] if large else [0.02, 0.03],
         "teacher_momentum": 0.992 if large else 0.996,
-        "token_stride": token_stride(geometry),
         "koleo_weight": 0.1 if geometry.batch_size >= KOLEO_BATCH else 0.0,
         "local_crops": max(1, min(LOCALS, room)),
     }
@@ -247,15 +246,19 @@ def resolved(settings: DINOSettings, geometry: DataGeometry) -> DINOSettings:
     return replace(settings, **chosen)
 
 
-def token_stride(geometry: DataGeometry) -> int:
-    """Choose the stride of the map whose voxels are patches."""
-    strides = [stride for stride in geometry.strides if max(stride) <= MAX_STRIDE] or [geometry.strides[0]]
+def patch_level(settings: DINOSettings, geometry: DataGeometry) -> int:
+    """Choose the encoder stage whose voxels are patches."""
+    limit = settings.token_stride or MAX_STRIDE
+    levels = [level for level, stride in enumerate(geometry.strides) if max(stride) <= limit] or [0]
+    if settings.token_stride:
+        return levels[-1]
     enough = [
-        stride
-        for stride in strides
-        if math.prod(edge // step for edge, step in zip(geometry.crop_size, stride, strict=True)) >= MIN_PATCHES
+        level
+        for level in levels
+        if math.prod(edge // step for edge, step in zip(geometry.crop_size, geometry.strides[level], strict=True))
+        >= MIN_PATCHES
     ]
-    return max((enough or strides[:1])[-1])
+    return (enough or levels[:1])[-1]
 
 
 def view_voxels(settings: DINOSettings, geometry: DataGeometry) -> int:

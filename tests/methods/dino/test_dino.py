@@ -363,19 +363,3 @@ def test_views_of_a_large_region_are_read_one_by_one(folder: Path) -> None:
     alone = method.views(batch_of(folder, method, [1]), BatchRandom(0, VIEWS, [1], CPU))
     for key in ("global", "local"):
         assert torch.equal(views[key][1], alone[key][0])
-
-
-@pytest.mark.parametrize(
-    ("crop", "strides", "expected"),
-    [
-        ((64, 64, 64), ((1,) * 3, (2,) * 3, (4,) * 3, (8,) * 3, (16,) * 3, (32,) * 3), 16),
-        ((16, 32, 32), ((1,) * 3, (2,) * 3, (4,) * 3, (8,) * 3, (8, 16, 16)), 8),  # 16 would leave four patches
-        ((8, 128, 128), ((1, 1, 1), (1, 2, 2), (1, 4, 4), (1, 8, 8), (1, 16, 16), (1, 32, 32)), 16),
-        ((16, 16, 16), ((1,) * 3, (2,) * 3, (4,) * 3, (8,) * 3), 4),
-        ((96, 96, 96), ((16,) * 3,), 16),
-    ],
-)
-def test_a_crop_has_enough_patches(crop: Any, strides: Any, expected: int) -> None:
-    method = build(DINO, SMALL)
-    geometry = replace(method.geometry, crop_size=crop, strides=strides)
-    assert resolved(replace(SMALL, token_stride=None), geometry).token_stride == expected
