@@ -114,12 +114,14 @@ def assignments_recipe(assignments: Iterable[str]) -> Recipe:
         name, _, text = word.partition("=")
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except ValueError:
             value = text
         keys = name.split(".")
         target = recipe.settings
         if keys[0] in ("configuration", "architecture"):
             target = recipe.parts()[keys.pop(0)]
+        if not keys:
+            raise UserError(f"command line: expected {name}.SETTING=VALUE, got '{word}'. Name a setting of this part")
         for key in keys[:-1]:
             target = target.setdefault(key, {})
             if not isinstance(target, dict):

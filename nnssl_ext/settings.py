@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -43,7 +44,7 @@ def setting(
         source: Paper or reason behind the default.
         choices: Allowed values.
         low, high: Inclusive limits of a number, or of each number in a list.
-        length: Number of entries in a list.
+        length: Number of entries in a list. Two that cannot be None are a range, the lower end first.
     """
     metadata = {"doc": doc, "source": source, "choices": choices, "low": low, "high": high, "length": length}
     if isinstance(default, list):
@@ -230,7 +231,10 @@ def _check_value(hint: Any, value: Any, limits: Mapping[str, Any], name: str, wh
     if hasattr(kind, "__dataclass_fields__"):
         return check_settings(kind, value, where, f"{name}.")
     if typing.get_origin(kind) is list:
-        return _check_list(kind, value, limits, name, where)
+        entries = _check_list(kind, value, limits, name, where)
+        if limits.get("length") == 2 and type(None) not in options and entries[0] > entries[1]:
+            raise UserError(f"{where}: setting '{name}' must be a range from low to high, got {entries!r}")
+        return entries
     return _check_scalar(kind, value, limits, name, where)
 
 
@@ -245,14 +249,14 @@ def _check_list(kind: Any, value: Any, limits: Mapping[str, Any], name: str, whe
 
 def _check_scalar(kind: type, value: Any, limits: Mapping[str, Any], name: str, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) <= sys.float_info.max else math.inf
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{where}: setting '{name}' must be {kind.__name__}, got {value!r} ({type(value).__name__})")
     if limits.get("choices") and value not in limits["choices"]:
         raise UserError(f"{where}: setting '{name}' must be one of {', '.join(limits['choices'])}, got {value!r}")
     low: Any = limits.get("low")
     high: Any = limits.get("high")
-    if isinstance(value, (int, float)) and not math.isfinite(value):
+    if isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:  # an integer may be beyond float
         raise UserError(f"{where}: setting '{name}' must be a finite number, got {value!r}")
     if (low is not None and value < low) or (high is not None and value > high):
         limit = f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"

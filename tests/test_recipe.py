@@ -185,3 +185,14 @@ def test_errors(tmp_path: Path) -> None:
         load_recipe(str(path))
     with pytest.raises(UserError, match="'configuration.batch_size' must be int"):
         derive_plans(make_plans("plain"), "p", [Recipe("r", {}, {"batch_size": "2"})], ["3d_fullres"])
+
+
+@pytest.mark.parametrize("word", ["configuration=5", "architecture={}"])
+def test_a_part_is_no_setting(word: str) -> None:
+    part = word.partition("=")[0]
+    with pytest.raises(UserError, match=f"expected {part}.SETTING=VALUE, got '{word}'. Name a setting"):
+        assignments_recipe([word])
+
+
+def test_a_number_with_too_many_digits_is_text() -> None:
+    assert assignments_recipe([f"epochs={'9' * 5000}"]).settings == {"epochs": "9" * 5000}

@@ -98,3 +98,23 @@ def test_old_plans_are_renamed_by_the_table_and_their_values_kept() -> None:
     }
     assert changed["dino.momentum"] == "dino.teacher_momentum"
     assert rename_settings(new) == (new, {})
+
+
+@dataclass(frozen=True)
+class Ranges:
+    zoom: list[float] = setting([0.5, 2.0], "A range.", length=2)
+    between: list[float] | None = setting(None, "A start and an end.", length=2)
+    edges: list[int] = setting([3, 2, 1], "Edges.", length=3)
+
+
+def test_a_range_goes_from_low_to_high() -> None:
+    with pytest.raises(UserError, match=r"setting 'zoom' must be a range from low to high, got \[0.8, 0.25\]"):
+        check_settings(Ranges, {"zoom": [0.8, 0.25]}, "f")
+    given = {"zoom": [0.8, 0.8], "between": [2.0, 1.0], "edges": [3, 2, 1]}
+    assert check_settings(Ranges, given, "f") == Ranges(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [{"count": 10**400}, {"inner": {"rate": -(10**400)}}])
+def test_integers_beyond_float_are_no_numbers(given: dict) -> None:
+    with pytest.raises(UserError, match=r"must be a finite number"):
+        check_settings(Example, given, "f")

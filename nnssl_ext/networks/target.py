@@ -11,7 +11,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.external_trainers import find_trainer
+from nnssl_ext.external_trainers import find_trainer, our_trainers
 from nnssl_ext.foreign import load_tensors
 from nnssl_ext.networks.base import HEADS
 from nnssl_ext.settings import PLANS_KEY
@@ -20,32 +20,36 @@ from nnssl_ext.settings import PLANS_KEY
 def target_network(
     plans_manager: PlansManager,
     configuration_manager: ConfigurationManager,
-    input_channels: int,
-    outputs: int,
-    deep_supervision: bool = True,
+    num_input_channels: int,
+    num_output_channels: int,
+    enable_deep_supervision: bool = True,
     trainer: str | None = None,
 ) -> nn.Module:
     """Build the network of a trainer.
 
+    Stock passes arguments by these names.
+
     Args:
         plans_manager: The plans.
         configuration_manager: The configuration.
-        input_channels: Channels of the input.
-        outputs: Channels of the output.
-        deep_supervision: Whether the network returns its coarser outputs too.
+        num_input_channels: Channels of the input.
+        num_output_channels: Channels of the output.
+        enable_deep_supervision: Whether the network returns its coarser outputs too.
         trainer: Name of the trainer; None takes the plans' target trainer.
 
     Raises:
-        UserError: If nnU-Net does not find the trainer.
+        UserError: If nnU-Net does not find the trainer, or the target trainer is one of ours.
     """
     name = trainer or plans_manager.plans.get(PLANS_KEY, {}).get("target_trainer", "nnUNetTrainer")
     where = "-tr" if trainer else f"plans {plans_manager.plans_name}: target_trainer"
+    if not trainer and name in our_trainers():  # ours build the target trainer's network
+        raise UserError(f"{where}: expected a trainer with a network of its own, got '{name}'. Name nnU-Net's trainer")
     try:
         target: Any = find_trainer(name)
     except UserError as error:
         raise UserError(f"{where}: {error.line}") from error
     return target.build_network_architecture(
-        plans_manager, configuration_manager, input_channels, outputs, deep_supervision
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
     )
 
 

@@ -143,4 +143,5 @@ def _names(network: nn.Module) -> dict[int, list[str]]:
 
 
 def _length(weight: Tensor) -> float:
-    return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
+    # Apple's GPUs have no float64
+    return float(torch.linalg.vector_norm(weight.detach().cpu(), dtype=torch.float64))

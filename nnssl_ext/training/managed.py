@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from time import time
@@ -37,6 +37,7 @@ from nnssl_ext.training.run.interruption import Interruption
 from nnssl_ext.training.run.picture import ProgressPicture
 from nnssl_ext.training.run.writer import CheckpointWriter
 from nnssl_ext.training.wrapping import mixed_precision
+from nnssl_ext.transfer.start import pretrained_weights_argument
 
 
 class ManagedTrainer(nnUNetTrainer):
@@ -54,6 +55,8 @@ class ManagedTrainer(nnUNetTrainer):
     dataloader_train: Any
     dataloader_val: Any
     _best_ema: float | None
+    #: Stock's training and prediction build the target trainer's network.
+    build_network_architecture: Callable[..., nn.Module] = staticmethod(target_network)
 
     def __init__(
         self,
@@ -154,7 +157,9 @@ class ManagedTrainer(nnUNetTrainer):
                 self.on_validation_epoch_start()
                 with torch.no_grad():
                     batches = self._shown(self.dataloader_val, "validation", self.num_val_iterations_per_epoch)
-                    self.on_validation_epoch_end([self.validation_step(batch) for batch in batches])
+                    with self._progress_kept():
+                        outputs = [self.validation_step(batch) for batch in batches]
+                    self.on_validation_epoch_end(outputs)
                 self.outputs = []
                 self.on_epoch_end()
             self.on_train_end()
@@ -177,7 +182,7 @@ class ManagedTrainer(nnUNetTrainer):
                 # stock looks for three names only, and would start anew
                 self.load_checkpoint(str(self.folder.path / found[0]))
             elif self.step == 0 and self.local_rank == 0 and not self.disable_checkpointing:
-                self.folder.set_aside()
+                self.folder.set_aside(pretrained_weights_argument(sys.argv), self.common.start_from)
             if self.local_rank == 0 and 0 < self.step < self.total_steps and not self.disable_checkpointing:
                 self.folder.reopen()
             same_everywhere(self.step, self.fold)
@@ -203,17 +208,23 @@ class ManagedTrainer(nnUNetTrainer):
         """
         left = self._last_step_of_epoch() - self.step
         batches = (next(self.dataloader_train) for _ in range(left))
-        try:
+        with self._progress_kept():
             for batch in self._shown(batches, "training", left):
                 self.outputs.append(self.train_step(batch))
                 self.after_step()
                 self.leave_if_asked()
+        return self.outputs
+
+    @contextmanager
+    def _progress_kept(self) -> Iterator[None]:
+        """Write checkpoint_latest.pth if data or numbers do not allow to continue."""
+        try:
+            yield
         except UserError:
             # one of several processes cannot write a checkpoint alone
             if world() == 1 and self.step and self.is_sound():
                 self.keep_progress()
             raise
-        return self.outputs
 
     def _shown(self, batches: Iterable[Any], what: str, total: int) -> Iterable[Any]:
         hidden = rank() > 0 or not sys.stderr.isatty()
@@ -381,19 +392,6 @@ class ManagedTrainer(nnUNetTrainer):
         self.logger.load_checkpoint(content["logging"])
         self._best_ema = content["_best_ema"]
         self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
-
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: Any,
-        configuration_manager: Any,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """Build the target trainer's network, as stock's prediction needs it."""
-        return target_network(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
-        )
 
     def autocast(self) -> AbstractContextManager:
         """Return a context of mixed precision."""

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Template
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_ext import checkpoint
 from nnssl_ext.commands import dataset_word
 from nnssl_ext.errors import UserError
-from nnssl_ext.networks.target import planned_network
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.transfer.locate import CONFIG, NOTE, PLAN, SAFETENSORS, WEIGHTS
 from nnssl_ext.transfer.names import canonical_weights
@@ -181,15 +179,14 @@ def _configuration(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _save_safetensors(content: Mapping[str, Any], path: Path) -> None:
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
 
-    arguments = content["init_args"]
-    manager = PlansManager(arguments["plans"])
-    network = planned_network(manager, arguments["configuration"], arguments["dataset_json"])
-    network.load_state_dict(content["network_weights"])
-    own = content["nnssl_ext"]
+    weights, own = content["network_weights"], content["nnssl_ext"]
     noted = {"title": own.get("title"), "trained": own.get("trained")}
-    noted["weights_sha256"] = checkpoint.digest(canonical_weights(content["network_weights"]))
-    # a U-Net names one tensor up to four times. The format holds each once, and save_model notes the other names
-    save_model(network, str(path), {NOTE: json.dumps(noted)})
+    noted["weights_sha256"] = checkpoint.digest(canonical_weights(weights))
+    # a U-Net names one tensor up to four times. The format holds each once, here under its first name
+    first: dict[Any, str] = {}
+    for name, tensor in weights.items():
+        first.setdefault((tensor.data_ptr() or name, tensor.shape), name)
+    save_file({name: weights[name] for name in first.values()}, str(path), {NOTE: json.dumps(noted)})
     path.chmod(0o644)  # the library writes with mode 600

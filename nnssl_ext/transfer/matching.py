@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from nnssl_ext.networks.backbone import HEADS
@@ -21,6 +21,9 @@ COMPANIONS = (
 
 #: Layers of a decoder's stage that see the up-sampled map beside the skip.
 CONCATENATED = ("convs.0", "blocks.0.conv1", "blocks.0.skip")
+
+#: A transformer's block, and the LayerScale behind its attention or its perceptron. timm's Eva names it gamma.
+_LAYER_SCALE = re.compile(r"(.*\bblocks\.\d+\.)(?:ls[12]\.gamma|gamma_[12])$")
 
 
 @dataclass(frozen=True)
@@ -135,9 +138,13 @@ def _layer(layer: str, partner: str | None, rule: str, reason: str) -> dict[str,
     return result
 
 
-def transformer(targets: Iterable[str], sources: Iterable[str], first_layers: Iterable[str]) -> dict[str, Match]:
-    """Match a transformer's tensors by name and rule."""
+def transformer(targets: Iterable[str], sources: Collection[str], first_layers: Iterable[str]) -> dict[str, Match]:
+    """Match a transformer's tensors by name and rule.
+
+    A source without LayerScale adds each block's output as it is. In the target that is a LayerScale of ones.
+    """
     result = by_name(targets, sources)
+    scaled = any(map(_LAYER_SCALE.match, sources))
     for name in image_readers(result, list(first_layers)):
         result[name] = Match(result[name].source, "image patches", result[name].reason)
     for name, match in result.items():
@@ -145,4 +152,6 @@ def transformer(targets: Iterable[str], sources: Iterable[str], first_layers: It
             result[name] = Match(match.source, "positions", match.reason)
         elif name.startswith("up_projection."):
             result[name] = Match(reason="the decoder is fresh: its widths follow from the number of classes")
+        elif not scaled and (found := _LAYER_SCALE.match(name)) and f"{found[1]}attn.qkv.weight" in sources:
+            result[name] = Match(f"{found[1]}attn.qkv.weight", "ones")
     return result

@@ -22,6 +22,15 @@ _UPSAMPLING = re.compile(r"(decoder\.transpconvs\.(\d+))\.weight$")
 #: Words that wrappers put before every name: DDP, torch.compile, Lightning, MONAI.
 _WRAPPERS = ("module.", "_orig_mod.", "net.", "network.", "model.")
 
+#: Parts of MONAI's names of a vision transformer's tensors, and DINOv2's.
+_MONAI = {
+    ".attn.out_proj.": ".attn.proj.",
+    ".mlp.linear1.": ".mlp.fc1.",
+    ".mlp.linear2.": ".mlp.fc2.",
+    "patch_embedding.patch_embeddings.": "patch_embed.proj.",
+    "patch_embedding.position_embeddings": "pos_embed",
+}
+
 U_NET, PRIMUS, PCT_NET, VIT, RESNET = "U-Net", "Primus", "PCT-Net", "vision transformer", "ResNet"
 #: What the names of a family look like, wrappers removed.
 _FAMILIES = {
@@ -82,6 +91,13 @@ def without_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return shorter
         shorter = {_unwrapped(name): tensor for name, tensor in shorter.items()}
     return dict(weights)
+
+
+def from_monai(name: str) -> str:
+    """Rename a vision transformer's tensor from MONAI's to DINOv2's."""
+    for theirs, ours in _MONAI.items():
+        name = name.replace(theirs, ours)
+    return name
 
 
 def _unwrapped(name: str) -> str:

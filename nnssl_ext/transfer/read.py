@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
@@ -156,10 +157,11 @@ def _nnssl(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Pretrai
         return name
 
     read = _renamed(raw, at_usual_place)
-    name = (plan.get("architecture_plans") or {}).get("arch_class_name", "unknown architecture")
+    architecture = plan["architecture_plans"]
+    name = architecture.get("arch_class_name") if isinstance(architecture, dict) else None
     read["geometry"] = planned_geometry(plan, read["weights"])
     read["citations"] = content.get("citations") or plan.get("citations") or []
-    return PretrainedWeights(path, f"nnssl adaptation plan, {name}", **read)
+    return PretrainedWeights(path, f"nnssl adaptation plan, {name or 'unknown architecture'}", **read)
 
 
 def _bare_name(name: str) -> str:
@@ -233,11 +235,18 @@ def _pct_net(raw: Mapping[str, Tensor], path: Path) -> PretrainedWeights:
 
 
 def _vision_transformer(raw: Mapping[str, Tensor], path: Path) -> PretrainedWeights:
-    """Read 3DINO's encoder without the objective's heads."""
+    """Read 3DINO's or MONAI's encoder without the objective's heads."""
     inside = any(_bare_name(name).startswith("backbone.") for name in raw)
     encoder = {name: tensor for name, tensor in raw.items() if not inside or "backbone." in name}
     note = "The source is an encoder: the decoder stays at its initial values."
-    return PretrainedWeights(path, "3DINO's vision transformer", **_renamed(encoder, vit.published_name, (note,)))
+    read = _renamed(encoder, lambda name: vit.published_name(names.from_monai(name)), (note,))
+    if not any(names.from_monai(name) != name for name in encoder):
+        return PretrainedWeights(path, "3DINO's vision transformer", **read)
+    table = read["weights"].get("backbone.pos_embed")
+    if table is not None and table.ndim == 3:
+        # MONAI adds positions to the patches alone: its CLS token has none
+        read["weights"]["backbone.pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], 1)
+    return PretrainedWeights(path, "MONAI's vision transformer", **read)
 
 
 def _renamed(

@@ -138,6 +138,12 @@ def _same(tensor: Tensor, initial: Tensor, context: Context, changes: Sequence[s
     return Fitted(tensor, initial.numel(), list(changes))
 
 
+def _ones(tensor: Tensor, initial: Tensor, context: Context) -> Fitted:
+    if tensor.shape[1:] != initial.shape:
+        raise MisfitError(f"attention of shape {tuple(tensor.shape)} there, width {len(initial)} here")
+    return Fitted(torch.ones_like(initial), initial.numel(), ["ones: the source has no LayerScale"])
+
+
 def _widths(tensor: Tensor, initial: Tensor, context: Context, changes: list[str], parts: int = 1) -> Fitted:
     if tensor.shape == initial.shape:
         return Fitted(tensor, initial.numel(), changes)
@@ -181,5 +187,6 @@ RULES: dict[str, Callable[[Tensor, Tensor, Context], Fitted]] = {
     "image patches": _image_patches,
     "positions": _positions,
     "outputs": _outputs,
+    "ones": _ones,
     "same": _same,
 }

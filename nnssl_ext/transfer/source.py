@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,7 @@ def planned_geometry(plan: Mapping[str, Any], weights: Mapping[str, Tensor]) -> 
     planned = planned or _inside(configuration, "architecture", "arch_kwargs").get("strides")
     patch = _inside(plan).get("pretrain_patch_size") or configuration.get("patch_size")
     return geometry(
-        {**configuration, "patch_size": patch or plan.get("recommended_downstream_patchsize")},
+        {**configuration, "patch_size": patch or _inside(plan).get("recommended_downstream_patchsize")},
         planned,
         weights,
         halving=architecture.get("arch_class_name") in HALVING,
@@ -132,8 +133,9 @@ def _strides(
 def _numbers(values: Any) -> tuple[float, ...] | None:
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         return None
-    whole = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
-    return tuple(values) if whole else None
+    known = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    # neither infinite, nor NaN, nor an integer beyond float
+    return tuple(values) if known and all(abs(value) <= sys.float_info.max for value in values) else None
 
 
 def _inside(content: Any, *keys: str) -> Mapping[str, Any]:

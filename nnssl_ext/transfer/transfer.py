@@ -261,7 +261,8 @@ def _fit_all(
             except MisfitError as misfit:
                 reason = str(misfit)
         trained = tensor.numel() if isinstance(tensor, nn.Parameter) else 0
-        theirs, inside = source.names.get(found.source, found.source), id(tensor) in encoder
+        theirs = "" if found.rule == "ones" else source.names.get(found.source, found.source)
+        inside = id(tensor) in encoder
         if name not in fitted:
             rows.append(Row(name, tuple(tensor.shape), LEFT, reason, theirs, trained, 0, inside))
             continue

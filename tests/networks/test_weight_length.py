@@ -160,3 +160,22 @@ def test_an_unusable_length_leaves_the_weight_alone() -> None:
     _, factors = scale_to_lengths(network, weights, lengths)
     assert not {zero, broken, missing} & set(factors)
     assert len(factors) == len(lengths) - 2
+
+
+class OnApple(Tensor):
+    """A tensor of a device without float64, until it is copied to the CPU."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if (options or {}).get("dtype") is torch.float64:
+            raise TypeError("the device has no float64")
+        result = super().__torch_function__(function, types, arguments, options)
+        return result.as_subclass(Tensor) if function is Tensor.cpu else result
+
+
+def test_lengths_are_measured_of_weights_on_a_device_without_float64() -> None:
+    network = NETWORKS["plain"]()
+    lengths = convolution_lengths(network)
+    weights = {name: tensor.as_subclass(OnApple) for name, tensor in network.state_dict().items()}
+    _, factors = scale_to_lengths(network, weights, lengths)
+    assert factors == pytest.approx(dict.fromkeys(lengths, 1.0))

@@ -144,6 +144,12 @@ def test_unknown_and_ill_typed_settings(plain: Environment) -> None:
     refused(plain, "target_trainer: trainer 'nnUNetTrainerAbsent' was not found by nnU-Net")
 
 
+@pytest.mark.parametrize("name", ["nnsslTrainer_Finetune", "nnsslTrainer_Probe", "nnsslTrainer_Rotation"])
+def test_a_target_trainer_that_builds_the_target_trainers_network(plain: Environment, name: str) -> None:
+    plain.write_plans("plain", "run", {"target_trainer": name})
+    refused(plain, f"plans run: target_trainer: expected a trainer with a network of its own, got '{name}'")
+
+
 def test_split_that_names_absent_cases(plain: Environment) -> None:
     path = plain.dataset("plain") / "splits_final.json"
     path.write_text('[{"train": ["case_00", "case_77"], "val": []}]')

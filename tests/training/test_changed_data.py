@@ -3,6 +3,7 @@
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import blosc2
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from nnssl_ext import checkpoint
+from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.errors import UserError
 from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from tests.conftest import Environment
@@ -133,3 +135,24 @@ def test_copied_data_is_the_same_data(with_data: Data) -> None:
     environment.write_plans("plain", "run", RUN)
     pretrain(environment, "plain", "run", "all", c=True)
     assert environment.fold("plain", "run", TRAINER, fold="all").is_dir()
+
+
+def test_a_case_that_goes_bad_before_a_validation_loses_no_step(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = with_data("plain")
+    for plans in ("whole", "strict"):
+        environment.write_plans("plain", plans, {**RUN, "save_every": 2})
+    original = PretrainingTrainer.validation_step
+
+    def validation_step(self: PretrainingTrainer, batch: CropBatch) -> dict:
+        return original(self, replace(batch, failure="case 'case_03' cannot be read"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainingTrainer, "validation_step", validation_step)
+        with pytest.raises(UserError, match=r"'case_03' cannot be read. Repair or remove it, then go on with --c"):
+            pretrain(environment, "plain", "strict", "all")
+    latest = environment.fold("plain", "strict", TRAINER, fold="all") / "checkpoint_latest.pth"
+    assert checkpoint.load(latest)["nnssl_ext"]["counters"]["step"] == 4
+    broken = pretrain(environment, "plain", "strict", "all", c=True)
+    same_run(pretrain(environment, "plain", "whole", "all"), broken)

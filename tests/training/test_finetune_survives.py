@@ -5,8 +5,10 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import torch
 from nnssl_ext import checkpoint
 from nnssl_ext.data import loader
 from nnssl_ext.environment import commands_path
+from nnssl_ext.errors import UserError
 from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
 from nnssl_ext.training.run.folder import LATEST
 from tests.conftest import Environment
@@ -197,3 +200,40 @@ def test_a_signal_to_the_whole_group_through_the_command(with_data: Data) -> Non
             assert f"Stopped by {number.name} after step " in output
             assert "Traceback" not in output
         checkpoint.load(latest)
+
+
+def test_no_worker_is_forked_while_a_checkpoint_is_written(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment, running = with_data("labelled"), list[bool]()
+    plans(environment, "run", common={"write_in_background": True})
+    save, load = checkpoint.save, loader.SteadyLoader.__iter__
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.2)
+        save(*arguments)
+
+    def batches(self: loader.SteadyLoader) -> Any:  # workers are forked at the first batch
+        running.append("checkpoint" in [thread.name for thread in threading.enumerate()])
+        yield from load(self)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(loader.SteadyLoader, "__iter__", batches)
+    tune(environment, "labelled", "run")
+    assert running == [False] * 4  # one training loader and three validations
+
+
+def test_data_that_fails_in_a_validation_loses_no_step(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("labelled")
+    plans(environment, "whole", "broken", save_every=50)
+    original = nnsslTrainer_Finetune.validation_step
+
+    def validation_step(self: nnsslTrainer_Finetune, batch: dict) -> dict:
+        if self.step == 6:
+            raise UserError("a case is damaged")
+        return original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nnsslTrainer_Finetune, "validation_step", validation_step)
+        with pytest.raises(UserError, match="a case is damaged"):
+            tune(environment, "labelled", "broken")
+    assert checkpoint.load(fold(environment) / LATEST)["nnssl_ext"]["step"] == 6
+    same_run(tune(environment, "labelled", "whole"), tune(environment, "labelled", "broken", c=True))

@@ -232,3 +232,24 @@ def test_a_decoder_of_the_first_stage_counts_as_trained(with_data: Data, monkeyp
     maybe_load_checkpoint(begun, False, False, str(first))
     begun.on_train_start()
     assert kept in begun.filled
+
+
+@pytest.mark.parametrize("argument", [True, False])
+def test_a_run_does_not_start_from_what_it_replaces(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, argument: bool
+) -> None:
+    """Its checkpoints are set aside before the weights are read."""
+    environment = with_data("plain")
+    environment.write_plans("plain", "run", {"epochs": 1})
+    file = pretrain(environment, "plain", "run") / "checkpoint_final.pth"
+    before = file.read_bytes()
+    if argument:
+        monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", str(file)])
+    else:
+        environment.write_plans("plain", "run", {"epochs": 1, "start_from": str(file.parent)})
+    with pytest.raises(UserError, match="expected weights of another run to start from, got .* Continue it with --c"):
+        pretrain(environment, "plain", "run")
+    assert file.read_bytes() == before
+    if not argument:  # a continued run does not read it
+        environment.write_plans("plain", "run", {"epochs": 1})
+    pretrain(environment, "plain", "run", c=True)

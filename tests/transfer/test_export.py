@@ -10,7 +10,7 @@ import yaml
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from safetensors.torch import load_model
 
-from nnssl_ext import __version__
+from nnssl_ext import __version__, checkpoint
 from nnssl_ext.cli import main
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import TRAINERS
@@ -154,3 +154,22 @@ def test_half_an_export_is_none(with_data: Data, tmp_path: Path, monkeypatch: py
     with pytest.raises(UserError, match="no space left"):
         main(["export", str(run), "-o", str(tmp_path / "model"), "--safetensors"])
     assert not [path for path in tmp_path.iterdir() if "model" in path.name]
+
+
+def test_safetensors_are_written_without_importing_what_the_plans_name(
+    with_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint from elsewhere may name any class. Building it would run foreign code."""
+    content = checkpoint.load(run_of(with_data) / "checkpoint_final.pth")
+    plans = content["init_args"]["plans"]["configurations"]["3d_fullres"]
+    plans["architecture"]["network_class_name"] = "foreign_network.Network"
+    checkpoint.save(content, tmp_path / "foreign.pth")
+    (tmp_path / "foreign_network.py").write_text("raise RuntimeError('foreign code was executed')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    main(["export", str(tmp_path / "foreign.pth"), "-o", str(tmp_path / "model"), "--safetensors"])
+
+    written = read_source(str(tmp_path / "model" / "model.safetensors")).weights
+    given = read_source(str(tmp_path / "foreign.pth")).weights
+    assert set(written) == set(given)
+    assert all(torch.equal(written[name], tensor) for name, tensor in given.items())

@@ -12,6 +12,7 @@ import pytest
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+from nnssl_ext import checkpoint
 from nnssl_ext.cli import main
 from nnssl_ext.transfer.heads import matching_rows, output_names
 from nnssl_ext.transfer.read import read_source
@@ -100,10 +101,14 @@ def test_only_our_fine_tuner_takes_heads(with_data: Data, tmp_path: Path) -> Non
     content["init_args"]["dataset_json"] = {"labels": {"background": 0, names[-1]: 1, "other": 2}}
     torch.save(content, tmp_path / "stock.pth")
     theirs = read_source(str(tmp_path / "stock.pth")).weights["decoder.seg_layers.1.weight"]
-    for trainer in ("nnUNetTrainer", "nnsslTrainer_Finetune"):
+    for trainer in ("nnUNetTrainer", "nnsslTrainer_Probe", "nnsslTrainer_Finetune"):
         file = tmp_path / f"{trainer}.pth"
         words = ["-d", "817", "-c", "3d_fullres", "-tr", trainer, "-o", str(file)]
         assert main(["transfer", str(tmp_path / "stock.pth"), *words]) == 0
+        if trainer == "nnsslTrainer_Probe":  # its heads read the encoder
+            rows = checkpoint.load(file)["nnssl_ext"]["transfer"]["rows"]
+            assert {row["action"] for row in rows if ".seg_layers." in row["name"]} == {LEFT}
+            continue
         written = read_source(str(file)).weights["decoder.seg_layers.1.weight"]
         network = built(planned(), outputs=len(names))
         labels = json.loads((environment.dataset("labelled") / "dataset.json").read_text())

@@ -1,5 +1,6 @@
 """Every kind of file is recognised, and none is trusted."""
 
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -225,3 +226,16 @@ def test_plans_with_odd_values_are_not_believed(tmp_path: Path) -> None:
 def test_stock_plans_of_a_test_are_read(tmp_path: Path) -> None:
     stock_file(tmp_path / "s.pth", make_plans("anisotropic"), "anisotropic")
     assert read_source(str(tmp_path / "s.pth")).geometry.strides == ((1, 1, 1), (1, 2, 2), (2, 2, 2))
+
+
+@pytest.mark.parametrize("edge", ["Infinity", "NaN", f"1{'0' * 400}"])
+def test_a_plan_of_other_values_than_expected_leaves_the_geometry_open(tmp_path: Path, edge: str) -> None:
+    hub_folder(tmp_path / "model")
+    plan = json.loads((tmp_path / "model" / "adaptation_plan.json").read_text())
+    plan["architecture_plans"], plan["recommended_downstream_patchsize"] = "ResEncL", []
+    plan["pretrain_plan"]["configurations"]["onemmiso"] = {"patch_size": ["edge", 16, 16], "spacing": ["edge", 1, 1]}
+    text = json.dumps(plan).replace('"edge"', edge)
+    (tmp_path / "model" / "adaptation_plan.json").write_text(text)
+    source = read_source(str(tmp_path / "model"))
+    assert source.kind == "nnssl adaptation plan, unknown architecture"
+    assert (source.geometry.patch_size, source.geometry.spacing) == (None, None)

@@ -53,7 +53,8 @@ def rate_at(settings: FinetuneSettings, peak: float, step: int) -> float:
     """Return the learning rate of a step. There is one schedule over all steps, or one for each phase (sawtooth)."""
     start, end = 0, settings.steps
     if settings.restart_schedule:
-        for bound in sorted({int(settings.head_only_steps), int(settings.freeze_encoder_steps)} - {0}):
+        first, last = int(settings.head_only_steps), int(settings.freeze_encoder_steps)
+        for bound in sorted({first, max(first, last)} - {0}):  # nothing is released before the first
             start, end = (bound, end) if step >= bound else (start, min(end, bound))
     length = end - start
     share = min(settings.warmup / length, 0.5) if settings.restart_schedule else settings.warmup / length

@@ -72,6 +72,9 @@ class LinearHead(nn.Module):
 class nnsslTrainer_Probe(nnsslTrainer_Finetune):
     """Train a linear head on the frozen target encoder."""
 
+    #: Its head reads the encoder, so a head that reads a decoder does not fit.
+    takes_heads = False
+
     def __init__(
         self,
         plans: dict,

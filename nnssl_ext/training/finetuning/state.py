@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
+from nnssl_ext.errors import UserError
 from nnssl_ext.training.distributed.ranks import world
 
 #: What stock collects of an epoch's steps: {"loss": scalar} per step.
@@ -38,3 +41,19 @@ def is_spoilt(outputs: Outputs, scaled: bool, limit: int) -> bool:
     """
     bad = len(outputs) - len(finite(outputs))
     return bad > 0 and (not scaled or bad > limit or bad == len(outputs))
+
+
+def refuse_other_run(content: Mapping[str, Any], settings: Mapping[str, Any], fold: int | str, source: str) -> None:
+    """Refuse to continue another run's checkpoint, or a snapshot.
+
+    Raises:
+        UserError: In either case.
+    """
+    own = content["nnssl_ext"]
+    if own.get("finetune") != settings or str(own.get("fold")) != str(fold):
+        raise UserError(
+            f"{source} belongs to a run with other finetune settings or another fold. Continue it with its own plans, "
+            f"or start anew without --c"
+        )
+    if "optimizer_state" not in content:
+        raise UserError(f"{source} is a snapshot: it holds weights only, and no run goes on from it")

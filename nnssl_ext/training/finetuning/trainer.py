@@ -50,7 +50,7 @@ from nnssl_ext.training.finetuning.loaders import (
     never_by_time,
     run_seed,
 )
-from nnssl_ext.training.finetuning.state import Outputs, finite, is_spoilt, of_all_processes
+from nnssl_ext.training.finetuning.state import Outputs, finite, is_spoilt, of_all_processes, refuse_other_run
 from nnssl_ext.training.managed import ManagedTrainer
 from nnssl_ext.training.memory.out_of_memory import finetuning_advice
 from nnssl_ext.training.onednn import avoid_two_slice_bug
@@ -112,6 +112,14 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         # a callable, since nnU-Net prints every other attribute into debug.json
         self.clip = partial(torch.nn.utils.clip_grad_norm_, list(self.network.parameters()), 12)
 
+    def _build_loss(self) -> nn.Module:
+        self.enable_deep_supervision &= hasattr(self.plain_network, "decoder")  # without one there is one output
+        return super()._build_loss()
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        if hasattr(self.plain_network, "decoder"):
+            super().set_deep_supervision_enabled(enabled)
+
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, None]:
         return build_optimizer(self.plain_network, self.settings, self.initial_lr), None
 
@@ -129,14 +137,13 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         masked, patch = {"use_mask_for_norm": manager.use_mask_for_norm}, manager.patch_size
         augmentation = self.get_training_transforms(patch, rotation, scales, mirror, dummy_2d, **masked, **shared)
         never_by_time(augmentation)
-        plain = self.get_validation_transforms(scales, **shared)
         workers = get_allowed_n_proc_DA()
         from_the_first("split", self.do_split)  # it may write splits_final.json
         loaders = []
         for cases, size, transforms, stream, numbers, readers in zip(
             self.get_tr_and_val_datasets(),
             (initial_patch, patch),
-            (augmentation, plain),
+            (augmentation, self.get_validation_transforms(scales, **shared)),
             (TRAINING, VALIDATION),
             (range(self.step, self.settings.steps), range(self.num_val_iterations_per_epoch)),
             (workers, min(1, workers)),
@@ -149,8 +156,6 @@ class nnsslTrainer_Finetune(ManagedTrainer):
                 patch,
                 labels,
                 oversample_foreground_percent=self.oversample_foreground_percent,
-                sampling_probabilities=None,
-                pad_sides=None,
                 transforms=transforms,
                 probabilistic_oversampling=self.probabilistic_oversampling,
             )
@@ -168,8 +173,8 @@ class nnsslTrainer_Finetune(ManagedTrainer):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        file = pretrained_weights_argument(sys.argv)
-        if file is not None and self.step == 0 and (loaded := load_heads(self.plain_network, file, self.dataset_json)):
+        file = pretrained_weights_argument(sys.argv) if self.takes_heads and self.step == 0 else None
+        if file is not None and (loaded := load_heads(self.plain_network, file, self.dataset_json)):
             self.print_to_log_file(f"Heads of equal labels from {file}: {len(loaded)} tensors")
         # made here: pretrained weights are loaded after the network is built
         if self.settings.weight_average_decay and self.averaged is None:
@@ -181,6 +186,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
             self.save_checkpoint(str(self.folder.path / LATEST))
         elif not self.snapshot_file(self.step).is_file():
             self.after_step()
+        self.writer.wait()  # workers are not forked beside a write
 
     def on_train_epoch_start(self) -> None:
         self.network.train()
@@ -235,9 +241,9 @@ class nnsslTrainer_Finetune(ManagedTrainer):
             self.save_checkpoint(str(self.snapshot_file(self.step)))
 
     def validation_step(self, batch: dict) -> dict:
-        if self.averaged is None:
-            return super().validation_step(batch)
-        trained, self.network = self.network, self.averaged.module.eval()
+        trained = self.network
+        if self.averaged is not None:
+            self.network = self.averaged.module.eval()
         try:
             return super().validation_step(batch)
         finally:
@@ -288,14 +294,15 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         predict_alone(self.network)
         with self.folder.locked() if self.local_rank == 0 else nullcontext():
             try:
-                snapshots = any(self.snapshot_file(step).is_file() for step in self.settings.snapshots)
+                steps = () if self.disable_checkpointing else self.settings.snapshots
+                snapshots = any(self.snapshot_file(step).is_file() for step in steps)
                 # only stock writes probabilities, and predictions for the next stage of a cascade
                 by_stock = not snapshots or save_probabilities or bool(self.configuration_manager.next_stage_names)
-                if snapshots and rank() == 0:
-                    self._validate_snapshots(final=not by_stock)
-                if by_stock:
+                if by_stock:  # first, since its processes wait for each other
                     with other_weights(self.plain_network, self.exported_weights()):
                         super().perform_actual_validation(save_probabilities)
+                if snapshots and rank() == 0:
+                    self._validate_snapshots(final=not by_stock)
             except KeyboardInterrupt as error:
                 if world() > 1:
                     raise
@@ -305,7 +312,6 @@ class nnsslTrainer_Finetune(ManagedTrainer):
 
     def _validate_snapshots(self, final: bool) -> None:
         settings, network = self.settings, self.plain_network
-        _, cases = self.do_split()
         evaluation = Evaluation(
             network=self.network,
             plans=self.plans_manager,
@@ -317,7 +323,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
             device=self.device,
             amp_dtype=self.amp_dtype,
             cases=self.dataset_class(
-                self.preprocessed_dataset_folder, cases, self.folder_with_segs_from_previous_stage
+                self.preprocessed_dataset_folder, self.do_split()[1], self.folder_with_segs_from_previous_stage
             ),
             truth=Path(str(self.preprocessed_dataset_folder_base)) / "gt_segmentations",
             is_cascaded=self.is_cascaded,
@@ -373,13 +379,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
 
     def restore_content(self, content: dict[str, Any], source: str) -> None:
         own = content["nnssl_ext"]
-        if own.get("finetune") != vars(self.settings) or str(own.get("fold")) != str(self.fold):
-            raise UserError(
-                f"{self.output_folder} holds a run with other finetune settings or another fold. Continue it with its "
-                f"own plans, or start anew without --c"
-            )
-        if "optimizer_state" not in content:
-            raise UserError(f"{source} is a snapshot: it holds weights only, and no run goes on from it")
+        refuse_other_run(content, vars(self.settings), self.fold, source)
         if not self.was_initialized:
             self.initialize()
         try:

@@ -33,7 +33,8 @@ def summarize(
         after: What comes last: the checkpoint and its use.
     """
     losses, values = log["val_losses"], log[f"val_{readable.key}"]
-    times = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)
+    # an epoch that was stopped has no end
+    times = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
     return {
         **before,
         "epochs": len(losses),

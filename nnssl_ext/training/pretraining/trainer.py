@@ -290,7 +290,7 @@ class PretrainingTrainer(ManagedTrainer):
             return
         file, name = self.folder.path / FINAL, self.run_name
         after: dict[str, Any] = {"checkpoint": None, "next_command": None}
-        if file.is_file():
+        if file.is_file() and not self.disable_checkpointing:  # it may be an earlier run's
             command = next_command(name, self.common.target_trainer, self.dataset_json, file)
             after = {"checkpoint": str(file), "next_command": command}
             if self.method.backbone.is_transformer:

@@ -78,11 +78,25 @@ class RunFolder:
         for path in self.path.glob(".checkpoint_*.tmp"):
             path.unlink(missing_ok=True)
 
-    def set_aside(self) -> None:
-        """Move an earlier run's checkpoints into a subfolder."""
+    def set_aside(self, *sources: Path | str | None) -> None:
+        """Move an earlier run's checkpoints into a subfolder.
+
+        Args:
+            sources: Weights that the run is going to read.
+
+        Raises:
+            UserError: If a source would be moved.
+        """
         found = [self.path / name for name in self.checkpoints()] + sorted(self.path.glob(SNAPSHOTS))
         if not found:
             return
+        moved = [path.resolve() for path in (self.path, *found)]
+        for source in sources:
+            if source and Path(source).expanduser().resolve() in moved:
+                raise UserError(
+                    f"expected weights of another run to start from, got {source}, which this run would replace. "
+                    f"Continue it with --c, or copy the weights to another folder"
+                )
         target = self.path / f"earlier_{time.strftime('%Y%m%d_%H%M%S')}"
         target.mkdir()
         for path in found:
@@ -117,6 +131,9 @@ class RunFolder:
         if file.name == FINAL and latest.is_file() and latest.stat().st_mtime > file.stat().st_mtime:
             # of a longer run that went on from the final one
             chain = [latest, file, *(path for path in chain[1:] if path != latest)]
+        if file.name == BEST and self.checkpoints()[:1] == [PREVIOUS]:
+            # stock does not look for the previous one, which may be newer
+            chain = sorted([file, file.parent / PREVIOUS], key=lambda path: path.stat().st_mtime, reverse=True)
         for path in chain:
             if path != file and not path.is_file():
                 continue

@@ -111,3 +111,13 @@ def test_layer_decay_and_freezing_know_the_encoder_of_every_network(kind: str) -
     for one, other in zip(optimizer.param_groups, compiled.param_groups, strict=True):
         assert (one["part"], one.get("lr_scale")) == (other["part"], other.get("lr_scale"))
         assert list(map(id, one["params"])) == list(map(id, other["params"]))
+
+
+def test_the_schedule_restarts_only_where_something_is_released() -> None:
+    """The encoder stays frozen while the heads train alone."""
+    settings = FinetuneSettings(steps=12, head_only_steps=6, freeze_encoder_steps=3, restart_schedule=True)
+    alone = FinetuneSettings(steps=12, head_only_steps=6, restart_schedule=True)
+    assert [frozen_components(settings, step) for step in range(12)] == [
+        frozen_components(alone, step) for step in range(12)
+    ]
+    assert [rate_at(settings, 1.0, step) for step in range(12)] == [rate_at(alone, 1.0, step) for step in range(12)]

@@ -1,18 +1,22 @@
 """The probe: the encoder stays, the head learns, and it goes through nnU-Net's own entry point."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from nnunetv2.run.run_training import run_training
+from nnunetv2.run.run_training import maybe_load_checkpoint, run_training
 
 from nnssl_ext import checkpoint
 from nnssl_ext.cli import main
 from nnssl_ext.training.finetuning.probe import ProbeNetwork
 from tests.conftest import Environment
-from tests.datasets import OWN_NETWORKS, dataset_name
+from tests.datasets import OWN_NETWORKS, dataset_name, make_plans
 from tests.support.networks import network
+from tests.support.runs import trainer_for
+from tests.support.transfers import transferred
+from tests.transfer.files import stock_file
 
 Data = Callable[[str], Environment]
 
@@ -64,3 +68,22 @@ def test_the_command_compares_files(
     assert "untrained encoder" in out
     assert "mine" in out
     assert Path("probes/results.csv").is_file()
+
+
+def test_it_starts_with_a_fresh_head(with_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file holds the heads of a decoder, for the fine-tuner."""
+    environment = with_data("labelled")
+    stock_file(tmp_path / "stock.pth", make_plans("plain"), "plain")
+    content = torch.load(tmp_path / "stock.pth", weights_only=False)
+    content["init_args"]["dataset_json"] = json.loads((environment.dataset("labelled") / "dataset.json").read_text())
+    torch.save(content, tmp_path / "stock.pth")
+    file = transferred(tmp_path / "stock.pth", "labelled", "-tr", "nnsslTrainer_Finetune")
+    assert any(row["action"] != "left" for row in checkpoint.load(file)["nnssl_ext"]["transfer"]["rows"])
+    monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", str(file)])
+    heads = []
+    for weights in (str(file), None):
+        trainer = trainer_for("labelled", "nnUNetPlans", "nnsslTrainer_Probe")
+        maybe_load_checkpoint(trainer, False, False, weights)
+        trainer.on_train_start()
+        heads.append([layer.weight for layer in trainer.network.decoder.seg_layers])
+    assert all(torch.equal(one, other) for one, other in zip(*heads, strict=True))

@@ -19,6 +19,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.study.metrics import fold_metrics
 from nnssl_ext.training.finetuning import trainer as finetune
 from nnssl_ext.training.finetuning.components import MovingAverage, finetune_settings, rate_at
+from nnssl_ext.training.finetuning.evaluation import Evaluation
 from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
 from tests.conftest import Environment
 from tests.datasets import dataset_name
@@ -258,3 +259,30 @@ def test_probabilities_are_written_beside_snapshots(with_data: Data) -> None:
     assert {file.stem for file in (fold / "validation").glob("*.npz")} == cases
     assert (fold / "validation_step_000004" / "summary.json").is_file()
     assert "Mean Validation Dice" in next(fold.glob("training_log*")).read_text()
+
+
+@pytest.mark.parametrize("options", [{"export_validation_probabilities": True}, {}])
+def test_stock_validates_before_the_snapshots_which_one_process_validates(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]
+) -> None:
+    """Stock's processes wait for each other. They would wait for the snapshots until NCCL gives up."""
+    environment, validated = with_data("labelled"), list[str]()
+    environment.write_plans("labelled", "run", {"finetune": RUN})
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda *_: validated.append("stock"))
+    monkeypatch.setattr(Evaluation, "run", lambda _, folder: validated.append(folder.name))
+    run_training(dataset_name("labelled"), "3d_fullres", 0, NAME, "run", device=torch.device("cpu"), **options)
+    assert validated == (["stock", "validation_step_000004"] if options else ["validation_step_000004", "validation"])
+
+
+def test_without_checkpoints_the_snapshots_of_an_earlier_run_are_not_validated(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment, validated = with_data("labelled"), list[str]()
+    environment.write_plans("labelled", "run", {"finetune": RUN})
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda *_: validated.append("stock"))
+    monkeypatch.setattr(Evaluation, "run", lambda _, folder: validated.append(folder.name))
+    tune(environment, "labelled", "run")
+    del validated[:]
+    words = (dataset_name("labelled"), "3d_fullres", 0, NAME, "run")
+    run_training(*words, disable_checkpointing=True, device=torch.device("cpu"))
+    assert validated == ["stock"]

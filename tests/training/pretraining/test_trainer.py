@@ -15,7 +15,7 @@ from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.training.pretraining import classes
 from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from tests.conftest import REPOSITORY, Environment
-from tests.support.runs import TRAINER, Data, pretrain, trainer_for
+from tests.support.runs import TRAINER, Data, pretrain, signal_at, trainer_for
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -275,3 +275,26 @@ def test_progress_picture_is_drawn(with_data: Data) -> None:
     image = __import__("matplotlib.image").image.imread(picture)
     assert np.ptp(image) > 0.5
     assert min(image.shape[:2]) > 500
+
+
+def test_without_checkpoints_no_weights_of_an_earlier_run_are_recommended(with_data: Data) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "quick", {"epochs": 1})
+    pretrain(environment, "plain", "quick")
+    fold = pretrain(environment, "plain", "quick", disable_checkpointing=True)
+    summary = json.loads((fold / "pretraining_summary.json").read_text())
+    assert (summary["checkpoint"], summary["next_command"]) == (None, None)
+
+
+def test_a_run_stopped_amid_an_epoch_ends_with_fewer_epochs(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "quick", {"epochs": 2})
+    with monkeypatch.context() as patch:
+        signal_at(4, patch, 15)
+        with pytest.raises(SystemExit):
+            pretrain(environment, "plain", "quick")
+    environment.write_plans("plain", "quick", {"epochs": 1})
+    fold = pretrain(environment, "plain", "quick", c=True)
+    summary = json.loads((fold / "pretraining_summary.json").read_text())
+    assert (summary["epochs"], summary["steps"]) == (1, 5)
+    assert 0 < summary["hours"] < 0.1

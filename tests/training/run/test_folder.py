@@ -3,19 +3,21 @@
 import gc
 import json
 import multiprocessing
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.training.run import folder as run_folder
-from nnssl_ext.training.run.folder import HOLDER, LOCK
+from nnssl_ext.training.run.folder import HOLDER, LOCK, RunFolder
 from nnssl_ext.training.run.picture import ProgressPicture
 from tests.conftest import Environment
 from tests.support.runs import TRAINER, hold, no_checkpoint_fits, pretrain, same_run, signal_at, truncate
@@ -94,8 +96,6 @@ def test_with_none_valid_the_run_stops_and_everything_stays(stopped: Environment
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
-    import torch
-
     content = {
         "network_weights": {"a": torch.randn(40)},
         "optimizer_state": {"state": {0: {"exp_avg": torch.randn(40), "step": 3.0}}},
@@ -228,3 +228,44 @@ def test_a_picture_that_cannot_be_written_ends_no_run(with_data: Data, monkeypat
     log = next(pretrain(environment, "plain", "run").glob("training_log*")).read_text()
     assert "progress.png could not be written: No space left on device" in log
     assert run_folder.CHAIN[0] == "checkpoint_final.pth"
+
+
+def written(folder: Path, *steps: tuple[str, int]) -> RunFolder:
+    """Write checkpoints, each newer than the one before."""
+    for age, (name, step) in enumerate(steps):
+        content = {"network_weights": {"a": torch.zeros(2)}, "nnssl_ext": {"format": checkpoint.FORMAT, "step": step}}
+        checkpoint.save(content, folder / name)
+        os.utime(folder / name, (age, age))
+    return RunFolder(folder, print)
+
+
+@pytest.mark.parametrize("newer", ["checkpoint_previous.pth", "checkpoint_best.pth"])
+def test_with_latest_gone_the_newer_of_previous_and_best_is_used(tmp_path: Path, newer: str) -> None:
+    """Stock asks for the best one, since it does not know the previous one."""
+    older = "checkpoint_best.pth" if newer == "checkpoint_previous.pth" else "checkpoint_previous.pth"
+    folder = written(tmp_path, (older, 4), (newer, 9))
+    content, source = folder.load_newest(tmp_path / "checkpoint_best.pth")
+    assert (content["nnssl_ext"]["step"], source) == (9, str(tmp_path / newer))
+    truncate(tmp_path / newer)
+    content, source = folder.load_newest(tmp_path / "checkpoint_best.pth")
+    assert (content["nnssl_ext"]["step"], source) == (4, str(tmp_path / older))
+
+
+def test_the_best_is_loaded_where_it_is_asked_for_after_the_training(tmp_path: Path) -> None:
+    names = ("checkpoint_best.pth", "checkpoint_previous.pth", "checkpoint_final.pth")
+    folder = written(tmp_path, *((name, step) for step, name in enumerate(names)))
+    assert folder.load_newest(tmp_path / "checkpoint_best.pth")[0]["nnssl_ext"]["step"] == 0
+
+
+def test_weights_that_would_be_set_aside_are_no_start(tmp_path: Path) -> None:
+    folder = written(tmp_path, ("checkpoint_final.pth", 9))
+    (tmp_path / "link.pth").symlink_to(tmp_path / "checkpoint_final.pth")
+    for source in ("checkpoint_final.pth", "link.pth", "."):
+        with pytest.raises(UserError, match=r"expected weights of another run to start from, got .*Continue it with"):
+            folder.set_aside(None, tmp_path / source)
+    assert (tmp_path / "checkpoint_final.pth").is_file()
+    folder.set_aside(None, "owner/name")
+    (earlier,) = tmp_path.glob("earlier_*")
+    kept = earlier.rename(tmp_path / "earlier") / "checkpoint_final.pth"
+    written(tmp_path, ("checkpoint_final.pth", 9)).set_aside(kept)  # what was set aside before stays where it is
+    assert kept.is_file()
