@@ -63,7 +63,12 @@ class CommonSettings:
     )
     batch_size: int | None = setting(None, "Samples per step over all GPUs. null: the plan's.", low=1)
     crop_size: list[int] | None = setting(None, "Crop edges in voxels. null: the plan's patch.", low=1, length=3)
-    learning_rate: float | None = setting(None, "Peak learning rate. null: the method's.", low=0)
+    learning_rate: float | None = setting(
+        None,
+        "Peak learning rate. null: 0.001, exemplar 0.0003, 3DINO 0.002 sqrt(batch / 1024); vision transformers and "
+        "Primus 0.0003 at most.",
+        low=0,
+    )
     seed: int = setting(0, "Seed of all random draws, initial weights included.", low=0)
     save_every: int = setting(5, "Epochs between two writes of checkpoint_latest.pth.", low=1)
     pretext_picture_every: int = setting(

@@ -43,8 +43,8 @@ class MaskedAutoencoderSettings(SharedSettings):
     mask_ratio: float = setting(0.75, "Share of masked blocks.", source=f"{HE}, {WALD}", low=0.01, high=0.99)
     block_size: list[int] | None = setting(
         None,
-        "Edges of a block in voxels. null is 16 voxels of the finest axis in mm, at most a quarter of the crop, and "
-        "whole tokens on a vision transformer.",
+        "Edges of a block in voxels. null: along every axis the length of 16 voxels of the finest one, at most a "
+        "quarter of the crop, and whole tokens on a vision transformer.",
         source=f"16 in {HE}, {WALD}",
         low=1,
         length=3,

@@ -212,7 +212,7 @@ class LowResolution(Augmentation):
         0.25, "Chance of a lower resolution, per image.", source=NNUNET, low=0, high=1
     )
     low_resolution_channel_probability: float = setting(
-        0.5, "Chance of each channel of an image whose resolution is lowered.", source=NNUNET, low=0, high=1
+        0.5, "Chance per channel, in an image that is chosen for lower resolution.", source=NNUNET, low=0, high=1
     )
     low_resolution: list[float] = setting(
         [0.5, 1.0], "Range of the resolution that is left.", source=NNUNET, low=0.05, high=1, length=2

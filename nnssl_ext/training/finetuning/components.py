@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -204,3 +205,18 @@ def other_weights(network: nn.Module, weights: dict[str, torch.Tensor]) -> Itera
         yield
     finally:
         network.load_state_dict(before)
+
+
+def weighted_for(loss: nn.Module, several: bool) -> nn.Module:
+    """Give each output of deep supervision a weight where several processes train.
+
+    DDP waits for a gradient of every parameter. Stock leaves the coarsest output out, and only a network that is
+    compiled as a whole returns zeros for it. One with synchronized batch norms is not.
+
+    Args:
+        loss: Stock's loss.
+        several: Whether DDP trains.
+    """
+    if several and isinstance(loss, DeepSupervisionWrapper):
+        loss.weight_factors = tuple(weight or 1e-6 for weight in loss.weight_factors)  # stock's without compiling
+    return loss

@@ -40,6 +40,7 @@ from nnssl_ext.training.finetuning.components import (
     rate_at,
     to_device,
     unwrapped,
+    weighted_for,
 )
 from nnssl_ext.training.finetuning.evaluation import Evaluation
 from nnssl_ext.training.finetuning.loaders import (
@@ -86,10 +87,9 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         self.logger.local_logger = PlainLog()
         self.seed = run_seed(s.seed, fold)
         self.initial_lr = PEAK[s.optimizer] if s.learning_rate is None else s.learning_rate
-        self.weight_decay = s.weight_decay
+        self.weight_decay, self.save_every = s.weight_decay, s.save_every
         self.num_epochs = math.ceil(s.steps / s.steps_per_epoch)
-        self.num_iterations_per_epoch = s.steps_per_epoch
-        self.num_val_iterations_per_epoch, self.save_every = s.validation_iterations, s.save_every
+        self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = s.steps_per_epoch, s.validation_iterations
         self.predicted_by = self.common.target_trainer
         self.averaged: MovingAverage | None = None
         self.held: tuple[str, ...] | None = None
@@ -114,7 +114,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
 
     def _build_loss(self) -> nn.Module:
         self.enable_deep_supervision &= hasattr(self.plain_network, "decoder")  # without one there is one output
-        return super()._build_loss()
+        return weighted_for(super()._build_loss(), self.is_ddp)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         if hasattr(self.plain_network, "decoder"):

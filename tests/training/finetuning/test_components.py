@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from torch import nn
 
 from nnssl_ext.recipe import load_recipe
 from nnssl_ext.settings import FinetuneSettings
@@ -16,6 +18,7 @@ from nnssl_ext.training.finetuning.components import (
     hold_statistics,
     parameter_groups,
     rate_at,
+    weighted_for,
 )
 from tests.support.networks import network
 
@@ -121,3 +124,11 @@ def test_the_schedule_restarts_only_where_something_is_released() -> None:
         frozen_components(alone, step) for step in range(12)
     ]
     assert [rate_at(settings, 1.0, step) for step in range(12)] == [rate_at(alone, 1.0, step) for step in range(12)]
+
+
+def test_several_processes_train_every_output() -> None:
+    for several, last in ((False, 0.0), (True, 1e-6)):
+        loss = DeepSupervisionWrapper(nn.L1Loss(), (0.5, 0.5, 0.0))
+        assert weighted_for(loss, several).weight_factors == (0.5, 0.5, last)
+    plain = nn.L1Loss()
+    assert weighted_for(plain, True) is plain
