@@ -151,8 +151,8 @@ class Study:
         chosen = configuration_of(derived, p.configuration)
         if reason := unusable(p.configuration, chosen, "study", flat=True):
             raise UserError(reason)
-        # stock would predict for the next stage of a cascade, with mirroring, and read that stage's data
-        derived["configurations"][p.configuration] = {**chosen, "next_stage": None}
+        if chosen.get("next_stage"):  # stock would predict for it, with mirroring, and read its data
+            derived["configurations"][p.configuration] = {**chosen, "next_stage": None}
         derived[PLANS_KEY] = {**derived.get(PLANS_KEY, {}), "seed": p.seed}
         dataset_json = read_json(self.source / "dataset.json")
         for arm in self.arms:
