@@ -40,7 +40,7 @@ class Step:
     def __init__(self, prototypes: int = PROTOTYPES, drop_path: float = 0.0) -> None:
         torch.manual_seed(0)
         network = ViTUNETR(input_channels=1, num_classes=2, embed_dim=384, depth=12, num_heads=6, drop_path=drop_path)
-        reader = reader_of(backbone_of(network), 16)
+        reader = reader_of(backbone_of(network), 0)
         self.student = DistilledNetwork(reader, hidden_dim=2048, bottleneck_dim=256, prototypes=prototypes)
         self.whole = torch.randn(VOLUMES * 2, 1, 96, 96, 96)
         self.local = torch.randn(VOLUMES * LOCALS, 1, 48, 48, 48)

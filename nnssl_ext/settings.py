@@ -65,8 +65,8 @@ class CommonSettings:
     crop_size: list[int] | None = setting(None, "Crop edges in voxels. null: the plan's patch.", low=1, length=3)
     learning_rate: float | None = setting(
         None,
-        "Peak learning rate. null: 0.001, exemplar 0.0003, 3DINO 0.002 sqrt(batch / 1024); vision transformers and "
-        "Primus 0.0003 at most.",
+        "Peak learning rate. null: 0.002 sqrt(batch / 1024) for 3DINO, 0.0003 for exemplar and on vision transformers "
+        "and Primus, else 0.001.",
         low=0,
     )
     seed: int = setting(0, "Seed of all random draws, initial weights included.", low=0)

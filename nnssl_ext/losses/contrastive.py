@@ -55,7 +55,7 @@ def paired_bce(
         allowed = allowed & ~excluded
     number = allowed.sum(1)
     place = (draw * number).long().minimum(number - 1)  # among those that are allowed
-    wrong = torch.searchsorted(allowed.cumsum(1), place[:, None] + 1)[:, 0]
+    wrong = torch.searchsorted(allowed.cumsum(1, dtype=torch.int32), place[:, None].int() + 1)[:, 0]
     predictions, candidates = predictions.float(), candidates.float()
     yes = (predictions * candidates[right]).sum(1)
     no = (predictions * candidates[wrong]).sum(1)

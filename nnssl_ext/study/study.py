@@ -107,7 +107,7 @@ class Study:
         keep_protocol(self.protocol, self.folder / "study.json", keep)
         keep_files(self.arms, self.folder, keep)
         keep_inputs(inputs, self.folder / "inputs.json", keep)
-        if keep:  # of .npz data, before several runs do it at a time
+        if keep and any(self._data.glob("*.npz")):  # once, before several runs do it at a time
             infer_dataset_class(str(self._data)).unpack_dataset(str(self._data), num_processes=1)
         grid.preprocessed.mkdir(parents=True, exist_ok=True)
         for name in (self._data.name, "gt_segmentations"):
@@ -192,5 +192,4 @@ def locked(folder: Path) -> FileLock:
     Raises:
         UserError: If another process holds the lock.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     return lock_file(folder / ".lock", f"the study in {os.fspath(folder)}")

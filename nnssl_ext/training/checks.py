@@ -173,11 +173,7 @@ def _index(folder: Path, channels: int, max_unreadable_fraction: float) -> CaseI
     index = from_the_first("index", lambda: CaseIndex.build(folder, workers=worker_count(), show_progress=True))
     if not index.cases:
         raise UserError(f"no case in {folder}. Run nnUNetv2_preprocess for this configuration")
-    problems = {
-        case: f"has {found} channels, the plans expect {channels}"
-        for case, found in zip(index.cases, index.channels(), strict=True)
-        if found != channels
-    } | index.problems()
+    problems = index.problems(channels)
     if len(problems) > max_unreadable_fraction * len(index.cases):
         listed = shorten(f"case '{case}' {problem}" for case, problem in sorted(problems.items()))
         raise UserError(

@@ -198,6 +198,14 @@ def test_the_class_of_the_endpoint_is_held_out(with_data: Data, monkeypatch: pyt
         main([*WORDS[:place], "--primary-class", "never", "-o", "st", *WORDS[place:]])
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("labelled")
+    monkeypatch.chdir(environment.root)
+    Path("file").touch()
+    with pytest.raises(UserError, match="expected a folder that can be written for the study in .*file/st"):
+        main([*WORDS, *RATE, "--report-only", "-o", "file/st"])
+
+
 def test_slurm_takes_gpus_that_this_machine_does_not_have(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = with_data("labelled")
     monkeypatch.chdir(environment.root)

@@ -46,11 +46,11 @@ def ranks(number: int, target: Callable[..., None], *arguments: object) -> list[
     return [process.exitcode for process in processes]
 
 
-def assert_equal_runs(one: Path, other: Path, *, together: bool = False) -> None:
+def assert_equal_runs(one: Path, other: Path, *, together: bool = False, tolerance: float = 1e-4) -> None:
     """The same objectives and terms, and momentum buffers, which are sums of gradients.
 
     After many steps they need not be: a value that is zero but for rounding is on either side of a kink.
-    ``together`` compares the buffers as one vector, and less strictly.
+    ``tolerance`` is for each buffer. ``together`` compares them as one vector, and less strictly.
     """
     a, b = (checkpoint.load(fold / "checkpoint_final.pth") for fold in (one, other))
     terms = [key for key in a["logging"] if key.startswith(("train_", "val_"))]
@@ -59,7 +59,6 @@ def assert_equal_runs(one: Path, other: Path, *, together: bool = False) -> None
         assert b["logging"][key] == pytest.approx(a["logging"][key], rel=1e-4, abs=1e-6), key
     states = [content["optimizer_state"]["state"].values() for content in (a, b)]
     mine, theirs = ([state["momentum_buffer"].flatten() for state in part] for part in states)
-    tolerance = 1e-4
     if together:
         mine, theirs, tolerance = [torch.cat(mine)], [torch.cat(theirs)], 5e-3
     for a_buffer, b_buffer in zip(mine, theirs, strict=True):

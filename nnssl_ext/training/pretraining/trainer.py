@@ -379,7 +379,13 @@ class PretrainingTrainer(ManagedTrainer):
         own = content.get("nnssl_ext", {})
         state.refuse_other_run(own["identity"], self._identity(), source)
         state.refuse_other_data(own.get("data"), self.checked.samples.fingerprint(), source)
-        self.method.load_state_dict(own["state"])
+        try:
+            self.method.load_state_dict(own["state"])
+        except RuntimeError as error:  # torch lists every tensor
+            raise UserError(
+                f"{source} holds other tensors than this version makes of its plans. Continue it with the version that "
+                f"began it ({own.get('versions', {}).get('nnssl_ext', 'unknown')}), or start anew without --c"
+            ) from error
         self.restore_stock(content)
         match_memory_format(self.optimizer)
         self.step = own["counters"]["step"]

@@ -81,14 +81,14 @@ def test_a_run_goes_on_with_any_number_of_processes_and_machines(with_data: Data
 
     # one process to the end
     whole = pretrain(environment, "plain", "whole")
-    assert_equal_runs(whole, pretrain(environment, "plain", "parts", c=True), together=True)
+    assert_equal_runs(whole, pretrain(environment, "plain", "parts", c=True), tolerance=1e-2)
 
     # two machines to the end
     shutil.rmtree(fold)
     shutil.copytree(environment.root / "at_16", fold)
     agents = two_machines(environment, words("parts", "--c"))
     assert [agent.returncode for agent in agents] == [0, 0], agents
-    assert_equal_runs(whole, fold, together=True)
+    assert_equal_runs(whole, fold, tolerance=1e-2)
     assert [agent.stdout.count("Pretraining summary") for agent in agents] == [1, 0]
     names = {path.name.partition("_2")[0] for path in fold.iterdir()}
     assert names == {

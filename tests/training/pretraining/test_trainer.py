@@ -298,3 +298,19 @@ def test_a_run_stopped_amid_an_epoch_ends_with_fewer_epochs(with_data: Data, mon
     summary = json.loads((fold / "pretraining_summary.json").read_text())
     assert (summary["epochs"], summary["steps"]) == (1, 5)
     assert 0 < summary["hours"] < 0.1
+
+
+def test_tensors_of_another_version_are_one_line(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "quick", {"epochs": 2})
+    with monkeypatch.context() as patch:
+        signal_at(4, patch, 15)
+        with pytest.raises(SystemExit):
+            pretrain(environment, "plain", "quick")
+
+    def other_tensors(*_: object) -> None:
+        raise RuntimeError("Error(s) in loading state_dict for VolumeFusion: size mismatch for a, b, c ...")
+
+    monkeypatch.setattr(METHODS["volume_fusion"], "load_state_dict", other_tensors)
+    with pytest.raises(SystemExit, match=r"holds other tensors than this version .* began it \(\d.*without --c$"):
+        pretrain(environment, "plain", "quick", c=True)
