@@ -12,7 +12,6 @@ import argparse
 import math
 import os
 import re
-import tempfile
 from pathlib import Path
 
 from nnssl_ext.errors import UserError
@@ -49,18 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--spacing must be three lengths in mm, got {spacing}")
     options = PhantomOptions(arguments.cases, arguments.labeled, test, arguments.seed, arguments.channels, spacing)
     options.check()
-    if folder.exists():
-        raise UserError(f"{folder} exists. Remove it or give another number with -d")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # no bar where nobody watches, and none before an error
-    with (
-        # a call that is stopped leaves no half data set
-        tempfile.TemporaryDirectory(dir=folder.parent, prefix=".phantom_") as unfinished,
-        tqdm(total=arguments.cases, desc="Making cases", disable=None) as bar,
-    ):
-        whole = Path(unfinished) / folder.name
-        write_phantom(whole, options, lambda done, _: bar.update(done - bar.n))
-        whole.rename(folder)
+    with tqdm(total=arguments.cases, desc="Making cases", disable=None) as bar:
+        write_phantom(folder, options, lambda done, _: bar.update(done - bar.n))
     print(f"wrote {folder}; its folds: 0 trains on the labeled cases, 1 on all but the test cases")
 
 

@@ -8,6 +8,7 @@ their place alone. A few labeled cases do not saturate it. D H W voxels, in Simp
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,15 @@ def write_phantom(folder: Path, options: PhantomOptions, progress: Callable[[int
     options.check()
     if folder.exists():
         raise UserError(f"{folder} exists. Remove it or give another number with -d")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # a call that is stopped leaves no half data set
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".phantom_") as unfinished:
+        whole = Path(unfinished) / folder.name
+        _write_cases(whole, options, progress)
+        whole.rename(folder)
+
+
+def _write_cases(folder: Path, options: PhantomOptions, progress: Callable[[int, int], None] | None) -> None:
     for part in ("imagesTr", "labelsTr"):
         (folder / part).mkdir(parents=True)
     names = {"labeled": [], "unlabeled": [], "test": []}  # type: dict[str, list[str]]

@@ -286,13 +286,17 @@ def test_without_checkpoints_no_weights_of_an_earlier_run_are_recommended(with_d
     assert (summary["checkpoint"], summary["next_command"]) == (None, None)
 
 
-def test_a_run_stopped_amid_an_epoch_ends_with_fewer_epochs(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = with_data("plain")
+def stop_amid_an_epoch(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
     environment.write_plans("plain", "quick", {"epochs": 2})
     with monkeypatch.context() as patch:
         signal_at(4, patch, 15)
         with pytest.raises(SystemExit):
             pretrain(environment, "plain", "quick")
+
+
+def test_a_run_stopped_amid_an_epoch_ends_with_fewer_epochs(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("plain")
+    stop_amid_an_epoch(environment, monkeypatch)
     environment.write_plans("plain", "quick", {"epochs": 1})
     fold = pretrain(environment, "plain", "quick", c=True)
     summary = json.loads((fold / "pretraining_summary.json").read_text())
@@ -302,11 +306,7 @@ def test_a_run_stopped_amid_an_epoch_ends_with_fewer_epochs(with_data: Data, mon
 
 def test_tensors_of_another_version_are_one_line(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = with_data("plain")
-    environment.write_plans("plain", "quick", {"epochs": 2})
-    with monkeypatch.context() as patch:
-        signal_at(4, patch, 15)
-        with pytest.raises(SystemExit):
-            pretrain(environment, "plain", "quick")
+    stop_amid_an_epoch(environment, monkeypatch)
 
     def other_tensors(*_: object) -> None:
         raise RuntimeError("Error(s) in loading state_dict for VolumeFusion: size mismatch for a, b, c ...")
