@@ -77,7 +77,7 @@ figures: install
 
 # at least twenty kills of each method and the fine-tuner, for an hour, and ten of a study; not part of the tests
 soak: install
-	$(BIN)/python benchmarks/soak.py --kills 20 --minutes 60 --jobs 2
+	$(BIN)/python -m benchmarks soak --kills 20 --minutes 60 --jobs 2
 	STUDY_KILLS=10 $(BIN)/python -m pytest tests/study/test_study.py -k killed
 	INDUCTOR=1 $(BIN)/python -m pytest tests/training/test_compiled.py -k inductor
 
@@ -87,7 +87,7 @@ fuzz: install
 # the same readers, guided by coverage: a minute each
 fuzz-atheris: install
 	$(PIP) atheris
-	$(BIN)/python benchmarks/fuzz_atheris.py --seconds 60
+	$(BIN)/python -m benchmarks fuzz_atheris --seconds 60
 
 audit: install
 	$(PIP) pip-audit

@@ -9,18 +9,17 @@ import os
 import runpy
 import sys
 
-from benchmarks.checkout import REPOSITORY
+from nnssl_ext.resources import resource_folder
 
 #: Names, and what each measures.
 BENCHMARKS = {
     "loader": "crops read from .b2nd: crops a second, CPU seconds a crop, against reading the same boxes alone",
     "views": "each view, each method's full list, and peers: samples a second on one core or on the GPU",
-    "peers": "complete samples against stock nnU-Net, PyMIC and MONAI, like for like",
+    "peers": "complete samples against stock nnU-Net and MONAI, like for like",
     "step": "a training step, split; its ratio to the bare forward and backward pass; memory over many steps",
     "startup": "the start of a training against stock's, and against the number of cases",
-    "memory": "what a step needs of a GPU's memory: estimated, and on a GPU measured",
+    "memory": "operations and GPU memory of a step of each method: estimated, and on a GPU measured",
     "cards": "which batch of our networks fits GPUs of 8, 24 and 80 GB, estimated",
-    "cost": "operations and memory of a step of each method, counted without computing them",
     "activation_memory": "what a network of ours keeps for its backward pass, counted",
     "dino_step": "3DINO's student step against its bare blocks and heads",
     "resolution": "voxels of the plan per voxel that each method's network sees",
@@ -28,7 +27,6 @@ BENCHMARKS = {
     "dino_learning": "whether 3DINO's terms learn: gradients, information of the targets, masked patches",
     "gpu": "everything on a GPU in one command: values, stock commands, compiler, speed, loader, ranks, a study",
     "launches": "kernels of a step outside the network, for each method",
-    "record": "weights, objectives, transfers and a study that must not change when code moves",
     "hand_over": "every method on a real data set, through the stock command into a stock trainer",
     "simulation": "how often a study finds a gain that is there, and one that is not",
     "soak": "random kills against an uninterrupted run",
@@ -46,7 +44,7 @@ def main() -> None:
             return
         sys.exit(f"unknown benchmark '{name}'\n{text}")
     del sys.argv[1]
-    os.environ.setdefault("nnUNet_extTrainer", str(REPOSITORY / "trainers"))
+    os.environ["nnUNet_extTrainer"] = str(resource_folder("trainers"))
     runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
 
 

@@ -11,17 +11,15 @@ targets, no loss but a sum. The two take turns.
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.measure import Figure, cpu, in_turns, parser, ratios, report
 from nnssl_ext.host_memory import keep_memory
 from nnssl_ext.losses.distillation import Targets, koleo
 from nnssl_ext.losses.fused import prototype_cross_entropy
@@ -97,37 +95,33 @@ class Step:
         return torch.stack([(vectors @ head.prototype_weight.T).sum() for head, vectors in heads]).sum()
 
 
-def timed(function: Callable[[], Tensor], step: Step) -> tuple[float, float]:
-    """CPU and wall seconds of a forward and a backward pass."""
+def passes(step: Step, loss: Callable[[], Tensor]) -> None:
+    """Do a forward and a backward pass."""
     step.student.zero_grad(set_to_none=True)
-    wall, cpu = time.perf_counter(), time.process_time()
-    function().backward()
-    return time.process_time() - cpu, time.perf_counter() - wall
+    loss().backward()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--prototypes", type=int, default=PROTOTYPES)
-    parser.add_argument("--drop-path", type=float, default=0.0, help="3DINO publishes 0.3")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--prototypes", type=int, default=PROTOTYPES)
+    options.add_argument("--drop-path", type=float, default=0.0, help="3DINO publishes 0.3")
+    arguments = options.parse_args()
     keep_memory("cpu")  # as our trainers do
     step = Step(arguments.prototypes, arguments.drop_path)
     step.student.train()
-    times: dict[str, list[tuple[float, float]]] = {"ours": [], "bare": []}
-    for repeat in range(arguments.repeats + 1):
-        for name in times:
-            measured = timed(getattr(step, name), step)
-            if repeat:  # the first is the warm-up
-                times[name].append(measured)
-    ratios = [a[0] / b[0] for a, b in zip(times["ours"], times["bare"], strict=True)]
-    result = {
-        f"{name} {kind}": [round(min(v), 2), round(statistics.median(v), 2), round(max(v), 2)]
-        for name, rows in times.items()
-        for kind, v in zip(("CPU s", "wall s"), zip(*rows, strict=True), strict=True)
-    }
-    result["ratio of CPU s"] = [round(f(ratios), 3) for f in (min, statistics.median, max)]
-    print(json.dumps({"threads": torch.get_num_threads(), "masked patches": len(step.index), **result}, indent=1))
+    turns = {"ours": partial(passes, step, step.ours), "bare": partial(passes, step, step.bare)}
+    costs = in_turns(turns, arguments.repeats)
+    rows = [
+        {
+            "step": name,
+            "masked patches": len(step.index),
+            "CPU s": cpu(found, digits=2),
+            "wall s": Figure(tuple(cost.wall for cost in found), 2),
+            "over bare": ratios(found, costs["bare"]),
+        }
+        for name, found in costs.items()
+    ]
+    report(rows, arguments.json)
 
 
 if __name__ == "__main__":

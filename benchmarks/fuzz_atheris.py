@@ -1,6 +1,6 @@
 """Fuzz the readers of outside files, guided by coverage. It needs atheris and a checkout.
 
-    python benchmarks/fuzz_atheris.py [--seconds 60] [--readers checkpoint weights ...]
+    python -m benchmarks fuzz_atheris [--seconds 60] [--readers checkpoint weights ...]
 
 Each reader gets a process of its own and starts from a valid file. Anything but an answer or a one-line UserError ends
 it, with the input in a file crash-*; exit status 1.
@@ -14,9 +14,6 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
 
 
 def fuzz(name: str, seconds: int, folder: Path) -> None:
@@ -66,8 +63,8 @@ def main() -> int:
     status = 0
     for name in arguments.readers or READERS:
         with tempfile.TemporaryDirectory(prefix="fuzz_") as folder:
-            words = [sys.executable, __file__, "--in", folder, "--seconds", str(arguments.seconds), "--readers", name]
-            ended = subprocess.run(words, capture_output=True, text=True)
+            words = ["-m", "benchmarks.fuzz_atheris", "--in", folder, "--seconds", str(arguments.seconds)]
+            ended = subprocess.run([sys.executable, *words, "--readers", name], capture_output=True, text=True)
         done = [line for line in ended.stderr.splitlines() if line.startswith("Done")]
         print(f"{name}: {' '.join(done) if ended.returncode == 0 else 'FAILED'}", flush=True)
         if ended.returncode:

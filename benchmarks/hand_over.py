@@ -26,7 +26,6 @@ from torch import Tensor
 from nnssl_ext import checkpoint
 from nnssl_ext.environment import commands_path
 from nnssl_ext.methods import METHODS, TRAINERS
-from nnssl_ext.resources import resource_folder
 
 PLANS = "nnUNetPlans_hand_over"
 
@@ -43,7 +42,6 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="recipes and settings")
     arguments = parser.parse_intermixed_args()
     os.environ["nnUNet_results"] = str(arguments.o.resolve())
-    os.environ["nnUNet_extTrainer"] = str(resource_folder("trainers"))
 
     print("| method | steps | s | readable number | chance | tensors handed over | of them changed | equal |")
     print("|---|---|---|---|---|---|---|---|")

@@ -1,6 +1,6 @@
 """Count the kernels of a training step that run outside the network.
 
-    python -m benchmarks launches [METHOD ...] [--compiled] [--code CHECKOUT] [--output FILE]
+    python -m benchmarks launches [METHOD ...] [--compiled]
 
 A GPU pays about 5 microseconds for each. Counted is one step of a real trainer, batch 2 at 64^3, float32. The count is
 made on the CPU: tensors answer that they are on a GPU, so that the code of a GPU runs. Every operation that computes or
@@ -11,8 +11,7 @@ does.
 
 from __future__ import annotations
 
-import argparse
-import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -27,8 +26,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from benchmarks.checkout import add_option, run_on, set_environment, spelled
-from benchmarks.measure import report
+from benchmarks.measure import parser, report
+from benchmarks.views import views_of
+from benchmarks.workload import start_trainer, write_dataset
+from nnssl_ext.methods import METHODS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 #: Operations that allocate or describe memory, by the first part of their name.
@@ -39,7 +40,7 @@ FREE = (
 #: Operations for which the host waits.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
 PHASES = ("views", "forward", "backward", "update")
-#: No method may issue more. ``launches_before.json`` holds the counts of version 0.1.
+#: No method may issue more.
 LIMITS = {
     "volume_fusion": 359,
     "masked_autoencoder": 119,
@@ -52,7 +53,7 @@ LIMITS = {
     "variable_dimension_transform": 159,
     "dino": 743,
 }
-SMALL_DINO = {"hidden": 64, "bottleneck": 16, "prototypes": 128}
+SMALL_DINO = {"hidden_dim": 64, "bottleneck_dim": 16, "prototypes": 128}
 
 
 class PretendGPU(TorchFunctionMode):
@@ -174,8 +175,7 @@ def count_step(name: str, root: Path, *, validation: bool = False) -> Kernels:
             module.register_forward_pre_hook(kernels.enter)
             module.register_forward_hook(kernels.leave, always_call=True)
     batches = iter(trainer.dataloader_train)
-    for _ in range(1):  # the first step makes the optimizer's state
-        trainer.train_step(next(batches))
+    trainer.train_step(next(batches))  # the first step makes the optimizer's state
     batch = next(batches)
     for row in batch.boxes:
         for box in row:
@@ -195,8 +195,6 @@ def count_compiled(name: str, root: Path) -> tuple[int, int]:
     from torch._inductor.scheduler import NopKernelSchedulerNode, Scheduler
     from torch._inductor.virtualized import V
 
-    from nnssl_ext.views.random import VIEWS, BatchRandom
-
     trainer = begin(name, root)
     method, batch = trainer.method, next(iter(trainer.dataloader_train))
     for network in (m for m in method.modules() if type(m) is type(trainer.network)):
@@ -213,7 +211,7 @@ def count_compiled(name: str, root: Path) -> tuple[int, int]:
         return compile_graph(graph)
 
     torch._dynamo.reset()
-    views = method.views(batch, BatchRandom(0, VIEWS, batch.indices, CPU))
+    views = views_of(method, batch, CPU)
     with patch.object(Scheduler, "codegen", counted), config.patch(fx_graph_cache=False):
         torch.compile(method)(views)["loss"].mean().backward()
     return counts[False], counts[True]
@@ -266,44 +264,31 @@ def phases(trainer: Any, kernels: Kernels) -> Iterator[None]:
 
 def begin(name: str, root: Path) -> Any:
     """Start a pretraining with few prototypes on a data set of its own."""
-    from benchmarks.workload import start_trainer, write_dataset, write_images
-
-    settings: dict[str, Any] = {"precision": "float32", "iterations_per_epoch": 100, "epochs": 1}
-    write_images(root / name / "images")
-    settings |= {"images": str(root / name / "images"), "dino": spelled("dino", SMALL_DINO)}
+    settings = {"precision": "float32", "iterations_per_epoch": 100, "dino": SMALL_DINO}
     return start_trainer(write_dataset(root / name, "counted", settings), name, CPU)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="*", help="default: all")
-    parser.add_argument("--json", action="store_true", help="print all values as JSON")
-    parser.add_argument("--output", type=Path, help="file to write the counts to")
-    parser.add_argument("--operations", action="store_true", help="print the counts of each operation")
-    parser.add_argument("--compiled", action="store_true", help="count what torch.compile makes of the objective")
-    add_option(parser)
-    arguments = parser.parse_args()
-    run_on(arguments.code, "launches")
+    options = parser(__doc__, repeats=None)
+    options.add_argument("methods", nargs="*", help="default: all")
+    options.add_argument("--operations", action="store_true", help="print the counts of each operation")
+    options.add_argument("--compiled", action="store_true", help="count what torch.compile makes of the objective")
+    arguments = options.parse_args()
+    os.environ["nnUNet_n_proc_DA"] = "0"
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        set_environment(Path(folder))
-        from nnssl_ext.methods import METHODS
-
         for name in arguments.methods or METHODS:
             kernels = count_step(name, Path(folder))
             parts = {phase: sum(kernels.counts[phase].values()) for phase in PHASES}
             if arguments.compiled:
                 parts["forward"], parts["backward"] = count_compiled(name, Path(folder, "compiled"))
-            rows.append(
-                {"method": name, **parts, "all": sum(parts.values()), "host waits": sum(kernels.waits.values())}
-            )
+            waits = sum(kernels.waits.values())
+            rows.append({"method": name, **parts, "all": sum(parts.values()), "host waits": waits})
             if arguments.operations:
                 for phase in PHASES:
                     print(name, phase, dict(kernels.counts[phase].most_common()))
                 print(name, "host waits", dict(kernels.waits))
-    if arguments.output:
-        arguments.output.write_text(json.dumps({row["method"]: row for row in rows}, indent=1) + "\n")
     report(rows, arguments.json)
 
 

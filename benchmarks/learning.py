@@ -21,7 +21,6 @@ import torch
 
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.methods import METHODS, TRAINERS, Method
-from nnssl_ext.resources import resource_folder
 from nnssl_ext.views.random import BatchRandom
 
 
@@ -36,7 +35,6 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    os.environ["nnUNet_extTrainer"] = str(resource_folder("trainers"))
     # torch's own settings follow nnU-Net's import
     from nnunetv2.run.run_training import get_trainer_from_args
 

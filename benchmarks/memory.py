@@ -3,6 +3,8 @@
     python -m benchmarks memory [--plans nnUNetPlans.json dataset.json] [--methods NAME ...] [--batch 2] [--measure]
 
 Without plans: one channel, crops of 128 x 128 x 128 at 1 mm, a residual encoder of six stages (32 to 320 features).
+torch counts the floating point operations of the forward and backward pass (docs/methods/index.md), heads included,
+augmentation not.
 With ``--measure`` each step is done three times on the GPU, without torch.compile, and the most that was allocated and
 reserved is printed beside the estimate.
 """
@@ -18,12 +20,14 @@ from typing import Any
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Figure, parser, report
 from nnssl_ext.methods import METHODS, DataGeometry, Method
 from nnssl_ext.networks.backbone import Backbone, UNetBackbone
 from nnssl_ext.recipe import read_json
-from nnssl_ext.training.memory.estimate import GIB, build_method, planned, step_memory, view_shapes
+from nnssl_ext.training.memory.estimate import GIB, build_method, planned, quiet, shapes_at, step_memory, view_shapes
+from nnssl_ext.training.memory.trace import empty, trace_step, without_memory
 from nnssl_ext.training.optimization import build_optimizer
 
 STRIDES = [1, 2, 2, 2, 2, 2]
@@ -48,6 +52,18 @@ def residual_encoder(method: type[Method], edge: int, checkpointing: bool) -> Ca
     total = tuple((2**stage,) * 3 for stage in range(len(STRIDES)))
     crop = (edge, edge, edge)
     return build, method.Settings(), DataGeometry(crop, (1.0, 1.0, 1.0), 1, total, crop)
+
+
+def operations(method: type[Method], case: Case, batch: int) -> int:
+    """Count the floating point operations of a step without computing them."""
+    build, settings, geometry = case
+    built = build_method(method, build, quiet(settings.heaviest()), geometry, torch.device("meta"))
+    views = shapes_at(view_shapes(built, 1), view_shapes(built, 2), batch)
+    with without_memory() as live:
+        empty(built)
+        with FlopCounterMode(display=False) as counter:
+            trace_step(built, views, live, None)
+    return counter.get_total_flops()
 
 
 def measured(method: type[Method], case: Case, batch: int) -> tuple[int, int]:
@@ -84,14 +100,15 @@ def main() -> None:
 
 
 def row(name: str, arguments: argparse.Namespace) -> dict[str, object]:
-    """Return the GiB that a method needs and, with ``--measure``, takes."""
-    method, needs, found = METHODS[name], [], dict[str, object]()
+    """Return the operations and GiB that a method needs and, with ``--measure``, the GiB it takes."""
+    method, needs, found, counted = METHODS[name], [], dict[str, object](), 0
     for checkpointing in (False, True):
         if arguments.plans:
             plans, dataset = (read_json(path) for path in arguments.plans)
             case = planned(method, plans, arguments.configuration, dataset, checkpointing=checkpointing)
         else:
             case = residual_encoder(method, arguments.edge, checkpointing)
+        counted = counted or operations(method, case, arguments.batch)
         needs.append(step_memory(method, *case, "auto"))
         if arguments.measure:
             allocated, reserved = measured(method, case, arguments.batch)
@@ -101,6 +118,7 @@ def row(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     own, twice = needs
     return {
         "method": method.title,
+        "Tflop": Figure((counted / 1e12,), 2),
         "weights, gradients, optimizer": gib(own.weights + own.gradients + own.optimiser),
         "kept a sample": gib(own.kept.each),
         "at this batch": gib(own.peak(arguments.batch), 1),

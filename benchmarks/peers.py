@@ -1,22 +1,20 @@
-"""Compare complete samples with those of stock nnU-Net, PyMIC and MONAI, like for like, on one core.
+"""Compare complete samples with those of stock nnU-Net and MONAI, like for like, on one core.
 
     OMP_NUM_THREADS=1 python -m benchmarks peers [--edges 64 128] [--batches 40] [--repeats 7] [--match TEXT]
 
 VolumeFusion: two crops with nnU-Net's own list (mirror, noise, blur, brightness, contrast, low resolution, two gammas
 that keep mean and deviation, each with nnU-Net's chances), then the fusion. No rotation and no zoom on either side.
 "stock nnU-Net" runs nnU-Net's own transforms on the same crops. "ours, by default" filters the fused image once
-instead of each crop, and matches its noise. "PyMIC" runs its own crop and fusion.
+instead of each crop, and matches its noise.
 
 3DINO: 2 global and 8 local views of half the edge with the chances and ranges of its paper. "MONAI" is MONAI's
 transforms in the order of ours.
 
-All sides read the same boxes beforehand and take turns. Every repeat draws new samples. A side that is not installed is
-left out (``pip install monai``, ``pip install PYMIC h5py imops edt``).
+All sides read the same boxes beforehand and take turns. Every repeat draws new samples.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,13 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Cost, parser, rate, ratios, report
-from benchmarks.views import BATCH, build
-from benchmarks.workload import DATA, volume, write_cases
-from nnssl_ext.data.crops import CropBatch, CropDataset, CropRequest, collate
+from benchmarks.measure import Cost, once, parser, rate, ratios, report
+from benchmarks.views import BATCH, build, dataset_of, views_of
+from benchmarks.workload import DATA, write_cases
+from nnssl_ext.data.crops import CropBatch, CropDataset, collate
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.host_memory import keep_memory
-from nnssl_ext.methods import Method
 from nnssl_ext.views.random import VIEWS, BatchRandom
 
 CPU = torch.device("cpu")
@@ -64,8 +61,6 @@ class Side:
 
 def turns(sides: dict[str, Side], repeats: int) -> dict[str, list[Cost]]:
     """Time all sides in turns on new samples for each repeat. The first repeat warms up."""
-    from benchmarks.measure import once
-
     costs: dict[str, list[Cost]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, side in sides.items():
@@ -76,32 +71,16 @@ def turns(sides: dict[str, Side], repeats: int) -> dict[str, list[Cost]]:
     return costs
 
 
-def dataset_of(method: Method, index: CaseIndex) -> CropDataset:
-    """Return the samples of a method."""
-    request = method.crops(method.settings, method.geometry)
-    assert isinstance(request, CropRequest)
-    return CropDataset(index, index.cases, request, seed=0)
-
-
-def views_of(method: Method, batch: CropBatch) -> dict[str, Tensor]:
-    """Make our views of a batch."""
-    return method.views(batch, BatchRandom(0, VIEWS, batch.indices, CPU))
-
-
 def volume_fusion(edge: int, index: CaseIndex, batches: int) -> dict[str, Side]:
     """Return the sides that make samples of VolumeFusion."""
     method, default = build("volume_fusion", edge, EQUAL_LIST), build("volume_fusion", edge, STRAIGHT)
     dataset = dataset_of(method, index)
     stock = stock_transforms(edge)
-    sides = {
-        "ours": Side(lambda batch: views_of(method, batch), dataset, batches),
-        "ours, by default": Side(lambda batch: views_of(default, batch), dataset, batches),
+    return {
+        "ours": Side(lambda batch: views_of(method, batch, CPU), dataset, batches),
+        "ours, by default": Side(lambda batch: views_of(default, batch, CPU), dataset, batches),
         "stock nnU-Net": Side(lambda batch: stock_fusion(stock, method, batch, edge), dataset, batches),
     }
-    if importlib.util.find_spec("pymic") is not None:
-        few = min(4, batches)
-        sides["PyMIC"] = Side(pymic(edge), dataset, few)
-    return sides
 
 
 def stock_transforms(edge: int) -> Any:
@@ -128,25 +107,13 @@ def stock_fusion(stock: Any, method: Any, batch: CropBatch, edge: int) -> Tensor
     return torch.lerp(crops[0], crops[1], levels)
 
 
-def pymic(edge: int) -> Callable[[CropBatch], object]:
-    """Return PyMIC's own VolumeFusion, with the ranges of its example."""
-    from pymic.transform.crop4vf import Crop4VolumeFusion, VolumeFusion
-
-    crop = Crop4VolumeFusion({"crop4volumefusion_output_size": [edge] * 3, "task": "segmentation"})
-    fusion = VolumeFusion({"task": "segmentation"})
-    image = volume(np.random.default_rng(0), (3 * edge // 2,) * 3)[None]
-    return lambda batch: [fusion(crop({"image": image.copy(), "names": ["a"]})) for _ in batch.indices]
-
-
 def dino(edge: int, index: CaseIndex, batches: int) -> dict[str, Side]:
     """Return the sides that make samples of 3DINO."""
-    if importlib.util.find_spec("monai") is None:
-        return {}
     method = build("dino", edge, {})
     dataset = dataset_of(method, index)
     peer = monai(method.settings, edge)
     return {
-        "ours": Side(lambda batch: views_of(method, batch), dataset, batches),
+        "ours": Side(lambda batch: views_of(method, batch, CPU), dataset, batches),
         "MONAI": Side(lambda batch: [peer(box.data) for box in batch.boxes[0]], dataset, batches),
     }
 
@@ -205,9 +172,9 @@ def rows(edge: int, arguments: Any) -> Iterator[dict[str, object]]:
             "3DINO": (dino, max(1, arguments.batches // 8)),
         }
         for title, (make, batches) in kinds.items():
-            if arguments.match not in title or not (sides := make(edge, index, batches)):
+            if arguments.match not in title:
                 continue
-            costs = turns(sides, arguments.repeats)
+            costs = turns(make(edge, index, batches), arguments.repeats)
             for name, found in costs.items():
                 yield {
                     "samples": f"{title}, {edge}^3",

@@ -21,13 +21,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl_ext.data.crops import CropDataset, CropRequest, collate
+from benchmarks.views import dataset_of, views_of
+from nnssl_ext.data.crops import collate
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.methods import METHODS, Method
-from nnssl_ext.networks.backbone import backbone_of
-from nnssl_ext.training.checks import check_plans
-from nnssl_ext.views.random import VIEWS, BatchRandom
+from nnssl_ext.training.checks import check_plans, target_backbone
 from nnssl_ext.views.spatial import SourceBox
 
 #: Functions that cut views out of boxes. Their first argument is the boxes.
@@ -47,26 +47,19 @@ def main() -> None:
 
     base = Path(str(nnUNet_preprocessed)) / maybe_convert_to_dataset_name(arguments.d)
     plans, dataset = (json.loads((base / f"{name}.json").read_text()) for name in (arguments.p, "dataset"))
-    index = CaseIndex.build(base / plans["configurations"][arguments.c]["data_identifier"])
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration(arguments.c)
+    index = CaseIndex.build(base / configuration.data_identifier)
     print("| method | edges of a view | median | 10 to 90 % |\n|---|---|---|---|")
     for name, method in METHODS.items():
         if method.learns_from == "cases":
             _, settings, geometry, _ = check_plans(method, plans, arguments.c, dataset)
-            network = planned_network(plans, arguments.c, geometry.channels)
+            backbone = target_backbone(manager, configuration, geometry.channels, 2)
             geometry = replace(geometry, case_size=index.common_size())
-            found = resolutions(method(backbone_of(network), settings, geometry), index, arguments.samples)
+            found = resolutions(method(backbone, settings, geometry), index, arguments.samples)
             for size, values in found.items():
                 low, middle, high = np.quantile(values, [0.1, 0.5, 0.9])
                 print(f"| {name} | {' x '.join(map(str, size))} | {middle:.2f} | {low:.2f} to {high:.2f} |", flush=True)
-
-
-def planned_network(plans: dict, configuration: str, channels: int) -> torch.nn.Module:
-    """Build the network of the plans."""
-    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-
-    plan = plans["configurations"][configuration]["architecture"]
-    name, arguments, imports = plan["network_class_name"], plan["arch_kwargs"], plan["_kw_requires_import"]
-    return get_network_from_plans(name, arguments, imports, channels, 2, deep_supervision=True)
 
 
 def resolutions(method: Method, index: CaseIndex, samples: int) -> dict[tuple[int, ...], list[float]]:
@@ -81,9 +74,7 @@ def resolutions(method: Method, index: CaseIndex, samples: int) -> dict[tuple[in
         Values by the edges of views.
     """
     found: dict[Any, list[float]] = defaultdict(list)
-    request = method.crops(method.settings, method.geometry)
-    assert isinstance(request, CropRequest)
-    data = CropDataset(index, index.cases, request, 0)
+    data = dataset_of(method, index)
 
     def spied(function: Any, place: int) -> Any:
         def cut(boxes: Sequence[SourceBox], *arguments: Any, **options: Any) -> Any:
@@ -99,9 +90,7 @@ def resolutions(method: Method, index: CaseIndex, samples: int) -> dict[tuple[in
                 if hasattr(module, cutter):
                     stack.enter_context(patch.object(module, cutter, spied(getattr(module, cutter), place)))
         for first in range(0, samples, 2):
-            indices = [first, first + 1]
-            batch = collate([data[i] for i in indices])
-            method.views(batch, BatchRandom(0, VIEWS, indices, torch.device("cpu")))
+            views_of(method, collate([data[first], data[first + 1]]), torch.device("cpu"))
     return dict(found)
 
 

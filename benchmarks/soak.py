@@ -1,6 +1,6 @@
 """Kill trainings at random moments and compare their results with uninterrupted ones.
 
-    python benchmarks/soak.py [--kills 20] [--minutes 60] [--jobs 2] [--methods dino finetune ...] [--json FILE]
+    python -m benchmarks soak [--kills 20] [--minutes 60] [--jobs 2] [--methods dino finetune ...] [--json FILE]
 
 For each method and the fine-tuner, the stock command trains twice: once without interruption and once killed at random
 moments. Kills are SIGKILL, one in four of them while a checkpoint is being written, and SIGTERM every fourth time. The
@@ -26,13 +26,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from benchmarks.soak_runs import FINETUNE, Result, Soak  # noqa: E402
-from nnssl_ext.environment import cores  # noqa: E402
-from nnssl_ext.methods import METHODS  # noqa: E402
-from nnssl_ext.provenance import hardware, revision, versions  # noqa: E402
+from benchmarks.soak_runs import FINETUNE, Result, Soak
+from nnssl_ext.environment import cores
+from nnssl_ext.methods import METHODS
+from nnssl_ext.provenance import hardware, revision, versions
 
 #: More than this from the third quarter of a run to the last is a leak.
 MOST_GROWTH, MOST_FILES = 0.03, 2
@@ -107,7 +104,7 @@ def main() -> int:
     arguments = parser.parse_args()
     root = arguments.output or Path(tempfile.mkdtemp(prefix="soak_"))
     soak = Soak(root, arguments.epochs or max(12, 4 * arguments.kills))
-    command = shlex.join(["benchmarks/soak.py", *sys.argv[1:]])
+    command = f"python -m benchmarks soak {shlex.join(sys.argv[1:])}"
     print(f"{command}\nin {root}", flush=True)
     begin, lock, seed, results = time.monotonic(), threading.Lock(), 0, list[Result]()
 

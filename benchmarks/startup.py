@@ -29,11 +29,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from benchmarks.gpu.context import cpu_seconds  # noqa: E402
-from benchmarks.measure import Figure, parser, report  # noqa: E402 (the line above makes it known)
+from benchmarks.gpu.context import cpu_seconds
+from benchmarks.measure import Figure, parser, report
+from nnssl_ext.resources import resource_folder
 
 NAME = "Dataset811_Plain"
 DATA = "nnUNetPlans_3d_fullres"
@@ -59,10 +57,14 @@ def write_cases(root: Path, number: int) -> None:
     (folder / "nnUNetPlans.json").write_text(json.dumps({**plans, "nnssl_ext": QUICK}))
 
 
+def variables(root: Path) -> dict[str, str]:
+    """Return nnU-Net's variables."""
+    return {f"nnUNet_{part}": str(root / part) for part in ("raw", "preprocessed", "results")}
+
+
 def start(root: Path) -> dict[str, float]:
     """Start one pretraining in this process and read its first batch. Return seconds and MiB."""
-    variables = {"nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results", "nnUNet_raw": "raw"}
-    os.environ.update({name: str(root / folder) for name, folder in variables.items()}, nnUNet_n_proc_DA="0")
+    os.environ |= {**variables(root), "nnUNet_n_proc_DA": "0"}
     import torch
 
     from nnssl_ext.training.pretraining.classes import pretraining_trainer
@@ -88,7 +90,7 @@ def peak() -> float:
 
 def measure(root: Path) -> dict[str, float]:
     """Run ``start`` in a process of its own."""
-    command = [sys.executable, __file__, "--start", str(root)]
+    command = [sys.executable, "-m", "benchmarks.startup", "--start", str(root)]
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         sys.exit(finished.stderr)
@@ -104,10 +106,8 @@ def row(number: int, index: str, runs: list[dict[str, float]]) -> dict[str, obje
 
 def until_first_epoch(root: Path, trainer: str) -> tuple[float, float]:
     """Return the wall and CPU seconds until ``nnUNetv2_train`` begins its first epoch, then stop it."""
-    variables = {"nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results", "nnUNet_raw": "raw"}
-    environment = {**os.environ, **{name: str(root / folder) for name, folder in variables.items()}}
-    folder = root / "trainers" if trainer == EMPTY else REPOSITORY / "trainers"
-    environment |= {"nnUNet_extTrainer": str(folder), "PYTHONUNBUFFERED": "1"}
+    folder = root / "trainers" if trainer == EMPTY else resource_folder("trainers")
+    environment = {**os.environ, **variables(root), "nnUNet_extTrainer": str(folder), "PYTHONUNBUFFERED": "1"}
     program = Path(sys.executable).parent / "nnUNetv2_train"
     command = [str(program), "811", "3d_fullres", "all", "-tr", trainer, "-device", "cpu"]
     begin = time.perf_counter()
@@ -155,10 +155,9 @@ def main() -> None:
         print(json.dumps(start(arguments.start)))
         return
     if arguments.against_stock:
-        from benchmarks.checkout import trainer_name
-        from nnssl_ext.methods import METHODS
+        from nnssl_ext.methods import METHODS, TRAINERS
 
-        ours = [trainer_name(name) for name, method in METHODS.items() if method.learns_from == "cases"]
+        ours = [TRAINERS[name] for name, method in METHODS.items() if method.learns_from == "cases"]
         report(
             against_stock(arguments.repeats, ["nnUNetTrainer", EMPTY, *(arguments.trainers or ours)]), arguments.json
         )

@@ -9,8 +9,7 @@ forward, backward, clipping, optimizer, guard. "bare" is the forward and backwar
 precision on the same image, from a gradient of ones. Both take turns. Methods that do not run their network on one
 image have no bare step. The split waits for the device after each part, which a full step does not.
 
---repeats 0 times only the first step, for steps that take minutes. --steps N prints the resident memory after each
-fifth of N steps.
+--steps N prints the resident memory after each fifth of N steps.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Cost, Figure, in_turns, parser, ratios, report
-from benchmarks.workload import PLANS, start_trainer, write_dataset, write_images
+from benchmarks.measure import Figure, cpu, in_turns, parser, rate, ratios, report
+from benchmarks.workload import PLANS, start_trainer, write_dataset
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.methods import METHODS
 
@@ -47,14 +46,15 @@ class Watch:
         def timed(*arguments: Any, **options: Any) -> Any:
             if not self.on:
                 return function(*arguments, **options)
-            begin = self._now()
+            begin = self.now()
             result = function(*arguments, **options)
-            self.spent[name] += self._now() - begin
+            self.spent[name] += self.now() - begin
             return result
 
         return timed
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Return the seconds so far."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             return time.perf_counter()
@@ -95,69 +95,49 @@ class Run:
         outputs = [o for o in (outputs if isinstance(outputs, (list, tuple)) else [outputs]) if o.requires_grad]
         torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
 
-    @contextmanager
-    def split(self) -> Iterator[dict[str, float]]:
-        """Time the parts of the steps within."""
-        backward, self.watch.on = Tensor.backward, True
+    def shares(self, repeats: int) -> dict[str, float]:
+        """Return the share of each part in some more steps."""
+        backward, spent, self.watch.on = Tensor.backward, self.watch.spent, True
         Tensor.backward = self.watch.part("backward", backward)  # type: ignore[method-assign]
-        self.watch.spent.update(dict.fromkeys(PARTS, 0.0))
+        spent.update(dict.fromkeys(PARTS, 0.0))
+        begin = self.watch.now()
         try:
-            yield self.watch.spent
+            for _ in range(repeats):
+                self.full()
+            total = self.watch.now() - begin
         finally:
             Tensor.backward, self.watch.on = backward, False  # type: ignore[method-assign]
+        return {part: seconds / total for part, seconds in spent.items()}
 
 
 def measure(method: str, plan: str, arguments: Any, device: torch.device) -> dict[str, object]:
     """Return the row of a method on a plan."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = {
-            "precision": arguments.precision,
-            "memory_format": arguments.memory_format,
-            "iterations_per_epoch": 100_000,
-            "epochs": 1,
-        }
-        if METHODS[method].learns_from != "cases":
-            write_images(Path(folder) / "images")
-            settings["images"] = str(Path(folder) / "images")
+        settings = {"precision": arguments.precision, "memory_format": arguments.memory_format}
         run = Run(write_dataset(Path(folder), plan, settings, batch=arguments.batch), method, device)
         turns: dict[str, Callable[[], object]] = {"full": run.full}
-        if arguments.repeats:
-            for _ in range(3):
-                run.full()
-            if run.image is not None and tuple(run.image.shape[2:]) == tuple(PLANS[plan]["patch"]):
-                turns["bare"] = run.bare
-        warm_up = 1 if arguments.repeats else 0
-        costs = in_turns(turns, max(1, arguments.repeats), warm_up=warm_up, device=device)
-        row = {"method": METHODS[method].title, "plan": plan, "batch": run.trainer.batch_size}
-        row |= _figures(costs, device, run.trainer.batch_size)
-        if arguments.repeats:
-            row |= _split(run, arguments.repeats)
+        for _ in range(3):
+            run.full()
+        if run.image is not None and tuple(run.image.shape[2:]) == tuple(PLANS[plan]["patch"]):
+            turns["bare"] = run.bare
+        costs = in_turns(turns, arguments.repeats, device=device)
+        full, unit, batch = costs["full"], "wall" if device.type == "cuda" else "cpu", run.trainer.batch_size
+        shares = run.shares(arguments.repeats)
+        shares["rest"] = 1 - sum(shares.values())
+        row = {
+            "method": METHODS[method].title,
+            "plan": plan,
+            "batch": batch,
+            "CPU s a step": cpu(full, digits=3),
+            "wall s": Figure(tuple(cost.wall for cost in full), 3),
+            "samples/s": rate(full, batch, wall=True, digits=2),
+            "full / bare": ratios(full, costs["bare"], unit) if "bare" in costs else "no bare",
+            **{part: f"{100 * share:.1f} %" for part, share in shares.items()},
+        }
         if arguments.steps:
             row["memory"] = _memory(run, arguments.steps, device)
         run.trainer.dataloader_train = run.trainer.dataloader_val = None
         return row
-
-
-def _split(run: Run, repeats: int) -> dict[str, str]:
-    """Return the share of each part in some more steps."""
-    with run.split() as spent:
-        begin = run.watch._now()
-        for _ in range(repeats):
-            run.full()
-        total = run.watch._now() - begin
-    shares = {name: f"{100 * seconds / total:.1f} %" for name, seconds in spent.items()}
-    return {**shares, "rest": f"{100 * (1 - sum(spent.values()) / total):.1f} %"}
-
-
-def _figures(costs: dict[str, list[Cost]], device: torch.device, batch: int) -> dict[str, object]:
-    full, unit = costs["full"], "wall" if device.type == "cuda" else "cpu"
-    ratio = ratios(full, costs["bare"], unit) if "bare" in costs else "no bare"
-    return {
-        "CPU s a step": Figure(tuple(c.cpu for c in full), 3),
-        "wall s": Figure(tuple(c.wall for c in full), 3),
-        "samples/s": Figure(tuple(batch / c.wall for c in full), 2),
-        "full / bare": ratio,
-    }
 
 
 def _memory(run: Run, steps: int, device: torch.device) -> str:
@@ -190,7 +170,7 @@ def main() -> None:
     os.environ |= {"nnUNet_n_proc_DA": str(arguments.workers), "nnUNet_compile": "f"}  # as the bare network
     device = torch.device(arguments.device)
     rows = [measure(method, plan, arguments, device) for plan in arguments.plan for method in methods]
-    report([{**dict.fromkeys(rows[0]), **row} for row in rows], arguments.json)
+    report(rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.measure import Cost, Figure, in_turns, parser, rate, report
 from benchmarks.workload import DATA, volume, write_cases
@@ -84,11 +85,22 @@ def build(name: str, edge: int, change: dict[str, Any]) -> Method:
     return kind(UNetBackbone(network), settings, geometry)
 
 
-def batches(method: Method, index: CaseIndex, number: int) -> list[CropBatch]:
-    """Read batches as the loader hands them to the views."""
+def dataset_of(method: Method, index: CaseIndex) -> CropDataset:
+    """Return the samples of a method."""
     request = method.crops(method.settings, method.geometry)
     assert isinstance(request, CropRequest)
-    dataset = CropDataset(index, index.cases, request, seed=0)
+    return CropDataset(index, index.cases, request, seed=0)
+
+
+def views_of(method: Method, batch: CropBatch, device: torch.device) -> dict[str, Tensor]:
+    """Make everything between the loader and the network."""
+    with torch.no_grad():
+        return method.views(batch, BatchRandom(0, VIEWS, batch.indices, device))
+
+
+def batches(method: Method, index: CaseIndex, number: int) -> list[CropBatch]:
+    """Read batches as the loader hands them to the views."""
+    dataset = dataset_of(method, index)
     return [collate([dataset[BATCH * n + b] for b in range(BATCH)]) for n in range(number)]
 
 
@@ -99,10 +111,9 @@ def lists(edge: int, index: CaseIndex, device: torch.device, number: int) -> dic
 
 
 def complete(method: Method, read: list[CropBatch], device: torch.device) -> None:
-    """Make everything between the loader and the network."""
-    with torch.no_grad():
-        for batch in read:
-            method.views(batch, BatchRandom(0, VIEWS, batch.indices, device))
+    """Make the views of all batches."""
+    for batch in read:
+        views_of(method, batch, device)
 
 
 def _rows(edge: int, arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[str, object]]:

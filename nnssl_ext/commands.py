@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 _NAME = re.compile(r"Dataset(\d{3,})_")
@@ -35,32 +36,30 @@ def dataset_number(name: str) -> int:
     return int(match[1])
 
 
-def train_words(
-    dataset: str, configuration: str, fold: str | int, *, plans: str = "nnUNetPlans", trainer: str = "nnUNetTrainer"
-) -> list[str]:
-    """Return the words of an ``nnUNetv2_train`` command.
+@dataclass(frozen=True)
+class RunName:
+    """Name of a run on stock's command line.
 
-    Args:
+    Attributes:
         dataset: Full name of the data set.
-        configuration: Name of the configuration.
-        fold: Number, 'all' or a placeholder.
+        configuration: Configuration of the plans.
+        fold: Number of the fold, ``all`` or a placeholder.
         plans: Name of the plans.
         trainer: Name of the trainer.
     """
-    words = ["nnUNetv2_train", dataset_word(dataset), configuration, str(fold)]
-    words += ["-p", plans] if plans != "nnUNetPlans" else []
-    return [*words, "-tr", trainer] if trainer != "nnUNetTrainer" else words
 
+    dataset: str
+    configuration: str
+    fold: str
+    plans: str = "nnUNetPlans"
+    trainer: str = "nnUNetTrainer"
 
-def train_command(
-    dataset: str,
-    configuration: str,
-    fold: str | int,
-    *,
-    plans: str = "nnUNetPlans",
-    trainer: str = "nnUNetTrainer",
-    weights: str | Path | None = None,
-) -> str:
-    """Return an ``nnUNetv2_train`` command line."""
-    words = train_words(dataset, configuration, fold, plans=plans, trainer=trainer)
-    return shlex.join([*words, *(["-pretrained_weights", str(weights)] if weights is not None else [])])
+    def words(self) -> list[str]:
+        """Return the words of ``nnUNetv2_train`` for this run."""
+        words = ["nnUNetv2_train", dataset_word(self.dataset), self.configuration, self.fold]
+        words += ["-p", self.plans] if self.plans != "nnUNetPlans" else []
+        return [*words, "-tr", self.trainer] if self.trainer != "nnUNetTrainer" else words
+
+    def command(self, weights: str | Path | None = None) -> str:
+        """Return the command that trains this run, from pretrained weights if there are some."""
+        return shlex.join([*self.words(), *(["-pretrained_weights", str(weights)] if weights is not None else [])])

@@ -41,7 +41,7 @@ PACKAGES = ("torch", "torchvision", "dynamic-network-architectures", "batchgener
 #: Between a data set's plans and a case in a finding's subject.
 CASE = ", case "
 #: Absolute paths, and names of data sets, in reports.
-PATHS = re.compile(r"(?<![\w<>])(?:[A-Za-z]:)?[/\\](?:[^\s:;,'\"()]+)")
+PATHS = re.compile(r"(?<=['\"])(?:[A-Za-z]:)?[/\\][^'\":]+(?=['\"])|(?<![\w<>])(?:[A-Za-z]:)?[/\\](?:[^\s:;,'\"()]+)")
 DATASETS = re.compile(r"(Dataset\d+)_[^\s,:;'\"()/]+")
 APPEND = 'export nnUNet_extTrainer="$(nnssl_ext trainers --append)"'
 
@@ -84,7 +84,7 @@ def write_report(findings: Sequence[Finding], file: str) -> None:
     Raises:
         UserError: If the file cannot be written.
     """
-    text = "\n".join(str(finding) for finding in findings) + "\n"
+    text = "\n".join(str(finding) for finding in findings).replace("\\\\", "\\") + "\n"  # Windows' paths in errors
     cases = {finding.subject.partition(CASE)[2] for finding in findings} - {""}
     for case in sorted(cases, key=len, reverse=True):
         # in a subject, in quotes or in a path: a case may be called 3

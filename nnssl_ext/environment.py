@@ -6,7 +6,9 @@ import locale
 import os
 import re
 import shutil
+import signal
 import sys
+import sysconfig
 from pathlib import Path
 
 from nnssl_ext.errors import UserError
@@ -31,6 +33,7 @@ def use_utf8() -> None:
     if os.name == "nt":  # there, exec does not wait for the new process
         import subprocess
 
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the new process, whose status counts
         sys.exit(subprocess.call(words))
     os.execv(sys.executable, words)
 
@@ -109,7 +112,23 @@ def _identifier(text: str) -> int:
 
 def commands_path() -> str:
     """Return PATH with this environment's commands first."""
-    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
+    folders = dict.fromkeys([str(Path(sys.executable).parent), *(sysconfig.get_path("scripts", s) for s in schemes)])
+    return os.pathsep.join([*folders, os.environ.get("PATH", "")])
+
+
+def program(name: str) -> str:
+    """Return the path of an installed command, such as nnUNetv2_train.
+
+    The environment need not be activated. Windows does not search the PATH that is given to a new process.
+
+    Raises:
+        UserError: If it is not installed.
+    """
+    found = shutil.which(name, path=commands_path())
+    if found is None:
+        raise UserError(f"the command {name} was not found beside {sys.executable}. Install nnunetv2 there")
+    return found
 
 
 def cores() -> int:
@@ -136,6 +155,8 @@ def check_device(device: str) -> None:
         raise UserError("no CUDA device was found. Use -device cpu")
     if device == "mps" and not torch.backends.mps.is_available():
         raise UserError("no MPS device was found (Apple silicon has one). Use -device cpu, or cuda on a GPU")
+    if device == "mps" and torch.__version__ < "2.10":
+        raise UserError(f"MPS needs torch 2.10 (it resamples 3-D crops), this is {torch.__version__}. Use -device cpu")
 
 
 def default_device() -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,20 +37,57 @@ def replaced_on_success(path: Path) -> Iterator[Path]:
         with temporary.open("r+b") as file:  # Windows flushes writable files only
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp's files are private, ordinary ones are not
-        os.replace(temporary, path)
+        _replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def file_digest(path: Path) -> str:
-    """Return the sha256 of a file's bytes.
+def _replace(temporary: Path, path: Path) -> None:
+    for seconds in (0.1, 0.3, 1):
+        try:
+            os.replace(temporary, path)
+            return
+        except PermissionError:
+            if os.name != "nt":
+                raise
+            time.sleep(seconds)  # Windows refuses while a virus scanner or a spreadsheet has the file open
+    os.replace(temporary, path)
+
+
+def link(path: Path, target: Path) -> None:
+    """Make ``path`` a link to a file or folder, where it does not exist.
+
+    Windows gives symbolic links to administrators only. There a folder becomes a junction, and a file is copied.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    if path.exists():
+        return
+    path.unlink(missing_ok=True)  # a link to something that is gone
+    target = target.resolve()
+    try:
+        path.symlink_to(target, target_is_directory=target.is_dir())
+    except OSError:
+        if os.name != "nt":
+            raise
+        if target.is_dir():
+            import _winapi
+
+            _winapi.CreateJunction(str(target), str(path))
+        else:
+            shutil.copyfile(target, path)
+
+
+def file_digest(path: Path, name: str = "sha256") -> str:
+    """Return the sha256, or another hash, of a file's bytes.
 
     Raises:
         OSError: If it cannot be read.
     """
     with path.open("rb") as file:
-        result = hashlib.sha256()
+        result = hashlib.new(name, usedforsecurity=False)
         while block := file.read(2**20):
             result.update(block)
     return result.hexdigest()

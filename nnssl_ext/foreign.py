@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nnssl_ext.errors import RefusedError
+from nnssl_ext.recipe import nested
 
 _SCALAR = np.float64(0).__reduce__()[0]  # numpy's own constructor, wherever it lives
 #: nnU-Net's checkpoints keep their log in numpy scalars. These names, and no others, may be loaded beside tensors.
@@ -25,8 +26,6 @@ NUMPY_SCALARS: list[Any] = [
     (_SCALAR, "numpy.core.multiarray.scalar"),  # its name before numpy 2
     *(type(np.dtype(kind)) for kind in ("bool", "float16", "float32", "float64", "int32", "int64")),
 ]
-#: How deeply a checkpoint may be nested.
-MAX_DEPTH = 64
 #: Largest ratio of the content of an .npz or tar file to the file.
 LARGEST_RATIO = 1000
 #: A frame of Blosc2 begins with this, at this offset; its header's length stands behind.
@@ -59,23 +58,12 @@ def check_tensors(content: Any) -> None:
     Raises:
         RefusedError: For a tensor that is not dense or is larger than its storage, and for too deep nesting.
     """
-    level: list[Any] = [content]
-    for _ in range(MAX_DEPTH):
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                below += value.values()
-            elif isinstance(value, (list, tuple, set)):
-                below += value
-            elif isinstance(value, Tensor):
-                if value.layout != torch.strided or value.is_quantized or value.is_meta:
-                    raise RefusedError("it holds a tensor that is not dense")
-                if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                    raise RefusedError("it holds a tensor that shows more than it stores")
-        if not below:
-            return
-        level = below
-    raise RefusedError("it is nested too deeply")
+    for value in nested(content, "it is nested too deeply"):
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_quantized or value.is_meta:
+                raise RefusedError("it holds a tensor that is not dense")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise RefusedError("it holds a tensor that shows more than it stores")
 
 
 def open_blosc2(path: Path, **options: Any) -> blosc2.NDArray:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import pydoc
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +25,8 @@ from nnssl_ext.files import replaced_on_success
 from nnssl_ext.resources import resource_folder
 from nnssl_ext.settings import PLANS_KEY, check_settings, setting, unknown_name
 
-#: Largest JSON file that is read, and how deeply it may be nested.
-MAX_JSON_BYTES, MAX_JSON_DEPTH = 64 * 2**20, 64
+#: Largest JSON file that is read, and how deeply a file from elsewhere may be nested.
+MAX_JSON_BYTES, MAX_DEPTH = 64 * 2**20, 64
 
 
 @dataclass(frozen=True)
@@ -279,19 +279,30 @@ def check_json(content: Any) -> None:
     """Refuse content that is nested too deeply.
 
     Raises:
-        RefusedError: Beyond ``MAX_JSON_DEPTH`` levels.
+        RefusedError: Beyond ``MAX_DEPTH`` levels.
+    """
+    for _ in nested(content, f"it is nested more than {MAX_DEPTH} levels deep"):
+        pass
+
+
+def nested(content: Any, refusal: str) -> Iterator[Any]:
+    """Yield a value and all values in it, level by level.
+
+    Raises:
+        RefusedError: With the given text, beyond ``MAX_DEPTH`` levels.
     """
     level: list[Any] = [content]
-    for _ in range(MAX_JSON_DEPTH):
+    for _ in range(MAX_DEPTH):
+        yield from level
         level = [
             item
             for value in level
-            if isinstance(value, (dict, list))
+            if isinstance(value, (dict, list, tuple, set))
             for item in (value.values() if isinstance(value, dict) else value)
         ]
         if not level:
             return
-    raise RefusedError(f"it is nested more than {MAX_JSON_DEPTH} levels deep")
+    raise RefusedError(refusal)
 
 
 def write_json(content: Mapping[str, Any] | list, path: Path) -> None:

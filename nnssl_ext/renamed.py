@@ -1,4 +1,4 @@
-"""List settings that version 0.2 renamed, by section.
+"""List settings that version 0.2 renamed or dropped, by section.
 
 Section '' holds the settings that every method shares, section '*' those of every other section.
 """
@@ -79,6 +79,23 @@ RENAMED: dict[str, dict[str, str]] = {
         "hidden": "hidden_dim",
     },
 }
+
+#: Dropped settings, with the value that always holds now; None: it has no effect any more.
+DROPPED: dict[str, dict[str, Any]] = {
+    "variable_dimension_transform": {
+        "depth": "rgb",
+        "slices": None,
+        "drift_angle": None,
+        "drift_shift": None,
+        "drift_zoom": None,
+    },
+}
+
+
+def is_dropped(section: str, name: str, value: Any) -> bool:
+    """Return whether plans may still hold a dropped setting, as earlier recipes wrote it."""
+    dropped = DROPPED.get(section, {})
+    return name in dropped and dropped[name] in (None, value)
 
 
 def current_name(section: str, name: str) -> str | None:

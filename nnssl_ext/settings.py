@@ -16,7 +16,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.renamed import current_name
+from nnssl_ext.renamed import current_name, is_dropped
 
 PLANS_KEY = "nnssl_ext"
 
@@ -186,6 +186,8 @@ def check_settings(schema: type[Schema], given: Any, where: str, prefix: str = "
     known = {f.name: f for f in fields(schema)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for name, value in given.items():
+        if is_dropped(prefix.rstrip("."), str(name), value):
+            continue
         if name not in known:
             raise UserError(_unknown_setting(prefix, str(name), list(known), where))
         values[name] = _check_value(hints[name], value, known[name].metadata, prefix + name, where)

@@ -8,8 +8,9 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-#: Ctrl-C, a closed terminal, a stop by a scheduler, and SLURM's warnings before a time limit: USR2 is submitit's.
-NAMES = ("SIGINT", "SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2")
+#: Ctrl-C, Ctrl-Break on Windows, a closed terminal, a stop by a scheduler, and SLURM's warnings before a time limit:
+#: USR2 is submitit's.
+NAMES = ("SIGINT", "SIGBREAK", "SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2")
 #: A shell ignores these for ``nohup`` and for background jobs; then they stay ignored.
 _MAY_BE_IGNORED = ("SIGINT", "SIGHUP")
 

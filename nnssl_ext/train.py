@@ -179,6 +179,10 @@ def _check_devices(known: argparse.Namespace) -> None:
 
         if number > torch.cuda.device_count():
             raise UserError(f"-num_gpus {number} is more than the {torch.cuda.device_count()} GPUs that torch finds")
+    if number > 1:
+        from nnssl_ext.training.distributed.ranks import check_nccl
+
+        check_nccl()
 
 
 def _check_checkpoints(known: argparse.Namespace, runs: Path) -> None:

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from nnssl_ext.commands import dataset_number, dataset_word, train_command
+from nnssl_ext.commands import RunName, dataset_number, dataset_word
 from tests.conftest import Environment
 
 
@@ -33,13 +33,13 @@ def test_a_number_that_stock_finds_twice_is_not_used(environment: Environment) -
 
 
 def test_words_with_blanks_are_quoted(environment: Environment) -> None:
-    words = {"plans": "my plans", "trainer": "nnsslTrainer_3DINO", "weights": "/a b/c'd.pth"}
-    line = train_command("Dataset1004_T", "3d_fullres", 0, **words)
+    run = RunName("Dataset1004_T", "3d_fullres", "0", "my plans", "nnsslTrainer_3DINO")
+    line = run.command("/a b/c'd.pth")
     assert shlex.split(line) == [
         *("nnUNetv2_train", "1004", "3d_fullres", "0", "-p", "my plans", "-tr", "nnsslTrainer_3DINO"),
         *("-pretrained_weights", "/a b/c'd.pth"),
     ]
-    assert train_command("Dataset004_T", "3d_fullres", "all") == "nnUNetv2_train 4 3d_fullres all"
+    assert RunName("Dataset004_T", "3d_fullres", "all").command() == "nnUNetv2_train 4 3d_fullres all"
 
 
 def test_a_name_without_number_has_none() -> None:

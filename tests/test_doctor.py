@@ -241,6 +241,7 @@ def test_the_report_replaces_names_and_nothing_else(tmp_path: Path, monkeypatch:
         Finding("set, case 3", "", problem, "preprocess the case again"),
         Finding(f"{folder}/mine.py", "", "cannot be imported", "repair it"),
         Finding("set, case 3_John", "", "is constant", "preprocess the case again"),
+        Finding("set", "", str(OSError(2, "No such file", r"C:\Jane Doe\raw")), "repair it"),
     ]
     write_report(findings, str(tmp_path / "report.txt"))
     lines = (tmp_path / "report.txt").read_text().splitlines()
@@ -251,6 +252,7 @@ def test_the_report_replaces_names_and_nothing_else(tmp_path: Path, monkeypatch:
     )
     assert lines[3] == "TROUBLE  <nnUNet_extTrainer>/mine.py: cannot be imported"
     assert lines[5] == "TROUBLE  set, case <case>: is constant"
+    assert lines[7] == "TROUBLE  set: [Errno 2] No such file: '<path>'"
 
 
 def test_no_command_of_ours_takes_torch_that_need_not() -> None:

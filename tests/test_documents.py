@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from docs.settings_table import page_tables
 from nnssl_ext import __version__
 from nnssl_ext.cli import command_line
 from nnssl_ext.cli.methods import settings_tables
@@ -23,7 +24,11 @@ def test_every_setting_is_documented_with_its_default_and_source() -> None:
     text = (REPOSITORY / "docs" / "reference" / "settings.md").read_text()
     found = re.search(r"<!-- settings: begin -->\n(.*)\n<!-- settings: end -->", text, re.DOTALL)
     assert found
-    assert found[1] == settings_tables()
+    assert found[1] == page_tables()
+    shared = re.compile(r"^\w+(?=\.intensity\.)")
+    names = re.findall(r"^\| `([\w.]+)` ", settings_tables(), re.MULTILINE)
+    places = {name: {name, shared.sub("METHOD", name)} for name in names}
+    assert [name for name, shown in places.items() if not any(f"`{place}`" in found[1] for place in shown)] == []
 
 
 @pytest.mark.parametrize("method", METHODS.values())

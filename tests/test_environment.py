@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnssl_ext.environment import cores
+from nnssl_ext.environment import check_device, cores, program
+from nnssl_ext.errors import UserError
 from nnssl_ext.external_trainers import trainer_folders
 from nnssl_ext.host_memory import HUGE_PAGES, KEPT_MEMORY, keep_memory
 from nnssl_ext.methods import TRAINERS
@@ -137,3 +138,19 @@ def test_our_trainers_are_named_once_and_after_the_users(monkeypatch: pytest.Mon
     assert trainer_folders() == f"{tmp_path}{os.pathsep}{ours}"
     monkeypatch.setenv("nnUNet_extTrainer", trainer_folders())
     assert trainer_folders() == f"{tmp_path}{os.pathsep}{ours}"
+
+
+def test_commands_are_found_in_an_environment_that_is_not_activated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert Path(program("nnUNetv2_train")).is_file()
+    with pytest.raises(UserError, match="command nnUNetv3_train was not found beside .* Install nnunetv2 there"):
+        program("nnUNetv3_train")
+
+
+def test_mps_of_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.8.0"))
+    with pytest.raises(UserError, match="MPS needs torch 2.10 .* this is 2.8.0. Use -device cpu"):
+        check_device("mps")
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.10.1"))
+    check_device("mps")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from nnssl_ext import files
 from nnssl_ext.errors import UserError
-from nnssl_ext.files import lock_file, replaced_on_success
+from nnssl_ext.files import link, lock_file, replaced_on_success
 
 
 def test_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
@@ -62,3 +63,48 @@ def test_a_lock_makes_its_folder_or_says_in_one_line_why_not(tmp_path: Path) -> 
         UserError, match="expected a folder that can be written for work, got .*file/c: Not a directory"
     ):
         lock_file(tmp_path / "file" / "c" / ".lock", "work")
+
+
+def test_a_file_that_windows_holds_for_a_moment_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, waits = os.replace, []
+
+    def held(source: Path, target: Path) -> None:
+        if len(waits) < 2:
+            raise PermissionError
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", held)
+    monkeypatch.setattr(files.time, "sleep", waits.append)
+    with pytest.raises(PermissionError), replaced_on_success(tmp_path / "file"):
+        pass
+    assert not waits
+    path = tmp_path / "file"
+    with monkeypatch.context() as patch, replaced_on_success(path) as temporary:
+        temporary.write_text("new")
+        patch.setattr(files.os, "name", "nt")
+        files._replace(temporary, path)
+        assert path.read_text() == "new"
+        temporary.write_text("new")
+    assert len(waits) == 2
+
+
+def test_a_link_is_made_once_and_a_broken_one_again(tmp_path: Path) -> None:
+    target, path = tmp_path / "target", tmp_path / "link"
+    path.symlink_to(tmp_path / "gone")
+    target.write_text("content")
+    link(path, target)
+    link(path, tmp_path / "other")
+    assert path.read_text() == "content"
+
+
+def test_a_file_is_copied_where_links_are_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    (tmp_path / "target").write_text("content")
+    monkeypatch.setattr(Path, "symlink_to", forbidden)
+    with pytest.raises(OSError, match="privilege"):
+        link(tmp_path / "link", tmp_path / "target")
+    monkeypatch.setattr(files.os, "name", "nt")
+    link(tmp_path / "link", tmp_path / "target")
+    assert (tmp_path / "link").read_text() == "content"

@@ -27,7 +27,6 @@ from nnssl_ext.recipe import derive_plans, load_recipe, read_json
 from nnssl_ext.settings import split_sections
 from nnssl_ext.study.decathlon.tasks import unpack as unpack_task
 from nnssl_ext.study.results import training_log
-from nnssl_ext.transfer.locate import read_limited_json
 from nnssl_ext.transfer.read import read_source
 from tests.conftest import REPOSITORY, Environment
 from tests.datasets import make_plans
@@ -136,7 +135,6 @@ READERS: dict[str, tuple[str, Callable[[Path], Path], Reader]] = {
     "safetensors": ("m.safetensors", safetensors_file, lambda path: read_source(str(path))),
     "recipe": ("r.json", recipe_file, use_recipe),
     "JSON": ("r.json", recipe_file, read_json),
-    "adaptation plan": ("r.json", recipe_file, read_limited_json),
     "archive": ("Task04_X.tar", tar_file, unpack),
 }
 

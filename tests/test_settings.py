@@ -100,6 +100,14 @@ def test_old_plans_are_renamed_by_the_table_and_their_values_kept() -> None:
     assert rename_settings(new) == (new, {})
 
 
+def test_a_dropped_setting_may_stay_with_the_value_that_holds() -> None:
+    section = {"depth": "rgb", "slices": 8, "drift_angle": 10.0, "hidden_dim": 16}
+    sections = split_sections({"variable_dimension_transform": section}, SCHEMAS, "f")[1]
+    assert sections["variable_dimension_transform"].hidden_dim == 16
+    with pytest.raises(UserError, match="unknown setting 'variable_dimension_transform.depth'"):
+        split_sections({"variable_dimension_transform": {**section, "depth": "drift"}}, SCHEMAS, "f")
+
+
 @dataclass(frozen=True)
 class Ranges:
     zoom: list[float] = setting([0.5, 2.0], "A range.", length=2)

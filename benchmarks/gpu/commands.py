@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.checkout import spelled
 from benchmarks.gpu.context import Context
-from benchmarks.workload import CONFIGURATION, NUMBERS, dataset_name, write_tiny
+from benchmarks.workload import CONFIGURATION, TINY_DATASET, TINY_NUMBER, write_tiny
 
 STOCK = "from nnunetv2.run.run_training import run_training_entry; run_training_entry()"
 #: Stock's trainer with fewer steps.
@@ -42,19 +41,19 @@ class Bench:
         for part in ("raw", "preprocessed", "results", "trainers"):
             (self.root / part).mkdir()
         (self.root / "trainers" / f"{SHORT}.py").write_text(SHORT_CODE)
-        self.data = write_tiny(self.root, "plain")
+        self.data = write_tiny(self.root)
         self.variables = {f"nnUNet_{part}": str(self.root / part) for part in ("raw", "preprocessed", "results")}
         trainers = os.environ.get("nnUNet_extTrainer", "")
         self.variables["nnUNet_extTrainer"] = os.pathsep.join([trainers, str(self.root / "trainers")])
         self.variables |= {"nnUNet_n_proc_DA": "2", "nnUNet_def_n_proc": "1"}
         plans = json.loads((self.data / "nnUNetPlans.json").read_text())
         plans["nnssl_ext"] = {"epochs": 2, "iterations_per_epoch": 5, "validation_iterations": 1, **settings}
-        plans["nnssl_ext"]["finetune"] = spelled("finetune", {"steps": 10, "steps_per_epoch": 5})
+        plans["nnssl_ext"]["finetune"] = {"steps": 10, "steps_per_epoch": 5}
         (self.data / "nnUNetPlans.json").write_text(json.dumps(plans))
 
     def words(self, trainer: str, *more: str, fold: str = "0") -> list[str]:
         """Return the stock command that trains."""
-        command = [sys.executable, "-W", "ignore", "-c", STOCK, str(NUMBERS["plain"]), CONFIGURATION, fold]
+        command = [sys.executable, "-W", "ignore", "-c", STOCK, str(TINY_NUMBER), CONFIGURATION, fold]
         return [*command, "-tr", trainer, "-device", self.context.kind, *more]
 
     def environment(self, compiled: bool) -> dict[str, str]:
@@ -79,7 +78,7 @@ class Bench:
 
     def fold(self, trainer: str, fold: str = "0") -> Path:
         """Return the folder of a run."""
-        folder = self.root / "results" / dataset_name("plain") / f"{trainer}__nnUNetPlans__{CONFIGURATION}"
+        folder = self.root / "results" / TINY_DATASET / f"{trainer}__nnUNetPlans__{CONFIGURATION}"
         return folder / f"fold_{fold}"
 
     def kill_after_checkpoint(self, command: list[str], file: Path) -> float:
@@ -122,7 +121,7 @@ def compare_with_file(bench: Bench, file: Path) -> dict[str, Any]:
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
     os.environ |= bench.environment(False)
-    names = dataset_name("plain"), CONFIGURATION, 0, "nnUNetTrainer", "nnUNetPlans"
+    names = TINY_DATASET, CONFIGURATION, 0, "nnUNetTrainer", "nnUNetPlans"
     stock = get_trainer_from_args(*names, device=bench.context.device)
     maybe_load_checkpoint(stock, False, False, str(file))
     loaded = stock.network.state_dict()
@@ -138,10 +137,10 @@ def compare_with_file(bench: Bench, file: Path) -> dict[str, Any]:
 def ranks(context: Context) -> None:
     """Compare torchrun with one rank to no ranks: objective and weights."""
     # Adam would turn the rounding errors of biases before a norm, whose gradient is zero, into whole steps
-    plain = {"volume_fusion": spelled("volume_fusion", {"optimizer": "sgd"})}
+    plain = {"volume_fusion": {"optimizer": "sgd"}}
     bench = Bench(context, "ranks", epochs=1, precision="float32", **plain)
     bench.variables["NVIDIA_TF32_OVERRIDE"] = "0"  # two processes may choose different algorithms
-    ours = ["-m", "nnssl_ext.train", str(NUMBERS["plain"]), CONFIGURATION]
+    ours = ["-m", "nnssl_ext.train", str(TINY_NUMBER), CONFIGURATION]
     options = ["-tr", VOLUME_FUSION, "-device", context.kind]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
     with context.row("without ranks", 5) as row:
@@ -171,7 +170,7 @@ def pay(context: Context) -> None:
     without -o and -device) and, from an earlier call, ``study/``.
     """
     bench = Bench(context, "pay")
-    words = f"-d {NUMBERS['plain']} -c {CONFIGURATION} --methods scratch VolumeFusion --labels 2 --subsets 1 --steps 2"
+    words = f"-d {TINY_NUMBER} -c {CONFIGURATION} --methods scratch VolumeFusion --labels 2 --subsets 1 --steps 2"
     words += " --snapshots 1 --total-baseline 0 --rates 0.01 --development-runs 1"
     if context.study is not None:
         words = (context.study / "words.txt").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import time
 import traceback
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.measure import in_turns
 
 
 class NoTimeLeftError(Exception):
@@ -50,11 +53,6 @@ class Context:
     def left(self) -> float:
         """Seconds until the part is stopped."""
         return self.deadline - time.monotonic()
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.kind == "cuda":
-            torch.cuda.synchronize()
 
     def read(self) -> dict[str, Any]:
         """Return the rows so far."""
@@ -108,15 +106,8 @@ class Context:
 
 def milliseconds(context: Context, function: Any, repeats: int, warm_up: int = 2) -> float:
     """Return the median time of a call, the device's work included."""
-    times = []
-    for repeat in range(warm_up + repeats):
-        context.synchronize()
-        begin = time.perf_counter()
-        function()
-        context.synchronize()
-        if repeat >= warm_up:
-            times.append(1000 * (time.perf_counter() - begin))
-    return sorted(times)[len(times) // 2]
+    costs = in_turns({"": function}, repeats, warm_up=warm_up, device=context.device)[""]
+    return 1000 * statistics.median(cost.wall for cost in costs)
 
 
 def cpu_seconds(pid: int) -> float:

@@ -15,11 +15,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.checkout import spelled
 from benchmarks.gpu.context import Context
-from benchmarks.workload import start_trainer, write_dataset, write_images
+from benchmarks.views import views_of
+from benchmarks.workload import start_trainer, write_dataset
 
-SMALL_DINO = {"local_crops": 2, "hidden": 64, "bottleneck": 16, "prototypes": 128}
+SMALL_DINO = {"local_crops": 2, "hidden_dim": 64, "bottleneck_dim": 16, "prototypes": 128}
 #: Relative norms up to which values count as equal.
 FLOAT32, HALF, VIEWS = 1e-3, 5e-2, 1e-3
 
@@ -37,23 +37,16 @@ def correct(context: Context) -> None:
 
 def check(context: Context, name: str, row: dict[str, Any]) -> None:
     """Fill the row of one method."""
-    folder = context.folder(name)
-    write_images(folder / "images")
-    settings = {
-        "precision": "float32",
-        "iterations_per_epoch": 100,
-        "epochs": 1,
-        "images": str(folder / "images"),
-        "dino": spelled("dino", SMALL_DINO),
-    }
-    data = write_dataset(folder / "data", "tiny" if context.tiny else "counted", settings)
-    trainer = start_trainer(data, name, torch.device("cpu"))
+    settings = {"precision": "float32", "dino": SMALL_DINO}
+    data = write_dataset(context.folder(name), "tiny" if context.tiny else "counted", settings)
+    cpu = torch.device("cpu")
+    trainer = start_trainer(data, name, cpu)
     batch = next(iter(trainer.dataloader_train))
     here, there = trainer.method, copy.deepcopy(trainer.method).to(context.device)
-    views = draw(here, batch, torch.device("cpu"))
+    views = views_of(here, batch, cpu)
     with host_noise():
-        drawn = draw(there, batch, context.device)
-    expected, got = draw_with_host_noise(here, batch), {key: value.cpu() for key, value in drawn.items()}
+        drawn, expected = views_of(there, batch, context.device), views_of(here, batch, cpu)
+    got = {key: value.cpu() for key, value in drawn.items()}
     row["views"] = {key: relative(got[key].double(), expected[key].double()) for key in expected}
     row["views are equal"] = all(value <= VIEWS for value in row["views"].values())
     loss, gradient = step(here, views, None)
@@ -75,21 +68,6 @@ def check(context: Context, name: str, row: dict[str, Any]) -> None:
     wrong += [] if row["views are equal"] else ["views"]
     if wrong:
         row["failed"] = f"Expected equal values, got differences in {', '.join(wrong)}."
-
-
-def draw(method: Any, batch: Any, device: torch.device) -> dict[str, Tensor]:
-    """Return a method's views of a batch on a device."""
-    from nnssl_ext.views.random import VIEWS as STREAM
-    from nnssl_ext.views.random import BatchRandom
-
-    with torch.no_grad():
-        return method.views(batch, BatchRandom(0, STREAM, batch.indices, device))
-
-
-def draw_with_host_noise(method: Any, batch: Any) -> dict[str, Tensor]:
-    """Return a method's views on the CPU, drawn as ``host_noise`` lets a GPU draw."""
-    with host_noise():
-        return draw(method, batch, torch.device("cpu"))
 
 
 @contextmanager

@@ -19,18 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.checkout import spelled
 from benchmarks.gpu.context import Context, cpu_seconds, milliseconds
 from benchmarks.gpu.correct import SMALL_DINO
 from benchmarks.step import Run
-from benchmarks.workload import CONFIGURATION, start_trainer, write_dataset, write_images
+from benchmarks.views import views_of
+from benchmarks.workload import CONFIGURATION, start_trainer, write_dataset
 
 GIB = 2**30
 #: Methods whose compiled step is checked, on a plan that compiles in seconds.
 COMPILED = ("volume_fusion", "masked_autoencoder", "rotation", "dino")
 #: 3DINO's crops as published: 2 of 96^3 and 8 of 48^3, from heads of 65,536 prototypes.
 PUBLISHED_DINO = {"region": 100, "local_crops": 8, "local_size": [48, 48, 48]}
-PUBLISHED_DINO |= {"hidden": 2048, "bottleneck": 256, "prototypes": 65536}
+PUBLISHED_DINO |= {"hidden_dim": 2048, "bottleneck_dim": 256, "prototypes": 65536}
 #: The first data set of each plan in this part. Compressing large cases takes longer than the steps.
 _WRITTEN: dict[str, Path] = {}
 
@@ -121,10 +121,7 @@ def compile_step(context: Context, name: str, row: dict[str, Any]) -> None:
 
 def against_eager(context: Context, trainer: Any, batch: Any) -> dict[str, float]:
     """Return the relative difference of the compiled and the eager objective of one batch."""
-    from nnssl_ext.views.random import VIEWS, BatchRandom
-
-    with torch.no_grad():
-        views = trainer.method.views(batch, BatchRandom(0, VIEWS, batch.indices, context.device))
+    views = views_of(trainer.method, batch, context.device)
     losses = []
     for objective in (trainer.method, trainer.objective):
         torch.manual_seed(0)
@@ -135,9 +132,7 @@ def against_eager(context: Context, trainer: Any, batch: Any) -> dict[str, float
 
 def dataset(folder: Path, plan: str, **settings: Any) -> Path:
     """Write a data set for a step in the device's usual precision."""
-    write_images(folder / "images")
-    common = {"iterations_per_epoch": 100_000, "epochs": 1, "images": str(folder / "images")}
-    data = write_dataset(folder / "data", plan, {**common, **settings}, written=_WRITTEN.get(plan))
+    data = write_dataset(folder, plan, settings, written=_WRITTEN.get(plan))
     _WRITTEN.setdefault(plan, data)
     return data
 
@@ -148,7 +143,7 @@ def speed(context: Context) -> None:
 
     os.environ["nnUNet_compile"] = "f"
     plan = "tiny" if context.tiny else "residual128"
-    small = {"dino": spelled("dino", SMALL_DINO)} if context.tiny else {}
+    small = {"dino": SMALL_DINO} if context.tiny else {}
     rows = [(name, name, plan, small) for name in METHODS]
     rows.append(("volume_fusion on PCT-Net", "volume_fusion", "tiny_pct_net" if context.tiny else "pct_net", {}))
     folders = {title: dataset(context.folder(title), on, **settings) for title, _, on, settings in rows}
@@ -204,12 +199,7 @@ def time_step(context: Context, name: str, folder: Path, row: dict[str, Any]) ->
     if run.image is not None and list(run.image.shape[2:]) == patch:
         row["bare, ms"] = milliseconds(context, run.bare, repeats, warm_up=1)
         row["full / bare"] = row["step, ms"] / row["bare, ms"]
-    with run.split() as spent:
-        begin = run.watch._now()
-        for _ in range(repeats):
-            run.full()
-        total = run.watch._now() - begin
-    row["shares"] = {part: spent[part] / total for part in spent}
+    row["shares"] = run.shares(repeats)
     batch = run.next()
     with FlopCounterMode(display=False) as counter:
         run.trainer.train_step(batch)
@@ -236,7 +226,7 @@ def ceiling_of(context: Context) -> float | None:
 
 def largest_vit(context: Context) -> None:
     """Time 3DINO on ViT-L at its published crops, doubling the samples until they do not fit."""
-    settings: dict[str, Any] = {"dino": spelled("dino", SMALL_DINO if context.tiny else PUBLISHED_DINO)}
+    settings: dict[str, Any] = {"dino": SMALL_DINO if context.tiny else PUBLISHED_DINO}
     if not context.tiny:  # a small batch would take smaller crops
         settings |= {"crop_size": [96, 96, 96], "batch_size": 2}
     trainer: Any = None

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnssl_ext.commands import train_command
+from nnssl_ext.commands import RunName
 from nnssl_ext.errors import UserError
 from nnssl_ext.signals import EndSignals
 
@@ -156,7 +156,7 @@ def _report(corpus: Corpus, manifest: Manifest, not_read: dict[str, NotRead]) ->
     if (corpus.folder / "splits_final.json").is_file():
         print("note: new cases are not in splits_final.json; fold all takes every case", file=sys.stderr)
     trainer = "nnsslTrainer_VolumeFusion"
-    command = train_command(corpus.folder.name, corpus.configuration, "all", plans=corpus.plans, trainer=trainer)
+    command = RunName(corpus.folder.name, corpus.configuration, "all", corpus.plans, trainer).command()
     print(f"pretrain with: {command}")
 
 

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.minutes >= 2:
         raise UserError(f"--minutes: expected at least 2, got {arguments.minutes:g}.")
     folder = Path(arguments.output).resolve()
-    demo = Demo(folder, source, device, minutes=arguments.minutes, settings=arguments.settings)
+    demo = Demo(folder, source, arguments.minutes, device, arguments.settings)
     demo.run()
     page = write_page(demo)
     print(f"The result page: {page}")

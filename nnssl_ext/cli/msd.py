@@ -137,7 +137,7 @@ def _check_predictor(folder: Path, model: Path, arguments: argparse.Namespace) -
 
 
 def _submit(arguments: argparse.Namespace) -> None:
-    from nnssl_ext.study.decathlon.submission import Predictions, write_archive
+    from nnssl_ext.study.decathlon.submission import checked_files, write_archive
     from nnssl_ext.study.decathlon.tasks import TASKS, find_task
 
     if arguments.o.suffix != ".zip":
@@ -149,8 +149,9 @@ def _submit(arguments: argparse.Namespace) -> None:
         if not Path(folder).is_dir() or task.folder in predictions:
             raise UserError(f"expected each task once as TASK=FOLDER with its predictions, got '{word}'")
         raw = named_folder("nnUNet_raw") / task.dataset
-        predictions[task.folder] = Predictions(task.folder, Path(folder), raw)
-    cases = write_archive([predictions[name] for name in sorted(predictions)], arguments.o)
+        predictions[task.folder] = Path(folder), raw
+    checked = {name: checked_files(name, *predictions[name]) for name in sorted(predictions)}
+    cases = write_archive(checked, arguments.o)
     published = sum(task.test for task in TASKS if task.folder in predictions)
     print(f"{arguments.o}: {len(predictions)} tasks, {cases} cases")
     if cases != published:

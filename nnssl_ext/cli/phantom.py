@@ -37,8 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from nnssl_ext.study.demo.phantom import PhantomOptions, write_phantom
 
     folder = _folder(arguments)
@@ -47,10 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not all(map(math.isfinite, spacing)):
         raise UserError(f"--spacing must be three lengths in mm, got {spacing}")
     options = PhantomOptions(arguments.cases, arguments.labeled, test, arguments.seed, arguments.channels, spacing)
-    options.check()
-    # no bar where nobody watches, and none before an error
-    with tqdm(total=arguments.cases, desc="Making cases", disable=None) as bar:
-        write_phantom(folder, options, lambda done, _: bar.update(done - bar.n))
+    write_phantom(folder, options)
     print(f"wrote {folder}; its folds: 0 trains on the labeled cases, 1 on all but the test cases")
 
 

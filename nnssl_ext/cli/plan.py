@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nnssl_ext.commands import train_command
+from nnssl_ext.commands import RunName
 from nnssl_ext.configurations import configurations_3d
 from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
     if alike:
         words = ["nnUNetv2_preprocess", "-d", arguments.d, "-plans_name", arguments.o, "-c", *configurations]
         print("\n".join(alike) + f"\npreprocess the data again: {shlex.join(words)}")
-    command = train_command(folder.name, configurations[0], "FOLD", plans=arguments.o)
+    command = RunName(folder.name, configurations[0], "FOLD", arguments.o).command()
     print(f"use it with: {command} -tr ...")
 
 

@@ -140,9 +140,9 @@ def _estimate(studies: list[Study]) -> None:
     hours = 0.0
     for study in studies:
         with locked(study.folder):
-            cost = estimate(study.prepare(keep=False))
-        hours += cost.hours
-        print(f"{study.protocol.dataset}: {cost}", flush=True)
+            own, text = estimate(study.prepare(keep=False))
+        hours += own
+        print(f"{study.protocol.dataset}: {text}", flush=True)
     print(f"all together: about {hours:.2g} h", flush=True)
 
 
@@ -233,28 +233,21 @@ def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:
         rates = [3e-4, 1e-3, 3e-3] if optimizer == "adamw" else [1e-3, 3e-3, 1e-2]
     if min(rates) <= 0:
         raise UserError(f"--rates: expected positive numbers, got {rates}.")
+    same = ("subsets", "steps", "development_runs", "fold", "transductive", "seed", "primary_class")
     return Protocol(
+        **{name: getattr(arguments, name) for name in (*same, "pretraining_seeds", "group_by")},
         dataset=dataset,
         configuration=arguments.c,
         plans=arguments.p,
         overlays=list(arguments.overlays),
         labels=labels,
-        subsets=arguments.subsets,
-        steps=arguments.steps,
         snapshots=snapshots,
         primary_labels=primary_labels,
         primary_step=primary_step,
         rates=list(rates),
-        development_runs=arguments.development_runs,
         total_baseline=total,
-        fold=arguments.fold,
-        transductive=arguments.transductive,
         tolerance=tolerance_of(dataset) if arguments.tolerance is None else arguments.tolerance,
-        seed=arguments.seed,
-        primary_class=arguments.primary_class,
-        pretraining_seeds=arguments.pretraining_seeds,
         pretrain_on=dataset_folder(arguments.pretrain_on).name if arguments.pretrain_on else "",
-        group_by=arguments.group_by,
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnssl_ext.commands import train_command
+from nnssl_ext.commands import RunName
 from nnssl_ext.environment import dataset_folder
 
 
@@ -66,7 +66,5 @@ def run(arguments: argparse.Namespace) -> None:
         allow_partial=arguments.allow_partial,
     )
     write.write(path, target, to, source, report, arguments.seed)
-    command = train_command(
-        folder.name, arguments.c, "FOLD", plans=arguments.p, trainer=arguments.tr, weights=arguments.o
-    )
+    command = RunName(folder.name, arguments.c, "FOLD", arguments.p, arguments.tr).command(arguments.o)
     print(f"{source.path} ({source.kind})\n{report}\nwrote {path}; use it with\n  {command}")

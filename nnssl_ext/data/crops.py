@@ -135,9 +135,6 @@ class CropDataset(Dataset):
 
     Args:
         index: Folder and properties of the cases.
-        cases: The cases to draw from.
-        request: The crops of a sample.
-        seed: The run's seed.
         stream: 0, or ``VALIDATION``. Samples of different streams never share draws.
     """
 
@@ -194,7 +191,7 @@ class CropDataset(Dataset):
         """Draw a sample's own case and another one. Each case comes once before any comes again."""
         number = len(self.cases)
         turn, place = divmod(sample, number)
-        own = _shuffled(self.seed, self.stream, turn, number)[place]
+        own = shuffled(self.seed, self.stream, turn, number)[place]
         step = sample_generator(self.seed, self.stream + CASES, sample).integers(1, max(2, number))
         return self.cases[own], self.cases[(own + step) % number]
 
@@ -228,11 +225,7 @@ def _place(
     """Draw the matrix and center of a crop.
 
     Args:
-        crop: The crop.
-        generator: Source of the draws.
         volume: (3,) edges of the case.
-        body: Body map of the case.
-        case: Name of the case.
         resample: Whether the crop is rotated and zoomed. None decides by chance.
     """
     matrix, edges = crop.spatial.draw(generator, crop.size, resample=resample) * crop.scale, crop.size
@@ -294,10 +287,8 @@ def draw_center(
     first where each patch is mostly body, or else the one whose emptiest patch has the largest share.
 
     Args:
-        generator: The sample's random generator.
         volume: Edges of the case in voxels.
         size: Edges of the crop.
-        body: The case's body map.
         parts: (2, 3) for each patch, lowest corner and edges as shares of the crop's edges.
     """
     edges = np.asarray(size)
@@ -347,5 +338,6 @@ def _body_share(body: np.ndarray, volume: np.ndarray, low: np.ndarray, edges: np
 
 
 @lru_cache(maxsize=4)
-def _shuffled(seed: int, stream: int, turn: int, number: int) -> np.ndarray:
+def shuffled(seed: int, stream: int, turn: int, number: int) -> np.ndarray:
+    """Draw the order of the samples of a turn."""
     return np.random.default_rng((seed, stream, 1 << 8, turn)).permutation(number)

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from nnssl_ext.data.crops import Sample, noise_box
-from nnssl_ext.data.samples import Datasets, SampleClasses, Split
+from nnssl_ext.data.crops import CropRequest, Sample, noise_box, shuffled
+from nnssl_ext.data.samples import CaseSource, Datasets, SampleClasses, Split
 from nnssl_ext.errors import UserError
 from nnssl_ext.views.random import CASES, CROPS, VALIDATION, sample_generator
 from nnssl_ext.views.spatial import SourceBox
@@ -129,9 +129,6 @@ class ImageDataset(Dataset):
     """Read regions of images as uint8, by global index.
 
     Args:
-        images: The folder.
-        request: What one sample is.
-        seed: The run's seed.
         stream: 0, or ``VALIDATION``: other images, and other draws.
     """
 
@@ -146,10 +143,8 @@ class ImageDataset(Dataset):
     def __getitem__(self, sample: int) -> Sample:
         """Read a region. Another image replaces one that cannot be read, which is named."""
         skipped = []
-        turn, place = divmod(sample, len(self.names))
-        order = _shuffled(self.seed, self.stream, turn, len(self.names))
         substitutes = sample_generator(self.seed, self.stream + CASES, sample)
-        row = int(order[place])
+        row = self._row(sample)
         for _ in range(SUBSTITUTES):
             name = self.names[row]
             try:
@@ -164,12 +159,16 @@ class ImageDataset(Dataset):
 
     def sources(self, sample: int) -> list[str]:
         """Return the files of a sample, for messages."""
-        turn, place = divmod(sample, len(self.names))
-        return [self.names[int(_shuffled(self.seed, self.stream, turn, len(self.names))[place])]]
+        return [self.names[self._row(sample)]]
 
     def sample_bytes(self) -> int:
         """Estimate the memory of a sample. Images are reduced to less than twice the crop's edges."""
         return 4 * 3 * self.request.size[0] * self.request.size[1]
+
+    def _row(self, sample: int) -> int:
+        """Draw an image. Each comes once before any comes again."""
+        turn, place = divmod(sample, len(self.names))
+        return int(shuffled(self.seed, self.stream, turn, len(self.names))[place])
 
     def _read(self, name: str, sample: int) -> SourceBox:
         generator = sample_generator(self.seed, self.stream + CROPS, sample)
@@ -217,6 +216,7 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
-@lru_cache(maxsize=4)
-def _shuffled(seed: int, stream: int, turn: int, number: int) -> np.ndarray:
-    return np.random.default_rng((seed, stream, 1 << 8, turn)).permutation(number)
+#: The crops that make one sample.
+SampleRequest = CropRequest | ImageRequest
+#: Where the samples of a run come from.
+SampleSource = CaseSource | ImageFolder

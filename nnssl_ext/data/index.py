@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from nnssl_ext.data.cases import list_cases, open_case
 from nnssl_ext.files import replaced_on_success
+from nnssl_ext.networks.base import Triple, triple
 
 #: Most bins of the body map per axis.
 BINS = 16
@@ -85,16 +86,14 @@ class CaseIndex:
         """Return each case's channels, 0 for unreadable ones."""
         return self._table["shape"][:, 0]
 
-    def common_size(self) -> tuple[int, int, int]:
+    def common_size(self) -> Triple:
         """Return the 10th percentile of edges per axis."""
         rows = [row for row, case in enumerate(self.cases) if case not in self.left_out]
-        depth, height, width = np.percentile(self._table["shape"][rows, 1:], 10, axis=0, method="lower").tolist()
-        return depth, height, width
+        return triple(np.percentile(self._table["shape"][rows, 1:], 10, axis=0, method="lower").tolist())
 
-    def largest_size(self) -> tuple[int, int, int]:
+    def largest_size(self) -> Triple:
         """Edges in voxels, per axis, of the largest case."""
-        depth, height, width = self._table["shape"][:, 1:].max(axis=0).tolist()
-        return depth, height, width
+        return triple(self._table["shape"][:, 1:].max(axis=0).tolist())
 
     def fingerprint(self) -> dict[str, str]:
         """Digest each case: shape, size and body map. '' for excluded cases."""

@@ -115,11 +115,7 @@ class SteadyLoader:
 
 
 class Progress:
-    """Count what workers have read, in shared memory.
-
-    Args:
-        workers: How many there are.
-    """
+    """Count what workers have read, in shared memory."""
 
     def __init__(self, workers: int) -> None:
         self._counts = multiprocessing.Array("q", max(1, workers), lock=False)

@@ -137,7 +137,6 @@ def dataset_cases(raw: Path | None, preprocessed: Path, plans: TargetPlans, orig
     Args:
         raw: The data set's folder in nnUNet_raw; None if there is none.
         preprocessed: Its folder in nnUNet_preprocessed.
-        plans: The plans.
         original: Whether the original images are needed.
 
     Raises:
@@ -163,9 +162,7 @@ def with_masks(cases: list[Case], masks: Path, plans: TargetPlans) -> list[Case]
     """Give each case its label map.
 
     Args:
-        cases: The cases.
         masks: A folder with a file of each case's name, or one file for all cases.
-        plans: The plans.
 
     Raises:
         UserError: If a case has none.

@@ -25,7 +25,6 @@ def draw_vectors(vectors: Mapping[int, np.ndarray], labels: Sequence[str], path:
     Args:
         vectors: Stage -> (cases, columns).
         labels: One for each case, which colors it.
-        path: File to write.
     """
     figure, axes = plt.subplots(
         1, len(vectors), figsize=(4.2 * len(vectors), 4.4), constrained_layout=True, squeeze=False
@@ -58,7 +57,6 @@ def draw_map(image: np.ndarray, maps: Mapping[int, np.ndarray], aspect: float, n
         maps: Stage -> (3, D, H, W), drawn as red, green and blue. Missing components are black.
         aspect: Height of a voxel to its width.
         name: Name of the case.
-        path: File to write.
     """
     count = min(SLICES, len(image))
     slices = [round((place + 0.5) * len(image) / count - 0.5) for place in range(count)]

@@ -30,7 +30,6 @@ def dataset_plans(
         source: The weights. Their plans' name, configuration and trainer are the defaults where the data set has them.
         dataset: Name or number of the data set.
         plans: Name of the plans.
-        configuration: Name of the configuration.
         trainer: Name of the trainer that builds the network.
 
     Returns:
@@ -55,7 +54,6 @@ def recorded_plans(
     Args:
         source: The weights.
         plans: A file of plans, such as plans.json of nnU-Net's results folders.
-        configuration: Name of the configuration.
         trainer: Name of the trainer that builds the network.
 
     Raises:

@@ -89,7 +89,6 @@ def write(
     With labels, classifiers are cross-validated.
 
     Args:
-        folder: Folder to write.
         content: Of ``settings``.
         found: Case -> vectors.
         labels: Label and group by case, or None.

@@ -28,9 +28,7 @@ class Encoder:
     A 2-D network has maps of one slice each.
 
     Args:
-        backbone: Access to the network.
         patch_size: Edges of the window in voxels, two or three.
-        device: The device to compute on.
 
     Raises:
         UserError: If the network cannot take the patch.
@@ -131,7 +129,6 @@ def feature_maps(
     a mirrored image are other features.
 
     Args:
-        encoder: The encoder.
         image: A preprocessed image.
         grid: Its tiles.
         stages: Numbers of the stages, 0 is the finest.

@@ -3,7 +3,7 @@
 Values equal those of the definitions, with less memory and fewer passes.
 
 B batch, V voxels, K classes or prototypes. N samples, S student and T teacher vectors of each, E width of a vector.
-The definitions are ``dense.dice_cross_entropy`` and ``distillation.prototype_cross_entropy``.
+The definitions are ``dense.dice_cross_entropy`` and, in tests, ``tests.losses.definitions.prototype_cross_entropy``.
 """
 
 from __future__ import annotations
@@ -95,9 +95,10 @@ def prototype_cross_entropy(
     *,
     weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute ``distillation.prototype_cross_entropy`` in chunks, keeping no logits.
+    """Compute the cross-entropy between teacher and student distributions.
 
-    The forward pass also computes the gradient of the total, so that no logit is needed a second time.
+    It goes in chunks and keeps no logits. The forward pass also computes the gradient of the total, so that no logit is
+    needed a second time.
 
     Args:
         student: (N, S, E) student output, on the unit sphere.

@@ -13,25 +13,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class _Gather(torch.autograd.Function):
-    """Gather rows of all ranks, and sum their gradients."""
+class Sum(torch.autograd.Function):
+    """Sum values over all processes, and gradients likewise."""
 
     @staticmethod
-    def forward(context: Any, rows: Tensor, total: int) -> Tensor:
-        world = dist.get_world_size()
-        # ranks may differ by one sample, and gathered tensors need one shape
-        padded = rows.new_zeros((-(-total // world), *rows.shape[1:]))
-        padded[: len(rows)] = rows
-        gathered = [torch.empty_like(padded) for _ in range(world)]
-        dist.all_gather(gathered, padded)
-        # row k of rank r is sample r + k W, so that all padding is at the end
-        return torch.stack(gathered, 1).flatten(0, 1)[:total]
+    def forward(context: Any, values: Tensor) -> Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        gradient = gradients[0].contiguous()
-        dist.all_reduce(gradient)
-        return gradient[dist.get_rank() :: dist.get_world_size()], None
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        return Sum.forward(context, gradients[0])
 
 
 @torch.compiler.disable  # it communicates
@@ -54,4 +47,4 @@ def gather_samples(rows: Tensor, total: int) -> tuple[Tensor, Tensor]:
     own = torch.arange(dist.get_rank(), total, dist.get_world_size(), device=rows.device)
     if len(own) != len(rows):
         raise ValueError(f"Expected {len(own)} of {total} samples on rank {dist.get_rank()}, got {len(rows)}.")
-    return _Gather.apply(rows, total), own
+    return Sum.apply(rows.new_zeros(total, *rows.shape[1:]).index_copy(0, own, rows)), own

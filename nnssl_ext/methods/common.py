@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe
-from nnssl_ext.networks.base import Backbone, Triple
+from nnssl_ext.networks.base import Backbone, Triple, triple
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensitySettings
 from nnssl_ext.views.rotations import rotatable_size
@@ -107,10 +107,7 @@ def region_size(geometry: DataGeometry, view: Triple, extent: float) -> Triple:
         extent: Largest extent of a view as a multiple of its edge.
     """
     cases = geometry.case_size or (math.inf,) * 3
-    depth, height, width = (
-        int(max(edge, min(math.ceil(extent * edge), case))) for edge, case in zip(view, cases, strict=True)
-    )
-    return depth, height, width
+    return triple(int(max(edge, min(math.ceil(extent * edge), case))) for edge, case in zip(view, cases, strict=True))
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,7 @@ class ContrastivePredictiveCoding(PatchMethod):
     """Predict embeddings of later rows from earlier rows.
 
     A context network summarizes the rows that are seen. A linear layer per target predicts an embedding, and the loss
-    is InfoNCE over all patches of the global batch. Trains the encoder. Taleb et al., NeurIPS 2020, after van den
-    Oord et al., arXiv 1807.03748.
+    is InfoNCE over all patches of the global batch. Trains the encoder.
     """
 
     name = "contrastive_predictive_coding"

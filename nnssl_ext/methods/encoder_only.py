@@ -22,9 +22,6 @@ class EncoderMethod(Method):
     """Train the encoder. The decoder keeps its initial values unless a term trains it.
 
     Args:
-        backbone: The network.
-        settings: The method's settings.
-        geometry: Properties of the data.
         stages: Encoder stages that are run and trained. None is all of them.
         decoder: Train the decoder and its finest output.
     """

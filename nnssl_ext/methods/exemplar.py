@@ -92,7 +92,6 @@ class Exemplar(EncoderMethod):
     """Pull two views together and other cases away.
 
     A triplet loss with semi-hard negatives on embeddings of the encoder. Trains the encoder.
-    Taleb et al., NeurIPS 2020, after Dosovitskiy et al., TPAMI 2016.
     """
 
     name = "exemplar"

@@ -50,7 +50,6 @@ class Jigsaw(PatchMethod):
     """Classify the permutation of a window's patches.
 
     Each patch is encoded by itself. A head sees the patches' vectors in the shuffled order. Trains the encoder.
-    Taleb et al., NeurIPS 2020, after Noroozi and Favaro, ECCV 2016.
     """
 
     name = "jigsaw"

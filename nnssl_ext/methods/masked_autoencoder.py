@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
+from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.errors import UserError
-from nnssl_ext.losses.reconstruction import MIN_VARIANCE, explained_variance, squared_error
-from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
+from nnssl_ext.losses.reconstruction import MIN_VARIANCE
+from nnssl_ext.methods.base import DataGeometry, Readable
 from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.methods.panels import Panel
+from nnssl_ext.methods.restoring import RestoringMethod
 from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import TokenDecoder
 from nnssl_ext.networks.visible_norms import VisibleNorms
@@ -67,11 +68,10 @@ class MaskedAutoencoderSettings(SharedSettings):
     )
 
 
-class MaskedAutoencoder(Method):
+class MaskedAutoencoder(RestoringMethod):
     """Predict masked blocks from the visible voxels.
 
     The loss is the mean squared error over masked voxels. Trains encoder and decoder.
-    He et al., CVPR 2022, and Wald et al., CVPR 2025.
     """
 
     name = "masked_autoencoder"
@@ -79,14 +79,11 @@ class MaskedAutoencoder(Method):
     citation = "He et al., CVPR 2022, arXiv:2111.06377; Wald et al., CVPR 2025, arXiv:2410.23132"
     Settings = MaskedAutoencoderSettings
     readable = Readable("explained_variance", "Explained variance of masked voxels")
-    deep_supervision = False
 
     settings: MaskedAutoencoderSettings
 
     def __init__(self, backbone: Backbone, settings: MaskedAutoencoderSettings, geometry: DataGeometry) -> None:
         super().__init__(backbone, settings, geometry)
-        backbone.set_deep_supervision(False)
-        backbone.freeze_coarse_heads()
         self.token = backbone.strides[-1] if backbone.is_transformer and settings.drop_masked_tokens else None
         self.block_size = settings.block_size or default_block(geometry, self.token)
         if self.token:
@@ -95,17 +92,6 @@ class MaskedAutoencoder(Method):
             self.token_decoder = TokenDecoder(width=backbone.channels[-1], grid=grid, depth=settings.decoder_depth)
             self.visible_count = _visible_count(geometry.crop_size, self.block_size, self.token, settings.mask_ratio)
         self.visible = VisibleNorms(self.network) if settings.visible_norms else None
-
-    @classmethod
-    def output_channels(cls, settings: MaskedAutoencoderSettings, geometry: DataGeometry) -> int:
-        return geometry.channels
-
-    @classmethod
-    def crops(cls, settings: MaskedAutoencoderSettings, geometry: DataGeometry) -> CropRequest:
-        return CropRequest((Crop(geometry.crop_size, settings.spatial(geometry)),))
-
-    def optimizer(self) -> OptimizerRecipe:
-        return self.settings.recipe(1e-3, self.backbone)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Return ``image`` with masked voxels at zero, ``target``, and ``weight`` 1 for target voxels.
@@ -142,32 +128,16 @@ class MaskedAutoencoder(Method):
             views |= {"shuffled": shuffled * ~masked, "shuffled_target": shuffled}
         return views
 
-    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``loss``, the mean squared error of masked voxels: (B,).
-
-        In evaluation also ``explained_variance`` and, as its control, ``shuffled_variance`` on shuffled voxels.
-        """
-        weight = views["weight"]
+    def restore(self, image: Tensor, views: dict[str, Tensor]) -> Tensor:
         if self.visible:
             self.visible.mask = views["visible"]
-        error = squared_error(self._restore(views["image"], views), views["target"], weight)
-        result = {"loss": error}
-        if not self.training:
-            shuffled = squared_error(self._restore(views["shuffled"], views), views["shuffled_target"], weight)
-            result["explained_variance"] = explained_variance(error, views["target"], weight)
-            result["shuffled_variance"] = explained_variance(shuffled, views["shuffled_target"], weight)
-        return result
-
-    def _restore(self, image: Tensor, views: dict[str, Tensor]) -> Tensor:
         if not self.token:
             return self.backbone.output(image)
         return self.backbone.visible_output(image, views["tokens"], self.token_decoder)
 
     def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
         first = {name: value[:1] for name, value in views.items()}
-        if self.visible:
-            self.visible.mask = first["visible"]
-        prediction, masked = self._restore(first["image"], first)[0, 0], views["weight"][0, 0] > 0
+        prediction, masked = self.restore(first["image"], first)[0, 0], views["weight"][0, 0] > 0
         target = views["target"][0, 0]
         return [
             [

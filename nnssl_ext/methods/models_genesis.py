@@ -12,18 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
-from nnssl_ext.losses.reconstruction import explained_variance, squared_error
-from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
+from nnssl_ext.data.crops import CropBatch
+from nnssl_ext.methods.base import Readable
 from nnssl_ext.methods.common import OptimizationSettings, SpatialViewSettings
 from nnssl_ext.methods.panels import Panel
-from nnssl_ext.networks.base import Backbone
+from nnssl_ext.methods.restoring import RestoringMethod
 from nnssl_ext.settings import setting
 from nnssl_ext.views.corruption import draw_windows, map_intensities, paint, shuffle_locally
 from nnssl_ext.views.random import BatchRandom, shuffle_voxels
 from nnssl_ext.views.spatial import crop_batch
-
-ZHOU = "Zhou et al. 2021"
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,11 @@ class ModelsGenesisSettings(SpatialViewSettings, OptimizationSettings):
     outside_windows: int = setting(5, "Windows that out-painting leaves.", low=1)
 
 
-class ModelsGenesis(Method):
+class ModelsGenesis(RestoringMethod):
     """Restore the original crop from a corrupted one.
 
     Intensities are mapped by a Bezier curve, small windows are shuffled, and a part is painted over by noise. The loss
-    is the mean squared error. Trains encoder and decoder. Zhou et al., Medical Image Analysis 2021.
+    is the mean squared error. Trains encoder and decoder.
     """
 
     name = "models_genesis"
@@ -53,25 +50,8 @@ class ModelsGenesis(Method):
     citation = "Zhou et al., Medical Image Analysis 67:101840, 2021, arXiv:2004.07882"
     Settings = ModelsGenesisSettings
     readable = Readable("explained_variance", "Explained variance of the restored crop")
-    deep_supervision = False
 
     settings: ModelsGenesisSettings
-
-    def __init__(self, backbone: Backbone, settings: ModelsGenesisSettings, geometry: DataGeometry) -> None:
-        super().__init__(backbone, settings, geometry)
-        backbone.set_deep_supervision(False)
-        backbone.freeze_coarse_heads()
-
-    @classmethod
-    def output_channels(cls, settings: ModelsGenesisSettings, geometry: DataGeometry) -> int:
-        return geometry.channels
-
-    @classmethod
-    def crops(cls, settings: ModelsGenesisSettings, geometry: DataGeometry) -> CropRequest:
-        return CropRequest((Crop(geometry.crop_size, settings.spatial(geometry)),))
-
-    def optimizer(self) -> OptimizerRecipe:
-        return self.settings.recipe(1e-3, self.backbone)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Return corrupted ``image``, ``target``, and ``weight`` 1 within the case. Each is (B, C, D, H, W).
@@ -86,25 +66,11 @@ class ModelsGenesis(Method):
             views |= {"shuffled": self._corrupt(shuffled, random), "shuffled_target": shuffled}
         return views
 
-    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``loss``, the mean squared error: (B,).
-
-        In evaluation also ``explained_variance`` and, as its control, ``shuffled_variance`` on shuffled voxels.
-        """
-        error = squared_error(self.backbone.output(views["image"]), views["target"], views["weight"])
-        result = {"loss": error}
-        if not self.training:
-            target, weight = views["shuffled_target"], views["weight"]
-            shuffled = squared_error(self.backbone.output(views["shuffled"]), target, weight)
-            result["explained_variance"] = explained_variance(error, views["target"], weight)
-            result["shuffled_variance"] = explained_variance(shuffled, target, weight)
-        return result
-
     def picture(self, views: dict[str, Tensor]) -> list[list[Panel]]:
         return [
             [
                 Panel("corrupted input", views["image"][0, 0]),
-                Panel("restoration", self.backbone.output(views["image"][:1])[0, 0]),
+                Panel("restoration", self.restore(views["image"][:1], views)[0, 0]),
                 Panel("truth (target)", views["target"][0, 0]),
             ]
         ]

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnssl_ext.networks.base import Triple, triple
+
 #: Least range of a component: tokens that are all alike have one color.
 MIN_RANGE = 1e-6
 
@@ -30,7 +32,7 @@ class Panel:
     title: str
     data: Tensor
     kind: str = "image"
-    center: tuple[int, int, int] | None = None
+    center: Triple | None = None
 
 
 def axial(patches: Tensor) -> Tensor:
@@ -41,33 +43,22 @@ def axial(patches: Tensor) -> Tensor:
 def assemble(patches: Tensor, grid: Sequence[int]) -> Tensor:
     """Place patches in a grid, with one empty voxel between neighbors.
 
-    Args:
-        patches: (N, D, H, W), in the order of the grid.
-        grid: Patches along each axis; their product is N.
-
-    Returns:
-        (grid D * (D + 1) - 1, ...).
+    (N, D, H, W) in the order of the ``grid``, whose product is N -> (grid D * (D + 1) - 1, ...).
     """
     padded = F.pad(patches.float(), (0, 1) * 3, value=torch.nan).unflatten(0, tuple(grid))
-    depth, height, width = (n * edge for n, edge in zip(grid, padded.shape[3:], strict=True))
-    return padded.permute(0, 3, 1, 4, 2, 5).reshape(depth, height, width)[:-1, :-1, :-1]
+    edges = [n * edge for n, edge in zip(grid, padded.shape[3:], strict=True)]
+    return padded.permute(0, 3, 1, 4, 2, 5).reshape(edges)[:-1, :-1, :-1]
 
 
-def assembled_center(patch: Sequence[int], grid: Sequence[int]) -> tuple[int, int, int]:
+def assembled_center(patch: Sequence[int], grid: Sequence[int]) -> Triple:
     """Return the middle voxel of the grid's middle patch after ``assemble``."""
-    depth, height, width = (n // 2 * (edge + 1) + edge // 2 for n, edge in zip(grid, patch, strict=True))
-    return depth, height, width
+    return triple(n // 2 * (edge + 1) + edge // 2 for n, edge in zip(grid, patch, strict=True))
 
 
 def principal_colors(reference: Tensor, *others: Tensor) -> list[Tensor]:
     """Color tokens by the first three principal components of ``reference``.
 
-    Args:
-        reference: (..., F) tokens that define components and range.
-        others: (..., F) more tokens to color alike.
-
-    Returns:
-        (3, ...) in [0, 1] for each. Components beyond F are 0.
+    It defines components and range of all: (..., F) -> (3, ...) in [0, 1] each. Components beyond F are 0.
     """
     rows = reference.detach().float().cpu().flatten(0, -2)
     mean = rows.mean(0)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
-from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe
+from nnssl_ext.methods.base import DataGeometry
 from nnssl_ext.methods.common import TrainingSettings
 from nnssl_ext.methods.encoder_only import EncoderMethod
 from nnssl_ext.networks.base import Backbone
@@ -91,9 +91,6 @@ class PatchMethod(EncoderMethod):
 
     def __str__(self) -> str:
         return f"{self.title}: {self.layout}"
-
-    def optimizer(self) -> OptimizerRecipe:
-        return self.settings.recipe(1e-3, self.backbone)
 
     def read_patches(self, batch: CropBatch, random: BatchRandom, starts: Tensor) -> Tensor:
         """Read patches: (B, N, C, D, H, W).

@@ -42,7 +42,6 @@ class RelativePatchLocation(PatchMethod):
     """Classify a patch's place relative to the central patch.
 
     Central patch and neighbor are encoded by themselves. A head sees both vectors. Trains the encoder.
-    Taleb et al., NeurIPS 2020, after Doersch et al., ICCV 2015.
     """
 
     name = "relative_patch_location"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.losses.reconstruction import explained_variance, squared_error
-from nnssl_ext.methods.base import DataGeometry, OptimizerRecipe, Readable, ValidationCheck
+from nnssl_ext.methods.base import DataGeometry, Readable, ValidationCheck
 from nnssl_ext.methods.common import TrainingSettings, region_size, view_size
 from nnssl_ext.methods.encoder_only import EncoderMethod, classification
 from nnssl_ext.methods.panels import Panel
@@ -86,9 +86,8 @@ class Rotation(EncoderMethod):
     """Classify the rotation of a crop's voxel grid.
 
     Beside the task a small classifier learns what the spacing alone reveals. Its accuracy is the number to compare
-    with. Trains the encoder. Taleb et al., NeurIPS 2020, after Gidaris et al., ICLR 2018. Restoring cut-out blocks
-    beside it, as Tang et al., "Self-Supervised Pre-Training of Swin Transformers for 3D Medical Image Analysis", CVPR
-    2022, is an option: networks often solve the rotation early.
+    with. Trains the encoder. Restoring cut-out blocks beside it, as Tang et al., "Self-Supervised Pre-Training of Swin
+    Transformers for 3D Medical Image Analysis", CVPR 2022, is an option: networks often solve the rotation early.
     """
 
     name = "rotation"
@@ -135,19 +134,16 @@ class Rotation(EncoderMethod):
         """
         box = cls.box(settings, geometry)
         region = region_size(geometry, box, extent_of(settings.jitter_angle))
-        region = triple([min(r for r, b in zip(region, box, strict=True) if b == edge) for edge in box])
+        region = triple(min(r for r, b in zip(region, box, strict=True) if b == edge) for edge in box)
         about = SpatialRange(geometry.spacing).turning_axes()
         # a rotation about another axis moves voxels along this one, or along one that it is exchanged with
         moved = cls.exchanged(settings, geometry) @ (about.sum() - about)
-        return triple([r if moves else b for r, b, moves in zip(region, box, moved, strict=True)])
+        return triple(r if moves else b for r, b, moves in zip(region, box, moved, strict=True))
 
     def clipped_modules(self) -> list[nn.Module]:
         """Clip the spacing classifier's gradient apart from the task's."""
         task = [module for module in self.children() if module is not self.spacing_classifier]
         return [nn.ModuleList(task), self.spacing_classifier]
-
-    def optimizer(self) -> OptimizerRecipe:
-        return self.settings.recipe(1e-3, self.backbone)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Return ``image`` (B, N, C, D, H, W) and ``rotation`` (B, N).
@@ -230,11 +226,7 @@ class Rotation(EncoderMethod):
 
 
 class SpacingClassifier(nn.Module):
-    """Classify from roughness alone, without encoder gradient.
-
-    Args:
-        classes: Number of rotations.
-    """
+    """Classify from roughness alone, without encoder gradient."""
 
     def __init__(self, *, classes: int) -> None:
         super().__init__()

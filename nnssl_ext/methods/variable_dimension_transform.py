@@ -28,14 +28,12 @@ from nnssl_ext.networks.base import Backbone
 from nnssl_ext.networks.heads import VoxelHead
 from nnssl_ext.settings import CommonSettings, setting
 from nnssl_ext.views.appearance import IntensityDraw
-from nnssl_ext.views.depth import DEVIATION, MEAN, colors_as_depth, drifting, repeated
+from nnssl_ext.views.depth import DEVIATION, MEAN, colors_as_depth
 from nnssl_ext.views.random import BatchRandom, to_device
 from nnssl_ext.views.spatial import crop_batch
 
 ZHANG = "arXiv 2201.01426"
 #: Classes before the folder of images is known, as many as in ImageNet.
-#: Slices in a row of the picture.
-ROW = 8
 UNKNOWN = SampleClasses(tuple(map(str, range(1000))), 0.001)
 
 
@@ -43,17 +41,7 @@ UNKNOWN = SampleClasses(tuple(map(str, range(1000))), 0.001)
 class VariableDimensionTransformSettings(TrainingSettings):
     """Settings of the variable dimension transform."""
 
-    depth: str = setting(
-        "rgb",
-        "Slices are the colors, repeated gray images, or gray images under a slow affine drift.",
-        source=ZHANG,
-        choices=("rgb", "repeat", "drift"),
-    )
-    slices: int = setting(8, "Slices of repeat and drift.", source="3 for rgb", low=2, high=64)
     area: list[float] = setting([0.2, 1.0], "Range of a crop's share of the image.", low=0.01, high=1, length=2)
-    drift_angle: float = setting(10.0, "Largest rotation at an end of the drift, in degrees.", low=0, high=180)
-    drift_shift: float = setting(0.1, "Largest shift there, as a share of the edge.", low=0, high=1)
-    drift_zoom: float = setting(0.1, "Largest change of magnification there.", low=0, high=0.9)
     label_smoothing: float = setting(0.1, "Label smoothing.", source=ZHANG, low=0, high=0.9)
     momentum: float = setting(0.99, "Momentum of SGD.", source="nnU-Net", low=0, high=0.999)
     hidden_dim: int = setting(512, "Width of the per-voxel layer before pooling.", low=1)
@@ -63,7 +51,7 @@ class VariableDimensionTransform(EncoderMethod):
     """Classify labeled photographs with colors as slices.
 
     Every stride along the depth is one during pretraining. Afterwards the same weights run with the plan's strides,
-    because a kernel does not depend on its stride. Supervised. Trains the encoder. Zhang et al., arXiv 2201.01426.
+    because a kernel does not depend on its stride. Supervised. Trains the encoder.
     """
 
     name = "variable_dimension_transform"
@@ -105,22 +93,16 @@ class VariableDimensionTransform(EncoderMethod):
         return ImageRequest((height, width), (settings.area[0], settings.area[1]))
 
     def optimizer(self) -> OptimizerRecipe:
-        return replace(self.settings.recipe(1e-3, self.backbone), momentum=self.settings.momentum)
+        return replace(super().optimizer(), momentum=self.settings.momentum)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
-        """Return ``image`` (B, C, D, H, W) with equal channels and ``label`` (B,)."""
-        s, names = self.settings, [box.case for box in batch.boxes[0]]
+        """Return ``image`` (B, C, 3, H, W) with equal channels and ``label`` (B,)."""
+        names = [box.case for box in batch.boxes[0]]
         size = self.geometry.crop_size[1:]
         pixels = crop_batch(batch.boxes[0], (1, *size), random.device)[0][:, :, 0]  # (B, 3, H, W)
-        if s.depth == "rgb":
-            volume = colors_as_depth(pixels, random)
-        elif s.depth == "repeat":
-            volume = repeated(pixels, s.slices)
-        else:
-            volume = drifting(pixels, random, s.slices, s.drift_angle, s.drift_shift, s.drift_zoom)
-        volume = (volume - MEAN) / DEVIATION
+        volume = (colors_as_depth(pixels, random) - MEAN) / DEVIATION
         # pixels have no spacing: they count as isotropic
-        IntensityDraw.draw(s.intensity, random, 1, (1.0, 1.0, 1.0)).apply(volume)
+        IntensityDraw.draw(self.settings.intensity, random, 1, (1.0, 1.0, 1.0)).apply(volume)
         label = [self.classes.names.index(name.split("/", 1)[0]) for name in names]
         return {
             "image": volume.expand(-1, self.geometry.channels, -1, -1, -1).contiguous(),
@@ -142,5 +124,5 @@ class VariableDimensionTransform(EncoderMethod):
         names, rows = self.classes.names, []
         for image, right, guess in zip(views["image"][:, 0], views["label"].tolist(), predicted, strict=True):
             titles = [f"{names[right]}\nguess: {names[guess]}", *(f"slice {n + 1}\n" for n in range(1, len(image)))]
-            rows.append([Panel(title, plane) for title, plane in zip(titles, image, strict=True)][:ROW])
+            rows.append([Panel(title, plane) for title, plane in zip(titles, image, strict=True)])
         return rows

@@ -18,13 +18,13 @@ from torch import Tensor
 from nnssl_ext.data.crops import Crop, CropBatch, CropRequest
 from nnssl_ext.losses.dense import IGNORE, deep_supervision_weights, downsample_labels, hard_dice
 from nnssl_ext.losses.fused import dice_cross_entropy
-from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, Readable
+from nnssl_ext.methods.base import DataGeometry, Method, Readable
 from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.methods.panels import Panel
 from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
 from nnssl_ext.views.cpu.chunks import sample_chunks, scratch
-from nnssl_ext.views.fusion import MAX_BOXES, BoxLayout, GridLayout, MissingNoise, fuse
+from nnssl_ext.views.fusion import BoxLayout, GridLayout, MissingNoise, fuse
 from nnssl_ext.views.intensity import remap_percentiles
 from nnssl_ext.views.random import BatchRandom, shuffle_voxels
 from nnssl_ext.views.spatial import crop_batch
@@ -46,7 +46,7 @@ class VolumeFusionSettings(SharedSettings):
         choices=("other", "same"),
     )
     layout: str = setting("boxes", "Overlapping boxes, or a grid of blocks.", source=ARXIV, choices=("boxes", "grid"))
-    boxes: list[int] = setting([10, 40], "Number of boxes.", source=ARXIV, low=1, high=MAX_BOXES, length=2)
+    boxes: list[int] = setting([10, 40], "Number of boxes.", source=ARXIV, low=1, high=52, length=2)
     box_edge: list[float] = setting(
         [0.0625, 0.625],
         "Range of a box's edge, as a share of the crop's edge.",
@@ -97,7 +97,7 @@ class VolumeFusion(Method):
     """Segment X = a F + (1 - a) B into the K + 1 levels of a in {0, 1/K, ..., 1}.
 
     F is a foreground crop, B a background crop, and a is constant in boxes or blocks. The loss is Dice and
-    cross-entropy with deep supervision. Trains encoder and decoder. Wang et al., IEEE TIP 34:6041, 2025.
+    cross-entropy with deep supervision. Trains encoder and decoder.
     """
 
     name = "volume_fusion"
@@ -118,9 +118,6 @@ class VolumeFusion(Method):
         # interpolation smooths: where one crop alone is resampled, its sharpness reveals the level
         other = settings.foreground_case == "other"
         return CropRequest((background, replace(background, other_case=other, resampled_alike=True)))
-
-    def optimizer(self) -> OptimizerRecipe:
-        return self.settings.recipe(1e-3, self.backbone)
 
     def views(self, batch: CropBatch, random: BatchRandom) -> dict[str, Tensor]:
         """Return ``image`` (B, C, D, H, W) and ``level`` (B, D, H, W) uint8 with ``IGNORE``.
@@ -220,9 +217,7 @@ class VolumeFusion(Method):
         else:
             edges = [[max(1, round(edge / ratio)) for edge in sorted(s.block_edge)] for ratio in anisotropy]
             layout = GridLayout.draw(random, size, s.levels, edges, s.foreground_share, s.whole_blocks)
-        # boxes are painted with doubles, which mps lacks
-        canvas = torch.device("cpu") if random.device.type == "mps" else random.device
-        return layout.paint(size, canvas).to(random.device)
+        return layout.paint(size, random.device)
 
 
 def split_filters(settings: IntensitySettings) -> tuple[IntensitySettings, IntensitySettings]:

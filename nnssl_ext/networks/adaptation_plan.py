@@ -23,12 +23,7 @@ def adaptation_plan(
 ) -> dict[str, Any]:
     """Build the content of ``nnssl_adaptation_plan``.
 
-    Args:
-        network: The network whose weights are written.
-        plans_name, configuration_name, configuration: The plans it was built from.
-        patch_size: Edges of the training crops in voxels.
-        spacing: Voxel edges of the training crops in mm.
-        channels: Channels of the image.
+    The network was built from the configuration. Its training crops have ``patch_size`` voxels of ``spacing`` mm.
     """
     architecture = _architecture(network, configuration["architecture"])
     return {

@@ -69,11 +69,6 @@ class UNetBackbone(Backbone):
     def drop_depth_strides(self) -> None:
         drop_depth_strides(self.encoder.modules())
 
-    def freeze_coarse_heads(self) -> None:
-        heads: Any = self.network.decoder.seg_layers  # type: ignore[union-attr]
-        for head in list(heads)[:-1]:
-            head.requires_grad_(False)
-
     def crop_problem(self, size: Sequence[int]) -> str:
         """Explain why a crop does not fit, else ''.
 

@@ -118,9 +118,11 @@ class Backbone(ABC):
     def crop_problem(self, size: Sequence[int]) -> str:
         """Explain why a crop does not fit, else ''."""
 
-    @abstractmethod
     def freeze_coarse_heads(self) -> None:
         """Freeze coarse heads, which get no gradient."""
+        decoder: Any = self.network.decoder
+        for head in list(decoder.seg_layers)[:-1]:
+            head.requires_grad_(False)
 
     @abstractmethod
     def drop_depth_strides(self) -> None:
@@ -182,7 +184,7 @@ def cumulative(strides: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     return [tuple(row) for row in np.cumprod(np.asarray(strides), axis=0).tolist()]
 
 
-def triple(values: Sequence[int]) -> Triple:
+def triple(values: Iterable[int]) -> Triple:
     """Return three numbers as a tuple."""
     depth, height, width = values
     return depth, height, width

@@ -14,11 +14,7 @@ from nnssl_ext.networks.base import Backbone, cumulative, drop_depth_strides, ed
 
 
 class PCTNetBackbone(Backbone):
-    """Backbone of a ``PCTNet``, whose encoder has five stages.
-
-    Args:
-        network: The network. It is not owned.
-    """
+    """Backbone of a ``PCTNet``, whose encoder has five stages."""
 
     network: PCTNet
 

@@ -28,9 +28,6 @@ class PrimusBackbone(Backbone):
     Its encoder has one stage, the tokens.
 
     Images may have another grid than the network's own.
-
-    Args:
-        network: The network. It is not owned.
     """
 
     is_transformer = True

@@ -68,13 +68,6 @@ def check_stock_weights(file: Path, trainer_class: Any, plans: dict, configurati
 
     Files that only an unsafe unpickler opens, and networks that cannot be built on the meta device, are left to stock.
 
-    Args:
-        file: The weights.
-        trainer_class: The trainer's class.
-        plans: The plans.
-        configuration: Name of the configuration.
-        dataset_json: Content of dataset.json.
-
     Raises:
         UserError: For what is no checkpoint, and for missing or differing tensors.
     """

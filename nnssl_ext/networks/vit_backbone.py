@@ -83,9 +83,5 @@ class ViTBackbone(Backbone):
     def crop_problem(self, size: Sequence[int]) -> str:
         return edges_problem(size, self.encoder.patch, self.encoder.patch, "token grid")
 
-    def freeze_coarse_heads(self) -> None:
-        for head in list(self.network.decoder.seg_layers)[:-1]:
-            head.requires_grad_(False)
-
     def drop_depth_strides(self) -> None:
         raise ValueError("A vision transformer has tokens of fixed edges: its strides cannot be dropped. Use a U-Net.")

@@ -12,20 +12,13 @@ import pandas as pd
 from nnssl_ext.study.arms import Arm
 from nnssl_ext.study.grid import Grid
 from nnssl_ext.study.protocol import SCRATCH, TOTAL, grouped
-from nnssl_ext.study.statistics import (
-    Effect,
-    LabelsSaved,
-    case_wilcoxon,
-    effect,
-    holm,
-    labels_saved,
-    random_effect,
-    steps_to_reach,
-)
+from nnssl_ext.study.statistics import Effect, case_wilcoxon, effect, holm, random_effect
 
 RUN = ["arm", "labels", "subset", "step"]
 #: Two-sided p at which a gain is called significant.
 ALPHA = 0.05
+#: Dice that saved labels may cost.
+MARGIN = 0.005
 #: A study is short if scratch still rises by more than this in the last third of its steps.
 SHORT = 0.005
 
@@ -76,7 +69,6 @@ class Analysis:
     """Answer a study's questions from its finished runs.
 
     Args:
-        grid: The study's grid.
         results: Table of ``load_results``.
         metric: ``dice`` or ``nsd``.
     """
@@ -147,28 +139,29 @@ class Analysis:
         found = self.compare(arm, against, [p.primary_labels], step)
         return found[0] if found else None
 
-    def saved(self, arm: str) -> LabelsSaved:
-        """Compute the labels saved, against scratch with all cases."""
+    def saved(self, arm: str) -> int | None:
+        """Return the smallest budget below all that is shown to suffice, against scratch with all cases."""
         everything, steps = self.grid.cases.groups, self.protocol.steps
         reference = self.score(SCRATCH, everything, steps)
-        against_all = {}
         for labels in self.protocol.labels:
             mine = self.score(arm, labels, steps)
-            pairs = sorted(set(mine) & set(reference))
-            if len(pairs) == self.protocol.subsets:
-                against_all[labels] = self._effect(arm, SCRATCH, {pair: mine[pair] - reference[pair] for pair in pairs})
-        return labels_saved(against_all, everything)
+            gains = {pair: mine[pair] - reference[pair] for pair in sorted(set(mine) & set(reference))}
+            whole = labels < everything and len(gains) == self.protocol.subsets
+            if whole and self._effect(arm, SCRATCH, gains).low > -MARGIN:
+                return labels
+        return None
 
     def saving(self, arm: str) -> str:
         """Describe the labels saved, such as "62 % (24 of 64)"."""
-        saved = self.saved(arm)
-        if saved.share is not None:
-            return f"{100 * saved.share:.0f} % ({saved.labels} of {saved.everything})"
-        return "none shown" if self._measured(arm, saved.everything) else "not measured"
+        labels, everything = self.saved(arm), self.grid.cases.groups
+        if labels is not None:
+            return f"{100 * (1 - labels / everything):.0f} % ({labels} of {everything})"
+        return "none shown" if self._measured(arm) else "not measured"
 
-    def _measured(self, arm: str, everything: int) -> bool:
+    def _measured(self, arm: str) -> bool:
         """Return whether all runs behind ``saved`` are done."""
-        steps, fewer = self.protocol.steps, [labels for labels in self.protocol.labels if labels < everything]
+        everything, steps = self.grid.cases.groups, self.protocol.steps
+        fewer = [labels for labels in self.protocol.labels if labels < everything]
         runs = [self.score(SCRATCH, everything, steps), *(self.score(arm, n, steps) for n in fewer)]
         return all(len(scores) == self.protocol.subsets for scores in runs)
 
@@ -185,7 +178,8 @@ class Analysis:
         if not shared:
             return None
         means = {step: float(np.mean([runs[pair] for pair in shared])) for step, runs in scores.items()}
-        return steps_to_reach(means, float(np.mean([final[pair] for pair in shared])))
+        target = float(np.mean([final[pair] for pair in shared]))
+        return next((step for step in sorted(means) if means[step] >= target), None)
 
     @property
     def endpoint(self) -> str:
@@ -234,17 +228,16 @@ class Analysis:
 
     def labels_sentence(self, arm: str) -> str:
         """Describe the labels saved beside those of scratch."""
-        saved, alone = self.saved(arm), self.saved(SCRATCH)
-        if saved.share is None:
-            measured = self._measured(arm, saved.everything)
-            return "No saving of labels shown" if measured else "Saving of labels not measured"
-        if alone.labels is not None and alone.labels <= (saved.labels or 0):
-            return f"No saving of labels shown: {alone.labels} of {saved.everything} are enough for scratch too"
-        scratch = "none shown" if self._measured(SCRATCH, saved.everything) else "not measured"
-        if alone.labels is not None:
-            scratch = f"{alone.labels} of {saved.everything}"
-        instead = f"{saved.labels} instead of {saved.everything}"
-        return f"{100 * saved.share:.0f} % of labels saved ({instead}, by scratch alone {scratch})"
+        labels, alone, everything = self.saved(arm), self.saved(SCRATCH), self.grid.cases.groups
+        if labels is None:
+            return "No saving of labels shown" if self._measured(arm) else "Saving of labels not measured"
+        if alone is not None and alone <= labels:
+            return f"No saving of labels shown: {alone} of {everything} are enough for scratch too"
+        scratch = "none shown" if self._measured(SCRATCH) else "not measured"
+        if alone is not None:
+            scratch = f"{alone} of {everything}"
+        share = f"{100 * (1 - labels / everything):.0f} %"
+        return f"{share} of labels saved ({labels} instead of {everything}, by scratch alone {scratch})"
 
     def _cases(self, arm: str, against: str, labels: int, step: int, last: int, pairs: list[int]) -> float:
         frame = self.results[(self.results.labels == labels) & self.results.subset.isin(pairs)]

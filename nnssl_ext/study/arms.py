@@ -64,7 +64,7 @@ def arms_of(
     """
     known = {trainer.removeprefix("nnsslTrainer_"): name for name, trainer in TRAINERS.items()}
     recipes = dict(_finetune_recipe(word) for word in finetune)
-    if len(recipes) != len(finetune):
+    if len({name.casefold() for name in recipes}) != len(finetune):  # they name folders
         raise UserError("--finetune: two recipes have the same name. Give each name once.")
     baseline = recipes.pop(SCRATCH, {})
     arms = []
@@ -77,7 +77,7 @@ def arms_of(
         name, _, file = word.partition("=")
         if not file or not Path(file).is_file():
             raise UserError(f"--init: expected NAME=FILE with a file that exists, got '{word}'.")
-        if not _is_name(name) or name in (SCRATCH, TOTAL, *known):
+        if not _is_name(name) or name.casefold() in {word.casefold() for word in (SCRATCH, TOTAL, *known)}:
             raise UserError(
                 f"--init: expected a name of letters, digits, - and _ that is neither {SCRATCH} nor a method, got "
                 f"'{word}'."
@@ -90,7 +90,7 @@ def arms_of(
             for name, settings in recipes.items()
         ]
     arms.insert(0, Arm(SCRATCH, finetune=baseline))
-    if len({arm.name for arm in arms}) != len(arms):
+    if len({arm.name.casefold() for arm in arms}) != len(arms):
         raise UserError("Two arms have the same name. Give each of --methods and --init once.")
     if total_baseline and any(arm.method for arm in arms):
         arms.append(Arm(TOTAL, finetune=baseline))

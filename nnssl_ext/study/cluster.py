@@ -19,7 +19,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.signals import EndSignals
 from nnssl_ext.study.grid import Grid, Run
-from nnssl_ext.study.runner import Slot, leave_if_stopped, perform, start, wait
+from nnssl_ext.study.runner import leave_if_stopped, perform, start, wait
 
 #: Jobs in flight unless --jobs says otherwise.
 JOBS = 16
@@ -77,7 +77,7 @@ def run_job(grid: Grid, run: Run) -> bool:
     warned = []
 
     def execute(clock: Any) -> int | None:
-        process = start(grid, run, Slot({"nnUNet_n_proc_DA": str(max(1, min(12, cores())))}))
+        process = start(grid, run, {"nnUNet_n_proc_DA": str(max(1, min(12, cores())))})
 
         def end(number: int, _: Any) -> None:
             warned.append(number)

@@ -16,6 +16,7 @@ from nnssl_ext.data.cases import list_cases
 from nnssl_ext.data.corpus.corpus import PREPROCESSING
 from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
+from nnssl_ext.files import link
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.study.duplicates import find_duplicates
 from nnssl_ext.study.inputs import data_folder
@@ -49,7 +50,6 @@ def pretraining_data(
         dataset: Name or number of the corpus.
         target: The target's folder in nnUNet_preprocessed.
         plans, configuration: The target's. The corpus must be preprocessed alike.
-        held_out: The study's held-out cases.
 
     Raises:
         UserError: If the corpus is not preprocessed like the target, or nothing is left of it.
@@ -95,9 +95,7 @@ def write_pretraining_data(corpus: PretrainingData, folder: Path, plans: dict) -
         plans: The study's plans.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    link = folder / corpus.data.name
-    if not link.is_symlink():
-        link.symlink_to(corpus.data.resolve(), target_is_directory=True)
+    link(folder / corpus.data.name, corpus.data)
     for name in ("dataset.json", "dataset_fingerprint.json"):
         if (corpus.source / name).is_file():
             write_json(read_json(corpus.source / name), folder / name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from multiprocessing import get_context
 
 import torch
@@ -23,33 +22,11 @@ from nnssl_ext.training.wrapping import mixed_precision
 WARM_UP, TIMED = 1, 2
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Describe the unfinished part of a study.
+def estimate(grid: Grid) -> tuple[float, str]:
+    """Estimate the cost of a prepared grid's unfinished runs, in hours and in words.
 
-    Attributes:
-        runs: How many trainings.
-        steps: Of all of them.
-        seconds_per_step: Of the network alone, on one device; reading, augmentation and prediction come on top.
+    A step is that of the network alone, on one device. Reading, augmentation and prediction come on top.
     """
-
-    runs: int
-    steps: int
-    seconds_per_step: float
-
-    @property
-    def hours(self) -> float:
-        return self.steps * self.seconds_per_step / 3600
-
-    def __str__(self) -> str:
-        return (
-            f"{self.runs} runs, {self.steps:,} steps at {self.seconds_per_step:.3g} s: about {self.hours:.2g} h on one "
-            f"device, without reading and prediction"
-        )
-
-
-def estimate(grid: Grid) -> Estimate:
-    """Estimate the cost of a prepared grid's unfinished runs."""
     runs, steps = 0, 0
     for run in grid.all_runs():
         if grid.done(run):
@@ -58,7 +35,9 @@ def estimate(grid: Grid) -> Estimate:
         steps += grid.pretraining_steps() if run.kind == PRETRAINING else grid.last_step(run)
     dataset_json = read_json(grid.preprocessed / "dataset.json")
     seconds = seconds_per_step(grid.plans, grid.protocol.configuration, dataset_json, grid.common, grid.device)
-    return Estimate(runs, steps, seconds)
+    hours = steps * seconds / 3600
+    text = f"{runs} runs, {steps:,} steps at {seconds:.3g} s: about {hours:.2g} h on one device"
+    return hours, f"{text}, without reading and prediction"
 
 
 def seconds_per_step(plans: dict, configuration: str, dataset_json: dict, common: CommonSettings, device: str) -> float:

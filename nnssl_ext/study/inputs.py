@@ -126,26 +126,20 @@ def pool_size(dataset: str, plans: str, configuration: str, fold: int, group_by:
     return len(grouped(pool, group_by))
 
 
-def duplicates_in(data: Path, pool: Sequence[str], held_out: Sequence[str], group_by: str = "") -> dict[str, str]:
-    """Find training cases whose image, or one of whose group, is held out.
+def without_duplicates(
+    data: Path, pool: Sequence[str], held_out: Sequence[str], group_by: str
+) -> tuple[list[str], dict[str, str]]:
+    """Leave out training cases whose image, or one of whose group, is held out.
 
     Returns:
-        Training case -> held-out case.
+        The pool without them, and training case -> held-out case.
     """
     found = find_duplicates(data, pool, data, held_out)
     for members in grouped(pool, group_by).values():
         twin = next((found[case] for case in members if case in found), None)
         if twin is not None:
             found |= {case: twin for case in members if case not in found}
-    return dict(sorted(found.items()))
-
-
-def without_duplicates(
-    data: Path, pool: Sequence[str], held_out: Sequence[str], group_by: str
-) -> tuple[list[str], dict[str, str]]:
-    """Return the pool without ``duplicates_in`` it, and these."""
-    duplicates = duplicates_in(data, pool, held_out, group_by)
-    return [case for case in pool if case not in duplicates], duplicates
+    return [case for case in pool if case not in found], dict(sorted(found.items()))
 
 
 def held_out_and_pool(source: Path, data: Path, fold: int, group_by: str = "") -> tuple[list[str], list[str]]:

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
-from nnssl_ext.study.decathlon.tasks import DECATHLON_TOLERANCE
+from nnssl_ext.study.decathlon.tasks import TASKS
 from nnssl_ext.study.results import case_dice
 
 #: For every other data set.
@@ -22,7 +22,8 @@ TOLERANCE = 2.0
 
 def tolerance_of(dataset: str) -> float:
     """Return a data set's surface tolerance in mm."""
-    return DECATHLON_TOLERANCE.get(re.sub(r"^Dataset\d{3}_", "", dataset), TOLERANCE)
+    name = re.sub(r"^Dataset\d{3}_", "", dataset)
+    return next((task.tolerance for task in TASKS if task.name == name), TOLERANCE)
 
 
 def fold_metrics(
@@ -35,7 +36,6 @@ def fold_metrics(
     Args:
         validation: With the predictions and nnU-Net's summary.json.
         truth: gt_segmentations.
-        dataset_json: The data set's.
         tolerance: In mm.
         reader: The data set's, as its plans name it.
     """

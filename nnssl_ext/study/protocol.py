@@ -115,7 +115,6 @@ def draw_cases(protocol: Protocol, held_out: Sequence[str], pool: Sequence[str],
     """Draw development cases and nested label subsets.
 
     Args:
-        protocol: The study's protocol.
         held_out, pool: Case identifiers.
         classes: Classes that each labeled case of the pool shows.
 

@@ -344,16 +344,13 @@ def _study_command(grid: Grid) -> str:
     inits = dict.fromkeys(arm.weights_name for arm in grid.arms if arm.init)
     files = [f"{name}=STUDY/init/{name}.pth" for name in inits]
     words += ["--init", *files] if files else []
-    words += ["--labels", *map(str, p.labels), "--subsets", str(p.subsets), "--steps", str(p.steps)]
-    words += ["--snapshots", *map(str, p.snapshots), "--rates", *(f"{rate:g}" for rate in p.rates)]
-    words += ["--primary-labels", str(p.primary_labels), "--primary-step", str(p.primary_step)]
-    words += ["--development-runs", str(p.development_runs), "--total-baseline", str(p.total_baseline)]
-    words += ["--fold", str(p.fold), "--tolerance", f"{p.tolerance:g}", "--seed", str(p.seed)]
+    apart = ("dataset", "configuration", "plans", "overlays", "transductive")
+    for name, value in asdict(p).items():
+        if name not in apart and value != "":
+            values = value if isinstance(value, list) else [value]
+            shown = [f"{number:g}" if isinstance(number, float) else str(number) for number in values]
+            words += [f"--{name.replace('_', '-')}", *shown]
     words += ["--transductive"] if p.transductive else []
-    words += ["--primary-class", p.primary_class] if p.primary_class else []
-    words += ["--pretraining-seeds", str(p.pretraining_seeds)] if p.pretraining_seeds > 1 else []
-    words += ["--pretrain-on", p.pretrain_on] if p.pretrain_on else []
-    words += ["--group-by", p.group_by] if p.group_by else []
     words += _finetune_words(grid)
     return shlex.join([*words, "-o", "STUDY", *p.overlays])
 

@@ -12,13 +12,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
 
-from nnssl_ext.environment import commands_path, cores
+from nnssl_ext.environment import commands_path, cores, program
 from nnssl_ext.errors import UserError
 from nnssl_ext.external_trainers import trainer_folders
 from nnssl_ext.files import replaced_on_success
@@ -34,13 +35,8 @@ GRACE_SECONDS = 20
 NOTE_SECONDS = 20
 #: File in a study's folder that keeps the checkpoints of fine-tunings.
 KEEP = ".keep_checkpoints"
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Hold the environment variables of one place for runs."""
-
-    variables: dict[str, str]
+#: Environment variables of one place for runs.
+Slot = dict[str, str]
 
 
 def slots(device: str, jobs: int) -> list[Slot]:
@@ -53,10 +49,10 @@ def slots(device: str, jobs: int) -> list[Slot]:
         gpus = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
         places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus for _ in range(jobs)]
         workers = str(max(1, min(12, available // max(1, len(places)))))
-        return [Slot({"nnUNet_n_proc_DA": workers, **place}) for place in places]
+        return [{"nnUNet_n_proc_DA": workers, **place} for place in places]
     threads = str(max(1, available // jobs))
     # augmentation in the run's own process: a worker would only compete for the same cores
-    return [Slot({"nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": threads}) for _ in range(jobs)]
+    return [{"nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": threads} for _ in range(jobs)]
 
 
 def run_grid(grid: Grid, places: Sequence[Slot]) -> None:
@@ -139,7 +135,8 @@ class _Pool:
         with self.changed:
             self.stopped = True
             for process in self.processes:
-                process.terminate()
+                if os.name != "nt" or not self.signals.received:  # there, Ctrl-C reached it, and this would kill it
+                    process.terminate()
             self.changed.notify_all()
         for process in list(self.processes):
             try:
@@ -197,7 +194,6 @@ def perform(grid: Grid, run: Run, execute: Callable[[_Clock], int | None]) -> fl
     """Train and measure one run.
 
     Args:
-        grid: The study's grid.
         run: A run that is ready.
         execute: Run the command and return its status, None if the study was stopped.
 
@@ -230,14 +226,17 @@ def start(grid: Grid, run: Run, slot: Slot) -> subprocess.Popen:
     log = grid.log_file(run)
     log.parent.mkdir(parents=True, exist_ok=True)
     grid.write_plans(run)
+    # a run ends with this process, so that no two runs ever share a folder: 1 is PR_SET_PDEATHSIG
+    tie = partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL) if sys.platform == "linux" else None
+    words = grid.command(run)
     with log.open("ab") as file:
         return subprocess.Popen(
-            grid.command(run),
+            [program(words[0]), *words[1:]],
             env=environment(grid, run, slot),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_parent() if sys.platform == "linux" else None,
+            preexec_fn=tie,
         )
 
 
@@ -247,7 +246,8 @@ def wait(process: subprocess.Popen, clock: _Clock) -> int:
         try:
             return process.wait(NOTE_SECONDS)
         except subprocess.TimeoutExpired:
-            clock.note()
+            with suppress(OSError):  # the next one counts these seconds too
+                clock.note()
 
 
 class _Clock:
@@ -280,7 +280,7 @@ def environment(grid: Grid, run: Run, slot: Slot) -> dict[str, str]:
         "nnUNet_preprocessed": str(grid.preprocessed.parent),
         "nnUNet_results": str(grid.folder / "results" / run.arm.name),
         "nnUNet_extTrainer": trainer_folders(),
-        **slot.variables,
+        **slot,
     }
 
 
@@ -327,18 +327,3 @@ def drop_checkpoints(grid: Grid, run: Run) -> None:
     if not (grid.folder / KEEP).exists():
         for checkpoint in grid.fold_folder(run).glob("checkpoint_*.pth"):
             checkpoint.unlink()
-
-
-def _die_with_parent() -> Callable[[], None]:
-    """Return a function that ties a run to this process.
-
-    No two runs ever share a folder then (Linux).
-
-    No two runs ever share a folder then.
-    """
-    library = ctypes.CDLL(None)
-
-    def set_signal() -> None:
-        library.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-    return set_signal

@@ -10,7 +10,7 @@ R paired runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,8 @@ from scipy.stats import t, wilcoxon
 
 #: Sign flips are enumerated up to this many pairs. Beyond it, this many are drawn.
 MAX_EXACT, DRAWN = 16, 100_000
-#: Dice that saved labels may cost.
-MARGIN = 0.005
+#: Confidence of the intervals of effects.
+LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Effect:
 
     Attributes:
         mean: Of the R differences.
-        low, high: Its interval. Infinite where R is too small for one at this level.
+        low, high: Its interval. Infinite where R is too small for one.
         p: Two-sided p value.
         pairs: R.
         pretrainings: Pretraining runs that the interval is about. 1: about one run's weights.
@@ -42,7 +42,7 @@ class Effect:
     pretrainings: int = 1
 
 
-def effect(differences: Sequence[float], level: float = 0.95) -> Effect:
+def effect(differences: Sequence[float]) -> Effect:
     """Compute mean, exact interval and exact p.
 
     They are of R paired differences; p is two-sided.
@@ -53,11 +53,11 @@ def effect(differences: Sequence[float], level: float = 0.95) -> Effect:
     values = np.asarray(differences, dtype=float)
     if values.ndim != 1 or not values.size or not np.isfinite(values).all():
         raise ValueError(f"expected finite differences of at least one pair, got {differences!r}")
-    low, high = sign_flip_interval(values, level)
+    low, high = sign_flip_interval(values)
     return Effect(float(values.mean()), low, high, sign_flip_p(values), len(values))
 
 
-def random_effect(differences: Sequence[Sequence[float]], level: float = 0.95) -> Effect:
+def random_effect(differences: Sequence[Sequence[float]]) -> Effect:
     """Compute mean, interval and p where pretraining runs vary.
 
     The model is mean + pretraining run + pair. With equally many pairs per run, the means of the runs are independent
@@ -66,7 +66,6 @@ def random_effect(differences: Sequence[Sequence[float]], level: float = 0.95) -
 
     Args:
         differences: Paired differences, one sequence per pretraining run.
-        level: Of the interval.
 
     Raises:
         ValueError: Without any difference, or with one that is not finite.
@@ -81,7 +80,7 @@ def random_effect(differences: Sequence[Sequence[float]], level: float = 0.95) -
     error = float(means.std(ddof=1)) / math.sqrt(runs)
     if error == 0:
         return Effect(mean, mean, mean, float(mean == 0), pairs, runs)
-    reach = float(t.ppf((1 + level) / 2, runs - 1)) * error
+    reach = float(t.ppf((1 + LEVEL) / 2, runs - 1)) * error
     return Effect(mean, mean - reach, mean + reach, float(2 * t.sf(abs(mean) / error, runs - 1)), pairs, runs)
 
 
@@ -118,7 +117,7 @@ def _bits(numbers: np.ndarray, width: int) -> np.ndarray:
     return (numbers[:, None] >> np.arange(width)) & 1
 
 
-def sign_flip_interval(differences: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float]:
+def sign_flip_interval(differences: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Compute the interval of the sign-flip test.
 
     Hartigan, JASA 64:1303, 1969.
@@ -130,7 +129,7 @@ def sign_flip_interval(differences: Sequence[float] | np.ndarray, level: float =
     values = np.asarray(differences, dtype=float)
     means = _subset_means(values)
     pieces = len(means) + 1
-    left_out = math.floor((1 - level) / 2 * pieces + 1e-9)
+    left_out = math.floor((1 - LEVEL) / 2 * pieces + 1e-9)
     if left_out < 1:
         return -math.inf, math.inf
     means.sort()
@@ -163,37 +162,3 @@ def case_wilcoxon(differences: Sequence[float]) -> float:
     if len(values) < 2 or not values.any():
         return 1.0
     return float(wilcoxon(values).pvalue)
-
-
-@dataclass(frozen=True)
-class LabelsSaved:
-    """Labels that a method saves.
-
-    Attributes:
-        share: 1 - n / all. None if no budget below all was shown to suffice.
-        labels: n, the smallest budget shown to suffice.
-        everything: All labels.
-    """
-
-    share: float | None
-    labels: int | None
-    everything: int
-
-
-def labels_saved(against_all: Mapping[int, Effect], everything: int, margin: float = MARGIN) -> LabelsSaved:
-    """Find the smallest budget that suffices.
-
-    Args:
-        against_all: Budget n -> the effect of arm(n) - scratch(all).
-        everything: Number of all labels.
-        margin: Dice that may be lost.
-    """
-    enough = [n for n in sorted(against_all) if n < everything and against_all[n].low > -margin]
-    if not enough:
-        return LabelsSaved(None, None, everything)
-    return LabelsSaved(1 - enough[0] / everything, enough[0], everything)
-
-
-def steps_to_reach(curve: Mapping[int, float], target: float) -> int | None:
-    """Return the first snapshot that reaches ``target``."""
-    return next((step for step in sorted(curve) if curve[step] >= target), None)

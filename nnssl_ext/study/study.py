@@ -14,7 +14,7 @@ from nnssl_ext.configurations import configuration_of, unusable
 from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
 from nnssl_ext.external_trainers import find_trainer, trainer_folders
-from nnssl_ext.files import lock_file
+from nnssl_ext.files import link, lock_file
 from nnssl_ext.methods import METHODS, SCHEMAS
 from nnssl_ext.networks.target import check_stock_weights
 from nnssl_ext.recipe import Recipe, derive_plans, read_json, recipes_of, write_json
@@ -63,10 +63,8 @@ class Study:
 
     Args:
         folder: Holds everything that the study writes.
-        protocol: Its definition.
         arms: Its arms, scratch first.
         device: ``cpu`` or ``cuda``.
-        keep_checkpoints: Keep the checkpoints of fine-tunings.
         finetuner: Trainer of every arm.
     """
 
@@ -111,9 +109,7 @@ class Study:
             infer_dataset_class(str(self._data)).unpack_dataset(str(self._data), num_processes=1)
         grid.preprocessed.mkdir(parents=True, exist_ok=True)
         for name in (self._data.name, "gt_segmentations"):
-            link = grid.preprocessed / name
-            if not link.is_symlink():
-                link.symlink_to((self.source / name).resolve(), target_is_directory=True)
+            link(grid.preprocessed / name, self.source / name)
         for name in ("dataset.json", "dataset_fingerprint.json"):
             write_json(read_json(self.source / name), grid.preprocessed / name)
         write_json(grid.folds, grid.preprocessed / "splits_final.json")

@@ -15,8 +15,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnssl_ext.configurations import configuration_of, unusable
 from nnssl_ext.data.cases import shorten
+from nnssl_ext.data.images import SampleSource
 from nnssl_ext.data.index import CaseIndex
-from nnssl_ext.data.samples import SampleSource
 from nnssl_ext.environment import check_device, check_processes, check_shared_memory, check_split, worker_count
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import check_writable

@@ -6,6 +6,7 @@ of fine-tuning derive from it and fill a few hooks.
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 from nnssl_ext import checkpoint as checkpoint_file
+from nnssl_ext.commands import RunName
+from nnssl_ext.data.loader import Shard, SteadyLoader
 from nnssl_ext.environment import set_threads
 from nnssl_ext.errors import UserError
 from nnssl_ext.host_memory import keep_memory
@@ -31,7 +34,7 @@ from nnssl_ext.settings import CommonSettings
 from nnssl_ext.training.distributed.heartbeat import Heartbeat
 from nnssl_ext.training.distributed.ranks import rank, rank_device, same_everywhere, world
 from nnssl_ext.training.memory.out_of_memory import out_of_memory_line
-from nnssl_ext.training.run.commands import RunName
+from nnssl_ext.training.run.commands import continuation
 from nnssl_ext.training.run.folder import BEST, LATEST, RunFolder
 from nnssl_ext.training.run.interruption import Interruption
 from nnssl_ext.training.run.picture import ProgressPicture
@@ -87,16 +90,16 @@ class ManagedTrainer(nnUNetTrainer):
             self.common.write_in_background, self.common.on_write_failure == "go_on", self.print_to_log_file
         )
         self.picture = ProgressPicture(lambda: self.logger.plot_progress_png(self.output_folder), log)
+        self.set_up()
 
     @abstractmethod
     def check(
         self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device
     ) -> tuple[CommonSettings, str]:
-        """Check all input before writing. Return the common settings and the precision.
+        """Check all input before writing. Return the common settings and the precision."""
 
-        Raises:
-            UserError: One line about the first thing that cannot work.
-        """
+    def set_up(self) -> None:
+        """Set a trainer's own attributes, at the end of ``__init__``. nnU-Net reads the signature of that one."""
 
     @property
     @abstractmethod
@@ -114,19 +117,28 @@ class ManagedTrainer(nnUNetTrainer):
 
     @abstractmethod
     def restore_content(self, content: dict[str, Any], source: str) -> None:
-        """Restore the state from a checkpoint.
-
-        Args:
-            content: Content of the checkpoint.
-            source: Where it is from, for messages.
-
-        Raises:
-            UserError: If it belongs to another run.
-        """
+        """Restore the state from a checkpoint of this run. Messages name its ``source``."""
 
     @abstractmethod
     def is_sound(self) -> bool:
         """Check that the state is finite and worth keeping."""
+
+    def loader(self, dataset: Any, shard: Shard, workers: int, **join: Callable[[list], Any]) -> SteadyLoader:
+        """Return a loader of a shard's batches."""
+        return SteadyLoader(
+            dataset,
+            shard,
+            workers=workers,
+            pin_memory=self.device.type == "cuda",
+            log=self.print_to_log_file,
+            waiting=self.leave_if_asked_alone,
+            **join,
+        )
+
+    @staticmethod
+    def validation_workers(workers: int) -> int:
+        """Return at most one. Where processes are not forked, each validation would import torch anew."""
+        return min(1, workers) if multiprocessing.get_start_method() == "fork" else 0
 
     def gather_outputs(self) -> list[dict[str, Any]]:
         """Gather the outputs of this epoch's steps from all processes."""
@@ -202,9 +214,7 @@ class ManagedTrainer(nnUNetTrainer):
     def _training_steps(self) -> list[dict[str, Any]]:
         """Do the remaining steps of an epoch. Return all outputs.
 
-        Raises:
-            UserError: If data or numbers do not allow to continue. All steps before are then in checkpoint_latest.pth.
-            SystemExit: With status 0 if the run was asked to end; likewise.
+        After an error in data or numbers, or SystemExit(0) on demand, all steps before are in checkpoint_latest.pth.
         """
         left = self._last_step_of_epoch() - self.step
         batches = (next(self.dataloader_train) for _ in range(left))
@@ -300,16 +310,11 @@ class ManagedTrainer(nnUNetTrainer):
             self.leave_if_asked()
 
     def leave(self, reason: str, kept: bool) -> NoReturn:
-        """End the process and log how to continue.
-
-        Args:
-            reason: Why.
-            kept: Whether a checkpoint of this step was written.
-        """
+        """End the process and log how to continue. ``kept`` says that a checkpoint of this step was written."""
         outcome = "nothing is lost. G" if kept else "NO CHECKPOINT WAS WRITTEN. G"
         self.print_to_log_file(
             f"Stopped by {reason} after step {self.step} of {self.total_steps}; {outcome}o on with:\n"
-            f"    {self.run_name.continuation(self.device.type)}"
+            f"    {continuation(self.run_name, self.device.type)}"
         )
         self.end_workers()
         raise SystemExit(0)
@@ -339,12 +344,7 @@ class ManagedTrainer(nnUNetTrainer):
     ) -> None:
         """Continue from a checkpoint of the same run, exactly.
 
-        Args:
-            filename_or_checkpoint: The checkpoint's path or content.
-            checkpoint: The same, under the name that nnU-Net's master gives it.
-
-        Raises:
-            UserError: If it is damaged, or another run's.
+        Its path or content has another name in nnU-Net's master.
         """
         given = filename_or_checkpoint if checkpoint is None else checkpoint
         source = "the checkpoint"

@@ -49,15 +49,7 @@ def build_optimizer(
 
 
 def set_rates(optimizer: torch.optim.Optimizer, recipe: OptimizerRecipe, peak: float, step: int, steps: int) -> None:
-    """Set learning rate and weight decay for one step.
-
-    Args:
-        optimizer: From ``build_optimizer``.
-        recipe: Its recipe.
-        peak: Peak learning rate.
-        step: The step, from 0.
-        steps: Steps of the whole training.
-    """
+    """Set learning rate and weight decay for a step, counted from 0."""
     rate, decay = learning_rate_at(recipe, peak, step, steps), weight_decay_at(recipe, step, steps)
     for group in optimizer.param_groups:
         frozen = step < group.get("frozen", 0.0) * steps

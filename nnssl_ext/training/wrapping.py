@@ -85,5 +85,6 @@ def computes_in_bfloat16(device: torch.device | None = None) -> bool:
 
 
 def _cpu_has_bfloat16() -> bool:
-    # matrix units for it; older releases of torch cannot tell
-    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    # others emulate it slowly; older releases of torch cannot tell
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnssl_ext.networks.positions import resize_positions
-
 
 class MisfitError(ValueError):
     """Report a change of shape without a rule."""
@@ -120,15 +118,3 @@ def resizing_matrix(old: int, new: int) -> Tensor:
     voxels = torch.arange(old, dtype=torch.float64)
     covered = torch.minimum(edges[1:, None], voxels + 1) - torch.maximum(edges[:-1, None], voxels)
     return covered.clamp(min=0) * new / old
-
-
-def positions(table: Tensor, grid: Sequence[int], target: Sequence[int], prefix: int = 0) -> Tensor:
-    """Fit learned positions: (1, prefix + N, E) -> (1, prefix + N', E).
-
-    Raises:
-        MisfitError: If the table does not have the grid's tokens.
-    """
-    try:
-        return resize_positions(table, grid, target, prefix)
-    except ValueError as error:
-        raise MisfitError(str(error)) from error

@@ -7,45 +7,14 @@ files of the same layouts with random values, not the published files.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
-
-@dataclass(frozen=True)
-class KnownSource:
-    """Published weights.
-
-    Attributes:
-        what: The network and its pretraining.
-        data: What it was pretrained on.
-        modality: Of the images.
-        license: Of the weights, as the page states it.
-        normalization: nnU-Net's scheme, or what stands for it.
-        spacing: Millimeters, or how voxels were chosen.
-        size: Parameters or bytes.
-        fits: Networks that it fits, and how to get them.
-        tested: "layout", or "layout and function" where outputs were compared with the original code's.
-        address: The page.
-        repository: On Hugging Face; '' where the file has to be downloaded by hand.
-        file: In the repository; '' for checkpoint_final.pth with its adaptation plan.
-    """
-
-    what: str
-    data: str
-    modality: str
-    license: str
-    normalization: str
-    spacing: str
-    size: str
-    fits: str
-    tested: str
-    address: str
-    repository: str = ""
-    file: str = ""
-
-
+#: Facts by short name. ``address`` is the page. ``repository`` is on Hugging Face; '' where the file has to be
+#: downloaded by hand. ``file`` is in the repository; '' for checkpoint_final.pth with its adaptation plan. ``tested``
+#: is "layout", or "layout and function" where outputs were compared with the original code's.
 KNOWN_SOURCES = {
-    name: KnownSource(**facts)
+    name: SimpleNamespace(**{"repository": "", "file": "", **facts})
     for name, facts in json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8")).items()
 }
 

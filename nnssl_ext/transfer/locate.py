@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,8 @@ _REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+?)(?:(?:@|/tree/)(?P<revision
 _LOCAL = re.compile(r".*(\.(pth?|ckpt|tar|t?gz|zip|bin|model|safetensors|pkl|npz|h5|onnx|json)|/fold_(\d+|all))/?$")
 
 
-@dataclass(frozen=True)
-class Located:
-    """Hold a weights file and the plan beside it."""
-
-    weights: Path
-    plan: dict[str, Any]
-
-
-def locate(text: str) -> Located:
-    """Find the weights that ``text`` names.
+def locate(text: str) -> tuple[Path, dict[str, Any]]:
+    """Find the weights that ``text`` names and the plan beside them.
 
     Those in a Hugging Face repository are downloaded.
 
@@ -51,9 +42,9 @@ def locate(text: str) -> Located:
         found = [path / name for name in (WEIGHTS, SAFETENSORS) if (path / name).is_file()]
         if not found:
             raise UserError(f"{path} holds neither {WEIGHTS} nor {SAFETENSORS}. Name the file")
-        return Located(found[0], _plan_beside(found[0]))
+        return found[0], _plan_beside(found[0])
     if path.is_file():
-        return Located(path, _plan_beside(path))
+        return path, _plan_beside(path)
     if text in KNOWN_SOURCES:
         known = KNOWN_SOURCES[text]
         if not known.repository:
@@ -70,23 +61,12 @@ def locate(text: str) -> Located:
     return _download(repository["name"], repository["revision"])
 
 
-def read_limited_json(path: Path) -> dict[str, Any]:
-    """Read the JSON object in a file from elsewhere.
-
-    Raises:
-        UserError: If it is larger than ``LARGEST_JSON``, no JSON or no object.
-    """
-    if path.stat().st_size > LARGEST_JSON:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes, more than any adaptation plan: refused")
-    return read_json(path)
-
-
 def _plan_beside(weights: Path) -> dict[str, Any]:
     plan = weights.parent / PLAN
-    return read_limited_json(plan) if plan.is_file() else {}
+    return read_json(plan, most=LARGEST_JSON) if plan.is_file() else {}
 
 
-def _download(name: str, revision: str | None, weights: str = "") -> Located:
+def _download(name: str, revision: str | None, weights: str = "") -> tuple[Path, dict[str, Any]]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import logging
 
@@ -105,4 +85,4 @@ def _download(name: str, revision: str | None, weights: str = "") -> Located:
                 f"{file} of {name} could not be downloaded from Hugging Face ({reason}). Give a local file, or check "
                 f"the name and the network"
             ) from error
-    return Located(paths[weights or WEIGHTS], read_limited_json(paths[PLAN]) if PLAN in paths else {})
+    return paths[weights or WEIGHTS], read_json(paths[PLAN], most=LARGEST_JSON) if PLAN in paths else {}

@@ -20,7 +20,7 @@ from nnssl_ext.foreign import load_tensors
 from nnssl_ext.networks.architectures import pct_net, vit
 from nnssl_ext.transfer import names, resnet
 from nnssl_ext.transfer.heads import output_names
-from nnssl_ext.transfer.locate import NOTE, Located, locate
+from nnssl_ext.transfer.locate import NOTE, locate
 from nnssl_ext.transfer.source import PUBLISHED_PCT_NET, PretrainedWeights, geometry, planned_geometry
 
 #: Recognizes a kind of file and reads it: content, file and plan -> weights, or None for another kind.
@@ -44,22 +44,21 @@ def read_source(text: str) -> PretrainedWeights:
     Raises:
         UserError: If there is nothing, it needs more than tensors and plain values, or its kind is not known.
     """
-    located = locate(text)
-    content = _content(located)
+    path, plan = locate(text)
+    content = _content(path)
     for reader in READERS:
-        source = reader(content, located.weights, located.plan)
+        source = reader(content, path, plan)
         if source is not None:
             record = content.get("init_args")
             kept = {**record, "trainer_name": content.get("trainer_name")} if isinstance(record, dict) else {}
             return replace(source, recorded=kept)
     raise UserError(
-        f"{located.weights} is of no known kind. Expected a checkpoint of nnssl_ext, nnU-Net or nnssl, or a state dict "
+        f"{path} is of no known kind. Expected a checkpoint of nnssl_ext, nnU-Net or nnssl, or a state dict "
         f"(bare, or under {', '.join(PLACES[:5])}), got {_listed(content)}. Save network.state_dict() with torch.save"
     )
 
 
-def _content(located: Located) -> dict[str, Any]:
-    path = located.weights
+def _content(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             from safetensors import safe_open

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nnssl_ext.networks.positions import resize_positions
 from nnssl_ext.transfer import adaptations
 from nnssl_ext.transfer.adaptations import MisfitError
 from nnssl_ext.transfer.heads import Rows
@@ -124,11 +125,12 @@ def _image_patches(tensor: Tensor, initial: Tensor, context: Context) -> Fitted:
 
 def _positions(tensor: Tensor, initial: Tensor, context: Context) -> Fitted:
     source, target = context.source_grid, context.target_grid
-    if source is None or target is None:
+    if source is None or target is None or source == target:
         return _same(tensor, initial, context)
-    if source == target:
-        return _same(tensor, initial, context)
-    tensor = adaptations.positions(tensor, source, target, context.prefix)
+    try:
+        tensor = resize_positions(tensor, source, target, context.prefix)
+    except ValueError as error:
+        raise MisfitError(str(error)) from error
     return _same(tensor, initial, context, [f"positions {_edges(source)} -> {_edges(target)}, interpolated"])
 
 

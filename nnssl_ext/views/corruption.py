@@ -23,9 +23,7 @@ POINTS = 64
 def bezier_curve(controls: np.ndarray, reversed_: bool) -> tuple[np.ndarray, np.ndarray]:
     """Evaluate a monotonic cubic Bezier curve on [0, 1]: places (POINTS,) and values (POINTS,), places sorted.
 
-    Args:
-        controls: (2, 2) in [0, 1], the two control points. The ends are (0, 0) and (1, 1).
-        reversed_: Whether the values fall instead of rising.
+    ``controls`` (2, 2) in [0, 1] are the two control points, between (0, 0) and (1, 1). Reversed values fall.
     """
     t = np.linspace(0, 1, POINTS)[:, None]
     points = 3 * (1 - t) ** 2 * t * controls[0] + 3 * (1 - t) * t**2 * controls[1] + t**3
@@ -49,14 +47,9 @@ def map_intensities(image: Tensor, controls: np.ndarray, reversed_: bool) -> Non
 def shuffle_locally(image: Tensor, corners: np.ndarray, edges: np.ndarray, generator: np.random.Generator) -> None:
     """Shuffle the voxels within each of N windows.
 
-    All windows see the original image. One gather does all.
-
-    Args:
-        image: Changed in place.
-        corners, edges: (N, 3) lowest voxel and edges of the windows.
-        generator: Source of the orders.
+    All windows see the original image. One gather does all. ``corners`` and ``edges`` are (N, 3).
     """
-    places = np.arange(image[0].numel()).reshape(image.shape[1:])
+    places = np.arange(image[0].numel(), dtype=np.int64).reshape(image.shape[1:])
     order = places.copy()
     for (z, y, x), (d, h, w) in zip(corners.tolist(), edges.tolist(), strict=True):
         window = (slice(z, z + d), slice(y, y + h), slice(x, x + w))
@@ -78,11 +71,7 @@ def draw_windows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw windows within an image: corners (N, 3) and edges (N, 3).
 
-    Args:
-        generator: Source of the draws.
-        size: Edges of the image.
-        number: N.
-        low, high: Range of a window's edge as a share of the image's.
+    A window's edge is between the shares ``low`` and ``high`` of the image's.
     """
     edges = np.maximum(1, np.rint(generator.uniform(low, high, (number, 3)) * size)).astype(int)
     corners = (generator.random((number, 3)) * (np.asarray(size) - edges + 1)).astype(int)

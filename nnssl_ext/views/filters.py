@@ -52,23 +52,16 @@ def sharpen(volumes: Tensor, amount: Tensor, spacing: Sequence[float], deviation
 def lower_resolution(volumes: Tensor, zoom: Tensor, spacing: Sequence[float]) -> Tensor:
     """Sample down to a share and back up, trilinearly.
 
-    An axis whose voxels are thicker already keeps its resolution while it is coarser than the new finest axis.
-
-    Args:
-        volumes: (N, D, H, W).
-        zoom: (N,) the share, on the CPU.
-        spacing: Voxel edges in mm.
+    The share ``zoom`` (N,) is on the CPU. An axis whose voxels are thicker already keeps its resolution while it is
+    coarser than the new finest axis.
     """
     return _resample_axes(volumes, [coarse_size(volumes.shape[1:], share, spacing) for share in zoom.tolist()])
 
 
 def simulate_thick_slices(batch: Tensor, axis: Tensor, zoom: Tensor) -> Tensor:
-    """Sample one axis down to a share, and back up.
+    """Sample one axis of (B, C, D, H, W) down and back up.
 
-    Args:
-        batch: (B, C, D, H, W).
-        axis: (B,) which axis, on the CPU.
-        zoom: (B,) the share, on the CPU; 1 changes nothing.
+    ``axis`` and the share ``zoom`` are (B,), on the CPU. A share of 1 changes nothing.
     """
     for sample in torch.nonzero(zoom != 1).flatten().tolist():
         size, thick = list(batch.shape[2:]), int(axis[sample])

@@ -2,8 +2,8 @@
 
 A level is the share of the foreground crop.
 
-A layout is drawn on the CPU and painted on the device for the whole batch. Boxes are those of Wang et al.,
-arXiv 2306.16925, the grid that of IEEE TIP 34:6041.
+A layout is drawn on the CPU. Boxes are painted there too, a grid on the device for the whole batch. Boxes are those of
+Wang et al., arXiv 2306.16925, the grid that of IEEE TIP 34:6041.
 
 B batch, D H W voxels, K levels, M boxes.
 """
@@ -21,10 +21,8 @@ from torch import Tensor
 from nnssl_ext.losses.dense import IGNORE
 from nnssl_ext.views.cpu.chunks import voxel_chunks
 from nnssl_ext.views.cpu.kernels import quantized_normal
-from nnssl_ext.views.random import BatchRandom, pack_to_device
+from nnssl_ext.views.random import BatchRandom, pack_to_device, to_device
 
-#: Boxes are painted by the highest set bit of a 64-bit word read as a double, which is exact up to 2**52.
-MAX_BOXES = 52
 #: Voxels of a volume whose noise is measured, at most.
 MEASURED = 1 << 14
 
@@ -50,15 +48,10 @@ class BoxLayout:
         edge: Sequence[float],
         min_edge: Sequence[int],
     ) -> BoxLayout:
-        """Draw boxes.
+        """Draw boxes, each with a level from 1..K.
 
-        Args:
-            random: One stream per sample.
-            size: Edges of the crop in voxels.
-            levels: K; each box gets a level from 1..K.
-            count: Smallest and largest number of boxes.
-            edge: Range of a box's edge, as a share of the crop's edge.
-            min_edge: Smallest box edge in voxels, per axis.
+        ``count`` and ``edge`` are ranges: of their number, and of an edge as a share of the crop's. ``min_edge`` is the
+        smallest edge in voxels, per axis.
         """
         most = count[1]
         draws = random.uniform(0.0, 1.0, (1 + 7 * most,)).numpy()  # whose small arrays are faster than torch's
@@ -76,34 +69,13 @@ class BoxLayout:
 
     def paint(self, size: Sequence[int], device: torch.device) -> Tensor:
         """Paint the map (B, D, H, W) uint8."""
-        return self._paint_boxes(size) if device.type == "cpu" else self._paint_bits(size, device)
-
-    def _paint_boxes(self, size: Sequence[int]) -> Tensor:
-        """Fill box by box, fastest on the CPU."""
         result = np.zeros((len(self.level), *size), np.uint8)
         boxes = zip(result, self.low.tolist(), self.high.tolist(), self.level.tolist(), strict=True)
         for canvas, lows, highs, levels in boxes:
             for (a, b, c), (d, e, f), level in zip(lows, highs, levels, strict=True):
                 if level:
                     canvas[a:d, b:e, c:f] = level
-        return torch.from_numpy(result)
-
-    def _paint_bits(self, size: Sequence[int], device: torch.device) -> Tensor:
-        """Paint all boxes at once, fastest on a GPU."""
-        low, high, level = self.low.numpy(), self.high.numpy(), self.level.numpy()
-        bit = np.int64(1) << np.arange(level.shape[1])
-        words = []  # bit m is set where box m reaches this plane
-        for axis, length in enumerate(size):
-            place = np.arange(length)
-            within = (place >= low[..., axis, None]) & (place < high[..., axis, None]) & (level > 0)[..., None]
-            words.append(torch.from_numpy((within * bit[:, None]).sum(1)))
-        table = torch.from_numpy(np.pad(level, ((0, 0), (1, 0))).astype(np.uint8))
-        *planes, table = pack_to_device([*words, table], device)
-        covered = planes[0][:, :, None, None] & planes[1][:, None, :, None] & planes[2][:, None, None, :]
-
-        # the last box wins: frexp's exponent is the place of the highest set bit, counted from 1; 0 where no box is
-        topmost = torch.frexp(covered.double()).exponent.long()
-        return table.gather(1, topmost.flatten(1)).view(topmost.shape)
+        return to_device(torch.from_numpy(result), device)
 
 
 @dataclass
@@ -127,15 +99,10 @@ class GridLayout:
         share: float,
         whole: bool = False,
     ) -> GridLayout:
-        """Draw blocks.
+        """Draw blocks. A ``share`` is foreground, with levels from 1..K.
 
-        Args:
-            random: One stream per sample.
-            size: Edges of the crop in voxels.
-            levels: K; each foreground block gets a level from 1..K.
-            edges: Range of a block's edge in voxels, per axis. Whole blocks are at most as long as the crop.
-            share: Share of blocks that are foreground.
-            whole: Take whole blocks only. The border that is left is background.
+        ``edges`` are ranges of a block's edge in voxels, per axis. ``whole`` takes whole blocks only, at most as long
+        as the crop. The border that is left is background.
         """
         if whole:  # a block that is longer than the crop would never be whole
             edges = [[min(end, length) for end in ends] for ends, length in zip(edges, size, strict=True)]
@@ -205,16 +172,8 @@ def fuse(
 ) -> Tensor:
     """Mix ``foreground`` into ``background`` in place.
 
-    Its weight is level / K.
-
-    Args:
-        foreground: (B, C, D, H, W).
-        background: The same.
-        level: (B, D, H, W) uint8; ``ignored`` is written where the crops are alike.
-        levels: K.
-        ignore_below: Crops are alike where they differ by less in every channel.
-        ignored: Level of voxels without a target.
-        missing: Noise that is added to the mixture.
+    Its weight is level / K. Where they differ by less than ``ignore_below`` in every channel, ``ignored`` is written
+    into the level (B, D, H, W) uint8.
     """
     # views, not copies: both are written to
     flat, over = level.view(len(level), -1), foreground.flatten(2)

@@ -19,13 +19,7 @@ EPSILON = 1e-6
 
 
 def add_noise(volumes: Tensor, deviation: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Add Gaussian noise.
-
-    Args:
-        volumes: (N, D, H, W).
-        deviation: (N,) standard deviation.
-        seeds: (N,) seed of each volume's noise. Neighbors with equal seeds share one generator.
-    """
+    """Add Gaussian noise. Neighbors with equal ``seeds`` (N,) share one generator."""
     noise, begin = torch.empty_like(volumes), 0
     while begin < len(seeds):
         end = begin + 1
@@ -52,11 +46,8 @@ def scale_contrast(volumes: Tensor, factor: Tensor) -> Tensor:
 def adjust_gamma(volumes: Tensor, exponent: Tensor, *, invert: bool = False, retain_stats: bool = False) -> Tensor:
     """Raise scaled intensities to a power, and scale back.
 
-    Args:
-        volumes: (N, D, H, W).
-        exponent: (N,).
-        invert: Apply the curve to the negated intensities, as nnU-Net's first gamma does.
-        retain_stats: Keep each volume's mean and standard deviation, as nnU-Net does.
+    Inverted, the curve applies to the negated intensities, as nnU-Net's first gamma. ``retain_stats`` keeps each
+    volume's mean and standard deviation, as nnU-Net does.
     """
     if invert:
         volumes.neg_()
@@ -73,9 +64,7 @@ def adjust_gamma(volumes: Tensor, exponent: Tensor, *, invert: bool = False, ret
 def shift_histogram(volumes: Tensor, curve: Tensor) -> Tensor:
     """Map intensities along a monotone piecewise linear curve.
 
-    Args:
-        volumes: (N, D, H, W).
-        curve: (N, P) values at P equidistant points of the volume's range, as shares of it. They rise from 0 to 1.
+    ``curve`` (N, P) has its values at P equidistant points of the volume's range, as shares of it, from 0 to 1.
     """
     last = curve.shape[1] - 1
     low, high = value_range(volumes)

@@ -11,7 +11,7 @@ B batch, N patches, C channel, D H W voxels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nnssl_ext.errors import UserError
+from nnssl_ext.networks.base import Triple, triple
 from nnssl_ext.views.random import BatchRandom
 from nnssl_ext.views.spatial import SourceBox, crop_batch
 
@@ -27,8 +28,6 @@ from nnssl_ext.views.spatial import SourceBox, crop_batch
 MIN_EDGE = 8
 #: Along an axis on which a window spans less of the case, in voxels, patches are not shifted.
 MIN_SPAN = 2
-
-Edges = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,17 @@ class Layout:
         zoom: Magnification of the window.
     """
 
-    grid: Edges
-    patch: Edges
-    gap: Edges
-    jitter: Edges
+    grid: Triple
+    patch: Triple
+    gap: Triple
+    jitter: Triple
     stages: int
     zoom: float
 
     @property
-    def window(self) -> Edges:
+    def window(self) -> Triple:
         """Edges of the window that holds all patches."""
-        return _edges(
+        return triple(
             n * (p + j) + (n - 1) * g for n, p, g, j in zip(self.grid, self.patch, self.gap, self.jitter, strict=True)
         )
 
@@ -66,15 +65,15 @@ class Layout:
         )
 
     @property
-    def pitch(self) -> Edges:
+    def pitch(self) -> Triple:
         """Distance of consecutive patches without jitter."""
-        return _edges(p + g + j for p, g, j in zip(self.patch, self.gap, self.jitter, strict=True))
+        return triple(p + g + j for p, g, j in zip(self.patch, self.gap, self.jitter, strict=True))
 
     @property
-    def middles(self) -> list[tuple[Edges, Edges]]:
+    def middles(self) -> list[tuple[Triple, Triple]]:
         """Return each patch's lowest voxel and edges at half its jitter."""
         return [
-            (_edges(n * step + j // 2 for n, step, j in zip(place, self.pitch, self.jitter, strict=True)), self.patch)
+            (triple(n * step + j // 2 for n, step, j in zip(place, self.pitch, self.jitter, strict=True)), self.patch)
             for place in product(*map(range, self.grid))
         ]
 
@@ -102,11 +101,9 @@ def cut_patches(
 
     Args:
         boxes: The unrotated windows, which lie within their cases.
-        window: Edges of a window.
+        window, patch: Edges in voxels.
         starts: (B, N, 3) lowest voxel of each patch in its window.
-        patch: Edges of a patch.
         shifts: (B, N, 3) in [0, 1), share of a voxel of the case by which each patch is shifted.
-        device: Device of the patches.
     """
     placed = []
     for box, places, shift in zip(boxes, starts.numpy(), shifts.numpy(), strict=True):
@@ -127,10 +124,10 @@ def standardize(patches: Tensor) -> Tensor:
     return (patches - mean) / deviation.clamp_min(1e-3)
 
 
-def patch_sizes(strides: Sequence[Sequence[int]]) -> Iterator[tuple[int, Edges]]:
+def patch_sizes(strides: Sequence[Sequence[int]]) -> Iterator[tuple[int, Triple]]:
     """Yield (stages, patch) while patches are large enough. From the deepest stage up."""
     for stages in range(len(strides), 0, -1):
-        patch = _edges(2 * stride for stride in strides[stages - 1])
+        patch = triple(2 * stride for stride in strides[stages - 1])
         if max(patch) >= MIN_EDGE:
             yield stages, patch
 
@@ -143,13 +140,8 @@ def magnification(window: Sequence[int], case_size: Sequence[int]) -> float:
 def patch_zoom(window: Sequence[int], zoom: float, case_size: Sequence[int]) -> float:
     """Compute the largest magnification of a window's patches.
 
-    It is that along one axis, and larger than the window's: patches leave a voxel of the case for their shifts, and the
-    window ends at the centers of the case's outermost voxels.
-
-    Args:
-        window: Edges of the window.
-        zoom: Its ``magnification``.
-        case_size: Edges of the cases.
+    It is that along one axis, and larger than ``zoom``, the window's: patches leave a voxel of the case for their
+    shifts, and the window ends at the centers of the case's outermost voxels.
     """
     if zoom == 1:
         return 1.0
@@ -165,10 +157,6 @@ def longest_edge(case: int, max_zoom: float) -> float:
     """Compute the longest edge of a window along an axis.
 
     Its ``patch_zoom`` along this axis is then at most ``max_zoom``.
-
-    Args:
-        case: Edge of the cases.
-        max_zoom: Largest magnification.
     """
     span = case - 1 - (case - 1 >= MIN_SPAN)
     return max(case, 1 + max_zoom * span) if span else max_zoom
@@ -193,30 +181,23 @@ def solve_layout(
 ) -> Layout:
     """Find the layout of least magnification.
 
-    At the deepest stage, with most patches.
+    At the deepest stage, with most patches. A ``UserError`` names the method's ``title`` if nothing fits.
 
     Args:
         strides: Cumulative stride of each encoder stage.
-        case_size: Edges of the cases.
-        title: Name of the method, for the message.
         gap, jitter: Shares of a patch's edge, rounded up to voxels.
-        max_zoom: Largest magnification.
-        min_patches: Fewest patches that make a task.
         max_voxels: Most voxels of all patches together, if there is a smaller grid.
         choices: Allowed numbers of patches along an axis.
-
-    Raises:
-        UserError: If nothing fits.
     """
-    windows: list[Edges] = []
+    windows: list[Triple] = []
     candidates: list[Layout] = []
     for stages, patch in patch_sizes(strides):
         found: list[Layout] = []
-        gaps, jitters = _edges(math.ceil(gap * p) for p in patch), _edges(math.ceil(jitter * p) for p in patch)
+        gaps, jitters = triple(math.ceil(gap * p) for p in patch), triple(math.ceil(jitter * p) for p in patch)
         for grid in product(choices, repeat=3):
             if math.prod(grid) < min_patches:
                 continue
-            bare = Layout(_edges(grid), patch, gaps, jitters, stages, 1.0)
+            bare = Layout(triple(grid), patch, gaps, jitters, stages, 1.0)
             windows.append(_widened(bare, shift_room(max_zoom)).window)
             layout = _magnify(bare, case_size, max_zoom)
             if patch_zoom(layout.window, layout.zoom, case_size) <= max_zoom:
@@ -241,7 +222,7 @@ def _magnify(layout: Layout, case_size: Sequence[int], max_zoom: float) -> Layou
 
 def _widened(layout: Layout, room: int) -> Layout:
     """Widen the gaps for shifts, in voxels."""
-    return replace(layout, gap=_edges(gap + room for gap in layout.gap))
+    return replace(layout, gap=triple(gap + room for gap in layout.gap))
 
 
 def nothing_fits(
@@ -250,17 +231,11 @@ def nothing_fits(
     strides: Sequence[Sequence[int]],
     case_size: Sequence[int],
     max_zoom: float,
-    windows: Sequence[Edges],
+    windows: Sequence[Triple],
 ) -> UserError:
     """Build the error of a failed solver.
 
-    Args:
-        title: Name of the method.
-        what: What has to fit.
-        strides: Cumulative stride of each encoder stage.
-        case_size: Edges of the cases.
-        max_zoom: Largest magnification.
-        windows: Windows that larger cases would hold, with room for shifts.
+    Larger cases would hold the ``windows``, with room for shifts.
     """
     smallest = min((patch for _, patch in patch_sizes(strides)), default=None)
     least = f"of {smallest} voxels " if smallest else ""
@@ -280,8 +255,3 @@ def nothing_fits(
 def format_edges(edges: Sequence[int]) -> str:
     """Format edges as '16 x 32 x 32'."""
     return " x ".join(map(str, edges))
-
-
-def _edges(values: Iterable[int]) -> Edges:
-    depth, height, width = values
-    return depth, height, width

@@ -45,13 +45,7 @@ def masked_blocks(total: int, ratio: float) -> int:
 def visible_tokens(masked: Tensor, token: Sequence[int], count: int) -> Tensor:
     """Find the tokens outside masked blocks, whose edges are multiples of the token's.
 
-    Args:
-        masked: (B, D, H, W) bool.
-        token: Edges of a token in voxels.
-        count: V, visible tokens of each sample.
-
-    Returns:
-        (B, V) positions, ascending, in the order of the flattened token grid.
+    (B, D, H, W) bool -> (B, V) positions, ascending, in the order of the flattened token grid. V is ``count``.
     """
     tokens = masked[:, :: token[0], :: token[1], :: token[2]].flatten(1)
     return tokens.to(torch.uint8).argsort(dim=1, stable=True)[:, :count]

@@ -65,17 +65,8 @@ def crop_views(
 ) -> Tensor:
     """Cut one kind of views: (B, V, C, D, H, W).
 
-    Each has its own intensities.
-
-    A view that would show a single value (air) is drawn again, up to ``CONSTANT_TRIES`` times.
-
-    Args:
-        boxes: The regions of the samples.
-        region: Edges of the regions, in voxels.
-        kind: Number, size and range of the views.
-        intensity: Their intensity views.
-        random: One stream per sample.
-        exclusive: Groups of intensity views of which a view gets one at most.
+    Each has its own intensities, and one at most of each ``exclusive`` group. A view that would show a single value
+    (air) is drawn again, up to ``CONSTANT_TRIES`` times. ``boxes`` hold regions with the edges ``region`` in voxels.
     """
     views = []
     for b, box in enumerate(boxes):
@@ -87,13 +78,6 @@ def crop_views(
                     break
             views.append(drawn)
     return look_at(views, kind, intensity, random, exclusive)
-
-
-def crop_read_views(
-    rows: Sequence[Sequence[SourceBox]], kind: ViewKind, intensity: IntensitySettings, random: BatchRandom
-) -> Tensor:
-    """Cut views whose boxes were read one by one, V rows of B boxes: (B, V, C, D, H, W)."""
-    return look_at([row[b] for b in range(len(random)) for row in rows], kind, intensity, random)
 
 
 def look_at(
@@ -116,12 +100,7 @@ def draw_patch_masks(
 ) -> Tensor:
     """Draw masks of patches: (B, V, N) bool on the CPU.
 
-    Args:
-        random: One stream per sample.
-        views: V.
-        patches: N.
-        probability: Chance that a view has masked patches.
-        ratio: Smallest and largest share of masked patches of such a view, at least one patch.
+    A view has masked patches with ``probability``, a share of them in the range ``ratio``, at least one.
     """
     chosen = random.chance(probability, (views,))
     share = random.uniform(ratio[0], ratio[1], (views,))

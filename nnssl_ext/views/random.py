@@ -30,11 +30,12 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
 
 
 def to_device(draws: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Copy host draws to the device without waiting."""
+    """Copy host draws to the device, to a GPU of CUDA without waiting."""
     draws = draws if dtype is None else draws.to(dtype)
     if device.type == "cuda" and not draws.is_cuda:
         draws = draws.pin_memory()
-    return draws.to(device, non_blocking=True)
+    # MPS before torch 2.13 reads the source later, when it may be freed (pytorch#189690)
+    return draws.to(device, non_blocking=device.type == "cuda")
 
 
 def pack_to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

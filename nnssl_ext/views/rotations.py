@@ -13,6 +13,8 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
+from nnssl_ext.networks.base import Triple, triple
+
 #: Relative difference below which spacings count as equal.
 TOLERANCE = 0.01
 
@@ -65,13 +67,10 @@ def rotation_name(rotation: np.ndarray) -> str:
     return f"{angle:.0f}° about {''.join(parts).removeprefix('+')}"
 
 
-def rotatable_size(size: Sequence[int], steps: Sequence[int], alike: np.ndarray) -> tuple[int, int, int]:
+def rotatable_size(size: Sequence[int], steps: Sequence[int], alike: np.ndarray) -> Triple:
     """Find the largest box with equal edges along ``alike`` axes.
 
-    Args:
-        size: Edges of the crop.
-        steps: Divisor of the edges per axis. An edge has at least two steps, even if the crop is smaller.
-        alike: (3, 3) bool.
+    Edges are multiples of ``steps``, at least two steps even if the crop is smaller. ``alike`` is (3, 3) bool.
     """
     edges = []
     for axis in range(3):
@@ -79,5 +78,4 @@ def rotatable_size(size: Sequence[int], steps: Sequence[int], alike: np.ndarray)
         step = int(np.lcm.reduce([steps[a] for a in group]))
         room = min(size[a] for a in group)
         edges.append(max(room // step, 2 if step > 1 else 1) * step)
-    depth, height, width = edges
-    return depth, height, width
+    return triple(edges)

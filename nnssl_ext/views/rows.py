@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnssl_ext.networks.base import Triple, triple
 from nnssl_ext.views.layout import (
-    Edges,
     format_edges,
     longest_edge,
     magnification,
@@ -85,10 +85,10 @@ class RowLayout:
     """
 
     rows: Rows
-    patch: Edges
-    columns: Edges
+    patch: Triple
+    columns: Triple
     axes: tuple[int, ...]
-    window: Edges
+    window: Triple
     stages: int
     zoom: float
 
@@ -158,19 +158,8 @@ def solve_rows(
 ) -> RowLayout:
     """Find the deepest layout with most columns.
 
-    Rows are magnified only where they fit at no stage.
-
-    Args:
-        strides: Cumulative stride of each encoder stage.
-        case_size: Edges of the cases.
-        rows: The rows.
-        title: Name of the method, for the message.
-        max_columns: Most patches side by side along an axis.
-        max_zoom: Largest magnification.
-        max_voxels: Most voxels of all patches together, if there are fewer columns to take.
-
-    Raises:
-        UserError: If nothing fits.
+    Rows are magnified only where they fit at no stage. Arguments and error are those of ``layout.solve_layout``.
+    ``max_columns`` is the number of patches side by side along an axis, at most.
     """
     candidates = []
     for stages, patch in patch_sizes(strides):
@@ -187,27 +176,15 @@ def solve_rows(
     for _, patch in patch_sizes(strides):
         for axis in range(3):
             edges = [spaced.length(edge) if a == axis else edge for a, edge in enumerate(patch)]
-            windows.append((edges[0], edges[1], edges[2]))
+            windows.append(triple(edges))
     number = rows.context + rows.skipped + rows.predicted
     raise nothing_fits(title, f"{number} rows", strides, case_size, max_zoom, windows)
 
 
 def _magnify(
-    rows: Rows, patch: Edges, stages: int, max_columns: int, case_size: Sequence[int], max_zoom: float
+    rows: Rows, patch: Triple, stages: int, max_columns: int, case_size: Sequence[int], max_zoom: float
 ) -> RowLayout | None:
-    """Build this patch's layout, with room for shifts.
-
-    Args:
-        rows: The rows.
-        patch: Edges of a patch.
-        stages: Encoder stages that take such patches.
-        max_columns: Most patches side by side along an axis.
-        case_size: Edges of the cases.
-        max_zoom: Largest magnification.
-
-    Returns:
-        None if it does not fit.
-    """
+    """Build this patch's layout, with room for shifts. None if it does not fit."""
     space, room = [longest_edge(edge, max_zoom) for edge in case_size], 0
     while True:
         spaced = replace(rows, room=room)
@@ -221,11 +198,10 @@ def _magnify(
         edges = [n * edge for n, edge in zip(columns, patch, strict=True)]
         for axis in axes:
             edges[axis] = max(edges[axis], spaced.length(patch[axis]))
-        window = (edges[0], edges[1], edges[2])
+        window = triple(edges)
         zoom = magnification(window, case_size)
         if shift_room(zoom) <= room:
             if patch_zoom(window, zoom, case_size) > max_zoom:
                 return None
-            grid = (columns[0], columns[1], columns[2])
-            return RowLayout(spaced, patch, grid, axes, window, stages, zoom)
+            return RowLayout(spaced, patch, triple(columns), axes, window, stages, zoom)
         room = shift_room(zoom)

@@ -211,11 +211,6 @@ def crop_batch(
     return crops, torch.stack([whole if inside is None else inside for inside in insides])
 
 
-def _is_copy(box: SourceBox) -> bool:
-    """Return whether a matrix is a signed permutation. The crop only moves voxels then."""
-    return source_axes(box.matrix) is not None and all(abs(sum(row)) == 1 for row in box.matrix.tolist())
-
-
 def _crop_on_cpu(boxes: Sequence[SourceBox], crops: Sequence[Tensor]) -> list[Tensor | None]:
     """Fill one box's crops and return each ``inside``. The fastest way that their matrices allow is taken."""
     data, size = boxes[0].data.to(torch.float32), crops[0].shape[1:]
@@ -244,14 +239,15 @@ def resample_batch(
 ) -> tuple[Tensor, Tensor | None]:
     """Resample all crops at once: ``crop_batch``'s definition."""
     groups, views = _grouped(boxes)
+    non_blocking = device.type == "cuda"  # as in ``to_device``
     shapes = np.array([group.data.shape[1:] for group in groups])
     padded = shapes.max(0)
     data = torch.zeros((len(groups), len(groups[0].data), *padded), device=device)
     for target, group in zip(data, groups, strict=True):
         depth, height, width = group.data.shape[1:]
         # of another type, torch would convert on the host, into memory that is not pinned
-        source = group.data if group.data.dtype == data.dtype else group.data.to(device, non_blocking=True)
-        target[:, :depth, :height, :width].copy_(source, non_blocking=True)
+        source = group.data if group.data.dtype == data.dtype else group.data.to(device, non_blocking=non_blocking)
+        target[:, :depth, :height, :width].copy_(source, non_blocking=non_blocking)
     shape = (len(groups), views, 3)
     matrix = np.stack([box.matrix for box in boxes])[:, ::-1].reshape(*shape, 3)  # grid_sample reverses the axes
     center = np.stack([box.center for box in boxes])[:, ::-1].reshape(shape)

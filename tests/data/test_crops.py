@@ -13,7 +13,7 @@ from nnssl_ext.data.crops import Crop, CropDataset, CropRequest, body_center, co
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.data.loader import Shard, SteadyLoader
 from nnssl_ext.views.augmentations import IntensitySettings
-from nnssl_ext.views.multicrop import ViewKind, crop_read_views
+from nnssl_ext.views.multicrop import ViewKind, look_at
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom
 from nnssl_ext.views.spatial import SpatialRange, crop_box
 from tests.support.cases import TURNING, dataset
@@ -47,7 +47,7 @@ def test_views_are_read_one_by_one_and_are_those_of_the_region(folder: Path, sca
             assert inner.amin() - 0.3 <= view.amin() <= view.amax() <= inner.amax() + 0.3
     looks = without_views(IntensitySettings)
     random = BatchRandom(0, VIEWS, batch.indices, torch.device("cpu"))
-    views = crop_read_views(batch.boxes[2:], kinds[1], looks, random)
+    views = look_at([row[b] for b in range(3) for row in batch.boxes[2:]], kinds[1], looks, random)
     assert views.shape == (3, 3, 1, 6, 6, 6)
     assert torch.equal(views[1, 2], crop_box(batch.boxes[4][1], (6, 6, 6), torch.device("cpu"))[0])
 

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nnssl_ext.losses import distillation
 from nnssl_ext.losses.distillation import Targets, koleo, sinkhorn_bias, update_center
 from nnssl_ext.losses.fused import MAX_KOLEO_GRADIENT, attach_gradient, limit_koleo_gradient, prototype_cross_entropy
+from tests.losses import definitions
 
 
 def drawn(samples: int = 7, views: int = 3, width: int = 8, prototypes: int = 40) -> tuple[Tensor, Tensor, Targets]:
@@ -28,7 +29,7 @@ def test_chunks_equal_the_definition_in_value_and_gradient(elements: int, monkey
     pairs = torch.tensor([[0.0, 0.2], [0.2, 0.0], [0.3, 0.3]])
     weight = torch.linspace(0.5, 2, 7)
     student, own, wanted = drawn()
-    expected = distillation.prototype_cross_entropy(student, own, wanted, pairs, 0.1, weight)
+    expected = definitions.prototype_cross_entropy(student, own, wanted, pairs, 0.1, weight)
     (3 * expected.sum()).backward()
     assert student.grad is not None
     assert own.grad is not None
@@ -68,7 +69,7 @@ def test_no_logits_are_kept_or_held_together(monkeypatch: pytest.MonkeyPatch) ->
     assert max(largest) <= 4 * 5 * 512
     largest.clear()
     with Watch():
-        distillation.prototype_cross_entropy(student, own, wanted, torch.ones(3, 2), 0.1)
+        definitions.prototype_cross_entropy(student, own, wanted, torch.ones(3, 2), 0.1)
     assert max(largest) >= 64 * 3 * 512
     largest.clear()
     monkeypatch.undo()

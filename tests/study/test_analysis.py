@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from nnssl_ext.recipe import write_json
-from nnssl_ext.study.analysis import Analysis, load_results
+from nnssl_ext.study.analysis import MARGIN, Analysis, load_results
 from nnssl_ext.study.arms import Arm, arms_of
 from nnssl_ext.study.cautions import notes, warnings
 from nnssl_ext.study.grid import Grid
@@ -94,7 +94,7 @@ def test_nothing_is_decided_before_all_pairs_are_there(tmp_path: Path) -> None:
     assert found.effect.p < 0.05  # six pairs would be enough for that
     assert "not decided yet, +" in analysis.answer(arm)
     assert "6 of 8 paired runs" in analysis.answer(arm)
-    assert grid.protocol.labels[-2] not in (analysis.saved(arm.name).labels, None)
+    assert grid.protocol.labels[-2] not in (analysis.saved(arm.name), None)
     # budgets without a run will be tested, too
     for run in grid.compared(arm, 0.01):
         if run.labels != 2:
@@ -169,6 +169,20 @@ def test_labels_that_scratch_needs_neither_are_not_saved(tmp_path: Path) -> None
     answer = analysis.answer(grid.arms[1])
     assert f"No saving of labels shown: {grid.protocol.labels[0]} of 20 are enough for scratch too" in answer
     assert analysis.saving(SCRATCH).endswith(f"({grid.protocol.labels[0]} of 20)")
+
+
+def test_the_lower_limit_decides_which_budget_suffices(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.0)
+    costs = dict(zip(grid.protocol.labels, (0.05, MARGIN + 1e-6, MARGIN - 1e-6, 0.0), strict=True))
+    for arm in grid.arms:
+        for run in grid.compared(arm, 0.01):
+            cost = costs[run.labels] if arm.name == "VolumeFusion" else 0.05 * (run.labels < 20)
+            frame = grid.metrics(run)
+            frame["dice"] = 0.7 - cost
+            frame.to_csv(grid.metrics_file(run), index=False)
+    analysis = about(grid)
+    assert (analysis.saved("VolumeFusion"), analysis.saved(SCRATCH)) == (grid.protocol.labels[2], None)
+    assert analysis.reached("VolumeFusion", 20) == 300
 
 
 def test_the_answer_names_the_baseline_of_equal_total_steps(tmp_path: Path) -> None:

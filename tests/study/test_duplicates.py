@@ -14,7 +14,7 @@ from nnssl_ext.data.cases import list_cases
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json
 from nnssl_ext.study.duplicates import find_duplicates, same_content, signature
-from nnssl_ext.study.inputs import duplicates_in, held_out_and_pool
+from nnssl_ext.study.inputs import held_out_and_pool, without_duplicates
 from tests.conftest import Environment
 from tests.datasets import blob
 
@@ -114,5 +114,6 @@ def test_all_cases_of_a_duplicates_group_are_left_out(tmp_path: Path) -> None:
     for number, case in enumerate(("held", "p1_a", "p1_b", "p2_a")):
         write(tmp_path, case, 0 if case == "p1_a" else number)
     pool = ["p1_a", "p1_b", "p2_a"]
-    assert duplicates_in(tmp_path, pool, ["held"]) == {"p1_a": "held"}
-    assert duplicates_in(tmp_path, pool, ["held"], r"(p\d)_") == {"p1_a": "held", "p1_b": "held"}
+    assert without_duplicates(tmp_path, pool, ["held"], "") == (["p1_b", "p2_a"], {"p1_a": "held"})
+    left, found = without_duplicates(tmp_path, pool, ["held"], r"(p\d)_")
+    assert (left, found) == (["p2_a"], {"p1_a": "held", "p1_b": "held"})

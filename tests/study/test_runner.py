@@ -17,12 +17,12 @@ from tests.study.test_analysis import planted
 def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nnssl_ext.study.runner.cores", lambda: 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    places = [slot.variables for slot in slots("cuda", 2)]
+    places = slots("cuda", 2)
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["3", "3", "5", "5"]
     assert {place["nnUNet_n_proc_DA"] for place in places} == {"2"}
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    assert [slot.variables["CUDA_VISIBLE_DEVICES"] for slot in slots("cuda", 1)] == ["0", "1", "2"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots("cuda", 1)] == ["0", "1", "2"]
 
 
 def test_seconds_before_an_interruption_count(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_seconds_before_an_interruption_count(tmp_path: Path) -> None:
 
 def test_cpu_slots_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nnssl_ext.study.runner.cores", lambda: 8)
-    assert [slot.variables["OMP_NUM_THREADS"] for slot in slots("cpu", 3)] == ["2"] * 3
+    assert [slot["OMP_NUM_THREADS"] for slot in slots("cpu", 3)] == ["2"] * 3
 
 
 def test_checkpoints_that_a_kill_left_behind_are_dropped(tmp_path: Path) -> None:

@@ -8,15 +8,11 @@ import pytest
 from scipy.stats import permutation_test
 
 from nnssl_ext.study.statistics import (
-    MARGIN,
-    Effect,
     case_wilcoxon,
     effect,
     holm,
-    labels_saved,
     sign_flip_interval,
     sign_flip_p,
-    steps_to_reach,
 )
 
 #: Darwin's maize, Fisher 1935, The Design of Experiments, section 21: differences in eighths of an inch.
@@ -93,19 +89,3 @@ def test_holm() -> None:
 def test_case_wilcoxon_ignores_cases_without_the_class() -> None:
     assert case_wilcoxon([0.1, 0.2, math.nan, 0.3, 0.25, 0.15, 0.12]) == pytest.approx(2 / 2**6)
     assert case_wilcoxon([0.0, 0.0]) == 1.0
-
-
-def at(low: float) -> Effect:
-    return Effect(low + 0.01, low, low + 0.02, 0.5, 8)
-
-
-def test_labels_saved_needs_the_lower_limit() -> None:
-    found = labels_saved({1: at(-0.05), 2: at(-MARGIN - 1e-6), 8: at(-MARGIN + 1e-6), 64: at(0.0)}, 64)
-    assert (found.labels, found.share) == (8, 1 - 8 / 64)
-    censored = labels_saved({1: at(-0.05), 64: at(0.0)}, 64)
-    assert censored.share is None
-
-
-def test_steps_to_reach() -> None:
-    assert steps_to_reach({300: 0.8, 75: 0.6, 150: 0.75}, 0.75) == 150
-    assert steps_to_reach({75: 0.6}, 0.75) is None

@@ -5,16 +5,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nnssl_ext.networks.positions import resize_positions
 from nnssl_ext.transfer.adaptations import (
     MisfitError,
     input_channels,
     kernel,
     overlapping_channels,
     patch_kernel,
-    positions,
     resizing_matrix,
     upsampling_kernel,
 )
+from nnssl_ext.transfer.rules import Context, fit
 
 
 def normal(*shape: int) -> Tensor:
@@ -158,10 +159,10 @@ def test_positions_are_interpolated_in_place() -> None:
 
     prefix = normal(1, 2, 3)
     table = torch.cat([prefix, coordinates(grid).reshape(1, -1, 3)], 1)
-    result = positions(table, grid, target, prefix=2)
+    result = resize_positions(table, grid, target, prefix=2)
     same(result[:, :2], prefix)
     inner, expected = result[0, 2:].reshape(*target, 3), coordinates(target)
     same(inner[1:-1, 1:-1, :], expected[1:-1, 1:-1, :])
-    same(positions(table, grid, grid, prefix=2), table)
+    same(resize_positions(table, grid, grid, prefix=2), table)
     with pytest.raises(MisfitError, match=r"120 positions do not fill a grid of \(4, 5, 5\)"):
-        positions(table, (4, 5, 5), target, prefix=2)
+        fit(table, result, "positions", Context(source_grid=(4, 5, 5), target_grid=target, prefix=2))

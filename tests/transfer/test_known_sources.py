@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +133,7 @@ def test_the_page_holds_the_same_facts() -> None:
 
 
 def test_every_fact_is_stated_or_marked_as_not_found() -> None:
+    facts = {"what", "data", "modality", "license", "normalization", "spacing", "size", "fits", "tested", "address"}
     for source in KNOWN_SOURCES.values():
-        optional = ("repository", "file")
-        assert all(getattr(source, field.name) for field in fields(source) if field.name not in optional)
+        assert set(vars(source)) == facts | {"repository", "file"}
+        assert all(getattr(source, fact) for fact in facts)

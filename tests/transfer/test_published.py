@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nnssl_ext.networks.architectures.pct_net import STRIDES, PCTNet
 from nnssl_ext.networks.architectures.vit import ViTUNETR
-from nnssl_ext.transfer.adaptations import input_channels, positions
+from nnssl_ext.networks.positions import resize_positions
+from nnssl_ext.transfer.adaptations import input_channels
 from nnssl_ext.transfer.read import read_source
 from nnssl_ext.transfer.report import ADAPTED, COPIED, LEFT
 from nnssl_ext.transfer.transfer import TargetNetwork, transfer
@@ -62,7 +63,7 @@ def test_3dinos_transformer_with_other_channels_tokens_and_grid(vit_file: tuple[
         "backbone.pos_embed": "positions 7x7x7 -> 4x4x4, interpolated",
     }
     after = target.network.state_dict()
-    expected = positions(published["backbone.pos_embed"], (7, 7, 7), (4, 4, 4), 1)
+    expected = resize_positions(published["backbone.pos_embed"], (7, 7, 7), (4, 4, 4), 1)
     assert torch.equal(after["backbone.pos_embed"], expected)
     assert torch.equal(after["backbone.pos_embed"][:, 0], published["backbone.pos_embed"][:, 0])
     weight = after["backbone.patch_embed.proj.weight"]

@@ -188,7 +188,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "empty": "holds neither checkpoint_final.pth nor model.safetensors",
         "absent.pth": "no file, no folder and no Hugging Face repository",
         "absent/dir/x.pth": "no file, no folder and no Hugging Face repository",
-        "large/hub": "more than any adaptation plan: refused",
+        "large/hub": "more than any settings: refused (at most 4,194,304)",
     }
     for name, message in messages.items():
         with pytest.raises(UserError) as error:

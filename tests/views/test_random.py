@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnssl_ext.views.random import VIEWS, BatchRandom, sample_generator, step_seed
+from nnssl_ext.views.random import VIEWS, BatchRandom, sample_generator, step_seed, to_device
 
 CPU = torch.device("cpu")
 
@@ -55,3 +55,8 @@ def test_streams_seeds_and_steps_differ() -> None:
     assert step_seed(0, 1) == step_seed(0, 1) != step_seed(0, 2)
     assert len({step_seed(0, 1, rank) for rank in range(4)}) == 4
     assert step_seed(0, 1, 0) == step_seed(0, 1)
+
+
+def test_only_a_copy_to_cuda_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **options: options)
+    assert to_device(torch.zeros(3), torch.device("mps")) == {"non_blocking": False}

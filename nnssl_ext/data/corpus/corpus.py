@@ -60,7 +60,6 @@ class Corpus:
         like: The target's folder there.
         plans: Name of the target's plans.
         configuration: Of the plans; 3-D.
-        processes: Worker processes.
     """
 
     folder: Path
@@ -80,16 +79,9 @@ class Corpus:
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         if "corpus.json" not in names and not all(name.startswith(".") for name in names):
             raise UserError(f"{self.folder} exists and is no corpus. Give another -d and -n")
-
-    @property
-    def channels(self) -> tuple[str, ...]:
-        """Return the names of the target's channels."""
-        return channel_names(self.target_json, self.like / "dataset.json")
-
-    @property
-    def normalization(self) -> list[str]:
-        """Return the plan's normalization schemes, one per channel."""
-        return self._configuration["normalization_schemes"]
+        self.channels = channel_names(self.target_json, self.like / "dataset.json")
+        #: The plan's schemes, one per channel.
+        self.normalization: list[str] = self._configuration["normalization_schemes"]
 
     def manifest(self) -> Manifest:
         """Read the corpus's manifest."""
@@ -116,7 +108,7 @@ class Corpus:
         with lock_file(self.folder / ".nnssl_ext_corpus.lock", f"the corpus {self.folder.name}"):
             manifest = self.manifest()
             for source, files in (not_read or {}).items():
-                manifest.note_not_read(source, files)
+                manifest.not_read[source] = {kind: len(names) for kind, names in sorted(files.items())}
             manifest.write()
             scratch = self.folder / "nnssl_ext_unfinished"
             shutil.rmtree(scratch, ignore_errors=True)  # what a killed call left
@@ -162,16 +154,15 @@ class Corpus:
                         keep_at = end + max(KEEP_SECONDS, (end - begin) / KEEP_SHARE)
         finally:
             self._keep(manifest, records)
-        for case in set(list_cases(self.data)) - manifest.cases():  # of a killed call whose files have changed since
+        # of a killed call whose files have changed since
+        for case in set(list_cases(self.data)) - {*manifest.kept.values()}:
             self._remove(case)
 
     def _target(self, manifest: Manifest, scratch: Path) -> CorpusTarget:
         """Write what the workers read."""
         self._describe(scratch, manifest)
-        contents = scratch / "contents.json"
-        write_json(manifest.contents(), contents)
-        plans, dataset_json = scratch / f"{self.plans}.json", scratch / "dataset.json"
-        return CorpusTarget(plans, self.configuration, dataset_json, scratch, contents)
+        write_json(list(manifest.kept), scratch / "contents.json")
+        return CorpusTarget(scratch, self.plans, self.configuration)
 
     def _results(self, items: Sequence[Item], target: CorpusTarget) -> Iterator[list[Prepared]]:
         """Yield results in the items' order. The first of duplicates is then kept."""
@@ -185,7 +176,7 @@ class Corpus:
     def _take(self, manifest: Manifest, result: Prepared, records: dict[str, CaseRecord]) -> None:
         """Move a prepared case to its place, unless it is a duplicate."""
         entry = result.entry
-        twin = manifest.case_of(entry.content) if entry.status == KEPT else ""
+        twin = manifest.kept.get(entry.content) if entry.status == KEPT else None
         if twin:
             entry.status, entry.reason, entry.case = DUPLICATE, f"same content as case {twin}", ""
         elif result.folder is not None and result.record is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ import pydicom
 from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from nnssl_ext import files
 from nnssl_ext.data.corpus.readers import last_line, read_image
 from nnssl_ext.data.corpus.volumes import NotAnImage, Unusable, Volume
 
@@ -391,7 +391,4 @@ def _link(header: _Header, link: Path, rewrite: bool) -> None:
             )
         data.save_as(link)
         return
-    try:
-        os.symlink(header.path.absolute(), link)
-    except OSError:  # Windows asks for a privilege
-        shutil.copyfile(header.path, link)
+    files.link(link, header.path)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from nnssl_ext.data.corpus.sources import Item, NotRead
+from nnssl_ext.data.corpus.sources import Item
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
 
@@ -84,7 +84,8 @@ class Manifest:
         self.not_read: dict[str, dict[str, int]] = {}
         #: By the set of their files.
         self.entries: dict[frozenset[str], list[Entry]] = {}
-        self._kept: dict[str, str] = {}
+        #: Case by content.
+        self.kept: dict[str, str] = {}
         self._twins: dict[str, list[Entry]] = {}
 
     @classmethod
@@ -117,35 +118,18 @@ class Manifest:
             manifest.add(Entry(**{**row, "stamp": [] if version == 1 else row["stamp"]}))
         return manifest
 
-    def note_not_read(self, source: str, not_read: NotRead) -> None:
-        """Keep the numbers of files that are not read."""
-        self.not_read[source] = {kind: len(names) for kind, names in sorted(not_read.items())}
-
     def add(self, entry: Entry) -> None:
         """Append an entry."""
         self.entries.setdefault(frozenset(entry.files), []).append(entry)
         if entry.status == KEPT:
-            self._kept[entry.content] = entry.case
+            self.kept[entry.content] = entry.case
         elif entry.status == DUPLICATE:
             self._twins.setdefault(entry.content, []).append(entry)
-
-    def case_of(self, content: str) -> str:
-        """Return the case with this content, '' without one."""
-        return self._kept.get(content, "")
-
-    def contents(self) -> list[str]:
-        """Return the content hashes of all cases."""
-        return list(self._kept)
-
-    def cases(self) -> set[str]:
-        """Return the identifiers of all cases."""
-        return set(self._kept.values())
 
     def knows(self, item: Item, cases: set[str], retry: bool = False) -> bool:
         """Return whether an item was read and its cases exist.
 
         Args:
-            item: Any.
             cases: Identifiers of the existing cases.
             retry: Unusable items count as unread.
         """
@@ -163,7 +147,7 @@ class Manifest:
             and entry.stamp == stamp[: len(entry.stamp)]
             and entry.normalization == item.normalization
             and (entry.status != KEPT or entry.case in cases)
-            and (entry.status != DUPLICATE or self.case_of(entry.content) in cases)
+            and (entry.status != DUPLICATE or self.kept.get(entry.content) in cases)
             and not (retry and entry.status == UNUSABLE)
             for entry in found
         )
@@ -179,7 +163,7 @@ class Manifest:
         gone = [entry for entry in self.all() if entry.status == KEPT and entry.case not in cases]
         names = [entry.case for entry in gone]
         for entry in gone:
-            self._kept.pop(entry.content, None)
+            self.kept.pop(entry.content, None)
             entry.status, entry.reason, entry.case, entry.stamp = UNUSABLE, GONE, "", []
         return names
 
@@ -196,14 +180,14 @@ class Manifest:
         for entry in dropped:
             if entry.status != KEPT:
                 continue
-            del self._kept[entry.content]
+            del self.kept[entry.content]
             twins = self._twins.get(entry.content)
             if not twins:
                 orphans.append(entry.case)
             else:  # the same volume from elsewhere
                 twin = twins.pop(0)
                 twin.status, twin.reason, twin.case = KEPT, "", entry.case
-                self._kept[twin.content] = twin.case
+                self.kept[twin.content] = twin.case
         return orphans
 
     def all(self) -> list[Entry]:

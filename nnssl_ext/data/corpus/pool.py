@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +56,8 @@ class _Worker:
         if hasattr(os, "killpg"):
             with suppress(OSError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+        elif os.name == "nt":
+            subprocess.run(["taskkill", "/F", "/T", "/PID", str(self.process.pid)], capture_output=True, check=False)
         self.process.kill()
         self.process.join()
         self.connection.close()
@@ -65,7 +68,6 @@ class WorkerPool:
 
     Args:
         work: A function that can be pickled. Its exceptions end the iteration, except MemoryError.
-        processes: Number of workers.
         seconds: Time limit of an item.
     """
 

@@ -43,18 +43,15 @@ class CorpusTarget:
     """Describe how and where a worker preprocesses.
 
     Attributes:
-        plans: File of the corpus's plans.
+        scratch: Folder for unfinished cases, with the corpus's plans and dataset.json, and with contents.json, which
+            lists the cases of earlier calls. They are not preprocessed again.
+        plans: Name of the plans.
         configuration: Of the plans.
-        dataset_json: File of the corpus's dataset.json.
-        scratch: Folder for unfinished cases.
-        contents: File that lists the cases of earlier calls, which are not preprocessed again.
     """
 
-    plans: Path
-    configuration: str
-    dataset_json: Path
     scratch: Path
-    contents: Path
+    plans: str
+    configuration: str
 
 
 @dataclass
@@ -217,7 +214,7 @@ def _preprocess(volumes: list[Volume], output: Path, target: CorpusTarget, schem
 
 @lru_cache
 def _managers(target: CorpusTarget, scheme: str) -> tuple[PlansManager, ConfigurationManager]:
-    plans = read_json(target.plans)
+    plans = read_json(target.scratch / f"{target.plans}.json")
     if scheme:
         plans = with_normalization(plans, target.configuration, scheme)
     manager = PlansManager(plans)
@@ -226,12 +223,12 @@ def _managers(target: CorpusTarget, scheme: str) -> tuple[PlansManager, Configur
 
 @lru_cache
 def _contents(target: CorpusTarget) -> frozenset[str]:
-    return frozenset(read_json(target.contents, list, MAX_BYTES))
+    return frozenset(read_json(target.scratch / "contents.json", list, MAX_BYTES))
 
 
 @lru_cache
 def _dataset_json(target: CorpusTarget) -> dict:
-    return read_json(target.dataset_json)
+    return read_json(target.scratch / "dataset.json")
 
 
 def with_normalization(plans: dict, configuration: str, scheme: str) -> dict:

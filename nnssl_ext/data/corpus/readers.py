@@ -66,7 +66,6 @@ def read_image(path: str, canonical: bool = False) -> list[Volume]:
     A 3-D image has one, a 4-D image several.
 
     Args:
-        path: Of an image file.
         canonical: Turn the axes to right, anterior, superior, as nnU-Net's reorienting readers do.
 
     Raises:

@@ -24,7 +24,7 @@ from nnssl_ext.data.corpus.readers import DATA_SUFFIXES, SUFFIXES, data_files, i
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json
 
-#: Largest dataset.json that is read from a source.
+#: Largest dataset.json that is read from a source, in bytes.
 MAX_BYTES = 16 * 2**20
 #: Folders that hold labels, never images.
 LABEL_FOLDERS = ("labelsTr", "labelsTs", "gt_segmentations")
@@ -133,7 +133,7 @@ def _numbers(wanted: Sequence[str], names: Sequence[str]) -> list[int | None]:
 
 def of_source(choices: dict[str, Any], source: str) -> Any:
     """Return the choice for a source, None without one."""
-    for name in (source, os.path.basename(source.rstrip("/"))):
+    for name in (source, os.path.basename(source.rstrip("/\\"))):
         if name in choices:
             return choices[name]
     return None
@@ -144,7 +144,6 @@ def items_of(source: str, wishes: Wishes, not_read: NotRead | None = None) -> li
 
     Args:
         source: A path, or an nnU-Net raw data set by name or number.
-        wishes: Channels and normalizations.
         not_read: Takes the files that no item holds.
 
     Raises:
@@ -188,7 +187,7 @@ def channel_names(content: dict, path: Path) -> tuple[str, ...]:
 
 def _found(source: str, path: Path, wishes: Wishes, not_read: NotRead) -> Iterator[Item]:
     if path.is_dir() and any((path / part).is_dir() for part in IMAGE_FOLDERS) and (path / "dataset.json").is_file():
-        content = _dataset_json(path)
+        content = read_json(path / "dataset.json", most=MAX_BYTES)
         names = channel_names(content, path / "dataset.json")
         if "channel_names" in content:
             return _nnunet(source, path, names, content.get("file_ending"), wishes, not_read)
@@ -213,13 +212,6 @@ def _path(source: str) -> Path:
     raise UserError(f"source {source} is neither a file or folder nor a data set in nnUNet_raw ({root})")
 
 
-def _dataset_json(path: Path) -> dict:
-    file = path / "dataset.json"
-    if file.stat().st_size > MAX_BYTES:
-        raise UserError(f"{file} has {file.stat().st_size} bytes. A dataset.json of at most {MAX_BYTES} is read")
-    return read_json(file)
-
-
 def _nnunet(
     source: str, path: Path, names: tuple[str, ...], ending: Any, wishes: Wishes, not_read: NotRead
 ) -> Iterator[Item]:
@@ -227,10 +219,8 @@ def _nnunet(
 
     Args:
         source: As named on the command line.
-        path: Folder of the data set.
-        names: Its channels.
+        names: Channels of the data set.
         ending: Suffix of its images.
-        wishes: Channels and normalizations.
         not_read: Takes images without a channel number.
     """
     if ending not in SUFFIXES:

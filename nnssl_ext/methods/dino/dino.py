@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +51,7 @@ from nnssl_ext.views.spatial import SpatialRange
 class DINO(Method):
     """A student predicts an EMA teacher's output.
 
-    It does so for other views of a region and for masked patches.
-
-    Xu et al., "3DINO", npj Digital Medicine 2025, which is DINOv2 in 3-D. Only the encoder is trained. The teacher is
-    exported.
+    It does so for other views of a region and for masked patches. Only the encoder is trained. The teacher is exported.
     """
 
     name = "dino"
@@ -99,7 +95,6 @@ class DINO(Method):
         last = (settings.teacher_temperature or [1.0])[-1]  # never null once resolved
         self.register_buffer("teacher_temperature", torch.tensor(last), persistent=False)
         self.validation = ValidationBuffer()
-        self._averaged_tensors: tuple[list[Tensor], list[Tensor]] | None = None
 
     @classmethod
     def sampling(cls, settings: DINOSettings, geometry: DataGeometry) -> tuple[Triple, int]:
@@ -343,17 +338,10 @@ class DINO(Method):
     def _center(self, level: str) -> Tensor:
         return self.image_center if level == "image" else self.patch_center
 
-    def _apply(self, *arguments: Any, **options: Any) -> DINO:
-        self._averaged_tensors = None  # a move to another device replaces buffers
-        super()._apply(*arguments, **options)
-        return self
-
     def _averaged(self) -> tuple[list[Tensor], list[Tensor]]:
         """List the teacher's and the student's averaged tensors."""
-        if self._averaged_tensors is None:
-            parameters = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
-            pairs: list[tuple[Tensor, Tensor]] = [(theirs, own) for theirs, own in parameters if own.requires_grad]
-            buffers = zip(self.teacher.buffers(), self.student.buffers(), strict=True)
-            pairs += [(theirs, own) for theirs, own in buffers if theirs.is_floating_point()]
-            self._averaged_tensors = [theirs for theirs, _ in pairs], [own for _, own in pairs]
-        return self._averaged_tensors
+        parameters = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+        pairs: list[tuple[Tensor, Tensor]] = [(theirs, own) for theirs, own in parameters if own.requires_grad]
+        buffers = zip(self.teacher.buffers(), self.student.buffers(), strict=True)
+        pairs += [(theirs, own) for theirs, own in buffers if theirs.is_floating_point()]
+        return [theirs for theirs, _ in pairs], [own for _, own in pairs]

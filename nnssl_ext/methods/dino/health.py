@@ -37,7 +37,7 @@ KEPT_PATCHES, KEPT_SAMPLES = 32, 128
 def kept_patches(number: int) -> Tensor:
     """Choose fixed patches all over a view for validation."""
     order = np.random.default_rng(number).permutation(number)[:KEPT_PATCHES]
-    return torch.from_numpy(np.sort(order))
+    return torch.from_numpy(np.sort(order).astype(np.int64))  # on Windows numpy before 2.0 draws int32
 
 
 class ValidationBuffer:
@@ -72,8 +72,7 @@ class ValidationBuffer:
     def measures(self, targets: Callable[[str, Tensor], Targets]) -> dict[str, float]:
         """Compute all measures, and empty the buffer.
 
-        Args:
-            targets: From ``image`` or ``patch`` and teacher output (n, 1, E) to the targets.
+        ``targets`` takes ``image`` or ``patch`` and teacher output (n, 1, E).
         """
         if not self._batches:
             return {}
@@ -107,12 +106,8 @@ def masked_accuracy(prediction: Tensor, patches: Tensor, masked: Tensor) -> Tens
     """Compute how often a masked patch matches its view.
 
     The prediction of a patch is compared with the teacher output of all views at the same place. Other places of the
-    same view are no candidates: a network knows the place of a patch from its padding alone.
-
-    Args:
-        prediction: (V, N, E) student output in V views.
-        patches: (V, N, E) teacher output in these views.
-        masked: (V, N) bool.
+    same view are no candidates: a network knows the place of a patch from its padding alone. Student and teacher output
+    of V views are (V, N, E), ``masked`` is (V, N) bool.
     """
     nearest = torch.einsum("vne,wne->nvw", prediction, patches).argmax(2)  # (N, V)
     right = (nearest == torch.arange(len(patches), device=patches.device)).T

@@ -23,8 +23,7 @@ from nnssl_ext.networks.vit_backbone import ViTBackbone
 class Reader(nn.Module, ABC):
     """Extract image and patch vectors from a backbone.
 
-    Args:
-        backbone: The backbone. A copy of the reader copies it, too: a teacher has its own network.
+    A copy of the reader copies the backbone, too: a teacher has its own network.
 
     Attributes:
         patch: Edges of a patch in voxels.
@@ -45,7 +44,7 @@ class Reader(nn.Module, ABC):
 
     def grid(self, size: Sequence[int]) -> Triple:
         """Return the patches per axis of a crop."""
-        return triple([edge // step for edge, step in zip(size, self.patch, strict=True)])
+        return triple(edge // step for edge, step in zip(size, self.patch, strict=True))
 
     @abstractmethod
     def forward(self, image: Tensor, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -63,11 +62,8 @@ class MapReader(Reader):
     Image vectors are octant means of the deepest map, patch vectors voxels of a finer one.
 
     After an instance norm the mean over a whole map is nearly the same for all images (``networks.heads``). All targets
-    would then be alike from the start, and there would be nothing to learn from them.
-
-    Args:
-        backbone: Any backbone.
-        level: Encoder stage whose voxels are patches.
+    would then be alike from the start, and there would be nothing to learn from them. ``level`` is the encoder stage
+    whose voxels are patches.
     """
 
     masks_voxels = True
@@ -87,10 +83,7 @@ class MapReader(Reader):
 class TokenReader(Reader):
     """Read a vision transformer's CLS and patch tokens.
 
-    Its mask token replaces masked ones.
-
-    Args:
-        backbone: Backbone of a vision transformer. Its mask token becomes trainable.
+    Its mask token replaces masked ones, and becomes trainable.
     """
 
     backbone: ViTBackbone
@@ -146,12 +139,7 @@ class ProjectionHead(nn.Module):
 
 
 class DistilledNetwork(nn.Module):
-    """Join a reader and two projection heads.
-
-    Args:
-        reader: The reader of the network.
-        head: Arguments of both heads but their width.
-    """
+    """Join a reader and two projection heads. ``head`` is their arguments without the width."""
 
     def __init__(self, reader: Reader, **head: Any) -> None:
         super().__init__()
@@ -166,12 +154,7 @@ class DistilledNetwork(nn.Module):
 
 
 def reader_of(backbone: Backbone, level: int) -> Reader:
-    """Choose the reader of a backbone.
-
-    Args:
-        backbone: The backbone.
-        level: Encoder stage whose voxels are patches. A vision transformer's are its tokens.
-    """
+    """Choose the reader of a backbone. Patches are the voxels of stage ``level``, or a vision transformer's tokens."""
     if isinstance(backbone, ViTBackbone):
         return TokenReader(backbone)
     return MapReader(backbone, level)

@@ -191,11 +191,7 @@ class DINOSettings(TrainingSettings):
 
 
 def local_size(settings: DINOSettings, geometry: DataGeometry) -> Triple:
-    """Compute the edges of a local view in voxels.
-
-    Raises:
-        UserError: If edges that are set do not fit the network.
-    """
+    """Compute the edges of a local view in voxels. A ``UserError`` if set ones do not fit the network."""
     total = geometry.strides[-1]
     # residual encoders need two voxels at the bottleneck along a strided axis
     least = [2 * step if step > 1 else 1 for step in total]
@@ -268,19 +264,11 @@ def view_voxels(settings: DINOSettings, geometry: DataGeometry) -> int:
 
 
 def small_crops(settings: DINOSettings, geometry: DataGeometry) -> tuple[Triple, int]:
-    """Trade crop size for samples.
+    """Trade crop size for samples: crop edges and batch size.
 
-    A step keeps about the voxels of the plan's patch and batch.
-
-    The aim is 16 samples. Each crop keeps two voxels at the bottleneck along strided axes. A transformer keeps four
+    A step keeps about the voxels of the plan's patch and batch, which ``geometry`` holds. The aim is 16 samples; a plan
+    with as many is kept. Each crop keeps two voxels at the bottleneck along strided axes. A transformer keeps four
     tokens per axis.
-
-    Args:
-        settings: Settings that decide about local views.
-        geometry: The plan's patch as ``crop_size``, and its batch size.
-
-    Returns:
-        Crop edges and batch size; the plan's where its batch is large enough.
     """
     patch, batch = geometry.crop_size, geometry.batch_size
     if batch >= MIN_BATCH:

@@ -242,8 +242,3 @@ def trained_modes(weights: Mapping[str, Tensor]) -> list[int]:
     counted = "embeddings.{}.conv0.conv_conv.0.num_batches_tracked"
     counts = [weights.get(counted.format(mode)) for mode in range(len(FLAT))]
     return [mode for mode, count in enumerate(counts) if count is not None and count > 0]
-
-
-def from_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a published ``model_state_dict`` as in this network."""
-    return {published_name(name): tensor for name, tensor in weights.items()}

@@ -10,7 +10,7 @@ B batch, C channel, D H W voxels, d h w tokens per axis, N = d h w tokens, E wid
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -324,9 +324,3 @@ def published_name(name: str) -> str:
     Large models are published in groups whose blocks are numbered through (``blocks.1.6.``).
     """
     return "backbone." + CHUNKED.sub(r"blocks.\1.", name.removeprefix("backbone."))
-
-
-def from_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take a published encoder under our names."""
-    encoder = {name: tensor for name, tensor in weights.items() if name.startswith("backbone.")}
-    return {published_name(name).removeprefix("backbone."): tensor for name, tensor in encoder.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import shutil
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from nnssl_ext.errors import UserError
+from nnssl_ext.files import file_digest
 
 #: Attempts in a row without a single new byte before it is given up, and seconds between two.
 ATTEMPTS, PAUSE_SECONDS = 5, 2.0
@@ -38,7 +38,7 @@ def download(url: str, path: Path, md5: str, pause: float = PAUSE_SECONDS) -> No
     """
     if urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"--url {url} cannot be used. Give an address that starts with https://")
-    if path.is_file() and checksum(path) == md5:
+    if path.is_file() and file_digest(path, "md5") == md5:
         return
     part = path.with_name(f"{path.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -52,22 +52,13 @@ def download(url: str, path: Path, md5: str, pause: float = PAUSE_SECONDS) -> No
         if not left:
             raise UserError(f"{url}: {failure}; {_size(part)} bytes are kept in {part}, call again to go on")
         time.sleep(pause)
-    found = checksum(part)
+    found = file_digest(part, "md5")
     if found != md5:
         part.unlink()
         raise UserError(
             f"{url} gave a file with md5 {found}, expected {md5}. It was removed, try again or another --url"
         )
     part.replace(path)
-
-
-def checksum(path: Path) -> str:
-    """Compute the md5 of a file."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _attempt(url: str, part: Path) -> str:

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 import zlib
@@ -17,23 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from nnssl_ext.environment import program
 from nnssl_ext.errors import UserError
+from nnssl_ext.files import link
 from nnssl_ext.foreign import unpack_tar
 from nnssl_ext.study.decathlon.download import download
 
-#: Tolerances of the surface Dice in mm, by task.
-DECATHLON_TOLERANCE = {
-    "BrainTumour": 5.0,
-    "Heart": 4.0,
-    "Liver": 7.0,
-    "Hippocampus": 1.0,
-    "Prostate": 4.0,
-    "Lung": 2.0,
-    "Pancreas": 5.0,
-    "HepaticVessel": 3.0,
-    "Spleen": 3.0,
-    "Colon": 4.0,
-}
 PARTS = ("imagesTr", "labelsTr", "dataset.json")
 
 
@@ -47,6 +35,7 @@ class Task:
         modalities: One per channel.
         classes: Foreground classes, from label 1 on.
         training, test: Published cases.
+        tolerance: Of the surface Dice, in mm.
     """
 
     number: int
@@ -55,6 +44,7 @@ class Task:
     classes: tuple[str, ...]
     training: int
     test: int
+    tolerance: float
 
     @property
     def folder(self) -> str:
@@ -65,10 +55,6 @@ class Task:
         """As nnU-Net's converter calls it."""
         return f"Dataset{self.number:03d}_{self.name}"
 
-    @property
-    def tolerance(self) -> float:
-        return DECATHLON_TOLERANCE[self.name]
-
 
 TASKS = (
     Task(
@@ -78,16 +64,17 @@ TASKS = (
         ("edema", "non-enhancing tumor", "enhancing tumour"),
         484,
         266,
+        5.0,
     ),
-    Task(2, "Heart", ("MRI",), ("left atrium",), 20, 10),
-    Task(3, "Liver", ("CT",), ("liver", "cancer"), 131, 70),
-    Task(4, "Hippocampus", ("MRI",), ("Anterior", "Posterior"), 260, 130),
-    Task(5, "Prostate", ("T2", "ADC"), ("PZ", "TZ"), 32, 16),
-    Task(6, "Lung", ("CT",), ("cancer",), 63, 32),
-    Task(7, "Pancreas", ("CT",), ("pancreas", "cancer"), 281, 139),
-    Task(8, "HepaticVessel", ("CT",), ("Vessel", "Tumour"), 303, 140),
-    Task(9, "Spleen", ("CT",), ("spleen",), 41, 20),
-    Task(10, "Colon", ("CT",), ("colon cancer primaries",), 126, 64),
+    Task(2, "Heart", ("MRI",), ("left atrium",), 20, 10, 4.0),
+    Task(3, "Liver", ("CT",), ("liver", "cancer"), 131, 70, 7.0),
+    Task(4, "Hippocampus", ("MRI",), ("Anterior", "Posterior"), 260, 130, 1.0),
+    Task(5, "Prostate", ("T2", "ADC"), ("PZ", "TZ"), 32, 16, 4.0),
+    Task(6, "Lung", ("CT",), ("cancer",), 63, 32, 2.0),
+    Task(7, "Pancreas", ("CT",), ("pancreas", "cancer"), 281, 139, 5.0),
+    Task(8, "HepaticVessel", ("CT",), ("Vessel", "Tumour"), 303, 140, 3.0),
+    Task(9, "Spleen", ("CT",), ("spleen",), 41, 20, 3.0),
+    Task(10, "Colon", ("CT",), ("colon cancer primaries",), 126, 64, 4.0),
 )
 
 
@@ -117,7 +104,6 @@ def fetch_task(task: Task, root: Path, url: str | None = None, md5: str | None =
     """Download, check and unpack a task. Return its folder.
 
     Args:
-        task: Which.
         root: Where ``TaskXX_NAME`` goes; its archive lies beside it until it is unpacked.
         url: Another mirror than the official one.
         md5: Of that mirror's file, where it is another one.
@@ -175,8 +161,7 @@ def convert_task(source: Path, raw: Path, scratch: Path, *, test_images: bool = 
     linked.mkdir(parents=True, exist_ok=True)
     parts = (*PARTS, "imagesTs") if test_images and (source / "imagesTs").is_dir() else PARTS
     for part in parts:
-        if not (linked / part).exists():
-            (linked / part).symlink_to((source / part).resolve())
+        link(linked / part, source / part)
     (linked / "imagesTs").mkdir(exist_ok=True)
     # converted elsewhere and moved: an interrupted call leaves no half data set
     unfinished = scratch / "converted"
@@ -198,10 +183,11 @@ def run_stock(words: list[str], failure: str, variables: dict[str, str], show: b
     Raises:
         UserError: With the last line it wrote, if it fails.
     """
-    command = [str(Path(sys.executable).parent / words[0]), *words[1:]]
     stderr = None if show else subprocess.PIPE
     stdout = None if show else subprocess.DEVNULL
-    finished = subprocess.run(command, env={**os.environ, **variables}, stdout=stdout, stderr=stderr, text=True)
+    finished = subprocess.run(
+        [program(words[0]), *words[1:]], env={**os.environ, **variables}, stdout=stdout, stderr=stderr, text=True
+    )
     if finished.returncode:
         said = (finished.stderr or "").strip().splitlines()
         raise UserError(f"nnU-Net {failure}: {said[-1] if said else f'status {finished.returncode}'}")

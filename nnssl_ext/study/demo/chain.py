@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nnssl_ext.environment import commands_path
+from nnssl_ext.environment import commands_path, program
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
 
@@ -94,7 +94,7 @@ class Chain:
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / f"{number:02d}_{re.sub(r'[^a-z0-9]+', '_', step.title.lower()).strip('_')}.txt"
         process = subprocess.Popen(
-            words,
+            [program(words[0]), *words[1:]],
             env={**os.environ, **self.variables, **step.variables, "PATH": commands_path(), "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -112,8 +112,9 @@ class Chain:
                         bar.update(int(found[1]) - bar.n)
                     bar.refresh()
             status = process.wait()
-        except BaseException:
-            process.terminate()
+        except BaseException as error:
+            if os.name != "nt" or not isinstance(error, KeyboardInterrupt):  # there, Ctrl-C reached it, too
+                process.terminate()
             process.wait()
             raise
         if status:

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nnssl_ext.commands import dataset_number
 from nnssl_ext.environment import cores
 from nnssl_ext.errors import UserError
 from nnssl_ext.host_memory import keep_memory
@@ -23,7 +24,7 @@ from nnssl_ext.settings import CommonSettings
 from nnssl_ext.study.demo.chain import Chain, Step
 from nnssl_ext.study.demo.sources import Source
 
-PLANS, CONFIGURATION = "nnUNetPlans_demo", "3d_fullres"
+METHOD, PLANS, CONFIGURATION = "volume_fusion", "nnUNetPlans_demo", "3d_fullres"
 #: Folds of the sources' splits.
 FINETUNING_FOLD, PRETRAINING_FOLD = "0", "1"
 #: Stock trainers of both arms, for fast and slow machines.
@@ -104,20 +105,15 @@ class Demo:
 
     Args:
         output: Its folder. Nothing outside is written.
-        source: The data.
+        minutes: Time for everything. Lengths are chosen for it.
         device: ``cpu`` or ``cuda``.
-        method: The pretraining method.
-        minutes: Time for everything. Lengths are chosen for it. None takes the recipe's lengths.
-        finetuner: Stock trainer of both arms without ``minutes``.
         settings: Words for ``nnssl_ext plan`` after the recipe.
     """
 
     output: Path
     source: Source
+    minutes: float
     device: str = "cpu"
-    method: str = "volume_fusion"
-    minutes: float | None = None
-    finetuner: str = LONG
     settings: list[str] = field(default_factory=list)
 
     @property
@@ -125,8 +121,9 @@ class Demo:
         return "demo_gpu" if self.device == "cuda" else "demo_cpu"
 
     @property
-    def trainer(self) -> str:
-        return TRAINERS[self.method]
+    def number(self) -> str:
+        """Return the data set's number."""
+        return str(dataset_number(self.source.dataset))
 
     @property
     def raw(self) -> Path:
@@ -140,7 +137,7 @@ class Demo:
         """Return the fold's folder of ``pretraining``, ``scratch`` or ``pretrained``."""
         trainer, fold = (self.lengths.finetuner, FINETUNING_FOLD)
         if arm == "pretraining":
-            trainer, fold = (self.trainer, PRETRAINING_FOLD)
+            trainer, fold = (TRAINERS[METHOD], PRETRAINING_FOLD)
         root = self.output / f"results_{arm}" / self.source.dataset
         return root / f"{trainer}__{PLANS}__{CONFIGURATION}" / f"fold_{fold}"
 
@@ -151,7 +148,7 @@ class Demo:
     @cached_property
     def chain(self) -> Chain:
         """Return the steps. A step with a result is done."""
-        number, plan = self.source.number, self.preprocessed / f"{PLANS}.json"
+        number, plan = self.number, self.preprocessed / f"{PLANS}.json"
         preprocess = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", CONFIGURATION, "-np", "2"]
         steps = [
             Step(f"Make {self.source.title}", (self.raw / "splits_final.json").exists, action=self._write_raw),
@@ -160,7 +157,7 @@ class Demo:
             Step("Measure a step", self._lengths_file.exists, action=self._measure),
             Step("Derive plans", plan.exists, self._derive_command),
             Step(
-                f"Pretrain with {METHODS[self.method].title}",
+                f"Pretrain with {METHODS[METHOD].title}",
                 lambda: (self.results("pretraining") / "pretraining_summary.json").exists(),
                 self._pretraining_command,
                 {"nnUNet_results": str(self.output / "results_pretraining")},
@@ -199,8 +196,6 @@ class Demo:
             "--labeled": self.source.labeled,
             "--minutes": self.minutes,
             "-device": self.device,
-            "method": self.method,
-            "fine-tuner": self.finetuner,
             "settings": self.settings,
         }
 
@@ -221,36 +216,28 @@ class Demo:
 
     @property
     def lengths(self) -> Lengths:
-        """Return the lengths that were chosen, or the recipe's."""
-        if self._lengths_file.is_file():
-            return Lengths(**read_json(self._lengths_file))
-        return Lengths(self._recipe_epochs, self.finetuner)
-
-    @property
-    def _recipe_epochs(self) -> int:
-        return int(load_recipe(self.recipe).settings["epochs"])
+        """Return the lengths that were chosen."""
+        return Lengths(**read_json(self._lengths_file))
 
     def _measure(self) -> None:
         """Time a few steps and choose the lengths."""
-        lengths = Lengths(self._recipe_epochs, self.finetuner)
-        if self.minutes is not None:
-            from nnssl_ext.study.estimate import seconds_per_step
+        from nnssl_ext.study.estimate import seconds_per_step
 
-            recipe = load_recipe(self.recipe)
-            recipes = [recipe, *recipes_of(word for word in self.settings if "=" in word)]
-            plans = derive_plans(read_json(self.preprocessed / "nnUNetPlans.json"), PLANS, recipes, [CONFIGURATION])
-            dataset_json = read_json(self.preprocessed / "dataset.json")
-            seconds = seconds_per_step(plans, CONFIGURATION, dataset_json, CommonSettings(), self.device)
-            steps = int(recipe.settings["iterations_per_epoch"])
-            lengths = choose_lengths(seconds, self.minutes, self._recipe_epochs, steps)
-            if lengths.caution:
-                print(lengths.caution, flush=True)
+        recipe = load_recipe(self.recipe)
+        recipes = [recipe, *recipes_of(word for word in self.settings if "=" in word)]
+        plans = derive_plans(read_json(self.preprocessed / "nnUNetPlans.json"), PLANS, recipes, [CONFIGURATION])
+        dataset_json = read_json(self.preprocessed / "dataset.json")
+        seconds = seconds_per_step(plans, CONFIGURATION, dataset_json, CommonSettings(), self.device)
+        epochs, steps = (int(recipe.settings[name]) for name in ("epochs", "iterations_per_epoch"))
+        lengths = choose_lengths(seconds, self.minutes, epochs, steps)
+        if lengths.caution:
+            print(lengths.caution, flush=True)
         write_json(asdict(lengths), self._lengths_file)
 
     def _derive_command(self) -> list[str]:
         own = [f"epochs={self.lengths.pretraining_epochs}"]
         own += [f"configuration.patch_limit={limit}"] if (limit := self.lengths.patch_limit) else []
-        words = ["nnssl_ext", "plan", "-d", self.source.number, "-c", CONFIGURATION, "-o", PLANS, self.recipe]
+        words = ["nnssl_ext", "plan", "-d", self.number, "-c", CONFIGURATION, "-o", PLANS, self.recipe]
         return [*words, *own, *self.settings]
 
     def _write_raw(self) -> None:
@@ -269,12 +256,12 @@ class Demo:
         return int(words.get("epochs", self.lengths.pretraining_epochs))
 
     def _train(self, fold: str, trainer: str, *words: str) -> list[str]:
-        command = ["nnUNetv2_train", self.source.number, CONFIGURATION, fold, "-tr", trainer, "-p", PLANS]
+        command = ["nnUNetv2_train", self.number, CONFIGURATION, fold, "-tr", trainer, "-p", PLANS]
         return [*command, "-device", self.device, *words]
 
     def _pretraining_command(self) -> list[str]:
         begun = list(self.results("pretraining").glob("checkpoint_*.pth"))
-        return self._train(PRETRAINING_FOLD, self.trainer, *(["--c"] if begun else []))
+        return self._train(PRETRAINING_FOLD, TRAINERS[METHOD], *(["--c"] if begun else []))
 
     def _finetuning(self, title: str, arm: str) -> Step:
         variables = {

@@ -15,7 +15,7 @@ from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.provenance import versions
 from nnssl_ext.recipe import read_json
 from nnssl_ext.study import pictures
-from nnssl_ext.study.demo.demo import PLANS, STOCK_STEPS, Demo
+from nnssl_ext.study.demo.demo import METHOD, PLANS, STOCK_STEPS, Demo
 from nnssl_ext.study.page import Page, Picture, Section, Table, render
 from nnssl_ext.study.report import best_median_worst, case_tiles
 from nnssl_ext.study.results import case_dice, training_log
@@ -29,7 +29,7 @@ def write_page(demo: Demo) -> Path:
     dice = {arm: case_dice(demo.results(arm) / "validation", dataset_json) for arm in ARMS}
     splits = read_json(demo.preprocessed / "splits_final.json", list)
     test, labeled, seen = len(splits[0]["val"]), len(splits[0]["train"]), len(splits[1]["train"])
-    method = METHODS[demo.method].title
+    method = METHODS[METHOD].title
     settings = read_json(demo.preprocessed / f"{PLANS}.json")["nnssl_ext"]
     steps = settings["epochs"] * settings["iterations_per_epoch"]
     finetuning = demo.lengths.finetuning_epochs * STOCK_STEPS
@@ -92,7 +92,7 @@ def _by_class(dice: dict[str, pd.DataFrame]) -> dict[str, dict[str, list[float]]
 
 def _training(demo: Demo) -> list[Section]:
     """Draw what has more than one epoch."""
-    log, readable = training_log(demo.weights), METHODS[demo.method].readable
+    log, readable = training_log(demo.weights), METHODS[METHOD].readable
     losses = {"training": log["train_losses"], "validation": log["val_losses"]}
     dice = {arm: training_log(demo.results(arm) / "checkpoint_final.pth")["mean_fg_dice"] for arm in ARMS}
     validation = {"validation": log[f"val_{readable.key}"]}
@@ -159,7 +159,7 @@ def _commands_run(demo: Demo) -> Section:
 
 
 def _own_data(demo: Demo) -> Section:
-    trainer = TRAINERS[demo.method]
+    trainer = TRAINERS[METHOD]
     weights = f"$nnUNet_results/DATASET/{trainer}__nnUNetPlans__3d_fullres/fold_0/checkpoint_final.pth"
     lines = [
         'export nnUNet_extTrainer="$(nnssl_ext trainers)"',

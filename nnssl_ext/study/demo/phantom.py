@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import SimpleITK
 from scipy.ndimage import gaussian_filter, map_coordinates
+from tqdm import tqdm
 
 from nnssl_ext.errors import UserError
 
@@ -62,7 +62,7 @@ class PhantomOptions:
             )
 
 
-def write_phantom(folder: Path, options: PhantomOptions, progress: Callable[[int, int], None] | None = None) -> None:
+def write_phantom(folder: Path, options: PhantomOptions) -> None:
     """Write an ordinary nnU-Net raw data set.
 
     Unlabeled cases stand beside the labeled ones, every voxel of theirs with nnU-Net's ignore label. A
@@ -71,8 +71,6 @@ def write_phantom(folder: Path, options: PhantomOptions, progress: Callable[[int
 
     Args:
         folder: ``nnUNet_raw/DatasetXXX_NAME``; it must not exist.
-        options: What to make.
-        progress: Called with (cases done, all cases).
 
     Raises:
         UserError: If the options make no sense or the folder exists.
@@ -84,15 +82,15 @@ def write_phantom(folder: Path, options: PhantomOptions, progress: Callable[[int
     # a call that is stopped leaves no half data set
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".phantom_") as unfinished:
         whole = Path(unfinished) / folder.name
-        _write_cases(whole, options, progress)
+        _write_cases(whole, options)
         whole.rename(folder)
 
 
-def _write_cases(folder: Path, options: PhantomOptions, progress: Callable[[int, int], None] | None) -> None:
+def _write_cases(folder: Path, options: PhantomOptions) -> None:
     for part in ("imagesTr", "labelsTr"):
         (folder / part).mkdir(parents=True)
     names = {"labeled": [], "unlabeled": [], "test": []}  # type: dict[str, list[str]]
-    for number in range(options.cases):
+    for number in tqdm(range(options.cases), desc="Making cases", disable=None):  # no bar where nobody watches
         kind = "labeled" if number < options.labeled else "unlabeled"
         kind = "test" if number >= options.cases - options.test else kind
         name = f"phantom_{number:03d}"
@@ -103,8 +101,6 @@ def _write_cases(folder: Path, options: PhantomOptions, progress: Callable[[int,
         for channel, volume in enumerate(image):
             _write(volume, folder / "imagesTr" / f"{name}_{channel:04d}.nii.gz", options.spacing)
         _write(label, folder / "labelsTr" / f"{name}.nii.gz", options.spacing)
-        if progress:
-            progress(number + 1, options.cases)
 
     labels = {"background": 0, **{organ: value for value, organ in enumerate(ORGANS, 1)}, "ignore": IGNORE_LABEL}
     _write_json(

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from nnssl_ext.commands import dataset_number
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import write_json
 from nnssl_ext.study.decathlon.tasks import convert_task, task_of_path, unpack
@@ -21,28 +17,8 @@ from nnssl_ext.study.demo.phantom import PhantomOptions, write_phantom
 MOST_TEST_CASES = 6
 
 
-class Source(ABC):
-    """Write a raw data set with its splits_final.json.
-
-    Fold 0 is for fine-tuning, fold 1 for pretraining; both spare the test cases.
-    """
-
-    title: str
-    dataset: str
-    labeled: int
-
-    @abstractmethod
-    def write_raw(self, root: Path, scratch: Path) -> None:
-        """Write the data set into nnUNet_raw. ``scratch`` holds intermediate files."""
-
-    @property
-    def number(self) -> str:
-        """Return the data set's number."""
-        return str(dataset_number(self.dataset))
-
-
 @dataclass
-class PhantomSource(Source):
+class PhantomSource:
     """The phantom, as data set 900."""
 
     options: PhantomOptions
@@ -50,45 +26,39 @@ class PhantomSource(Source):
     dataset = "Dataset900_Phantom"
 
     @property
-    def labeled(self) -> int:  # type: ignore[override]
+    def labeled(self) -> int:
         return self.options.labeled
 
     def write_raw(self, root: Path, scratch: Path) -> None:
-        total = self.options.cases
-        # made elsewhere and moved: an interrupted run leaves no half data set
-        unfinished = scratch / self.dataset
-        with tqdm(total=total, desc="Making cases", leave=False, disable=not sys.stderr.isatty()) as bar:
-            write_phantom(unfinished, self.options, lambda done, _: bar.update(done - bar.n))
-        unfinished.rename(root / self.dataset)
+        write_phantom(root / self.dataset, self.options)
 
 
 @dataclass
-class DecathlonSource(Source):
+class DecathlonSource:
     """Take a Decathlon task with few labeled cases.
 
     Args:
         path: ``TaskXX_NAME`` or ``TaskXX_NAME.tar``.
         labeled: Cases that fine-tuning sees.
-        seed: Of the split.
     """
 
     path: Path
     labeled: int = 6
-    seed: int = 0
 
     @cached_property
     def task(self) -> str:
         return task_of_path(self.path)
 
     @property
-    def title(self) -> str:  # type: ignore[override]
+    def title(self) -> str:
         return f"the Decathlon's {self.task}"
 
     @property
-    def dataset(self) -> str:  # type: ignore[override]
+    def dataset(self) -> str:
         return f"Dataset{int(self.task[4:6]):03d}_{self.task[7:]}"
 
     def write_raw(self, root: Path, scratch: Path) -> None:
+        """Write the data set into nnUNet_raw. ``scratch`` holds intermediate files."""
         source = unpack(self.path, self.task, scratch) if self.path.is_file() else self.path
         convert_task(source, root, scratch)
         write_json(self._splits(root / self.dataset), root / self.dataset / "splits_final.json")
@@ -98,9 +68,14 @@ class DecathlonSource(Source):
         test = min(MOST_TEST_CASES, len(cases) // 5)
         if test < 1 or self.labeled < 1 or self.labeled + test >= len(cases):
             raise UserError(f"{self.path} has {len(cases)} labeled cases: too few for {self.labeled} and a test set")
-        order = [cases[i] for i in np.random.default_rng(self.seed).permutation(len(cases))]
+        order = [cases[i] for i in np.random.default_rng(0).permutation(len(cases))]
         held_out, rest = sorted(order[:test]), order[test:]
         return [
             {"train": sorted(rest[: self.labeled]), "val": held_out},
             {"train": sorted(rest), "val": held_out},
         ]
+
+
+#: What writes a raw data set with its splits_final.json. Fold 0 is for fine-tuning, fold 1 for pretraining; both spare
+#: the test cases.
+Source = PhantomSource | DecathlonSource

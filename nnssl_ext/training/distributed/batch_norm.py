@@ -7,12 +7,11 @@ B batch, C channel, any number of spatial axes.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from nnssl_ext.losses.gather import Sum
 
 
 class GlobalBatchNorm(_BatchNorm):
@@ -29,10 +28,10 @@ class GlobalBatchNorm(_BatchNorm):
         shape = [1, -1] + [1] * (image.ndim - 2)
         values = image.to(torch.promote_types(image.dtype, torch.float32))
         count = values.new_full((1,), values.numel() / values.shape[1])
-        total = _Sum.apply(torch.cat([count, values.sum(axes)]))
+        total = Sum.apply(torch.cat([count, values.sum(axes)]))
         centered = values - (total[1:] / total[0]).view(shape)
         # a second pass: the mean square minus the squared mean would cancel
-        variance = _Sum.apply(centered.square().sum(axes)) / total[0]
+        variance = Sum.apply(centered.square().sum(axes)) / total[0]
         if self.training and self.running_mean is not None:
             self._remember(total[1:] / total[0], variance * total[0] / (total[0] - 1).clamp_min(1))
         result = centered * (variance + self.eps).rsqrt().view(shape)
@@ -51,33 +50,9 @@ class GlobalBatchNorm(_BatchNorm):
         self.running_var.lerp_(variance, share)
 
 
-class _Sum(torch.autograd.Function):
-    """Sum values over all processes, and gradients likewise."""
-
-    @staticmethod
-    def forward(context: Any, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total
-
-
 def synchronize(module: nn.Module) -> nn.Module:
-    """Replace each batch norm in ``module`` by a ``GlobalBatchNorm``. Parameters and buffers are kept."""
-    for name, child in module.named_children():
-        if isinstance(child, _BatchNorm) and not isinstance(child, GlobalBatchNorm):
-            norm = GlobalBatchNorm(
-                child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
-            )
-            norm.weight, norm.bias, norm.training = child.weight, child.bias, child.training
-            norm.running_mean, norm.running_var = child.running_mean, child.running_var
-            norm.num_batches_tracked = child.num_batches_tracked
-            setattr(module, name, norm)
-        else:
-            synchronize(child)
+    """Make each batch norm in ``module`` a ``GlobalBatchNorm``. Parameters and buffers are kept."""
+    for part in module.modules():
+        if isinstance(part, _BatchNorm):
+            part.__class__ = GlobalBatchNorm
     return module

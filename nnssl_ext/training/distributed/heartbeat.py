@@ -35,13 +35,10 @@ _DONE, _FAILED, _SAID = "done", "failed ", "said "
 class Heartbeat:
     """Watch the other processes within a context.
 
-    It does nothing for a single process, or within another heartbeat.
+    It does nothing for a single process, or within another heartbeat. ``number`` of ``count`` is this process's rank,
+    before there is a process group.
 
     An error that leaves it is printed and becomes ``SystemExit(1)``, in the other processes too.
-
-    Args:
-        number: This process's rank, before there is a process group.
-        count: How many processes there are, likewise.
     """
 
     _on = False

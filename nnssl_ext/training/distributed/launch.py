@@ -22,6 +22,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.training.distributed.heartbeat import Heartbeat
+from nnssl_ext.training.distributed.ranks import check_nccl
 from nnssl_ext.training.distributed.store import meet
 from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 
@@ -43,11 +44,7 @@ class Place:
 
     @classmethod
     def of_this_process(cls) -> Place:
-        """Read the variables that torchrun sets.
-
-        Raises:
-            UserError: If one is missing or no number.
-        """
+        """Read the variables that torchrun sets. All must be there, as numbers."""
         missing = [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise UserError(
@@ -67,14 +64,8 @@ class Place:
 def process_group(check: Callable[[], argparse.Namespace]) -> Iterator[None]:
     """Open a process group.
 
-    An error in one process ends all of them and is reported once.
-
-    Args:
-        check: Reads and checks the command line, in every process; nothing is written before all have.
-
-    Raises:
-        UserError: If the processes cannot meet.
-        SystemExit: With status 1 after an error.
+    An error in one process ends all of them with status 1 and is reported once. ``check`` reads and checks the command
+    line, in every process; nothing is written before all have.
     """
     place = Place.of_this_process()
     store = meet(place.rank, place.world)
@@ -140,6 +131,7 @@ def _take_device(device: str, place: Place) -> str:
             f"{place.here} processes on a machine where each sees {found} GPUs. Give --nproc-per-node {found}, or let "
             f"each process see all GPUs of its machine"
         )
+    check_nccl()
     torch.cuda.set_device(place.local)
     return "nccl"
 

@@ -30,6 +30,12 @@ def rank_device(device: torch.device) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank() % max(1, torch.cuda.device_count()))))
 
 
+def check_nccl() -> None:
+    """Refuse several GPUs if this torch has no NCCL."""
+    if not (dist.is_available() and dist.is_nccl_available()):
+        raise UserError("several GPUs need NCCL, which this torch lacks (Windows); use one GPU")
+
+
 def mean_over_samples(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     """Average each term over all samples of all processes.
 
@@ -51,13 +57,7 @@ def mean_over_samples(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, floa
 
 
 def same_everywhere(found: Any, fold: int | str) -> None:
-    """Check that all processes find the same.
-
-    Machines with separate results folders do not.
-
-    Raises:
-        UserError: In all processes, if ``found`` differs.
-    """
+    """Check that all processes find the same. Machines with separate results folders do not."""
     everywhere = [found] * world()
     if world() > 1:
         dist.all_gather_object(everywhere, found)

@@ -41,10 +41,6 @@ def meet(number: int, world: int) -> dist.Store:
 
     Afterwards ``shared_store`` is another connection to the same place: nothing that the backend waits for blocks it.
 
-    Args:
-        number: This process's rank.
-        world: How many there are.
-
     Raises:
         UserError: If the place cannot be reached.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +13,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import PARAM_LIST, AveragedModel
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import SCHEMAS, OptimizerRecipe
@@ -28,13 +28,7 @@ PHASES = ("everything", "decoder and heads", "heads")
 
 
 def finetune_settings(plans: dict) -> tuple[CommonSettings, FinetuneSettings]:
-    """Read and check the settings of a plans file.
-
-    Lengths below 1 become shares of the steps.
-
-    Raises:
-        UserError: For an unknown setting, or steps beyond the end.
-    """
+    """Read and check a plans file's settings. Lengths below 1 become shares of the steps."""
     where = f"plans {plans['plans_name']}"
     common, sections = split_sections(plans.get(PLANS_KEY, {}), SCHEMAS, where)
     settings: FinetuneSettings = sections["finetune"]
@@ -87,11 +81,7 @@ def encoder_layers(network: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def build_optimizer(network: nn.Module, settings: FinetuneSettings, learning_rate: float) -> torch.optim.Optimizer:
-    """Build the optimizer with one group per component.
-
-    Raises:
-        UserError: If the settings name a component that the network lacks.
-    """
+    """Build the optimizer with one group per component. Settings may name none that the network lacks."""
     s, groups = settings, parameter_groups(network)
     if (s.encoder_lr_scale != 1 or s.freeze_encoder_steps) and not groups["encoder"]:
         raise UserError("finetune.encoder_lr_scale and freeze_encoder_steps need a network with an 'encoder'")
@@ -149,38 +139,17 @@ def hold_statistics(network: nn.Module, settings: FinetuneSettings, frozen: tupl
             module.train(id(module.weight) not in held)
 
 
-class MovingAverage:
+def moving_average(network: nn.Module, decay: float) -> AveragedModel:
     """Average a network's weights exponentially.
 
-    The decay of update t is at most (1 + t) / (10 + t). Buffers are copied. Tensors are collected once.
-
-    Args:
-        network: The trained network.
-        decay: Largest decay.
-
-    Attributes:
-        module: The network with averaged weights.
-        updates: Updates so far; the first copies the weights.
+    The first update copies the weights. The decay of update t is at most (1 + t) / (10 + t). Buffers are copied.
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.decay, self.updates = decay, 0
-        self.module = copy.deepcopy(network).requires_grad_(False)
-        self._averaged: list[torch.Tensor] = list(self.module.parameters())
-        self._trained: list[torch.Tensor] = list(network.parameters())
-        self._buffers = list(self.module.buffers()), list(network.buffers())
+    def lerp(averaged: PARAM_LIST, trained: PARAM_LIST, number: torch.Tensor | int) -> None:
+        updates = int(number)
+        torch._foreach_lerp_(averaged, trained, 1 - min(decay, (1 + updates) / (10 + updates)))
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take up the trained weights."""
-        if self.updates == 0:
-            torch._foreach_copy_(self._averaged, self._trained)
-        else:
-            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-            torch._foreach_lerp_(self._averaged, self._trained, 1 - decay)
-        for averaged, trained in zip(*self._buffers, strict=True):
-            averaged.copy_(trained)
-        self.updates += 1
+    return AveragedModel(network, multi_avg_fn=lerp).requires_grad_(False)
 
 
 def predict_alone(network: nn.Module) -> None:
@@ -190,10 +159,11 @@ def predict_alone(network: nn.Module) -> None:
 
 
 def to_device(tensors: Any, device: torch.device) -> Any:
-    """Send tensors to a device without waiting."""
+    """Send tensors to a device, without waiting for a GPU."""
     if isinstance(tensors, list):
-        return [tensor.to(device, non_blocking=True) for tensor in tensors]
-    return tensors.to(device, non_blocking=True)
+        return [to_device(tensor, device) for tensor in tensors]
+    # MPS before torch 2.13 reads the source later, when it may be freed (pytorch#189690)
+    return tensors.to(device, non_blocking=device.type == "cuda")
 
 
 @contextmanager
@@ -212,10 +182,6 @@ def weighted_for(loss: nn.Module, several: bool) -> nn.Module:
 
     DDP waits for a gradient of every parameter. Stock leaves the coarsest output out, and only a network that is
     compiled as a whole returns zeros for it. One with synchronized batch norms is not.
-
-    Args:
-        loss: Stock's loss.
-        several: Whether DDP trains.
     """
     if several and isinstance(loss, DeepSupervisionWrapper):
         loss.weight_factors = tuple(weight or 1e-6 for weight in loss.weight_factors)  # stock's without compiling

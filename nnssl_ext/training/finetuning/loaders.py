@@ -14,7 +14,6 @@ import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch.utils.data import Dataset
 
-from nnssl_ext.data.loader import Shard, SteadyLoader
 from nnssl_ext.training.distributed.ranks import rank
 
 TRAINING, VALIDATION = 0, 1
@@ -29,11 +28,7 @@ def run_seed(seed: int, fold: int | str) -> int:
 class SeededBatches(Dataset):
     """nnU-Net's batches by their number.
 
-    Args:
-        batches: nnU-Net's loader with its transforms. It draws from the global generators.
-        seed: Seed of the run.
-        stream: ``TRAINING`` or ``VALIDATION``.
-        channels: Channels of a case.
+    Its loader draws from the global generators. ``stream`` is ``TRAINING`` or ``VALIDATION``.
     """
 
     def __init__(self, batches: nnUNetDataLoader, seed: int, stream: int, channels: int) -> None:
@@ -73,40 +68,6 @@ class _Counted:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         self.tick()
         return self.function(*arguments, **options)
-
-
-def batch_loader(
-    batches: SeededBatches,
-    numbers: range,
-    *,
-    workers: int,
-    pin_memory: bool,
-    log: Callable[[str], None],
-    waiting: Callable[[], None],
-) -> SteadyLoader:
-    """Return a loader of the batches with these numbers.
-
-    Args:
-        batches: The batches.
-        numbers: Their numbers, which follow each other.
-        workers: Processes that read.
-        pin_memory: As for torch's DataLoader.
-        log: Called with a line when a worker is replaced.
-        waiting: Called every few seconds while there is no batch; may raise.
-    """
-    return SteadyLoader(
-        batches,
-        Shard(numbers.start, numbers.stop, 1),
-        workers=workers,
-        pin_memory=pin_memory,
-        log=log,
-        waiting=waiting,
-        join=_first,
-    )
-
-
-def _first(batches: list[dict[str, Any]]) -> dict[str, Any]:
-    return batches[0]
 
 
 def never_by_time(transform: Any) -> None:

@@ -18,15 +18,14 @@ from torch.nn import functional as F
 from nnssl_ext.errors import UserError
 from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.networks.target import target_network
+from nnssl_ext.settings import CommonSettings
 from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
 
 
 class ProbeNetwork(nn.Module):
     """A frozen encoder and its linear head.
 
-    Args:
-        network: A segmentation network. All of it but its decoder is taken over, under the same names.
-        outputs: Classes.
+    All of the segmentation network but its decoder is taken over, under the same names.
     """
 
     def __init__(self, network: nn.Module, outputs: int) -> None:
@@ -75,17 +74,15 @@ class nnsslTrainer_Probe(nnsslTrainer_Finetune):
     #: Its head reads the encoder, so a head that reads a decoder does not fit.
     takes_heads = False
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net reads this signature)
-    ) -> None:
+    def check(
+        self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device
+    ) -> tuple[CommonSettings, str]:
         if len(PlansManager(plans).get_configuration(configuration).patch_size) != 3:
             raise UserError(f"configuration '{configuration}' is 2-D. The probe is 3-D: use 3d_fullres or 3d_lowres")
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        return super().check(plans, configuration, fold, dataset_json, device)
+
+    def set_up(self) -> None:
+        super().set_up()
         self.enable_deep_supervision = False
         self.predicted_by = type(self).__name__
 

@@ -44,11 +44,7 @@ def is_spoilt(outputs: Outputs, scaled: bool, limit: int) -> bool:
 
 
 def refuse_other_run(content: Mapping[str, Any], settings: Mapping[str, Any], fold: int | str, source: str) -> None:
-    """Refuse to continue another run's checkpoint, or a snapshot.
-
-    Raises:
-        UserError: In either case.
-    """
+    """Refuse to continue another run's checkpoint, or a snapshot."""
     own = content["nnssl_ext"]
     if own.get("finetune") != settings or str(own.get("fold")) != str(fold):
         raise UserError(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from nnssl_ext import checkpoint
+from nnssl_ext.data.loader import Shard
 from nnssl_ext.environment import check_device
 from nnssl_ext.errors import UserError
 from nnssl_ext.provenance import revision, versions
@@ -30,11 +33,11 @@ from nnssl_ext.training.distributed.store import from_the_first
 from nnssl_ext.training.finetuning.components import (
     PEAK,
     PHASES,
-    MovingAverage,
     build_optimizer,
     finetune_settings,
     frozen_components,
     hold_statistics,
+    moving_average,
     other_weights,
     predict_alone,
     rate_at,
@@ -42,20 +45,14 @@ from nnssl_ext.training.finetuning.components import (
     unwrapped,
     weighted_for,
 )
-from nnssl_ext.training.finetuning.evaluation import Evaluation
-from nnssl_ext.training.finetuning.loaders import (
-    TRAINING,
-    VALIDATION,
-    SeededBatches,
-    batch_loader,
-    never_by_time,
-    run_seed,
-)
+from nnssl_ext.training.finetuning.evaluation import evaluate
+from nnssl_ext.training.finetuning.loaders import TRAINING, VALIDATION, SeededBatches, never_by_time, run_seed
 from nnssl_ext.training.finetuning.state import Outputs, finite, is_spoilt, of_all_processes, refuse_other_run
 from nnssl_ext.training.managed import ManagedTrainer
 from nnssl_ext.training.memory.out_of_memory import finetuning_advice
 from nnssl_ext.training.onednn import avoid_two_slice_bug
 from nnssl_ext.training.pretraining.log import PlainLog
+from nnssl_ext.training.run.commands import continuation
 from nnssl_ext.training.run.folder import LATEST
 from nnssl_ext.transfer.start import load_heads, pretrained_weights_argument
 from nnssl_ext.views.random import step_seed
@@ -74,24 +71,16 @@ class nnsslTrainer_Finetune(ManagedTrainer):
     #: ``nnssl_ext transfer`` fills the heads of equal labels for this trainer.
     takes_heads = True
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net reads this signature)
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def set_up(self) -> None:
         s = self.settings
         self.logger.local_logger = PlainLog()
-        self.seed = run_seed(s.seed, fold)
+        self.seed = run_seed(s.seed, self.fold)
         self.initial_lr = PEAK[s.optimizer] if s.learning_rate is None else s.learning_rate
         self.weight_decay, self.save_every = s.weight_decay, s.save_every
         self.num_epochs = math.ceil(s.steps / s.steps_per_epoch)
         self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = s.steps_per_epoch, s.validation_iterations
         self.predicted_by = self.common.target_trainer
-        self.averaged: MovingAverage | None = None
+        self.averaged: AveragedModel | None = None
         self.held: tuple[str, ...] | None = None
 
     def check(
@@ -140,13 +129,13 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         workers = get_allowed_n_proc_DA()
         from_the_first("split", self.do_split)  # it may write splits_final.json
         loaders = []
-        for cases, size, transforms, stream, numbers, readers in zip(
+        for cases, size, transforms, stream, shard, readers in zip(
             self.get_tr_and_val_datasets(),
             (initial_patch, patch),
             (augmentation, self.get_validation_transforms(scales, **shared)),
             (TRAINING, VALIDATION),
-            (range(self.step, self.settings.steps), range(self.num_val_iterations_per_epoch)),
-            (workers, min(1, workers)),
+            (Shard(self.step, self.settings.steps, 1), Shard(0, self.num_val_iterations_per_epoch, 1)),
+            (workers, self.validation_workers(workers)),
             strict=True,
         ):
             batches = nnUNetDataLoader(
@@ -159,16 +148,8 @@ class nnsslTrainer_Finetune(ManagedTrainer):
                 transforms=transforms,
                 probabilistic_oversampling=self.probabilistic_oversampling,
             )
-            loaders.append(
-                batch_loader(
-                    SeededBatches(batches, self.seed, stream, self.num_input_channels),
-                    numbers,
-                    workers=readers,
-                    pin_memory=self.device.type == "cuda",
-                    log=self.print_to_log_file,
-                    waiting=self.leave_if_asked_alone,
-                )
-            )
+            seeded = SeededBatches(batches, self.seed, stream, self.num_input_channels)
+            loaders.append(self.loader(seeded, shard, readers, join=itemgetter(0)))
         return iter(loaders[0]), loaders[1]
 
     def on_train_start(self) -> None:
@@ -178,7 +159,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
             self.print_to_log_file(f"Heads of equal labels from {file}: {len(loaded)} tensors")
         # made here: pretrained weights are loaded after the network is built
         if self.settings.weight_average_decay and self.averaged is None:
-            self.averaged = MovingAverage(self.plain_network, self.settings.weight_average_decay)
+            self.averaged = moving_average(self.plain_network, self.settings.weight_average_decay)
 
     def before_training(self) -> None:
         # pretrained weights are given without --c only: a run that was killed at once would continue from scratch
@@ -232,7 +213,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
             self.optimizer.step()
         self.step += 1
         if self.averaged is not None:
-            self.averaged.update()
+            self.averaged.update_parameters(self.plain_network)
         return {"loss": loss.detach().float().cpu().numpy()}
 
     def after_step(self) -> None:
@@ -306,37 +287,23 @@ class nnsslTrainer_Finetune(ManagedTrainer):
             except KeyboardInterrupt as error:
                 if world() > 1:
                     raise
-                command = self.run_name.continuation(self.device.type)
+                command = continuation(self.run_name, self.device.type)
                 self.print_to_log_file(f"Stopped by SIGINT in the validation. Repeat it with:\n    {command}")
                 raise SystemExit(0) from error
 
     def _validate_snapshots(self, final: bool) -> None:
         settings, network = self.settings, self.plain_network
-        evaluation = Evaluation(
-            network=self.network,
-            plans=self.plans_manager,
-            configuration=self.configuration_manager,
-            labels=self.label_manager,
-            dataset_json=self.dataset_json,
-            trainer_name=type(self).__name__,
-            mirroring_axes=self.inference_allowed_mirroring_axes if settings.mirroring else None,
-            device=self.device,
-            amp_dtype=self.amp_dtype,
-            cases=self.dataset_class(
-                self.preprocessed_dataset_folder, self.do_split()[1], self.folder_with_segs_from_previous_stage
-            ),
-            truth=Path(str(self.preprocessed_dataset_folder_base)) / "gt_segmentations",
-            is_cascaded=self.is_cascaded,
-            log=self.print_to_log_file,
+        cases = self.dataset_class(
+            self.preprocessed_dataset_folder, self.do_split()[1], self.folder_with_segs_from_previous_stage
         )
         self.set_deep_supervision_enabled(False)
         for step in settings.snapshots:
             if step != settings.steps and (file := self.snapshot_file(step)).is_file():
                 with other_weights(network, checkpoint.load(file)["network_weights"]):
-                    evaluation.run(self.folder.path / f"validation_step_{step:06d}")
+                    evaluate(self, cases, self.folder.path / f"validation_step_{step:06d}", settings.mirroring)
         if final:
             with other_weights(network, self.exported_weights()):
-                dice = evaluation.run(self.folder.path / "validation")
+                dice = evaluate(self, cases, self.folder.path / "validation", settings.mirroring)
             self.print_to_log_file(f"Mean Validation Dice: {dice}")
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
 
@@ -385,9 +352,9 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         try:
             self.plain_network.load_state_dict(own.get("trained_weights", content["network_weights"]))
             if "trained_weights" in own:
-                self.averaged = MovingAverage(self.plain_network, self.settings.weight_average_decay)
+                self.averaged = moving_average(self.plain_network, self.settings.weight_average_decay)
                 self.averaged.module.load_state_dict(content["network_weights"])
-                self.averaged.updates = own["step"]
+                self.averaged.n_averaged.fill_(own["step"])
         except RuntimeError as error:  # torch lists every tensor
             raise UserError(
                 f"{source} belongs to another network than the plans build. Continue it with its own plans, or start "

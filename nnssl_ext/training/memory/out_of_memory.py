@@ -41,17 +41,9 @@ LITTLE = 2**29
 def out_of_memory_line(
     advice: Callable[[], str], step: Callable[[], int], release: Callable[[], None]
 ) -> Iterator[None]:
-    """End a training that lacks memory with one line.
+    """Turn a lack of memory into a UserError of one line.
 
-    Checkpoints stay as they are.
-
-    Args:
-        advice: Describes what was too much and what to change.
-        step: Returns the finished steps.
-        release: Frees what the failed step held.
-
-    Raises:
-        UserError: In the place of the error.
+    Checkpoints stay as they are. ``step`` returns the finished steps, ``release`` frees what the failed one held.
     """
     try:
         yield
@@ -78,14 +70,7 @@ def _free_memory() -> float:
 def pretraining_advice(
     method: type[Method], checked: Checked, plans: dict, configuration: str, dataset_json: dict, device: torch.device
 ) -> str:
-    """Describe what was too much for a device in pretraining.
-
-    Args:
-        method: What pretrains.
-        checked: Input of the run.
-        plans, configuration, dataset_json: nnU-Net's of the run.
-        device: The device.
-    """
+    """Describe what was too much for a device in pretraining."""
     batch = -(-checked.batch_size // world())
     total = device_memory(device)
     crop = "x".join(map(str, checked.geometry.crop_size))

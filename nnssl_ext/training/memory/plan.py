@@ -43,13 +43,7 @@ class Need:
 
 
 def wanted_methods(names: Sequence[str] | None, plans: dict) -> list[type[Method]]:
-    """Return the requested methods.
-
-    Default: those that the plans configure, else VolumeFusion.
-
-    Raises:
-        UserError: For an unknown name.
-    """
+    """Return the requested methods. Default: those that the plans configure, else VolumeFusion."""
     for name in names or ():
         if name not in METHODS:
             raise UserError(unknown_name("method", name, list(METHODS), "--method"))
@@ -68,11 +62,7 @@ def needs_of(plans: dict, configurations: Sequence[str], methods: Sequence[type[
 
 
 def fitting_batch(needs: Sequence[Need], target: float, named: int | None, plans: dict, dataset: dict) -> int:
-    """Return the largest batch that fits, at most ``named``.
-
-    Raises:
-        UserError: If not even the smallest batch of a method fits.
-    """
+    """Return the largest batch that fits, at most ``named``. The smallest batch of a method must."""
     largest = [need.memory.largest_batch(target) for need in needs]
     for need, batch in zip(needs, largest, strict=True):
         if batch < need.method.min_batch_size:

@@ -63,14 +63,8 @@ class PretrainingLog(LocalLogger):
     def has_collapsed(self, sign: bool, patience: int, epoch: int) -> bool:
         """Log a sign of collapse. Return whether to stop.
 
-        That is when enough validations in a row showed one.
-
-        The count is read from the log, so that a continued run stops where the uninterrupted one would.
-
-        Args:
-            sign: Whether this validation did.
-            patience: Validations in a row that are enough; 0 is never.
-            epoch: Current epoch.
+        That is when ``patience`` validations in a row showed one; 0 is never. The count is read from the log, so that a
+        continued run stops where the uninterrupted one would.
         """
         log = self.my_fantastic_logging
         if not sign and COLLAPSED not in log:

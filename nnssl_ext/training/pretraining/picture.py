@@ -28,13 +28,7 @@ Rows = list[list[Panel]]
 class PretextPicture:
     """Draws the picture after the first epoch, every few epochs, and after the last one.
 
-    Nothing that goes wrong here ends a run.
-
-    Args:
-        file: The picture.
-        every: Epochs between two pictures; 0 draws none.
-        epochs: Epochs of the run.
-        log: Called with a line when it cannot be drawn.
+    Nothing that goes wrong here ends a run: ``log`` is called with a line. ``every`` 0 draws none.
     """
 
     def __init__(self, file: Path, every: int, epochs: int, log: Callable[[str], None]) -> None:
@@ -53,11 +47,7 @@ class PretextPicture:
     def update(self, epoch: int, title: str, spacing: Sequence[float], show: Callable[[CropBatch], Rows]) -> None:
         """Draw the picture if it is due.
 
-        Args:
-            epoch: Current epoch, from 0.
-            title: First line of the picture.
-            spacing: Voxel edges in mm.
-            show: Returns the rows of the kept samples.
+        Epochs count from 0, spacing is in mm. ``show`` returns the rows of the kept samples.
         """
         if self.batch is None or (epoch % self.every and epoch != self.epochs - 1):
             return
@@ -84,11 +74,7 @@ def draw(rows: Rows, title: str, spacing: Sequence[float], file: Path) -> None:
 
 
 def compose(rows: Rows, spacing: Sequence[float]) -> tuple[np.ndarray, list[tuple[int, int, str]]]:
-    """Lay out all planes in one image.
-
-    Args:
-        rows: At least one row with at least one panel.
-        spacing: Voxel edges in mm.
+    """Lay out all planes in one image. Voxel edges are in mm.
 
     Returns:
         The image (height, width, 3), and the places of the titles: left, top, text.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from nnssl_ext import checkpoint
 from nnssl_ext.data.cases import shorten
 from nnssl_ext.errors import UserError
-from nnssl_ext.methods import DataGeometry, Method
-from nnssl_ext.networks import adaptation_plan as contract
+from nnssl_ext.methods import Method
 from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.networks.base import LearnedPositions
 from nnssl_ext.networks.positions import resize_positions
@@ -67,23 +66,14 @@ def restored(terms: dict[str, Tensor], device: torch.device) -> Outputs:
     return [{key: (value if rank() == 0 else value[:0]).to(device) for key, value in terms.items()}]
 
 
-class Start(NamedTuple):
-    """Describe what pretrained weights gave to a run.
-
-    Attributes:
-        text: For the log.
-        filled: Names of the tensors that they hold trained values for.
-    """
-
-    text: str
-    filled: list[str]
-
-
-def start_from(method: Method, text: str) -> Start:
+def start_from(method: Method, text: str) -> tuple[str, list[str]]:
     """Start from pretrained weights.
 
     A finished run of the same method hands over network, heads, teacher and centers. Every other source that
     ``nnssl_ext transfer`` takes fills the network, and the teacher where there is one.
+
+    Returns:
+        A text for the log, and the names of the tensors that have trained values now.
 
     Raises:
         UserError: If the source cannot be read, does not fit, or is the method's own run with another network.
@@ -92,10 +82,10 @@ def start_from(method: Method, text: str) -> Start:
     own = _own_section(path)
     if own.get("method") == method.name and "state" in own:
         _take_over(method, own, path)
-        return Start(f"Starting from {path}", list(own.get("trained", [])))
+        return f"Starting from {path}", list(own.get("trained", []))
     geometry = method.geometry
     report = fill_networks((method.network, method.exported), text, geometry.spacing, geometry.crop_size)
-    return Start(str(report), [row.name for row in report.rows if row.action != LEFT])
+    return str(report), [row.name for row in report.rows if row.action != LEFT]
 
 
 def filled_by(method: Method, path: Path) -> list[str]:
@@ -148,14 +138,8 @@ def network_weights(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the state dict of the data set's own network.
 
-    It holds all pretrained tensors under every alias. Fresh heads of the data set's width take the place of heads that
-    the method trained for itself.
-
-    Args:
-        method: The method.
-        heads: Fresh heads; empty where the method trained none of its own.
-        lengths: Initial lengths of convolutions before a norm.
-        restore: Scale them to these lengths.
+    It holds all pretrained tensors under every alias. Fresh ``heads`` of the data set's width take the place of heads
+    that the method trained for itself. ``restore`` scales convolutions before a norm to their initial ``lengths``.
 
     Returns:
         The state dict, and what it says of lengths: whether they are ``restored``, and the ``factors`` by name that
@@ -205,16 +189,7 @@ def identity(
     fold: int | str,
     architecture: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return what a run and its checkpoint must share.
-
-    Args:
-        method: What pretrains.
-        checked: Input of the run.
-        dataset: Name of the data set.
-        configuration: Name of the configuration.
-        fold: The fold.
-        architecture: Network of the configuration.
-    """
+    """Return what a run and its checkpoint must share."""
     common = {k: v for k, v in asdict(checked.common).items() if k not in FREE}
     geometry = asdict(checked.geometry)
     del geometry["strides"], geometry["batch_size"]  # the architecture and the batch size below include them
@@ -235,11 +210,7 @@ def identity(
 
 
 def refuse_other_run(stored: dict[str, Any], mine: dict[str, Any], source: str) -> None:
-    """Refuse to continue another run's checkpoint.
-
-    Raises:
-        UserError: With the first difference of the two identities.
-    """
+    """Refuse to continue another run's checkpoint. The UserError names the first difference of the identities."""
     difference = _first_difference(stored, mine, "")
     if difference:
         name, theirs, ours = difference
@@ -250,12 +221,9 @@ def refuse_other_run(stored: dict[str, Any], mine: dict[str, Any], source: str) 
 
 
 def refuse_other_data(stored: dict[str, str] | None, mine: dict[str, str], source: str) -> None:
-    """Refuse to continue on another state of the data.
+    """Refuse to continue where cases came, went or changed.
 
     Cases that were or are left out as unreadable may differ: the log names them.
-
-    Raises:
-        UserError: If cases came, went or changed.
     """
     if stored is None:  # from before digests were kept
         return
@@ -270,29 +238,6 @@ def refuse_other_data(stored: dict[str, str] | None, mine: dict[str, str], sourc
             f"{source} was made with another state of the data set: {'; '.join(differences)}. Restore it, or start "
             f"anew without --c"
         )
-
-
-def adaptation_plan(
-    method: Method, geometry: DataGeometry, plans_name: str, configuration_name: str, configuration: dict
-) -> dict[str, Any]:
-    """Return the adaptation plan that nnU-Net and nnssl read.
-
-    Args:
-        method: The method.
-        geometry: Crop, spacing and channels.
-        plans_name: Name of the plans.
-        configuration_name: Name of the configuration.
-        configuration: Its content.
-    """
-    return contract.adaptation_plan(
-        method.exported,
-        plans_name=plans_name,
-        configuration_name=configuration_name,
-        configuration=configuration,
-        patch_size=geometry.crop_size,
-        spacing=geometry.spacing,
-        channels=geometry.channels,
-    )
 
 
 def _jsonlike(value: Any) -> Any:

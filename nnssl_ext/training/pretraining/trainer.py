@@ -18,8 +18,11 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from torch import Tensor
 
 from nnssl_ext.data.crops import CropBatch
+from nnssl_ext.data.loader import Shard
+from nnssl_ext.environment import worker_count
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import Method
+from nnssl_ext.networks.adaptation_plan import adaptation_plan
 from nnssl_ext.networks.target import target_network
 from nnssl_ext.networks.weight_length import convolution_lengths, length_factors
 from nnssl_ext.recipe import write_json
@@ -32,10 +35,10 @@ from nnssl_ext.training.memory.out_of_memory import pretraining_advice
 from nnssl_ext.training.onednn import avoid_two_slice_bug
 from nnssl_ext.training.optimization import build_optimizer, clip_gradients, set_rates
 from nnssl_ext.training.pretraining import state
-from nnssl_ext.training.pretraining.loaders import Unreadable, sample_loaders
 from nnssl_ext.training.pretraining.log import PretrainingLog
 from nnssl_ext.training.pretraining.picture import PretextPicture, Rows
-from nnssl_ext.training.pretraining.summary import next_command, recipe_commands, summarize, summary_text
+from nnssl_ext.training.pretraining.summary import next_command, recipe_commands, summary_text
+from nnssl_ext.training.pretraining.unreadable import Unreadable
 from nnssl_ext.training.run.folder import FINAL
 from nnssl_ext.training.run.nonfinite import FiniteGuard
 from nnssl_ext.training.wrapping import match_memory_format, set_memory_format, wrap_for_training
@@ -55,15 +58,7 @@ class PretrainingTrainer(ManagedTrainer):
     method_class: ClassVar[type[Method]]
     outputs: state.Outputs
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net reads this signature)
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def set_up(self) -> None:
         common, samples = self.common, self.checked.samples
         self.num_epochs = common.epochs
         self.num_iterations_per_epoch = common.iterations_per_epoch
@@ -147,14 +142,11 @@ class PretrainingTrainer(ManagedTrainer):
         datasets = checked.samples.datasets(
             request, self.common.seed, lambda: from_the_first("split", self.do_split), self.print_to_log_file
         )
-        return sample_loaders(
-            datasets,
-            self.batch_size,
-            range(self.step, self.total_steps),
-            self.num_val_iterations_per_epoch,
-            pin_memory=self.device.type == "cuda",
-            log=self.print_to_log_file,
-            waiting=self.leave_if_asked_alone,
+        place, workers = (self.batch_size, rank(), world()), worker_count()
+        validation = Shard(0, self.num_val_iterations_per_epoch, *place)
+        return (
+            iter(self.loader(datasets[0], Shard(self.step, self.total_steps, *place), workers)),
+            self.loader(datasets[1], validation, self.validation_workers(workers)),
         )
 
     def on_train_start(self) -> None:
@@ -288,32 +280,38 @@ class PretrainingTrainer(ManagedTrainer):
         """Write and print a summary in the place of a validation."""
         if self.local_rank != 0:
             return
-        file, name = self.folder.path / FINAL, self.run_name
-        after: dict[str, Any] = {"checkpoint": None, "next_command": None}
+        name, readable, log = self.run_name, self.method.readable, self.log.my_fantastic_logging
+        losses, values = log["val_losses"], log[f"val_{readable.key}"]
+        # an epoch that was stopped has no end
+        times = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
+        content: dict[str, Any] = {
+            "method": self.method.title,
+            "dataset": name.dataset,
+            "plans": name.plans,
+            "configuration": name.configuration,
+            "fold": self.fold,
+            "training_cases": self.checked.training_cases,
+            "epochs": len(losses),
+            "steps": self.step,
+            "batch_size": self.checked.batch_size,
+            "hours": sum(end - start for start, end in times) / 3600,
+            "objective_first": losses[0],
+            "objective_last": losses[-1],
+            readable.key: {"title": readable.title, "first": values[0], "last": values[-1]},
+            **self._lengths(),
+            "checkpoint": None,
+            "next_command": None,
+        }
+        file = self.folder.path / FINAL
         if file.is_file() and not self.disable_checkpointing:  # it may be an earlier run's
             command = next_command(name, self.common.target_trainer, self.dataset_json, file)
-            after = {"checkpoint": str(file), "next_command": command}
+            content |= {"checkpoint": str(file), "next_command": command}
             if self.method.backbone.is_transformer:
                 recipe = "finetune_transformer"
-                after["recipe_commands"] = recipe_commands(name, recipe, self.dataset_json, file)
-        content = summarize(
-            self.log.my_fantastic_logging,
-            self.method.readable,
-            before={
-                "method": self.method.title,
-                "dataset": name.dataset,
-                "plans": name.plans,
-                "configuration": name.configuration,
-                "fold": self.fold,
-                "training_cases": self.checked.training_cases,
-            },
-            steps=self.step,
-            batch_size=self.checked.batch_size,
-            after={**self._lengths(), **after},
-        )
+                content["recipe_commands"] = recipe_commands(name, recipe, self.dataset_json, file)
         write_json(content, self.folder.path / "pretraining_summary.json")
         learned_from = self.checked.samples.summary(self.checked.training_cases)
-        self.print_to_log_file(summary_text(content, self.method.readable, learned_from), add_timestamp=False)
+        self.print_to_log_file(summary_text(content, readable, learned_from), add_timestamp=False)
 
     def out_of_memory_advice(self) -> str:
         return pretraining_advice(
@@ -351,12 +349,14 @@ class PretrainingTrainer(ManagedTrainer):
             **self.stock_state(),
             **self.stock_identity(),
             "trainer_name": type(self).__name__,
-            "nnssl_adaptation_plan": state.adaptation_plan(
-                method,
-                checked.geometry,
-                self.plans_manager.plans_name,
-                self.configuration_name,
-                self.configuration_manager.configuration,
+            "nnssl_adaptation_plan": adaptation_plan(
+                method.exported,
+                plans_name=self.plans_manager.plans_name,
+                configuration_name=self.configuration_name,
+                configuration=self.configuration_manager.configuration,
+                patch_size=checked.geometry.crop_size,
+                spacing=checked.geometry.spacing,
+                channels=checked.geometry.channels,
             ),
             "citations": [{"type": "pretraining method", "name": method.title, "apa_citations": [method.citation]}],
             "nnssl_ext": {

@@ -27,12 +27,7 @@ LOCK, HOLDER = ".nnssl_ext.lock", ".nnssl_ext.holder.json"
 
 
 class RunFolder:
-    """The folder of one run.
-
-    Args:
-        path: The folder. It need not exist.
-        log: Called with a line about anything unusual.
-    """
+    """The folder of one run. It need not exist. ``log`` is called with a line about anything unusual."""
 
     def __init__(self, path: Path, log: Callable[[str], None]) -> None:
         self.path, self.log = path, log
@@ -43,9 +38,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder for this process.
-
-        The system releases the lock when the process ends.
+        """Lock the folder for this process. The system releases the lock when the process ends.
 
         Raises:
             UserError: If another process works there; the message names it.
@@ -81,18 +74,17 @@ class RunFolder:
     def set_aside(self, *sources: Path | str | None) -> None:
         """Move an earlier run's checkpoints into a subfolder.
 
-        Args:
-            sources: Weights that the run is going to read.
-
         Raises:
-            UserError: If a source would be moved.
+            UserError: If a source, which the run is going to read, would be moved.
         """
         found = [self.path / name for name in self.checkpoints()] + sorted(self.path.glob(SNAPSHOTS))
         if not found:
             return
         moved = [path.resolve() for path in (self.path, *found)]
         for source in sources:
-            if source and Path(source).expanduser().resolve() in moved:
+            path = Path(source or "").expanduser().resolve()
+            # a file system may ignore case; a hard link in another folder stays
+            if source and os.path.exists(path) and any(_same(path, other) for other in moved):
                 raise UserError(
                     f"expected weights of another run to start from, got {source}, which this run would replace. "
                     f"Continue it with --c, or copy the weights to another folder"
@@ -163,6 +155,10 @@ def keep_previous(latest: Path) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(latest, temporary)
     os.replace(temporary, previous)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return os.path.samefile(one, other) and os.path.samefile(one.parent, other.parent)
 
 
 def _described(holder: Path) -> str:

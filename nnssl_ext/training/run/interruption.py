@@ -18,7 +18,7 @@ from nnssl_ext.training.distributed.ranks import world
 ASK_EVERY = 8
 
 
-class Interruption:
+class Interruption(EndSignals):
     """Note the wish to end a run, within a context.
 
     Args:
@@ -27,22 +27,15 @@ class Interruption:
     """
 
     def __init__(self, hours: float | None, device: torch.device) -> None:
+        super().__init__()
         self.begin, self.device = time.monotonic(), device
         self.hours = time_limit(hours)
-        self.signals = EndSignals()
-
-    def __enter__(self) -> Interruption:
-        self.signals.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.signals.__exit__(*error)
 
     @property
     def reason(self) -> str:
         """Return why this process should end, '' without a reason."""
-        if self.signals.received:
-            return self.signals.received
+        if self.received:
+            return self.received
         late = self.hours is not None and time.monotonic() - self.begin >= self.hours * 3600
         return f"the time limit of {self.hours:g} h" if late else ""
 

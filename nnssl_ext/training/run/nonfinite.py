@@ -52,10 +52,6 @@ class FiniteGuard:
     def step(self, number: int, cases: Sequence[str]) -> Iterator[Callable[[Tensor, Tensor | None], bool]]:
         """Guard one step, from before the forward pass to the end.
 
-        Args:
-            number: Number of the step, for messages.
-            cases: Cases of the batch, for messages.
-
         Yields:
             ``allows(loss, norm)``, to call after the backward pass: whether to call the optimizer. ``loss`` is this
             process's scalar. ``norm`` is the norm of the gradients, or None where a gradient scaler skips steps

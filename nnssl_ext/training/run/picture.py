@@ -11,12 +11,7 @@ DRAW_SECONDS = 15.0
 
 
 class ProgressPicture:
-    """Draw progress.png now and then, and at the end.
-
-    Args:
-        draw: Draws the picture.
-        log: Called with a line when it cannot be written.
-    """
+    """Draw progress.png now and then, and at the end. ``log`` is called with a line when that fails."""
 
     def __init__(self, draw: Callable[[], None], log: Callable[[str], None]) -> None:
         self.draw, self.log, self._drawn = draw, log, time.monotonic()

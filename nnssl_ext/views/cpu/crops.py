@@ -13,12 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnssl_ext.views.cpu.chunks import VOXELS, scratch
+from nnssl_ext.views.cpu.chunks import scratch
 from nnssl_ext.views.cpu.linear import interpolate
 from nnssl_ext.views.filters import Taps
-
-#: Voxels that are mirrored at a time.
-MIRRORED = 8 * VOXELS
 
 
 def source_axes(matrix: np.ndarray) -> list[int] | None:
@@ -35,14 +32,8 @@ def source_axes(matrix: np.ndarray) -> list[int] | None:
 def copy_crop(data: Tensor, matrix: np.ndarray, center: np.ndarray, axes: Sequence[int], crop: Tensor) -> Tensor | None:
     """Copy a crop whose matrix is a signed permutation.
 
-    Args:
-        data: (C, d, h, w).
-        matrix, center: Of the box.
-        axes: From ``source_axes``.
-        crop: (C, D, H, W), filled.
-
-    Returns:
-        ``inside`` (1, D, H, W) bool, or None where no voxel lies outside.
+    Fills ``crop`` (C, D, H, W) from ``data`` (C, d, h, w), with ``axes`` from ``source_axes``. Returns ``inside``
+    (1, D, H, W) bool, or None where no voxel lies outside.
     """
     # plain integers: arrays of three would take longer than the copy of a small crop
     edges = [int(crop.shape[1 + axis]) for axis in axes]
@@ -73,22 +64,13 @@ def copy_crop(data: Tensor, matrix: np.ndarray, center: np.ndarray, axes: Sequen
 
 
 def _mirror_into(target: Tensor, source: Tensor, mirrored: list[bool]) -> None:
-    """Copy (C, d, h, w) with some axes mirrored.
-
-    A few planes at a time stay in a cache between.
+    """Copy (C, d, h, w) with some axes mirrored, a channel at a time.
 
     numpy copies mirrored axes in one pass, which takes up to four times as long where only the last is mirrored.
     """
-    axes = [1 + axis for axis, mirror in enumerate(mirrored) if mirror]
-    if not axes:
-        target.copy_(source)
-        return
-    depth = source.shape[1]
-    planes = max(1, MIRRORED // max(1, source[:, :1].numel()))
-    for begin in range(0, depth, planes):
-        stop = min(begin + planes, depth)
-        part = source[:, depth - stop : depth - begin] if mirrored[0] else source[:, begin:stop]
-        target[:, begin:stop] = part.flip(axes)
+    axes = [axis for axis, mirror in enumerate(mirrored) if mirror]
+    for image, channel in zip(target, source, strict=True):  # new memory for all channels takes longer by far
+        image.copy_(channel.flip(axes) if axes else channel)
 
 
 def interpolate_crop(

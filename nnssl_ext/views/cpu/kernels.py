@@ -123,11 +123,7 @@ def shift_histogram(volume: Tensor, curve: Sequence[float]) -> None:
 def blur(volume: Tensor, deviation: Sequence[float], spacing: Sequence[float], out: Tensor | None = None) -> None:
     """Blur with a Gaussian. Edges are replicated.
 
-    Args:
-        volume: (D, H, W).
-        deviation: Standard deviation along each axis, in edges of the finest voxel axis.
-        spacing: Voxel edges in mm.
-        out: Where the result goes; None for the volume itself.
+    The standard ``deviation`` along each axis is in edges of the finest voxel axis.
     """
     finest = min(spacing)
     taps = [

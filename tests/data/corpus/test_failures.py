@@ -135,14 +135,15 @@ def test_a_full_disk_or_memory_is_no_files_fault(
     like, scratch = target.dataset("plain"), tmp_path / "scratch"
     scratch.mkdir()
     (scratch / "contents.json").write_text("[]")
-    paths = like / "nnUNetPlans.json", "3d_fullres", like / "dataset.json", scratch, scratch / "contents.json"
+    for name in ("nnUNetPlans.json", "dataset.json"):
+        shutil.copy(like / name, scratch)
     with monkeypatch.context() as patch:
         patch.setattr(
             "nnunetv2.preprocessing.preprocessors.default_preprocessor.DefaultPreprocessor.run_case_save", fails
         )
         patch.setattr("tempfile.tempdir", None)
         with pytest.raises(expected, match=line):
-            prepare(Item("s", (str(images / "a" / "two.nii"),)), CorpusTarget(*paths))
+            prepare(Item("s", (str(images / "a" / "two.nii"),)), CorpusTarget(scratch, "nnUNetPlans", "3d_fullres"))
 
 
 def test_a_full_disk_stops_it_and_a_later_call_goes_on(target: Environment, images: Path) -> None:

@@ -157,7 +157,7 @@ def test_descriptions_from_elsewhere_are_data(raw: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="file_ending '../../x' cannot be read"):
         items_of(str(raw), wishes)
     monkeypatch.setattr(corpus_sources, "MAX_BYTES", 10)
-    with pytest.raises(UserError, match="at most 10 is read"):
+    with pytest.raises(UserError, match="refused \\(at most 10\\)"):
         items_of(str(raw), wishes)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnssl_ext.networks.architectures.pct_net import STRIDES, PCTNet, from_published
+from nnssl_ext.networks.architectures.pct_net import STRIDES, PCTNet, published_name
 from nnssl_ext.networks.architectures.window_attention import relative_positions
 from tests.support.layouts import SMALL, Shape, published_layout
 
@@ -26,6 +26,10 @@ def waves(layout: dict[str, Shape], window: int) -> dict[str, Tensor]:
             inputs = wave[0].numel() if len(shape) > 1 else 25
             weights[name] = 1 + 0.3 * wave if one else wave * (2 / inputs) ** 0.5
     return weights
+
+
+def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {published_name(name): tensor for name, tensor in weights.items()}
 
 
 def small(mode: int, *, mask_padding: bool = False) -> PCTNet:
@@ -50,10 +54,10 @@ def test_a_file_with_the_published_layout_loads_strictly(tmp_path: Path) -> None
     content = torch.load(tmp_path / "pctnet.pt", weights_only=True)["model_state_dict"]
     with torch.device("meta"):
         network = PCTNet(input_channels=1, num_classes=5, strides=STRIDES[1])
-    network.load_state_dict(from_published(content), strict=True, assign=True)
-    renamed = [name for name in network.state_dict() if name not in layout]
-    assert len(renamed) == 2 * 8  # weight and bias of two heads per resolution mode and two of the pyramid
-    assert all(".seg_layers." in name for name in renamed)
+    network.load_state_dict(renamed(content), strict=True, assign=True)
+    new = [name for name in network.state_dict() if name not in layout]
+    assert len(new) == 2 * 8  # weight and bias of two heads per resolution mode and two of the pyramid
+    assert all(".seg_layers." in name for name in new)
 
 
 def test_parameters_as_published() -> None:
@@ -95,7 +99,7 @@ RECORDED = {
 def test_outputs_as_published(mode: int) -> None:
     size = [(48, 48, 48), (24, 48, 48), (12, 48, 48)][mode]
     network = small(mode).eval()
-    network.load_state_dict(from_published(waves(published_layout(1, 2, SMALL, (2, 2, 4), 2), 2)))
+    network.load_state_dict(renamed(waves(published_layout(1, 2, SMALL, (2, 2, 4), 2), 2)))
     count = torch.arange(size[0] * size[1] * size[2], dtype=torch.float64)
     with torch.no_grad():
         outputs = network(torch.sin(0.37 * count).float().view(1, 1, *size))

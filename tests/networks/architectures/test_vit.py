@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnssl_ext.networks.architectures.vit import Attention, VisionTransformer, ViTUNETR, from_published
+from nnssl_ext.networks.architectures.vit import Attention, VisionTransformer, ViTUNETR, published_name
 from nnssl_ext.networks.vit_backbone import ViTBackbone
 from tests.support.layouts import encoder_layout
 
@@ -36,7 +36,12 @@ def test_a_file_with_the_published_layout_loads_strictly(tmp_path: Path, chunks:
     content = torch.load(tmp_path / "weights.pth", weights_only=True)["teacher"]
     with torch.device("meta"):
         network = ViTUNETR(input_channels=1, num_classes=2, **SIZES["large"])
-    network.backbone.load_state_dict(from_published(content), strict=True, assign=True)
+    encoder = {
+        published_name(name).removeprefix("backbone."): tensor
+        for name, tensor in content.items()
+        if name.startswith("backbone.")
+    }
+    network.backbone.load_state_dict(encoder, strict=True, assign=True)
     assert set(encoder_layout(1, 1024, 24, 0)) == set(network.backbone.state_dict())
 
 

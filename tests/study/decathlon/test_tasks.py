@@ -12,7 +12,7 @@ import SimpleITK
 
 from nnssl_ext.cli import main
 from nnssl_ext.errors import UserError
-from nnssl_ext.study.decathlon.tasks import DECATHLON_TOLERANCE, TASKS, find_task, unpack
+from nnssl_ext.study.decathlon.tasks import TASKS, find_task, unpack
 from nnssl_ext.study.metrics import tolerance_of
 from tests.conftest import Environment
 from tests.documents import shown_lines
@@ -65,7 +65,6 @@ def test_the_ten_tasks() -> None:
     from monai.apps.datasets import DecathlonDataset
 
     assert {task.folder for task in TASKS} == set(DecathlonDataset.md5) == set(DecathlonDataset.resource)
-    assert {task.name for task in TASKS} == set(DECATHLON_TOLERANCE)
     assert all(tolerance_of(task.dataset) == task.tolerance for task in TASKS)
     assert {find_task(word).number for word in ("4", "04", "task04", "hippocampus", TASK)} == {4}
     with pytest.raises(UserError, match="the Decathlon has no task 'Task11'"):

@@ -2,13 +2,15 @@
 
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.study.demo.demo import LONG, Demo, choose_lengths
+from nnssl_ext.recipe import write_json
+from nnssl_ext.study.demo.demo import LONG, Demo, Lengths, choose_lengths
 from nnssl_ext.study.demo.demo import SHORT as SHORT_STOCK
 from nnssl_ext.study.demo.page import dice_table, write_page
 from nnssl_ext.study.demo.phantom import ORGANS, PhantomOptions
@@ -41,7 +43,9 @@ def test_from_nothing_to_a_page_and_again_in_no_time(
 
     monkeypatch.setattr(Demo, "_variables", with_short_trainer)
     source = PhantomSource(PhantomOptions(cases=8, labeled=2, test=2, field_of_view=26.0))
-    demo = Demo(tmp_path / "demo", source, finetuner=SHORT, settings=TINY)
+    demo = Demo(tmp_path / "demo", source, minutes=2, settings=TINY)
+    demo.output.mkdir()
+    write_json(asdict(Lengths(2, SHORT)), demo.output / "lengths.json")
     with monkeypatch.context() as patch:
         # the first call is interrupted in its pretraining
         patch.setattr(Demo, "_pretraining_command", lambda self: ["false"])
@@ -49,7 +53,7 @@ def test_from_nothing_to_a_page_and_again_in_no_time(
             UserError, match=r"Step 'Pretrain with VolumeFusion' failed with status 1. Its log: .*\.txt"
         ):
             demo.run()
-    demo = Demo(tmp_path / "demo", source, finetuner=SHORT, settings=TINY)
+    demo = Demo(tmp_path / "demo", source, minutes=2, settings=TINY)
     capsys.readouterr()
     demo.run()
     page = write_page(demo)

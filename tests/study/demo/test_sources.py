@@ -55,7 +55,7 @@ def test_a_task_becomes_a_raw_data_set(task: Path, tmp_path: Path, packed: bool)
     before = sorted(str(p) for p in task.rglob("*"))
     source = DecathlonSource(path, labeled=3)
     raw = written(source, tmp_path)
-    assert (source.dataset, source.number) == ("Dataset077_Tiny", "77")
+    assert source.dataset == "Dataset077_Tiny"
     assert len(list((raw / "imagesTr").glob("*_0000.nii.gz"))) == 10
     splits = json.loads((raw / "splits_final.json").read_text())
     assert [(len(s["train"]), len(s["val"])) for s in splits] == [(3, 2), (8, 2)]

@@ -16,10 +16,10 @@ from filelock import FileLock
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import TRAINERS
-from nnssl_ext.train import stock_parser, train
+from nnssl_ext.train import _check_devices, stock_parser, train
 from nnssl_ext.training import checks as preflight
 from nnssl_ext.training.distributed import heartbeat
-from nnssl_ext.training.distributed.launch import Place
+from nnssl_ext.training.distributed.launch import Place, _take_device
 from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from nnssl_ext.training.run import folder as run_folder
 from tests.conftest import Environment
@@ -287,6 +287,18 @@ def test_half_a_launcher(monkeypatch: pytest.MonkeyPatch, variables: dict[str, s
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         Place.of_this_process()
+
+
+def test_several_gpus_need_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch for Windows has none."""
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    one, two = (stock_parser().parse_args(["4", "3d_fullres", "0", "-num_gpus", number]) for number in "12")
+    _check_devices(one)
+    for check in (lambda: _check_devices(two), lambda: _take_device("cuda", Place(0, 2, 0, 2))):
+        with pytest.raises(UserError, match=r"several GPUs need NCCL, which this torch lacks \(Windows\); use one GPU"):
+            check()
 
 
 def test_arguments_are_those_of_nnunet(environment: Environment) -> None:

@@ -1,6 +1,7 @@
 """The parts of a fine-tuning, by themselves."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,14 +11,15 @@ from torch import nn
 from nnssl_ext.recipe import load_recipe
 from nnssl_ext.settings import FinetuneSettings
 from nnssl_ext.training.finetuning.components import (
-    MovingAverage,
     build_optimizer,
     encoder_layers,
     finetune_settings,
     frozen_components,
     hold_statistics,
+    moving_average,
     parameter_groups,
     rate_at,
+    to_device,
     weighted_for,
 )
 from tests.support.networks import network
@@ -57,15 +59,15 @@ def test_the_moving_average_forgets_its_start() -> None:
     layer: Any = torch.nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         layer.weight.fill_(0.0)
-    averaged: Any = MovingAverage(layer, 0.99)
+    averaged: Any = moving_average(layer, 0.99)
     with torch.no_grad():
         layer.weight.fill_(1.0)
     for _ in range(400):
-        averaged.update()
+        averaged.update_parameters(layer)
     assert averaged.module.weight.item() == pytest.approx(1.0, abs=0.02)
     with torch.no_grad():
         layer.weight.fill_(2.0)
-    averaged.update()
+    averaged.update_parameters(layer)
     assert 1.0 < averaged.module.weight.item() < 1.03
 
 
@@ -132,3 +134,11 @@ def test_several_processes_train_every_output() -> None:
         assert weighted_for(loss, several).weight_factors == (0.5, 0.5, last)
     plain = nn.L1Loss()
     assert weighted_for(plain, True) is plain
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mps", "cuda"])
+def test_only_copies_to_cuda_are_not_waited_for(kind: str) -> None:
+    """MPS of torch before 2.13 reads a source that may be freed."""
+    tensor, device = Mock(), torch.device(kind)
+    to_device([tensor], device)
+    tensor.to.assert_called_once_with(device, non_blocking=kind == "cuda")

@@ -1,5 +1,6 @@
 """Batches are functions of their numbers, whatever a clock says."""
 
+import multiprocessing
 from collections.abc import Callable
 from itertools import count
 
@@ -12,7 +13,7 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 
 from nnssl_ext.training.finetuning.loaders import never_by_time
 from tests.conftest import Environment
-from tests.support.runs import trainer_for
+from tests.support.runs import TRAINER, trainer_for
 
 Data = Callable[[str], Environment]
 
@@ -63,3 +64,17 @@ def test_the_fine_tuner_times_nothing(with_data: Data, monkeypatch: pytest.Monke
         next(training)
     assert blurs
     assert set(blurs) == {None}
+
+
+@pytest.mark.parametrize(("kind", "name"), [("labelled", "nnsslTrainer_Finetune"), ("plain", TRAINER)])
+def test_a_validation_starts_no_process_that_imports_torch(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
+) -> None:
+    """Where processes are not forked (Windows, macOS), each validation would start new ones."""
+    with_data(kind).write_plans(kind, "quick", {})
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    trainer = trainer_for(kind, "quick", name)
+    trainer.initialize()
+    for method, workers in (("fork", 1), ("spawn", 0)):
+        monkeypatch.setattr(multiprocessing, "get_start_method", lambda method=method: method)
+        assert trainer.get_dataloaders()[1].workers == workers  # type: ignore[attr-defined]

@@ -18,8 +18,7 @@ from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.study.metrics import fold_metrics
 from nnssl_ext.training.finetuning import trainer as finetune
-from nnssl_ext.training.finetuning.components import MovingAverage, finetune_settings, rate_at
-from nnssl_ext.training.finetuning.evaluation import Evaluation
+from nnssl_ext.training.finetuning.components import finetune_settings, moving_average, rate_at
 from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
 from tests.conftest import Environment
 from tests.datasets import dataset_name
@@ -191,7 +190,7 @@ def test_the_average_is_what_is_written_and_validating_does_not_change_it(
     environment = with_data("labelled")
     environment.write_plans("labelled", "run", {"finetune": {**RUN, "weight_average_decay": 0.9}})
     trainer: Any = trainer_for("labelled", "run", NAME)
-    trainer.averaged = MovingAverage(torch.nn.BatchNorm3d(1), 0.9)
+    trainer.averaged = moving_average(torch.nn.BatchNorm3d(1), 0.9)
     trainer.averaged.module.train()
     monkeypatch.setattr(nnUNetTrainer, "validation_step", lambda self, batch: self.network(batch["data"]))
     before = {name: tensor.clone() for name, tensor in trainer.exported_weights().items()}
@@ -269,7 +268,7 @@ def test_stock_validates_before_the_snapshots_which_one_process_validates(
     environment, validated = with_data("labelled"), list[str]()
     environment.write_plans("labelled", "run", {"finetune": RUN})
     monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda *_: validated.append("stock"))
-    monkeypatch.setattr(Evaluation, "run", lambda _, folder: validated.append(folder.name))
+    monkeypatch.setattr(finetune, "evaluate", lambda _, __, folder, ___: validated.append(folder.name))
     run_training(dataset_name("labelled"), "3d_fullres", 0, NAME, "run", device=torch.device("cpu"), **options)
     assert validated == (["stock", "validation_step_000004"] if options else ["validation_step_000004", "validation"])
 
@@ -280,7 +279,7 @@ def test_without_checkpoints_the_snapshots_of_an_earlier_run_are_not_validated(
     environment, validated = with_data("labelled"), list[str]()
     environment.write_plans("labelled", "run", {"finetune": RUN})
     monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda *_: validated.append("stock"))
-    monkeypatch.setattr(Evaluation, "run", lambda _, folder: validated.append(folder.name))
+    monkeypatch.setattr(finetune, "evaluate", lambda _, __, folder, ___: validated.append(folder.name))
     tune(environment, "labelled", "run")
     del validated[:]
     words = (dataset_name("labelled"), "3d_fullres", 0, NAME, "run")

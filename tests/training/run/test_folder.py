@@ -264,7 +264,9 @@ def test_weights_that_would_be_set_aside_are_no_start(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"expected weights of another run to start from, got .*Continue it with"):
             folder.set_aside(None, tmp_path / source)
     assert (tmp_path / "checkpoint_final.pth").is_file()
-    folder.set_aside(None, "owner/name")
+    (tmp_path / "elsewhere").mkdir()
+    os.link(tmp_path / "checkpoint_final.pth", tmp_path / "elsewhere" / "checkpoint_final.pth")
+    folder.set_aside(None, "owner/name", tmp_path / "elsewhere" / "checkpoint_final.pth")
     (earlier,) = tmp_path.glob("earlier_*")
     kept = earlier.rename(tmp_path / "earlier") / "checkpoint_final.pth"
     written(tmp_path, ("checkpoint_final.pth", 9)).set_aside(kept)  # what was set aside before stays where it is

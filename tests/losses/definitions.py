@@ -1,0 +1,37 @@
+"""Readable definitions of losses that the package computes in a faster way."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnssl_ext.losses.distillation import Targets, target_distributions
+
+
+def prototype_cross_entropy(
+    student: Tensor,
+    prototype_weight: Tensor,
+    targets: Targets,
+    pairs: Tensor,
+    temperature: float,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Compute the cross-entropy between teacher and student distributions.
+
+    ``nnssl_ext.losses.fused`` has the version that trains, with equal values and gradients.
+
+    Args:
+        student: (N, S, E) student output, on the unit sphere.
+        prototype_weight: (K, E) of the student's prototypes, of any length.
+        targets: The teacher's side, without gradient.
+        pairs: (S, T) weight of each pair of vectors.
+        temperature: Temperature of the student.
+        weight: (N,) weight of each sample. None is 1.
+
+    Returns:
+        (N,) losses in float32.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        logits = student.float() @ F.normalize(prototype_weight.float(), dim=-1).T / temperature  # (N, S, K)
+    target = target_distributions(targets)  # (N, T, K)
+    rows = -torch.einsum("st,ntk,nsk->n", pairs, target, logits.log_softmax(-1))
+    return rows if weight is None else rows * weight
