@@ -1,4 +1,4 @@
-"""Simulate studies and count how often they call a gain, for the table of docs/how-to/study.md.
+"""Simulate studies and count how often they call a gain, for the table of docs/evidence/statistics.md.
 
 python -m benchmarks simulation
 """

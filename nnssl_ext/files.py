@@ -75,7 +75,7 @@ def link(path: Path, target: Path) -> None:
         if target.is_dir():
             import _winapi
 
-            _winapi.CreateJunction(str(target), str(path))
+            _winapi.CreateJunction(str(target), str(path))  # type: ignore[attr-defined]
         else:
             shutil.copyfile(target, path)
 

@@ -66,7 +66,8 @@ def test_a_lock_makes_its_folder_or_says_in_one_line_why_not(tmp_path: Path) -> 
 
 
 def test_a_file_that_windows_holds_for_a_moment_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace, waits = os.replace, []
+    replace = os.replace
+    waits: list[float] = []
 
     def held(source: Path, target: Path) -> None:
         if len(waits) < 2:

@@ -8,7 +8,7 @@ import pytest
 from nnssl_ext.signals import NAMES, EndSignals
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if hasattr(signal, name)])
 def test_a_signal_leaves_a_note_and_handlers_are_as_before(name: str) -> None:
     number = getattr(signal, name)
     before = signal.getsignal(number)

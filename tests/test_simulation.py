@@ -20,7 +20,7 @@ def test_a_null_is_not_found_and_a_gain_is() -> None:
     assert shares[1.5] == sorted(shares[1.5])
     assert shares[1.5][-1] > 0.8
     assert shares[2.0][1] > 0.6
-    documented = (REPOSITORY / "docs" / "how-to" / "study.md").read_text(encoding="utf-8")
+    documented = (REPOSITORY / "docs" / "evidence" / "statistics.md").read_text(encoding="utf-8")
     for gain, found in shares.items():
         assert f"| {gain:g} | " + " | ".join(f"{100 * share:.1f} %" for share in found) + " | " in documented
 
@@ -33,7 +33,7 @@ def test_testing_over_cases_finds_what_is_not_there() -> None:
 @pytest.mark.integration
 def test_several_pretraining_runs_give_few_false_alarms_and_the_documented_power() -> None:
     rows = runs_table()
-    documented = (REPOSITORY / "docs" / "how-to" / "study.md").read_text(encoding="utf-8")
+    documented = (REPOSITORY / "docs" / "evidence" / "statistics.md").read_text(encoding="utf-8")
     assert all(row in documented for row in rows)
     shares = {
         (float(gain), float(spread)): [float(share.rstrip("% ")) / 100 for share in rest]

@@ -77,7 +77,9 @@ def run_job(grid: Grid, run: Run) -> bool:
     warned = []
 
     def execute(clock: Any) -> int | None:
-        process = start(grid, run, {"nnUNet_n_proc_DA": str(max(1, min(12, cores())))})
+        # as many threads as a study here gives to a run: stock takes all cores of the machine, allotted or not
+        threads = {} if grid.device == "cuda" else {"OMP_NUM_THREADS": str(cores())}
+        process = start(grid, run, {"nnUNet_n_proc_DA": str(max(1, min(12, cores()))), **threads})
 
         def end(number: int, _: Any) -> None:
             warned.append(number)

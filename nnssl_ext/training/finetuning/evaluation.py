@@ -5,7 +5,10 @@ Stock starts a pool of processes, which takes longer than a small validation, an
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +16,12 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics, save_summa
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
-from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+from nnunetv2.utilities.label_handling.label_handling import LabelManager, convert_labelmap_to_one_hot
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
 
 from nnssl_ext.checkpoint import plain
 from nnssl_ext.files import replaced_on_success
-from nnssl_ext.training.managed import ManagedTrainer
 
 
 class _Predictor(nnUNetPredictor):
@@ -33,49 +36,96 @@ class _Predictor(nnUNetPredictor):
             return super()._internal_maybe_mirror_and_predict(x).float()
 
 
-def evaluate(trainer: ManagedTrainer, cases: nnUNetBaseDataset, folder: Path, mirror: bool) -> float:
-    """Predict cases, write them with summary.json and return the mean Dice.
+@dataclass(frozen=True)
+class Evaluation:
+    """The validation of a fold.
 
-    The trainer's network predicts with the weights that it has now, without deep supervision. On GPUs autocast is
-    nnU-Net's own. The mean is over classes and cases.
+    Attributes:
+        network: Predicts with the weights that it has when ``run`` is called, without deep supervision.
+        plans, configuration, labels, dataset_json: nnU-Net's of the data set.
+        trainer_name: Name of the trainer.
+        mirroring_axes: Axes over whose mirrored predictions is averaged; None for no mirroring.
+        device: Device of the network.
+        amp_dtype: Type of autocast on CPUs; None is float32. On GPUs nnU-Net's own is used.
+        cases: The validation cases.
+        truth: Folder of their segmentations.
+        is_cascaded: Whether the input holds the segmentation of a previous stage.
+        log: Called with a line for each case.
     """
-    plans, configuration, labels = trainer.plans_manager, trainer.configuration_manager, trainer.label_manager
-    dataset_json, device, trainer_name = trainer.dataset_json, trainer.device, type(trainer).__name__
-    axes = trainer.inference_allowed_mirroring_axes if mirror else None
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer.network.eval()
-    predictor = _Predictor(0.5, True, axes is not None, device.type == "cuda", device, False, False, False)
-    predictor.amp_dtype = trainer.amp_dtype
-    predictor.manual_initialization(trainer.network, plans, configuration, None, dataset_json, trainer_name, axes)
-    truth = Path(str(trainer.preprocessed_dataset_folder_base)) / "gt_segmentations"
-    rows = []
-    for case in cases.identifiers:
-        data, _, previous, properties = cases.load_case(case)
-        data = np.array(data[:])
-        if trainer.is_cascaded:
-            one_hot = convert_labelmap_to_one_hot(previous[:], labels.foreground_labels, output_dtype=data.dtype)
-            data = np.vstack((data, one_hot))
-        logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(data)).cpu()
-        export_prediction_from_logits(
-            logits, properties, configuration, plans, dataset_json, str(folder / case), False, num_threads_torch=1
+
+    network: nn.Module
+    plans: PlansManager
+    configuration: ConfigurationManager
+    labels: LabelManager
+    dataset_json: dict
+    trainer_name: str
+    mirroring_axes: tuple[int, ...] | None
+    device: torch.device
+    amp_dtype: torch.dtype | None
+    cases: Any
+    truth: Path
+    is_cascaded: bool
+    log: Callable[[str], None]
+
+    def run(self, folder: Path) -> float:
+        """Predict the cases and write them with summary.json.
+
+        Returns:
+            The mean Dice over classes and cases.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.network.eval()
+        mirroring = self.mirroring_axes is not None
+        predictor = _Predictor(0.5, True, mirroring, self.device.type == "cuda", self.device, False, False, False)
+        predictor.amp_dtype = self.amp_dtype
+        predictor.manual_initialization(
+            self.network,
+            self.plans,
+            self.configuration,
+            None,
+            self.dataset_json,
+            self.trainer_name,
+            self.mirroring_axes,
         )
-        file = f"{case}{dataset_json['file_ending']}"
-        rows.append(
-            compute_metrics(
-                str(truth / file),
-                str(folder / file),
-                plans.image_reader_writer_class(),
-                labels.foreground_regions if labels.has_regions else labels.foreground_labels,
-                labels.ignore_label,
+        rows = []
+        for case in self.cases.identifiers:
+            data, _, previous, properties = self.cases.load_case(case)
+            data = self._with_previous_stage(data[:], previous)
+            logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(data)).cpu()
+            export_prediction_from_logits(
+                logits,
+                properties,
+                self.configuration,
+                self.plans,
+                self.dataset_json,
+                str(folder / case),
+                False,
+                num_threads_torch=1,
             )
+            rows.append(self._metrics(folder, case))
+            self.log(f"{folder.name}: {case}, Dice {_mean(rows[-1]['metrics']):.4f}")
+        compute_gaussian.cache_clear()
+        summary = plain(_summary(rows))
+        # its presence means that the validation is complete
+        with replaced_on_success(folder / "summary.json") as temporary:
+            save_summary_json(summary, str(temporary))
+        return summary["foreground_mean"]["Dice"]
+
+    def _with_previous_stage(self, data: np.ndarray, previous: Any) -> np.ndarray:
+        if not self.is_cascaded:
+            return np.array(data)
+        labels = self.labels.foreground_labels
+        return np.vstack((data, convert_labelmap_to_one_hot(previous[:], labels, output_dtype=data.dtype)))
+
+    def _metrics(self, folder: Path, case: str) -> dict:
+        labels, ending = self.labels, self.dataset_json["file_ending"]
+        return compute_metrics(
+            str(self.truth / f"{case}{ending}"),
+            str(folder / f"{case}{ending}"),
+            self.plans.image_reader_writer_class(),
+            labels.foreground_regions if labels.has_regions else labels.foreground_labels,
+            labels.ignore_label,
         )
-        trainer.print_to_log_file(f"{folder.name}: {case}, Dice {_mean(rows[-1]['metrics']):.4f}")
-    compute_gaussian.cache_clear()
-    summary = plain(_summary(rows))
-    # its presence means that the validation is complete
-    with replaced_on_success(folder / "summary.json") as temporary:
-        save_summary_json(summary, str(temporary))
-    return summary["foreground_mean"]["Dice"]
 
 
 def _mean(metrics: dict) -> float:

@@ -45,7 +45,7 @@ from nnssl_ext.training.finetuning.components import (
     unwrapped,
     weighted_for,
 )
-from nnssl_ext.training.finetuning.evaluation import evaluate
+from nnssl_ext.training.finetuning.evaluation import Evaluation
 from nnssl_ext.training.finetuning.loaders import TRAINING, VALIDATION, SeededBatches, never_by_time, run_seed
 from nnssl_ext.training.finetuning.state import Outputs, finite, is_spoilt, of_all_processes, refuse_other_run
 from nnssl_ext.training.managed import ManagedTrainer
@@ -293,17 +293,31 @@ class nnsslTrainer_Finetune(ManagedTrainer):
 
     def _validate_snapshots(self, final: bool) -> None:
         settings, network = self.settings, self.plain_network
-        cases = self.dataset_class(
-            self.preprocessed_dataset_folder, self.do_split()[1], self.folder_with_segs_from_previous_stage
+        evaluation = Evaluation(
+            network=self.network,
+            plans=self.plans_manager,
+            configuration=self.configuration_manager,
+            labels=self.label_manager,
+            dataset_json=self.dataset_json,
+            trainer_name=type(self).__name__,
+            mirroring_axes=self.inference_allowed_mirroring_axes if settings.mirroring else None,
+            device=self.device,
+            amp_dtype=self.amp_dtype,
+            cases=self.dataset_class(
+                self.preprocessed_dataset_folder, self.do_split()[1], self.folder_with_segs_from_previous_stage
+            ),
+            truth=Path(str(self.preprocessed_dataset_folder_base)) / "gt_segmentations",
+            is_cascaded=self.is_cascaded,
+            log=self.print_to_log_file,
         )
         self.set_deep_supervision_enabled(False)
         for step in settings.snapshots:
             if step != settings.steps and (file := self.snapshot_file(step)).is_file():
                 with other_weights(network, checkpoint.load(file)["network_weights"]):
-                    evaluate(self, cases, self.folder.path / f"validation_step_{step:06d}", settings.mirroring)
+                    evaluation.run(self.folder.path / f"validation_step_{step:06d}")
         if final:
             with other_weights(network, self.exported_weights()):
-                dice = evaluate(self, cases, self.folder.path / "validation", settings.mirroring)
+                dice = evaluation.run(self.folder.path / "validation")
             self.print_to_log_file(f"Mean Validation Dice: {dice}")
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
 

@@ -19,6 +19,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.study.metrics import fold_metrics
 from nnssl_ext.training.finetuning import trainer as finetune
 from nnssl_ext.training.finetuning.components import finetune_settings, moving_average, rate_at
+from nnssl_ext.training.finetuning.evaluation import Evaluation
 from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
 from tests.conftest import Environment
 from tests.datasets import dataset_name
@@ -268,7 +269,7 @@ def test_stock_validates_before_the_snapshots_which_one_process_validates(
     environment, validated = with_data("labelled"), list[str]()
     environment.write_plans("labelled", "run", {"finetune": RUN})
     monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda *_: validated.append("stock"))
-    monkeypatch.setattr(finetune, "evaluate", lambda _, __, folder, ___: validated.append(folder.name))
+    monkeypatch.setattr(Evaluation, "run", lambda _, folder: validated.append(folder.name))
     run_training(dataset_name("labelled"), "3d_fullres", 0, NAME, "run", device=torch.device("cpu"), **options)
     assert validated == (["stock", "validation_step_000004"] if options else ["validation_step_000004", "validation"])
 
@@ -279,7 +280,7 @@ def test_without_checkpoints_the_snapshots_of_an_earlier_run_are_not_validated(
     environment, validated = with_data("labelled"), list[str]()
     environment.write_plans("labelled", "run", {"finetune": RUN})
     monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda *_: validated.append("stock"))
-    monkeypatch.setattr(finetune, "evaluate", lambda _, __, folder, ___: validated.append(folder.name))
+    monkeypatch.setattr(Evaluation, "run", lambda _, folder: validated.append(folder.name))
     tune(environment, "labelled", "run")
     del validated[:]
     words = (dataset_name("labelled"), "3d_fullres", 0, NAME, "run")
