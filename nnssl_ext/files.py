@@ -58,7 +58,8 @@ def _replace(temporary: Path, path: Path) -> None:
 def link(path: Path, target: Path) -> None:
     """Make ``path`` a link to a file or folder, where it does not exist.
 
-    Windows gives symbolic links to administrators only. There a folder becomes a junction, and a file is copied.
+    Windows gives symbolic links to administrators only, and some file systems have none. There a file is copied, and on
+    Windows a folder becomes a junction.
 
     Raises:
         OSError: If the folder cannot be written.
@@ -70,7 +71,7 @@ def link(path: Path, target: Path) -> None:
     try:
         path.symlink_to(target, target_is_directory=target.is_dir())
     except OSError:
-        if os.name != "nt":
+        if os.name != "nt" and target.is_dir():
             raise
         if target.is_dir():
             import _winapi

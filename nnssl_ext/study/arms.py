@@ -77,7 +77,7 @@ def arms_of(
         name, _, file = word.partition("=")
         if not file or not Path(file).is_file():
             raise UserError(f"--init: expected NAME=FILE with a file that exists, got '{word}'.")
-        if not _is_name(name) or name.casefold() in {word.casefold() for word in (SCRATCH, TOTAL, *known)}:
+        if not _is_name(name) or name in known or name.casefold() in (SCRATCH, TOTAL):
             raise UserError(
                 f"--init: expected a name of letters, digits, - and _ that is neither {SCRATCH} nor a method, got "
                 f"'{word}'."

@@ -330,6 +330,10 @@ class Grid:
         """Return the step at which a fine-tuning ends."""
         return self.total_steps() if run.arm.name == TOTAL else self.protocol.steps
 
+    def precision(self, run: Run) -> str:
+        """Return the setting ``precision`` of a fine-tuning."""
+        return {**FINETUNE, **self.plans.get(PLANS_KEY, {}).get("finetune", {}), **run.arm.finetune}["precision"]
+
     def write_plans(self, run: Run) -> None:
         """Write a run's plans with its own settings."""
         name, p = self.plans_name(run), self.protocol

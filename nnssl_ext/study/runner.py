@@ -28,6 +28,7 @@ from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.signals import EndSignals
 from nnssl_ext.study.grid import PRETRAINING, Grid, Run
 from nnssl_ext.study.metrics import fold_metrics
+from nnssl_ext.training.wrapping import arithmetic, mixed_precision
 
 #: Seconds that a stopped command may take to end.
 GRACE_SECONDS = 20
@@ -310,10 +311,20 @@ def keep_metrics(grid: Grid, run: Run, seconds: float) -> None:
         frames.append(frame)
     file.parent.mkdir(parents=True, exist_ok=True)
     made = {"versions": versions(), "revision": revision()}
-    write_json({"seconds": seconds, "rate": run.rate, "device": grid.device, **made}, file.with_suffix(".json"))
+    device = f"{grid.device} {_arithmetic(grid, run)}"
+    write_json({"seconds": seconds, "rate": run.rate, "device": device, **made}, file.with_suffix(".json"))
     with replaced_on_success(file) as temporary:
         pd.concat(frames).to_csv(temporary, index=False)
     drop_checkpoints(grid, run)
+
+
+def _arithmetic(grid: Grid, run: Run) -> str:
+    import torch
+
+    precision = grid.precision(run)
+    if precision == "stock":
+        precision = "float16" if grid.device == "cuda" else "float32"
+    return arithmetic(mixed_precision(torch.device(grid.device), precision))
 
 
 def drop_predictions(grid: Grid, run: Run) -> None:

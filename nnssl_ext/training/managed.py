@@ -39,7 +39,7 @@ from nnssl_ext.training.run.folder import BEST, LATEST, RunFolder
 from nnssl_ext.training.run.interruption import Interruption
 from nnssl_ext.training.run.picture import ProgressPicture
 from nnssl_ext.training.run.writer import CheckpointWriter
-from nnssl_ext.training.wrapping import mixed_precision
+from nnssl_ext.training.wrapping import arithmetic, mixed_precision, note_other_arithmetic
 from nnssl_ext.transfer.start import pretrained_weights_argument
 
 
@@ -372,6 +372,7 @@ class ManagedTrainer(nnUNetTrainer):
             "grad_scaler_state": scaler.state_dict() if scaler is not None else None,
             "logging": self.logger.get_checkpoint(),
             "_best_ema": self._best_ema,
+            "arithmetic": arithmetic(self.amp_dtype),
         }
 
     def stock_identity(self) -> dict[str, Any]:
@@ -384,6 +385,7 @@ class ManagedTrainer(nnUNetTrainer):
 
     def restore_stock(self, content: dict[str, Any]) -> None:
         """Restore ``stock_state`` and ``stock_identity``, once the weights are restored."""
+        note_other_arithmetic(content.get("arithmetic"), self.amp_dtype, self.print_to_log_file)
         self.optimizer.load_state_dict(content["optimizer_state"])
         if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(content["grad_scaler_state"])

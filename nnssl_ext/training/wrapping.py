@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -77,6 +79,17 @@ def mixed_precision(device: torch.device, precision: str = "auto") -> torch.dtyp
         return torch.bfloat16 if computes_in_bfloat16(device) else torch.float16
     # other CPUs take bfloat16 too, but are slower with it
     return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16() else None
+
+
+def arithmetic(precision: torch.dtype | None) -> str:
+    """Return the name of an autocast dtype, such as bfloat16. None is float32."""
+    return str(precision or torch.float32).removeprefix("torch.")
+
+
+def note_other_arithmetic(stored: str | None, precision: torch.dtype | None, log: Callable[[str], None]) -> None:
+    """Log that a run continues in another arithmetic than its checkpoint names. Older ones name none."""
+    if stored not in (None, arithmetic(precision)):
+        log(f"note: the steps so far were computed in {stored}, the next ones are in {arithmetic(precision)}")
 
 
 def computes_in_bfloat16(device: torch.device | None = None) -> bool:

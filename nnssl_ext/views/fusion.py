@@ -122,6 +122,8 @@ class GridLayout:
 
     def paint(self, size: Sequence[int], device: torch.device) -> Tensor:
         """Paint the map (B, D, H, W) uint8."""
+        if device.type == "mps":  # not tried there
+            return self.paint(size, torch.device("cpu")).to(device)
         edge, offset, level = pack_to_device([self.edge, self.offset, self.level.to(torch.uint8)], device)
         block = [
             (torch.arange(length, device=device) + offset[:, axis, None]) // edge[:, axis, None]

@@ -6,7 +6,7 @@ from torch import nn
 
 from nnssl_ext.methods.volume_fusion import VolumeFusion, VolumeFusionSettings
 from nnssl_ext.training.onednn import TwoSliceConv3d, avoid_two_slice_bug
-from nnssl_ext.training.wrapping import match_memory_format, mixed_precision, set_memory_format
+from nnssl_ext.training.wrapping import match_memory_format, mixed_precision, note_other_arithmetic, set_memory_format
 from tests.methods.helpers import build
 
 CPU, LAST = torch.device("cpu"), torch.channels_last_3d
@@ -123,3 +123,20 @@ def test_gpus_that_only_emulate_bfloat16_take_float16(
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _=None: capability)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)  # as torch says of both
     assert mixed_precision(torch.device("cuda")) is wanted
+
+
+@pytest.mark.parametrize("units", ["_is_amx_tile_supported", "_is_avx512_bf16_supported"])
+def test_a_cpu_that_computes_in_bfloat16_does_so(units: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert mixed_precision(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cpu, units, lambda: True)
+    assert mixed_precision(torch.device("cpu")) is torch.bfloat16
+
+
+def test_a_run_that_continues_in_another_arithmetic_says_so() -> None:
+    lines: list[str] = []
+    note_other_arithmetic(None, torch.bfloat16, lines.append)
+    note_other_arithmetic("float32", None, lines.append)
+    note_other_arithmetic("float32", torch.bfloat16, lines.append)
+    assert lines == ["note: the steps so far were computed in float32, the next ones are in bfloat16"]

@@ -158,7 +158,7 @@ def keep_previous(latest: Path) -> None:
 
 
 def _same(one: Path, other: Path) -> bool:
-    return os.path.samefile(one, other) and os.path.samefile(one.parent, other.parent)
+    return other.exists() and os.path.samefile(one, other) and os.path.samefile(one.parent, other.parent)
 
 
 def _described(holder: Path) -> str:
