@@ -7,12 +7,12 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnssl_ext import checkpoint
+from nnssl_ext.environment import program
 from nnssl_ext.methods import TRAINERS
 from tests.datasets import dataset_name, make_dataset, make_labelled
 from tests.images import make_images
@@ -117,8 +117,8 @@ class Soak:
         (folder / f"{name}.json").write_text(json.dumps(plans))
 
     def _start(self, method: str, plans: str, workers: int) -> subprocess.Popen:
-        command = Path(sys.executable).parent / "nnUNetv2_train"
-        words = [str(command), self._dataset(method), "3d_fullres", "0", "-tr", self._trainer(method), "-p", plans]
+        words = [program("nnUNetv2_train"), self._dataset(method), "3d_fullres", "0"]
+        words += ["-tr", self._trainer(method), "-p", plans]
         variables = {**self.variables, "nnUNet_n_proc_DA": str(workers)}
         with (self.root / f"{plans}.log").open("ab") as log:
             return subprocess.Popen(

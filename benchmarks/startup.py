@@ -31,6 +31,7 @@ from typing import cast
 
 from benchmarks.gpu.context import cpu_seconds
 from benchmarks.measure import Figure, parser, report
+from nnssl_ext.environment import program
 from nnssl_ext.resources import resource_folder
 
 NAME = "Dataset811_Plain"
@@ -108,8 +109,7 @@ def until_first_epoch(root: Path, trainer: str) -> tuple[float, float]:
     """Return the wall and CPU seconds until ``nnUNetv2_train`` begins its first epoch, then stop it."""
     folder = root / "trainers" if trainer == EMPTY else resource_folder("trainers")
     environment = {**os.environ, **variables(root), "nnUNet_extTrainer": str(folder), "PYTHONUNBUFFERED": "1"}
-    program = Path(sys.executable).parent / "nnUNetv2_train"
-    command = [str(program), "811", "3d_fullres", "all", "-tr", trainer, "-device", "cpu"]
+    command = [program("nnUNetv2_train"), "811", "3d_fullres", "all", "-tr", trainer, "-device", "cpu"]
     begin = time.perf_counter()
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True

@@ -71,14 +71,14 @@ def link(path: Path, target: Path) -> None:
     try:
         path.symlink_to(target, target_is_directory=target.is_dir())
     except OSError:
-        if os.name != "nt" and target.is_dir():
-            raise
-        if target.is_dir():
+        if not target.is_dir():
+            shutil.copyfile(target, path)
+        elif os.name == "nt":
             import _winapi
 
             _winapi.CreateJunction(str(target), str(path))  # type: ignore[attr-defined]
         else:
-            shutil.copyfile(target, path)
+            raise
 
 
 def file_digest(path: Path, name: str = "sha256") -> str:

@@ -92,10 +92,10 @@ DROPPED: dict[str, dict[str, Any]] = {
 }
 
 
-def is_dropped(section: str, name: str, value: Any) -> bool:
-    """Return whether plans may still hold a dropped setting, as earlier recipes wrote it."""
+def without_dropped(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out dropped settings that still hold, as earlier recipes and checkpoints have them."""
     dropped = DROPPED.get(section, {})
-    return name in dropped and dropped[name] in (None, value)
+    return {n: v for n, v in settings.items() if n not in dropped or dropped[n] not in (None, v)}
 
 
 def current_name(section: str, name: str) -> str | None:

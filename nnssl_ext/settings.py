@@ -16,7 +16,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.renamed import current_name, is_dropped
+from nnssl_ext.renamed import current_name, without_dropped
 
 PLANS_KEY = "nnssl_ext"
 
@@ -185,9 +185,7 @@ def check_settings(schema: type[Schema], given: Any, where: str, prefix: str = "
     hints = typing.get_type_hints(schema)
     known = {f.name: f for f in fields(schema)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
-    for name, value in given.items():
-        if is_dropped(prefix.rstrip("."), str(name), value):
-            continue
+    for name, value in without_dropped(prefix.rstrip("."), given).items():
         if name not in known:
             raise UserError(_unknown_setting(prefix, str(name), list(known), where))
         values[name] = _check_value(hints[name], value, known[name].metadata, prefix + name, where)

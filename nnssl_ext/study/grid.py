@@ -330,9 +330,9 @@ class Grid:
         """Return the step at which a fine-tuning ends."""
         return self.total_steps() if run.arm.name == TOTAL else self.protocol.steps
 
-    def precision(self, run: Run) -> str:
-        """Return the setting ``precision`` of a fine-tuning."""
-        return {**FINETUNE, **self.plans.get(PLANS_KEY, {}).get("finetune", {}), **run.arm.finetune}["precision"]
+    def finetune_settings(self, run: Run) -> dict:
+        """Return a fine-tuning's settings but those of the protocol."""
+        return {**FINETUNE, **self.plans.get(PLANS_KEY, {}).get("finetune", {}), **run.arm.finetune}
 
     def write_plans(self, run: Run) -> None:
         """Write a run's plans with its own settings."""
@@ -348,8 +348,7 @@ class Grid:
         own = {"steps": last, "snapshots": snapshots, "learning_rate": run.rate, "seed": p.seed}
         if not self.is_pretrained(run.arm):
             own |= {name: value for name, value in UNPROTECTED.items() if name in run.arm.finetune} | self._protection
-        finetune = {**FINETUNE, **section.get("finetune", {}), **run.arm.finetune, **own}
-        self._write({**section, "finetune": finetune}, name, self.preprocessed)
+        self._write({**section, "finetune": {**self.finetune_settings(run), **own}}, name, self.preprocessed)
 
     def _write(self, section: dict, name: str, folder: Path) -> None:
         own = {"plans_name": name, "dataset_name": folder.name, PLANS_KEY: section}

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import torch
 from tqdm import tqdm
 
 from nnssl_ext.environment import commands_path, cores, program
@@ -44,8 +45,6 @@ def slots(device: str, jobs: int) -> list[Slot]:
     """List the places of this machine. There are ``jobs`` on each GPU, or ``jobs`` that share the CPU."""
     available = cores()
     if device == "cuda":
-        import torch
-
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
         places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus for _ in range(jobs)]
@@ -311,20 +310,12 @@ def keep_metrics(grid: Grid, run: Run, seconds: float) -> None:
         frames.append(frame)
     file.parent.mkdir(parents=True, exist_ok=True)
     made = {"versions": versions(), "revision": revision()}
-    device = f"{grid.device} {_arithmetic(grid, run)}"
+    precision = mixed_precision(torch.device(grid.device), grid.finetune_settings(run)["precision"])
+    device = f"{grid.device} {arithmetic(precision)}"
     write_json({"seconds": seconds, "rate": run.rate, "device": device, **made}, file.with_suffix(".json"))
     with replaced_on_success(file) as temporary:
         pd.concat(frames).to_csv(temporary, index=False)
     drop_checkpoints(grid, run)
-
-
-def _arithmetic(grid: Grid, run: Run) -> str:
-    import torch
-
-    precision = grid.precision(run)
-    if precision == "stock":
-        precision = "float16" if grid.device == "cuda" else "float32"
-    return arithmetic(mixed_precision(torch.device(grid.device), precision))
 
 
 def drop_predictions(grid: Grid, run: Run) -> None:

@@ -66,13 +66,16 @@ def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
 def mixed_precision(device: torch.device, precision: str = "auto") -> torch.dtype | None:
     """Return the dtype for autocast. None is float32.
 
-    ``auto``: bfloat16 on GPUs and CPUs that compute in it, float16 on other GPUs, else float32.
+    ``auto``: bfloat16 on GPUs and CPUs that compute in it, float16 on other GPUs, else float32. ``stock``: as nnU-Net,
+    float16 on GPUs, else float32.
 
     Raises:
         UserError: For float16 on anything but a GPU.
     """
     if precision == "float16" and device.type != "cuda":
         raise UserError(f"precision float16 needs a GPU, the device is {device.type}. Use auto")
+    if precision == "stock":
+        precision = "float16" if device.type == "cuda" else "float32"
     if precision != "auto":
         return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
     if device.type == "cuda":

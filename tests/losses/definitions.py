@@ -19,16 +19,7 @@ def prototype_cross_entropy(
 
     ``nnssl_ext.losses.fused`` has the version that trains, with equal values and gradients.
 
-    Args:
-        student: (N, S, E) student output, on the unit sphere.
-        prototype_weight: (K, E) of the student's prototypes, of any length.
-        targets: The teacher's side, without gradient.
-        pairs: (S, T) weight of each pair of vectors.
-        temperature: Temperature of the student.
-        weight: (N,) weight of each sample. None is 1.
-
-    Returns:
-        (N,) losses in float32.
+    It takes the same arguments and returns (N,) losses in float32.
     """
     with torch.autocast(student.device.type, enabled=False):
         logits = student.float() @ F.normalize(prototype_weight.float(), dim=-1).T / temperature  # (N, S, K)

@@ -22,6 +22,7 @@ import SimpleITK
 from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError
 
+from nnssl_ext import files
 from nnssl_ext.data.corpus.volumes import (
     MAX_COSINE,
     MAX_VOXELS,
@@ -275,5 +276,5 @@ def _utf8_name(path: str, link: Path) -> str:
     try:
         return os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError:
-        os.symlink(path, link)
+        files.link(link, Path(path))
         return str(link)

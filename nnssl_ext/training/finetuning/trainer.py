@@ -88,8 +88,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
     ) -> tuple[CommonSettings, str]:
         common, self.settings = finetune_settings(plans)
         check_device(device.type)
-        stock = "float16" if device.type == "cuda" else "float32"
-        return common, stock if self.settings.precision == "stock" else self.settings.precision
+        return common, self.settings.precision
 
     steps_per_epoch = property(lambda self: self.settings.steps_per_epoch)
     total_steps = property(lambda self: self.settings.steps)

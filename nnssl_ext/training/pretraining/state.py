@@ -21,7 +21,7 @@ from nnssl_ext.networks.base import LearnedPositions
 from nnssl_ext.networks.positions import resize_positions
 from nnssl_ext.networks.weight_length import length_factors, scale_to_lengths
 from nnssl_ext.provenance import hardware, revision, versions
-from nnssl_ext.renamed import is_dropped
+from nnssl_ext.renamed import without_dropped
 from nnssl_ext.training.checks import Checked
 from nnssl_ext.training.distributed.ranks import rank, world
 from nnssl_ext.transfer.report import LEFT
@@ -212,23 +212,17 @@ def identity(
 
 def refuse_other_run(stored: dict[str, Any], mine: dict[str, Any], source: str) -> None:
     """Refuse to continue another run's checkpoint. The UserError names the first difference of the identities."""
-    difference = _first_difference(_without_dropped(stored), mine, "")
+    settings = {
+        name: without_dropped(name, value) if isinstance(value, dict) else value
+        for name, value in stored["settings"].items()
+    }
+    difference = _first_difference({**stored, "settings": settings}, mine, "")
     if difference:
         name, theirs, ours = difference
         raise UserError(
             f"{source} belongs to another run: {name} is {theirs!r} there and {ours!r} here. Continue with the plans "
             f"it was made with, or start anew without --c"
         )
-
-
-def _without_dropped(stored: dict[str, Any]) -> dict[str, Any]:
-    def kept(section: str, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: entry for name, entry in value.items() if not is_dropped(section, name, entry)}
-
-    settings = {section: kept(section, value) for section, value in stored.get("settings", {}).items()}
-    return {**stored, "settings": settings} if settings else stored
 
 
 def refuse_other_data(stored: dict[str, str] | None, mine: dict[str, str], source: str) -> None:

@@ -81,10 +81,10 @@ class RunFolder:
         if not found:
             return
         moved = [path.resolve() for path in (self.path, *found)]
-        for source in sources:
-            path = Path(source or "").expanduser().resolve()
+        for source in (given for given in sources if given):
+            path = Path(source).expanduser().resolve()
             # a file system may ignore case; a hard link in another folder stays
-            if source and os.path.exists(path) and any(_same(path, other) for other in moved):
+            if path.exists() and any(_same(path, other) for other in moved):
                 raise UserError(
                     f"expected weights of another run to start from, got {source}, which this run would replace. "
                     f"Continue it with --c, or copy the weights to another folder"
