@@ -227,6 +227,16 @@ def test_another_recipe_than_scratch_is_said(tmp_path: Path) -> None:
     assert "than scratch: VolumeFusion+a. Their" in line
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_the_report_names_development_cases_that_chose_a_rate(tmp_path: Path, own: bool) -> None:
+    words = ["scratch=finetune.learning_rate=0.01", "x=finetune.learning_rate=0.01"] if own else []
+    grid = planted(tmp_path, 0.0, arms_of(["VolumeFusion"], [], 0, words))
+    grid.cases = replace(grid.cases, development=["case_03"], development_subsets=[["case_04"]])
+    text = write_report(grid).with_suffix(".md").read_text()
+    assert ("| cases on which rates were chosen |  |" in text) == own
+    assert ("| cases on which rates were chosen | case_03 |" in text) != own
+
+
 def test_five_pairs_cannot_decide(tmp_path: Path) -> None:
     grid = planted(tmp_path, 0.03)
     grid.protocol = replace(grid.protocol, subsets=5)
