@@ -289,7 +289,7 @@ def _image(grid: Grid, case: str) -> np.ndarray | None:
 
 def _protocol(grid: Grid) -> Section:
     cases, rows = grid.cases, [[name, str(value)] for name, value in asdict(grid.protocol).items()]
-    chose = cases.development_subsets and any(arm.own_rate is None for arm in grid.arms)
+    chose = any(grid.development(arm) for arm in grid.arms)
     rows += [
         ["cases held out", ", ".join(cases.held_out)],
         ["cases on which rates were chosen", ", ".join(cases.development if chose else [])],

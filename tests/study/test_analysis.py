@@ -231,6 +231,7 @@ def test_another_recipe_than_scratch_is_said(tmp_path: Path) -> None:
 def test_the_report_names_development_cases_that_chose_a_rate(tmp_path: Path, own: bool) -> None:
     words = ["scratch=finetune.learning_rate=0.01", "x=finetune.learning_rate=0.01"] if own else []
     grid = planted(tmp_path, 0.0, arms_of(["VolumeFusion"], [], 0, words))
+    grid.protocol = replace(grid.protocol, rates=[0.01, 0.03])
     grid.cases = replace(grid.cases, development=["case_03"], development_subsets=[["case_04"]])
     text = write_report(grid).with_suffix(".md").read_text()
     assert ("| cases on which rates were chosen |  |" in text) == own
