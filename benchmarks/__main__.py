@@ -28,6 +28,7 @@ BENCHMARKS = {
     "gpu": "everything on a GPU in one command: values, stock commands, compiler, speed, loader, ranks, a study",
     "launches": "kernels of a step outside the network, for each method",
     "hand_over": "every method on a real data set, through the stock command into a stock trainer",
+    "evidence_data": "the data sets and plans of version 0.2's evidence, made from public ones",
     "simulation": "how often a study finds a gain that is there, and one that is not",
     "soak": "random kills against an uninterrupted run",
     "fuzz_atheris": "the readers of outside files, fuzzed with coverage as a guide",

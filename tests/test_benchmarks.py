@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 
-from benchmarks import cards, launches, loader, measure, memory, peers, startup, step, views
+from benchmarks import cards, evidence_data, launches, loader, measure, memory, peers, startup, step, views
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.context import Context, NoTimeLeftError
@@ -18,6 +19,7 @@ from benchmarks.workload import DATA, write_cases
 from nnssl_ext.data.crops import Crop, CropBatch, CropDataset, CropRequest
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.methods import METHODS
+from nnssl_ext.recipe import read_json, write_json
 from tests.conftest import REPOSITORY
 
 TOOLS = {"__init__", "__main__", "measure", "workload", "soak_runs"}
@@ -297,3 +299,31 @@ def test_the_counter_tells_host_from_device_and_network_from_the_rest() -> None:
     assert dict(kernels.counts["forward"]) == {"mul": 1, "sum": 1}
     assert set(kernels.counts["backward"]) <= {"ones_like", "mul", "expand"}
     assert dict(kernels.waits) == {"backward: _local_scalar_dense": 1}
+
+
+def test_evidence_data_cuts_around_the_labels_and_divides_no_patient(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    labels = np.zeros((4, 140, 200), dtype=np.uint8)
+    labels[1:3, 0:20, 150:190] = 2
+    image = np.arange(labels.size, dtype=np.float32).reshape(labels.shape)
+    for name, array in (("labelsTr/patient001_frame01", labels), ("imagesTr/patient001_frame01_0000", image)):
+        (source / name).parent.mkdir(parents=True)
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), source / f"{name}.nii.gz")
+    write_json({"file_ending": ".nii.gz"}, source / "dataset.json")
+    evidence_data.cut(source, target)
+    cut_labels = SimpleITK.ReadImage(target / "labelsTr" / "patient001_frame01.nii.gz")
+    cut_image = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(target / "imagesTr" / "patient001_frame01_0000.nii.gz"))
+    # the box ends at the image's edge where the labels lie closer to it than half its width
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(cut_labels), labels[:, :112, 88:])
+    np.testing.assert_array_equal(cut_image, image[:, :112, 88:])
+    assert cut_labels.GetOrigin() == (88, 0, 0)
+
+    (target / "nnUNetPlans_3d_fullres").mkdir()
+    for patient in range(1, 11):
+        for suffix in ("01", "12", "01_seg"):
+            (target / "nnUNetPlans_3d_fullres" / f"patient{patient:03d}_frame{suffix}.b2nd").touch()
+    evidence_data.hold_out_patients(target)
+    (split,) = read_json(target / "splits_final.json", list)
+    assert split["val"] == [f"patient{patient:03d}_frame{frame}" for patient in (9, 10) for frame in ("01", "12")]
+    assert len(split["train"]) == 16
+    assert not {*split["train"]} & {*split["val"]}
