@@ -4,70 +4,63 @@
 
 ACDC and EMIDEC are raw nnU-Net data sets of labeled short-axis hearts. In nnUNet_raw this writes data sets 813 (EMIDEC)
 and 814 (ACDC), both cut to 112 x 112 voxels around the labels, so absolute Dice is optimistic. It preprocesses them and
-writes plans ``nnUNetPlans_roi`` of a U-Net of 8 to 64 features. Fold 0 of ACDC holds out the last fifth of the
+derives plans ``nnUNetPlans_roi`` of a U-Net of 8 to 64 features. Fold 0 of ACDC holds out the last fifth of the
 patients. Data set 816 is the corpus of both.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
-import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import SimpleITK
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+from benchmarks.hand_over import run
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.study.protocol import grouped
 
 EDGE = 112
 PATIENT = r"patient\d+"
+PLANS = "nnUNetPlans_roi"
+#: Its settings beside the patch: five stages of 8 to 64 features, never strided along z.
+NETWORK = [
+    "configuration.batch_size=2",
+    "architecture.features_base=8",
+    "architecture.features_max=64",
+    f"architecture.arch_kwargs.strides={[[1, 1, 1]] + [[1, 2, 2]] * 4}",
+]
 
 
 def cut(source: Path, target: Path) -> None:
     """Copy a raw data set, each case cut to ``EDGE`` x ``EDGE`` voxels (x, y) around its labels."""
-    ending = read_json(source / "dataset.json", dict)["file_ending"]
     for folder in ("imagesTr", "labelsTr"):
         (target / folder).mkdir(parents=True)
-    for file in sorted((source / "labelsTr").glob(f"*{ending}")):
-        labels = SimpleITK.ReadImage(file)
-        size = labels.GetSize()
-        start = []
-        for axis in (0, 1):  # of SimpleITK, so x and y
-            others = tuple(a for a in range(3) if a != 2 - axis)
-            found = np.flatnonzero((SimpleITK.GetArrayFromImage(labels) > 0).any(others))
-            start.append(int(np.clip(round((found[0] + found[-1]) / 2) - EDGE // 2, 0, size[axis] - EDGE)))
-        box = ([EDGE, EDGE, size[2]], [*start, 0])
-        name = f"{file.name.removesuffix(ending)}_0000{ending}"
-        SimpleITK.WriteImage(SimpleITK.RegionOfInterest(labels, *box), target / "labelsTr" / file.name)
-        image = SimpleITK.ReadImage(source / "imagesTr" / name)
-        SimpleITK.WriteImage(SimpleITK.RegionOfInterest(image, *box), target / "imagesTr" / name)
+    listed = get_filenames_of_train_images_and_targets(str(source), read_json(source / "dataset.json", dict))
+    for case in listed.values():
+        labels = SimpleITK.ReadImage(case["label"])
+        *plane, depth = labels.GetSize()
+        voxels = np.argwhere((SimpleITK.GetArrayFromImage(labels) > 0).any(0))[:, ::-1]  # x, y
+        middle = np.rint((voxels.min(0) + voxels.max(0)) / 2).astype(int)
+        start = np.clip(middle - EDGE // 2, 0, np.subtract(plane, EDGE)).tolist()
+        for file in (case["label"], *case["images"]):
+            box = SimpleITK.RegionOfInterest(SimpleITK.ReadImage(file), [EDGE, EDGE, depth], [*start, 0])
+            SimpleITK.WriteImage(box, target / Path(file).relative_to(source))
     shutil.copy(source / "dataset.json", target)
-
-
-def small_plans(folder: Path, patch: Sequence[int]) -> None:
-    """Write ``nnUNetPlans_roi`` beside a data set's plans: five stages, never strided along z."""
-    plans = read_json(folder / "nnUNetPlans.json", dict) | {"plans_name": "nnUNetPlans_roi"}
-    configuration = plans["configurations"]["3d_fullres"]
-    plans["configurations"] = {"3d_fullres": configuration | {"batch_size": 2, "patch_size": list(patch)}}
-    configuration["architecture"]["arch_kwargs"] |= {
-        "features_per_stage": [8, 16, 32, 64, 64],
-        "strides": [[1, 1, 1]] + [[1, 2, 2]] * 4,
-    }
-    write_json(plans, folder / "nnUNetPlans_roi.json")
 
 
 def hold_out_patients(folder: Path) -> None:
     """Write ACDC's split: the last fifth of the patients is held out, both volumes of each."""
-    cases = sorted(file.name.removesuffix(".b2nd") for file in folder.glob("nnUNetPlans_3d_fullres/*[0-9].b2nd"))
-    patients = list(grouped(cases, PATIENT).values())
-    parts = patients[: len(patients) * 4 // 5], patients[len(patients) * 4 // 5 :]
-    train, held_out = ([case for patient in part for case in patient] for part in parts)
-    (folder / "splits_final.json").write_text(json.dumps([{"train": train, "val": held_out}]))
+    data = str(folder / "nnUNetPlans_3d_fullres")
+    patients = list(grouped(infer_dataset_class(data).get_identifiers(data), PATIENT).values())
+    kept = len(patients) * 4 // 5
+    parts = {"train": patients[:kept], "val": patients[kept:]}
+    split = {part: [case for members in groups for case in members] for part, groups in parts.items()}
+    write_json([split], folder / "splits_final.json")
 
 
 def main() -> None:
@@ -78,14 +71,14 @@ def main() -> None:
     arguments = parser.parse_args()
     raw, preprocessed = (Path(os.environ[name]) for name in ("nnUNet_raw", "nnUNet_preprocessed"))
     targets = {"Dataset814_ACDC": arguments.acdc, "Dataset813_EMIDEC": arguments.emidec}
+    patch = f"configuration.patch_size={list(arguments.patch)}"
     for name, source in targets.items():
         cut(source, raw / name)
-        words = ["nnUNetv2_plan_and_preprocess", "-d", name[7:10], "-c", "3d_fullres"]
-        subprocess.run(words, check=True)
-        small_plans(preprocessed / name, arguments.patch)
+        which = ["-d", name[7:10], "-c", "3d_fullres"]
+        run("nnUNetv2_plan_and_preprocess", *which)
+        run("nnssl_ext", "plan", *which, "-o", PLANS, patch, *NETWORK)
     hold_out_patients(preprocessed / "Dataset814_ACDC")
-    words = ["nnssl_ext", "corpus", "-d", "816", "-n", "HeartROI", "--like", "814", "-p", "nnUNetPlans_roi"]
-    subprocess.run([*words, *(str(raw / name) for name in targets)], check=True)
+    run(*f"nnssl_ext corpus -d 816 -n HeartROI --like 814 -p {PLANS}".split(), *(str(raw / name) for name in targets))
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def _held_out_cases(grid: Grid, dice: Analysis) -> list[Section]:
 
 
 def best_median_worst(cases: Sequence[str]) -> list[tuple[str, str]]:
-    """Name three of the cases, which are in falling order of Dice, or as many as there are."""
+    """Name the best, median and worst of cases in falling order of Dice."""
     places = {0: "Best", len(cases) - 1: "Worst"}
     places.setdefault(len(cases) // 2, "Median")
     return [(places[place], str(cases[place])) for place in sorted(places)]
