@@ -124,11 +124,27 @@ def test_errors_of_networks() -> None:
     narrow = derived(load_recipe("pct_net"), load_recipe("cpu_small"))
     kwargs = narrow["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     assert kwargs["features_per_stage"] == [16, 32, 64, 128, 128]
-    plans = derived(load_recipe("vit_small"), assignments_recipe(["architecture.arch_kwargs.num_heads=7"]))
-    with pytest.raises(UserError, match="multiple of num_heads, got 384 and 7"):
-        check_plans(
-            METHODS["volume_fusion"], plans, "3d_fullres", {"channel_names": {"0": "MR"}, **make_labels("plain")}
-        )
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["vit_small", "num_heads=7"], "ValueError: .* multiple of num_heads, got 384 and 7"),
+        (["strides=[[1,1,1],[2,2,2]]"], "AssertionError: strides must have as many entries"),
+        (["features_per_stage=[8,-16,32]"], "RuntimeError: .* negative dimension"),
+        (["n_conv=2"], "TypeError: .* unexpected keyword argument 'n_conv'"),
+        (["conv_op=torch.nn.Conv9d"], "TypeError: .*NoneType"),
+    ],
+)
+def test_networks_that_cannot_be_built_are_refused_in_one_line(words: list[str], reason: str) -> None:
+    recipes = [
+        assignments_recipe([f"architecture.arch_kwargs.{word}"]) if "=" in word else load_recipe(word) for word in words
+    ]
+    plans = derive_plans(make_plans("plain"), "p", recipes, ["3d_fullres"])
+    dataset_json = {"channel_names": {"0": "MR"}, **make_labels("plain")}
+    wanted = rf"nnUNetTrainer cannot build the network of plans p \({reason}.*\)\. Check architecture\.arch_kwargs$"
+    with pytest.raises(UserError, match=wanted):
+        check_plans(METHODS["volume_fusion"], plans, "3d_fullres", dataset_json)
 
 
 def test_words_of_the_command_line() -> None:

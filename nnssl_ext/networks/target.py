@@ -38,7 +38,8 @@ def target_network(
         trainer: Name of the trainer; None takes the plans' target trainer.
 
     Raises:
-        UserError: If nnU-Net does not find the trainer, or the target trainer is one of ours.
+        UserError: If nnU-Net does not find the trainer, the target trainer is one of ours, or it cannot build the
+            network.
     """
     name = trainer or plans_manager.plans.get(PLANS_KEY, {}).get("target_trainer", "nnUNetTrainer")
     where = "-tr" if trainer else f"plans {plans_manager.plans_name}: target_trainer"
@@ -48,9 +49,15 @@ def target_network(
         target: Any = find_trainer(name)
     except UserError as error:
         raise UserError(f"{where}: {error.line}") from error
-    return target.build_network_architecture(
-        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
-    )
+    try:
+        return target.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+    except Exception as error:  # a user's own trainer may fail in any way
+        raise UserError(
+            f"{name} cannot build the network of plans {plans_manager.plans_name} ({type(error).__name__}: {error}). "
+            "Check architecture.arch_kwargs"
+        ) from error
 
 
 def planned_network(
@@ -90,7 +97,7 @@ def check_stock_weights(file: Path, trainer_class: Any, plans: dict, configurati
         outputs = manager.get_label_manager(dataset_json).num_segmentation_heads
         with torch.device("meta"):
             network = trainer_class.build_network_architecture(manager, config, channels, outputs, True)
-    except Exception:  # a user's own trainer may need a real device
+    except (Exception, UserError):  # a user's own trainer may need a real device
         return
     wrong = [line for name, tensor in network.state_dict().items() if (line := _misfit(name, tensor, weights))]
     if wrong:

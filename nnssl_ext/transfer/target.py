@@ -73,14 +73,9 @@ def build_target(to: TargetPlans, seed: int) -> TargetNetwork:
     Raises:
         UserError: If the trainer is not found or cannot build its network from these plans.
     """
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = planned_network(to.plans, to.configuration_name, to.dataset_json, to.trainer)
-    except Exception as error:  # a user's own trainer may fail in any way
-        raise UserError(
-            f"{to.trainer} cannot build a network from plans {to.plans.plans_name}, {to.configuration_name}: {error!r}"
-        ) from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = planned_network(to.plans, to.configuration_name, to.dataset_json, to.trainer)
     # stock nnU-Net never loads heads
     takes_heads = getattr(recursive_find_trainer_class_by_name(to.trainer), "takes_heads", False)
     outputs, regions = output_names(to.dataset_json) if takes_heads else ((), False)

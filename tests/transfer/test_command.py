@@ -221,7 +221,10 @@ def test_refused_command_lines_write_nothing(with_data: Data, tmp_path: Path) ->
         ({"-c": "3d_cascade_fullres"}, "is a cascade stage"),
         ({"-p": "absent"}, "cannot read"),
         ({"-tr": "nnUNetTrainerAbsent"}, "-tr: trainer 'nnUNetTrainerAbsent' was not found by nnU-Net"),
-        ({"-tr": "nnUNet_Primus_S_Trainer", "-c": "2d"}, "cannot build a network from plans nnUNetPlans, 2d"),
+        (
+            {"-tr": "nnUNet_Primus_S_Trainer", "-c": "2d"},
+            "nnUNet_Primus_S_Trainer cannot build the network of plans nnUNetPlans",
+        ),
         ({"-o": "there.pth"}, "there.pth exists"),
         ({"-o": "nowhere/init.pth"}, "is no folder. Make it first"),
         ({"source": "resnet.pth"}, "nothing of resnet.pth (ResNet3D) fits the target network"),
