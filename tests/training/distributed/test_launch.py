@@ -87,7 +87,7 @@ def test_a_run_goes_on_with_any_number_of_processes_and_machines(with_data: Data
     shutil.rmtree(fold)
     shutil.copytree(environment.root / "at_16", fold)
     agents = two_machines(environment, words("parts", "--c"))
-    assert [agent.returncode for agent in agents] == [0, 0], agents
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(agent.stderr for agent in agents)
     assert_equal_runs(whole, fold, tolerance=1e-2)
     assert [agent.stdout.count("Pretraining summary") for agent in agents] == [1, 0]
     names = {path.name.partition("_2")[0] for path in fold.iterdir()}
