@@ -16,5 +16,9 @@ class UserError(SystemExit):
         super().__init__(f"nnssl_ext: error: {self.line}")
 
 
+class NetworkError(UserError):
+    """Report that a trainer cannot build the network of the plans."""
+
+
 class RefusedError(ValueError):
     """Report a file that is not what it should be."""

@@ -17,6 +17,7 @@ from nnssl_ext.recipe import (
     derive_plans,
     load_recipe,
     read_json,
+    recipes_of,
     total_stride,
 )
 from nnssl_ext.settings import split_sections
@@ -129,18 +130,15 @@ def test_errors_of_networks() -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["vit_small", "num_heads=7"], "ValueError: .* multiple of num_heads, got 384 and 7"),
-        (["strides=[[1,1,1],[2,2,2]]"], "AssertionError: strides must have as many entries"),
-        (["features_per_stage=[8,-16,32]"], "RuntimeError: .* negative dimension"),
-        (["n_conv=2"], "TypeError: .* unexpected keyword argument 'n_conv'"),
-        (["conv_op=torch.nn.Conv9d"], "TypeError: .*NoneType"),
+        (["vit_small", "architecture.arch_kwargs.num_heads=7"], "ValueError: .* multiple of num_heads, got 384 and 7"),
+        (["architecture.arch_kwargs.strides=[[1,1,1],[2,2,2]]"], "AssertionError: strides must have as many entries"),
+        (["architecture.arch_kwargs.features_per_stage=[8,-16,32]"], "RuntimeError: .* negative dimension"),
+        (["architecture.arch_kwargs.n_conv=2"], "TypeError: .* unexpected keyword argument 'n_conv'"),
+        (["architecture.arch_kwargs.conv_op=torch.nn.Conv9d"], "TypeError: .*NoneType"),
     ],
 )
 def test_networks_that_cannot_be_built_are_refused_in_one_line(words: list[str], reason: str) -> None:
-    recipes = [
-        assignments_recipe([f"architecture.arch_kwargs.{word}"]) if "=" in word else load_recipe(word) for word in words
-    ]
-    plans = derive_plans(make_plans("plain"), "p", recipes, ["3d_fullres"])
+    plans = derive_plans(make_plans("plain"), "p", recipes_of(words), ["3d_fullres"])
     dataset_json = {"channel_names": {"0": "MR"}, **make_labels("plain")}
     wanted = rf"nnUNetTrainer cannot build the network of plans p \({reason}.*\)\. Check architecture\.arch_kwargs$"
     with pytest.raises(UserError, match=wanted):

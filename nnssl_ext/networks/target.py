@@ -10,7 +10,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
-from nnssl_ext.errors import UserError
+from nnssl_ext.errors import NetworkError, UserError
 from nnssl_ext.external_trainers import find_trainer, our_trainers
 from nnssl_ext.foreign import load_tensors
 from nnssl_ext.networks.base import HEADS
@@ -38,8 +38,8 @@ def target_network(
         trainer: Name of the trainer; None takes the plans' target trainer.
 
     Raises:
-        UserError: If nnU-Net does not find the trainer, the target trainer is one of ours, or it cannot build the
-            network.
+        UserError: If nnU-Net does not find the trainer, or the target trainer is one of ours.
+        NetworkError: If the trainer cannot build the network.
     """
     name = trainer or plans_manager.plans.get(PLANS_KEY, {}).get("target_trainer", "nnUNetTrainer")
     where = "-tr" if trainer else f"plans {plans_manager.plans_name}: target_trainer"
@@ -54,7 +54,7 @@ def target_network(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
     except Exception as error:  # a user's own trainer may fail in any way
-        raise UserError(
+        raise NetworkError(
             f"{name} cannot build the network of plans {plans_manager.plans_name} ({type(error).__name__}: {error}). "
             "Check architecture.arch_kwargs"
         ) from error
@@ -63,10 +63,17 @@ def target_network(
 def planned_network(
     plans_manager: PlansManager, configuration: str, dataset_json: dict, trainer: str | None = None
 ) -> nn.Module:
-    """Build a network with a data set's channels and labels."""
+    """Build a network with a data set's channels and labels.
+
+    Raises:
+        UserError: For channels or labels that nnU-Net cannot read, and as ``target_network``.
+    """
     config = plans_manager.get_configuration(configuration)
-    channels = determine_num_input_channels(plans_manager, config, dataset_json)
-    outputs = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
+    try:
+        channels = determine_num_input_channels(plans_manager, config, dataset_json)
+        outputs = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
+    except Exception as error:
+        raise UserError(f"nnU-Net cannot read channels and labels of dataset.json: {error!r}. Correct it") from error
     return target_network(plans_manager, config, channels, outputs, trainer=trainer)
 
 
@@ -97,7 +104,7 @@ def check_stock_weights(file: Path, trainer_class: Any, plans: dict, configurati
         outputs = manager.get_label_manager(dataset_json).num_segmentation_heads
         with torch.device("meta"):
             network = trainer_class.build_network_architecture(manager, config, channels, outputs, True)
-    except (Exception, UserError):  # a user's own trainer may need a real device
+    except (Exception, NetworkError):  # a user's own trainer may need a real device
         return
     wrong = [line for name, tensor in network.state_dict().items() if (line := _misfit(name, tensor, weights))]
     if wrong:

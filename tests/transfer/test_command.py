@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_ext.cli import main
 from nnssl_ext.errors import UserError
+from nnssl_ext.networks.target import planned_network
 from nnssl_ext.transfer.names import canonical_weights
 from nnssl_ext.transfer.read import read_source
 from tests.conftest import REPOSITORY, Environment
@@ -240,3 +242,8 @@ def test_refused_command_lines_write_nothing(with_data: Data, tmp_path: Path) ->
         assert "\n" not in str(error.value)
         assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert (tmp_path / "there.pth").read_text() == "mine"
+
+
+def test_a_data_set_without_labels_is_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match="nnU-Net cannot read channels and labels of dataset.json: KeyError"):
+        planned_network(PlansManager(make_plans("plain")), "3d_fullres", {"channel_names": {"0": "MR"}})
