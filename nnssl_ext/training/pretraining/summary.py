@@ -38,8 +38,9 @@ def _lengths_text(content: Mapping[str, Any]) -> str:
     if lengths["restored"]:
         return f"  convolutions before a norm are scaled to their initial lengths, from {median:.2f} times (median)\n"
     return (
-        f"  convolutions before a norm have {median:.2f} times their initial length (median): an SGD step of "
-        f"fine-tuning is {median**2:.2f} times smaller than on fresh weights\n"
+        f"  convolutions before a norm have {median:.2f} times their initial length (median): relative to it, a step "
+        f"of fine-tuning is {median**2:.2f} times smaller by SGD and {median:.2f} times by Adam than on fresh weights\n"
+        "  to fine-tune by Adam or AdamW, first run nnssl_ext transfer with --lengths initial\n"
     )
 
 

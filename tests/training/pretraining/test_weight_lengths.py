@@ -42,4 +42,5 @@ def test_the_summary_says_how_long_weights_are(with_data: Data) -> None:
     assert not summary["restored"]
     assert summary["longest"] == pytest.approx(1 / min(factors.values()), rel=1e-5)
     text = next(fold.glob("training_log*")).read_text()
-    assert f"have {summary['median']:.2f} times their initial length (median): an SGD step" in text
+    assert f"have {summary['median']:.2f} times their initial length (median): relative to it, a step" in text
+    assert "to fine-tune by Adam or AdamW, first run nnssl_ext transfer with --lengths initial" in text
