@@ -8,6 +8,7 @@ from pathlib import Path
 import blosc2
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
 from nnssl_ext.cli import main
 from nnssl_ext.data.cases import list_cases
@@ -29,9 +30,12 @@ def write(
     cut: int = 0,
     order: tuple[int, ...] = (0, 1, 2),
     mirror: int = 1,
+    column: int = 0,
 ) -> None:
-    image = scale * blob(np.random.default_rng(seed), (60, 40, 40)) + scale - 1
-    image = image.transpose(order)[::mirror, ::mirror]
+    generator = np.random.default_rng(seed)
+    texture = gaussian_filter(generator.standard_normal((60, 40, 40)), 1.5)
+    image = scale * (blob(generator, (60, 40, 40)) + 4 * texture) + scale - 1
+    image = image[:, :, column : column + 36].transpose(order)[::mirror, ::mirror]
     folder.mkdir(parents=True, exist_ok=True)
     blosc2.asarray(
         np.ascontiguousarray(image[None, cut:], dtype=np.float32), urlpath=str(folder / f"{case}.b2nd"), mode="w"
@@ -73,6 +77,16 @@ def test_duplicates_are_found_in_any_order_and_direction_of_axes(tmp_path: Path)
     }
 
 
+def test_another_cut_of_an_image_is_a_duplicate(tmp_path: Path) -> None:
+    """Cut around labels that differ, the same exam lies some voxels apart."""
+    target, corpus = tmp_path / "target", tmp_path / "corpus"
+    for number in range(3):
+        write(target, f"t{number}", number)
+    write(corpus, "moved", 1, column=3)
+    write(corpus, "another", 9, column=3)
+    assert found_in(corpus, target, ["t0", "t1", "t2"]) == {"moved": "t1"}
+
+
 def test_constant_cases_are_no_duplicates() -> None:
     flat = np.zeros((8, 8, 8), np.float32)
     assert not same_content(flat, flat, list(permutations(range(3))))
@@ -80,7 +94,7 @@ def test_constant_cases_are_no_duplicates() -> None:
 
 def test_signatures_do_not_depend_on_the_grid(tmp_path: Path) -> None:
     write(tmp_path, "a", 0)
-    assert signature(tmp_path, "a").shape == (8, 8, 8)
+    assert signature(tmp_path, "a").shape == (32, 32, 32)
 
 
 def test_a_case_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
