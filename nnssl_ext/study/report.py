@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from nnssl_ext.environment import cores
 from nnssl_ext.files import replaced_on_success
@@ -185,7 +184,9 @@ def _per_class(grid: Grid, dice: Analysis) -> Section:
     frame = frame[(frame.labels == p.primary_labels) & (frame.step == p.primary_step)]
     shared = set.intersection(*(set(runs) for _, runs in frame.groupby("arm")["subset"])) if len(frame) else set()
     frame = frame[frame.subset.isin(shared)]
-    means = frame.groupby(["organ", "arm"], sort=False)["dice"].mean() if len(frame) else pd.Series(dtype=float)
+    # first per run, as the scores are: runs differ in the cases that count
+    runs = frame.groupby(["organ", "arm", "subset"], sort=False)["dice"].mean()
+    means = runs.groupby(level=["organ", "arm"], sort=False).mean()
     organs = list(dict.fromkeys(frame["organ"]))
     rows = [
         [name, *(f"{means[organ, name]:.3f}" if (organ, name) in means.index else "" for organ in organs)]
@@ -196,8 +197,10 @@ def _per_class(grid: Grid, dice: Analysis) -> Section:
         table = Table(["class", *names], [list(row) for row in columns])
     else:
         table = Table(["arm", *map(str, organs)], rows)
-    text = f"Mean Dice with {count(p.primary_labels, 'label')} after {p.primary_step:,} steps."
-    return Section("Per class", [text], table)
+    text = [f"Mean Dice with {count(p.primary_labels, 'label')} after {p.primary_step:,} steps."]
+    if frame["dice"].isna().any():
+        text.append("A case without a class counts as 0 if the class is predicted, else it is left out, as in nnU-Net.")
+    return Section("Per class", text, table)
 
 
 def _every_run(grid: Grid, dice: Analysis) -> Section:

@@ -157,6 +157,24 @@ def test_the_report_shows_every_run(tmp_path: Path) -> None:
         assert values == [f"{wanted[arm.name][subset]:.4f}" for arm in grid.arms]
 
 
+def test_the_report_averages_classes_over_runs(tmp_path: Path) -> None:
+    """Runs that leave out cases without a class weigh as much as others."""
+    grid = planted(tmp_path, 0.0)
+    p = grid.protocol
+    for run in grid.compared(grid.arms[0], 0.01):
+        frame = pd.read_csv(grid.metrics_file(run))
+        frame["dice"] = 0.8 if run.subset else 0.4
+        if run.subset:
+            frame.loc[frame["case"] != HELD_OUT[0], "dice"] = np.nan
+        frame.to_csv(grid.metrics_file(run), index=False)
+    write_report(grid)
+    text = (tmp_path / "report.md").read_text().split("## Per class")[1].split("\n## ")[0]
+    scratch = about(grid).score(SCRATCH, p.primary_labels, p.primary_step)
+    assert f"{np.mean(list(scratch.values())):.3f}" == "0.750"
+    assert text.count("0.750") == 2, text  # one of each class
+    assert "A case without a class counts as 0 if the class is predicted" in text
+
+
 def test_labels_that_scratch_needs_neither_are_not_saved(tmp_path: Path) -> None:
     """So short a training has no use for all labels: the arm's budget is scratch's, too."""
     grid = planted(tmp_path, 0.0)
