@@ -6,19 +6,20 @@ import gc
 import time
 from collections.abc import Callable
 
-#: Seconds between two pictures: one costs about a second of a core.
-DRAW_SECONDS = 15.0
+#: Seconds between two pictures at least, and the share of a run's time that they may take.
+DRAW_SECONDS, DRAW_SHARE = 15.0, 0.02
 
 
 class ProgressPicture:
     """Draw progress.png now and then, and at the end. ``log`` is called with a line when that fails."""
 
     def __init__(self, draw: Callable[[], None], log: Callable[[str], None]) -> None:
-        self.draw, self.log, self._drawn = draw, log, time.monotonic()
+        self.draw, self.log, self._drawn, self._took = draw, log, time.monotonic(), 0.0
 
     def update(self, last: bool) -> None:
         """Draw the picture if it is due. It always is after the last epoch."""
-        if not last and time.monotonic() - self._drawn <= DRAW_SECONDS:
+        start = time.monotonic()
+        if not last and start - self._drawn <= max(DRAW_SECONDS, self._took / DRAW_SHARE):
             return
         try:
             self.draw()
@@ -27,3 +28,4 @@ class ProgressPicture:
         # a closed figure is garbage in cycles, 60 MiB in nnU-Net's size, which Python finds many epochs later
         gc.collect()
         self._drawn = time.monotonic()
+        self._took = self._drawn - start

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +209,7 @@ def test_short_epochs_share_a_picture_and_the_last_has_one(
     environment, drawn = with_data("plain"), []
     environment.write_plans("plain", "run", {"epochs": 3, "iterations_per_epoch": 1, "validation_iterations": 1})
     monkeypatch.setattr("nnssl_ext.training.run.picture.DRAW_SECONDS", seconds)
+    monkeypatch.setattr("nnssl_ext.training.run.picture.DRAW_SHARE", float("inf"))
     monkeypatch.setattr(
         "nnssl_ext.training.pretraining.log.PretrainingLog.plot_progress_png",
         lambda log, _: drawn.append(len(log.my_fantastic_logging["val_losses"])),
@@ -215,6 +217,23 @@ def test_short_epochs_share_a_picture_and_the_last_has_one(
     pretrain(environment, "plain", "run")
     assert len(drawn) == pictures
     assert drawn[-1] == 3
+
+
+def test_pictures_take_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a picture takes seconds, and an epoch of a small network not much more."""
+    clock, drawn = [0.0], []
+    monkeypatch.setattr("nnssl_ext.training.run.picture.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def draw() -> None:
+        drawn.append(clock[0])
+        clock[0] += 3
+
+    picture = ProgressPicture(draw, print)
+    while clock[0] < 3600:
+        clock[0] += 20  # an epoch
+        picture.update(last=False)
+    assert 3 * len(drawn) <= 0.021 * 3600, drawn
+    assert len(drawn) > 20
 
 
 def test_a_picture_that_cannot_be_written_ends_no_run(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
