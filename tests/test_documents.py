@@ -56,10 +56,11 @@ def test_the_readme_is_short() -> None:
 def test_the_readme_and_the_evidence_page_show_the_committed_claims() -> None:
     """Every difference in their tables is a row of claims.csv, and every row is in the evidence page."""
     with (REPOSITORY / "docs" / "evidence" / "claims.csv").open() as file:
-        claims = [
-            f"{float(row['mean']):+.1f} [{float(row['low']):+.1f}, {float(row['high']):+.1f}]"
-            for row in csv.DictReader(file)
-        ]
+        rows = list(csv.DictReader(file))
+    claims = [f"{float(row['mean']):+.1f} [{float(row['low']):+.1f}, {float(row['high']):+.1f}]" for row in rows]
+    in_readme = sorted((int(row["readme"]), claim) for row, claim in zip(rows, claims, strict=True) if row["readme"])
+    table = (REPOSITORY / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
+    assert re.findall(r"[+-]\d+\.\d \[.*?\]", table) == [claim for _, claim in in_readme]
     for document in ("README.md", "docs/evidence/index.md"):
         shown = re.findall(
             r"[+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\](?=\*\*|\]|\s\|)", (REPOSITORY / document).read_text()

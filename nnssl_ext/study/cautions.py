@@ -84,7 +84,7 @@ def warnings(analysis: Analysis) -> list[str]:
     devices = sorted({note["device"] for note in _notes(grid) if "device" in note})
     if len(devices) > 1:
         found.append(f"Runs were made on devices of different precision: {', '.join(devices)}.")
-    return found + _rates_at_an_end(grid)
+    return found + _rates(grid)
 
 
 def _arms_of_another_recipe(grid: Grid) -> list[str]:
@@ -101,18 +101,28 @@ def _pairs(left_out: dict[str, str]) -> str:
     return ", ".join(f"{case} = {other}" for case, other in left_out.items())
 
 
-def _rates_at_an_end(grid: Grid) -> list[str]:
-    rates = sorted(grid.protocol.rates)
-    chosen = {
-        arm.name: grid.rate(arm)
-        for arm in grid.arms
-        if arm.name != TOTAL and arm.own_rate is None and grid.rate_is_known(arm)
-    }
-    at_end = [f"{name} {rate:g}" for name, rate in chosen.items() if rate in (rates[0], rates[-1])]
-    if len(rates) < 2 or not at_end:
-        return []
-    tried = ", ".join(f"{rate:g}" for rate in rates)
-    return [f"Chosen rates at an end of those tried ({tried}): {', '.join(at_end)}. A rate beyond may be better."]
+def _rates(grid: Grid) -> list[str]:
+    """Say which rates were not chosen, or are at an end of those tried."""
+    arms = [arm for arm in grid.arms if arm.name != TOTAL and grid.rate_is_known(arm)]
+    tried = sorted(grid.protocol.rates)
+    fixed = [arm for arm in arms if len(grid.rates(arm)) == 1]
+    at_end = [arm for arm in arms if arm not in fixed and grid.rate(arm) in (tried[0], tried[-1])]
+    found = []
+    if fixed:
+        found.append(
+            f"Rates that were fixed, not chosen: {_named(grid, fixed)}. A rate that suits scratch badly looks like a "
+            f"gain."
+        )
+    if at_end:
+        ends = ", ".join(f"{rate:g}" for rate in tried)
+        found.append(
+            f"Chosen rates at an end of those tried ({ends}): {_named(grid, at_end)}. A rate beyond may be better."
+        )
+    return found
+
+
+def _named(grid: Grid, arms: list[Arm]) -> str:
+    return ", ".join(f"{arm.name} {grid.rate(arm):g}" for arm in arms)
 
 
 def _notes(grid: Grid) -> Iterator[dict]:
