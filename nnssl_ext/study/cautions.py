@@ -88,7 +88,7 @@ def warnings(analysis: Analysis) -> list[str]:
 
 
 def _arms_of_another_recipe(grid: Grid) -> list[str]:
-    """Name arms whose recipe differs in more than the protection of pretrained weights."""
+    """Name arms whose recipe differs beyond the protection of pretrained weights."""
 
     def recipe(arm: Arm) -> dict[str, Any]:
         return {name: value for name, value in arm.finetune.items() if name not in UNPROTECTED}
@@ -110,8 +110,8 @@ def _rates(grid: Grid) -> list[str]:
     found = []
     if fixed:
         found.append(
-            f"Rates that were fixed, not chosen: {_named(grid, fixed)}. A rate that suits scratch badly looks like a "
-            f"gain."
+            f"Rates that were fixed, not chosen: {_named(grid, fixed)}. A rate that suits scratch badly looks "
+            "like a gain."
         )
     if at_end:
         ends = ", ".join(f"{rate:g}" for rate in tried)

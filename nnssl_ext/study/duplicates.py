@@ -7,10 +7,10 @@ content: first coarsely, then by their fine detail at shifts of some voxels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import permutations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -20,7 +20,7 @@ from skimage.transform import resize_local_mean
 from nnssl_ext.data.cases import open_case
 from nnssl_ext.errors import UserError
 
-#: Blocks per axis whose mean intensities are a case's signature.
+#: Blocks per axis whose mean intensities are compared.
 BLOCKS = 32
 #: The same, coarse and quick. Correlation from which two cases are compared closely.
 COARSE, CANDIDATE = 8, 0.8
@@ -31,6 +31,13 @@ SHIFT = 4
 ALIKE = 0.83
 #: Relative difference of an edge up to which two shapes may belong to one image.
 SAME_EDGE = 0.05
+
+
+class Signature(NamedTuple):
+    """What is compared of an image: its coarse block means, and the fine detail of finer ones."""
+
+    coarse: np.ndarray
+    detail: np.ndarray
 
 
 def find_duplicates(data: Path, cases: Sequence[str], target: Path, held_out: Sequence[str]) -> dict[str, str]:
@@ -49,35 +56,38 @@ def find_duplicates(data: Path, cases: Sequence[str], target: Path, held_out: Se
         UserError: If a case cannot be read.
     """
     shapes = {case: shape_of(target, case) for case in held_out}
+    of_held_out = cache(partial(signature, target))
     found = {}
     for case in sorted(cases):
         shape = shape_of(data, case)
+        of_case = cache(partial(signature, data, case))  # a large corpus does not fit into memory
         for other, of_other in shapes.items():
             # shapes are quick to read and tell most cases apart
             orders = [order for order in permutations(range(3)) if _similar(shape, [of_other[axis] for axis in order])]
-            if orders and same_content(signature(data, case), signature(target, other), orders):
+            if orders and same_content(of_case(), of_held_out(other), orders):
                 found[case] = other
                 break
     return found
 
 
-def same_content(first: np.ndarray, second: np.ndarray, orders: Sequence[Sequence[int]]) -> bool:
+def same_content(first: Signature, second: Signature, orders: Sequence[Sequence[int]]) -> bool:
     """Return whether two signatures belong to one image, turned or shifted.
 
     Args:
-        first, second: As ``signature`` returns them.
+        first, second: Signatures of the two.
         orders: Orders of the second one's axes to try, each in all directions.
     """
-    coarse, other = block_means(first, COARSE), block_means(second, COARSE)
-    turns = [
-        (order, steps)
-        for order, steps in product(orders, product((1, -1), repeat=3))
-        if _correlation(coarse, _turned(other, order, steps)) >= CANDIDATE
-    ]
-    if not turns:
-        return False
-    detail, other = _detail(first), _detail(second)
-    return any(_shifted_correlation(detail, _turned(other, *turn)) >= ALIKE for turn in turns)
+    return any(
+        _correlation(first.coarse, _turned(second.coarse, *turn)) >= CANDIDATE
+        and _shifted_correlation(first.detail, _turned(second.detail, *turn)) >= ALIKE
+        for turn in product(orders, product((1, -1), repeat=3))
+    )
+
+
+def describe(image: np.ndarray) -> Signature:
+    """Compute the signature of an image (D, H, W)."""
+    fine = block_means(image, BLOCKS)
+    return Signature(block_means(fine, COARSE), _detail(fine))
 
 
 def block_means(image: np.ndarray, blocks: int) -> np.ndarray:
@@ -118,19 +128,17 @@ def _shifted_correlation(image: np.ndarray, other: np.ndarray) -> float:
     return float(np.divide(covariance, norms, out=np.zeros_like(covariance), where=norms > 1e-3 * norms.max()).max())
 
 
-@cache
 def shape_of(folder: Path, case: str) -> tuple[int, ...]:
     """Return the shape (D, H, W) of a case."""
     return tuple(_open(folder, case).shape[1:])
 
 
-@cache
-def signature(folder: Path, case: str) -> np.ndarray:
-    """Compute the block means of a case's first channel.
+def signature(folder: Path, case: str) -> Signature:
+    """Compute the signature of a case's first channel.
 
-    Correlations of them do not depend on scale and offset of the intensities.
+    Correlations of it do not depend on scale and offset of the intensities.
     """
-    return block_means(np.asarray(_open(folder, case)[:1], dtype=np.float32)[0], BLOCKS)
+    return describe(np.asarray(_open(folder, case)[:1], dtype=np.float32)[0])
 
 
 def _open(folder: Path, case: str) -> Any:

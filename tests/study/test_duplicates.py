@@ -14,7 +14,7 @@ from nnssl_ext.cli import main
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json
-from nnssl_ext.study.duplicates import find_duplicates, same_content, signature
+from nnssl_ext.study.duplicates import describe, find_duplicates, same_content, signature
 from nnssl_ext.study.inputs import held_out_and_pool, without_duplicates
 from tests.conftest import Environment
 from tests.datasets import blob
@@ -88,13 +88,13 @@ def test_another_cut_of_an_image_is_a_duplicate(tmp_path: Path) -> None:
 
 
 def test_constant_cases_are_no_duplicates() -> None:
-    flat = np.zeros((8, 8, 8), np.float32)
+    flat = describe(np.zeros((8, 8, 8), np.float32))
     assert not same_content(flat, flat, list(permutations(range(3))))
 
 
 def test_signatures_do_not_depend_on_the_grid(tmp_path: Path) -> None:
     write(tmp_path, "a", 0)
-    assert signature(tmp_path, "a").shape == (32, 32, 32)
+    assert signature(tmp_path, "a").detail.shape == (32, 32, 32)
 
 
 def test_a_case_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:

@@ -11,7 +11,12 @@ DRAW_SECONDS, DRAW_SHARE = 15.0, 0.02
 
 
 class ProgressPicture:
-    """Draw progress.png now and then, and at the end. ``log`` is called with a line when that fails."""
+    """Draw progress.png now and then, and at the end.
+
+    Args:
+        draw: Writes the picture.
+        log: Takes a line when that fails.
+    """
 
     def __init__(self, draw: Callable[[], None], log: Callable[[str], None]) -> None:
         self.draw, self.log, self._drawn, self._took = draw, log, time.monotonic(), 0.0
