@@ -182,6 +182,9 @@ class CropDataset(Dataset):
         generator, channels = np.random.default_rng(0), int(self.index.channels().max())
         voxels = 0
         for crop in self.request.crops:
+            if crop.views:
+                voxels += sum(kind.number * math.prod(kind.size) for kind in crop.views)
+                continue
             draws = [crop.spatial.draw(generator, crop.size) * crop.scale for _ in range(16)]
             reach = np.max([half_extent(matrix, crop.size) for matrix in draws], axis=0)
             voxels += int(np.prod(np.minimum(np.ceil(2 * reach) + 1, self.index.largest_size())))

@@ -110,7 +110,7 @@ class ImageFolder:
         return {f"the list of {len(self)} images": hashlib.sha256(names.encode()).hexdigest()}
 
     def datasets(self, request: Any, seed: int, split: Split, log: Callable[[str], None]) -> Datasets:
-        log(f"{self}; this data set's own images are not used.")
+        log(f"Learning from {self.summary(0)}; this data set's own images are not used.")
         return ImageDataset(self, request, seed), ImageDataset(self, request, seed, VALIDATION)
 
     def _list(self, name: str) -> list[str]:

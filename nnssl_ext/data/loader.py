@@ -32,6 +32,8 @@ REPLACEMENTS = 3
 END_SECONDS = 10
 #: Batches that a worker prefetches, and bytes that all of them prefetch together; half of the shared memory at most.
 PREFETCHED, PREFETCHED_BYTES = 3, 4 * 2**30
+#: Open files that are enough for all batches that wait.
+OPEN_FILES = 2**16
 _IDLE = -1
 
 
@@ -60,6 +62,13 @@ class Shard(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return max(0, self.last - self.first)
+
+
+@dataclass
+class Failure:
+    """Tell why a batch could not be read, in its place. A ``UserError`` would end the worker."""
+
+    text: str
 
 
 class SteadyLoader:
@@ -101,6 +110,8 @@ class SteadyLoader:
                     batch = crew.next(self.waiting)
                     if crew.problem:
                         break
+                    if isinstance(batch, Failure):
+                        raise UserError(batch.text)
                     at, failures = at + 1, 0
                     yield batch
                 else:
@@ -127,6 +138,17 @@ class Progress:
     @property
     def total(self) -> int:
         return sum(self._counts)
+
+
+def allow_open_files() -> None:
+    """Raise this process's limit of open files as far as it may. Each tensor of a waiting batch holds two."""
+    with suppress(ImportError, OSError, ValueError):  # no such module on Windows
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+        if 0 <= soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def prefetching(batch_bytes: int, workers: int) -> tuple[int, int]:
@@ -157,6 +179,8 @@ class _Crew:
         #: The sample that each worker reads now.
         self.reading = multiprocessing.Array("q", [_IDLE] * max(1, self.workers), lock=False)
         self.progress = Progress(self.workers)
+        if self.workers:
+            allow_open_files()
         before = set(multiprocessing.active_children())
         self.batches: Any = iter(
             DataLoader(
@@ -205,6 +229,8 @@ class _Crew:
                 with unanswered(self._give_up, HANG_SECONDS):
                     return next(self.batches)
             except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+                if not self.workers or str(error).startswith("Caught "):
+                    raise  # a batch that could not be made, which no wait brings back
                 if not isinstance(error, RuntimeError) and not self.problem:
                     # it died while handing over a batch, which shows before its death does
                     self._reap()
@@ -218,8 +244,8 @@ class _Crew:
                 elif waited > HANG_SECONDS - POLL_SECONDS / 2:
                     self.problem = self._lost(f"gave no batch for {waited:.0f} s")
                 elif isinstance(error, RuntimeError) and not str(error).startswith("DataLoader "):
-                    raise  # a batch that could not be made, which no wait brings back
-                elif not self.workers or time.monotonic() - asked < POLL_SECONDS - 1:
+                    raise
+                elif time.monotonic() - asked < POLL_SECONDS - 1:
                     raise  # not the end of a wait
                 if self.problem:
                     return None

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,11 @@ import pytest
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from nnssl_ext.data import loader as steady
-from nnssl_ext.data.crops import CropBatch, CropDataset, Sample
-from nnssl_ext.data.loader import Shard, SteadyLoader
+from nnssl_ext.data.crops import Crop, CropBatch, CropDataset, CropRequest, Sample
+from nnssl_ext.data.loader import Failure, Shard, SteadyLoader
 from nnssl_ext.errors import UserError
+from nnssl_ext.views.multicrop import ViewKind
+from nnssl_ext.views.spatial import SpatialRange
 from tests.support.cases import dataset
 from tests.support.runs import fault
 
@@ -28,6 +31,9 @@ def loader(
     data: CropDataset, told: list[str], workers: int = 2, waiting: Callable[[], None] = lambda: None
 ) -> SteadyLoader:
     return SteadyLoader(data, Shard(2, 10, 2), workers=workers, pin_memory=False, log=told.append, waiting=waiting)
+
+
+STILL = SpatialRange((1.0, 1.0, 1.0))
 
 
 def same(first: list[CropBatch], second: list[CropBatch]) -> bool:
@@ -149,6 +155,53 @@ def test_an_error_that_comes_late_is_no_end_of_a_wait(folder: Path, monkeypatch:
         list(loader(dataset(folder), []))
 
 
+class Broken(CropDataset):
+    """One sample whose file is gone."""
+
+    error: type[Exception]
+
+    def __getitem__(self, sample: int) -> Sample:
+        if sample == 5:
+            raise self.error("case_03.pkl")
+        return super().__getitem__(sample)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, EOFError, ConnectionResetError, ValueError])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_within_a_worker_is_raised_at_once(folder: Path, error: type[Exception], workers: int) -> None:
+    """The worker lives; asked again, torch would give the next batch."""
+    plain = dataset(folder)
+    broken = Broken(plain.index, plain.cases, plain.request, plain.seed)
+    broken.error = error
+    begin = time.monotonic()
+    with pytest.raises(error, match=r"case_03\.pkl"):
+        list(loader(broken, [], workers=workers))
+    assert time.monotonic() - begin < steady.POLL_SECONDS
+
+
+def test_a_failure_ends_the_run_in_one_line(folder: Path) -> None:
+    failing = loader(dataset(folder), [], workers=1)
+    failing.join = lambda samples: Failure("case 'x' is gone") if samples[0].number == 6 else samples[0].number
+    batches = iter(failing)
+    assert next(batches) == 4
+    with pytest.raises(UserError, match="case 'x' is gone"):
+        next(batches)
+
+
+def test_many_boxes_need_no_higher_limit_of_open_files(folder: Path) -> None:
+    """Linux allows 1,024 by default, fewer than the boxes of one batch of 3DINO."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    plain = dataset(folder)
+    many = replace(plain, request=CropRequest((Crop((4, 4, 4), STILL),) * 100))
+    batches = SteadyLoader(many, Shard(0, 2, 8), workers=1, pin_memory=False, log=lambda _: None, waiting=lambda: None)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(400, before[1]), before[1]))
+        assert [len(batch.boxes) for batch in batches] == [100, 100]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 class Slow(CropDataset):
     """Samples that take longer together than a worker may be silent, but each of which is progress."""
 
@@ -186,6 +239,18 @@ def test_the_estimate_of_a_sample_is_near_what_is_read(folder: Path) -> None:
     data = dataset(folder)
     read = [sum(box.data.nbytes for box in data[sample].boxes) for sample in range(16)]
     assert max(read) / 2 <= data.sample_bytes() <= 4 * max(read)
+
+
+def test_views_that_are_read_one_by_one_count_as_they_are(folder: Path) -> None:
+    """The region that they lie in may be the whole case."""
+    kinds = (
+        ViewKind(2, (12, 12, 12), (0.3, 1.0), (0.3, 1.0), STILL),
+        ViewKind(4, (6, 6, 6), (0.05, 0.3), (0.05, 0.3), STILL),
+    )
+    region = Crop((16, 16, 16), STILL, scale=100.0, views=kinds)
+    data = replace(dataset(folder), request=CropRequest((region,)))
+    read = [sum(box.data.nbytes for box in data[sample].boxes) for sample in range(16)]
+    assert max(read) <= data.sample_bytes() <= 1.5 * max(read)
 
 
 def test_ending_never_waits_for_torchs_own_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

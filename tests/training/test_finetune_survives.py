@@ -1,5 +1,6 @@
 """The fine-tuner is asked to end, killed, or loses a worker. Continued it equals the run that was not."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -32,6 +33,7 @@ from tests.support.finetunings import (
     signal_at,
     tune,
 )
+from tests.support.runs import cases
 
 Data = Callable[[str], Environment]
 pytestmark = pytest.mark.usefixtures("training_only")
@@ -237,3 +239,28 @@ def test_data_that_fails_in_a_validation_loses_no_step(with_data: Data, monkeypa
             tune(environment, "labelled", "broken")
     assert checkpoint.load(fold(environment) / LATEST)["nnssl_ext"]["step"] == 6
     same_run(tune(environment, "labelled", "whole"), tune(environment, "labelled", "broken", c=True))
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize(("ending", "content"), [(".pkl", b""), (".b2nd", None)])
+def test_a_case_that_cannot_be_read_is_named_and_nothing_is_lost(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, workers: str, ending: str, content: bytes | None
+) -> None:
+    """torch would give the next batch in the place of one whose files are missing."""
+    environment = with_data("labelled")
+    plans(environment, "whole", "broken", save_every=50)
+    whole = tune(environment, "labelled", "whole")
+    monkeypatch.setenv("nnUNet_n_proc_DA", workers)
+    name = next(iter(json.loads((environment.dataset("labelled") / "splits_final.json").read_text())[0]["train"]))
+    file = cases(environment, "labelled") / f"{name}{ending}"
+    sound = file.read_bytes()
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content)
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=rf"case '{name}' in .* cannot be read: .*Repair it or preprocess it again"):
+        tune(environment, "labelled", "broken")
+    assert time.monotonic() - begin < 20
+    file.write_bytes(sound)
+    same_run(whole, tune(environment, "labelled", "broken", c=True))

@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from torch.utils.data import Dataset
 
+from nnssl_ext.data.loader import Failure
+from nnssl_ext.errors import UserError
 from nnssl_ext.training.distributed.ranks import rank
 
 TRAINING, VALIDATION = 0, 1
@@ -33,21 +36,24 @@ class SeededBatches(Dataset):
 
     def __init__(self, batches: nnUNetDataLoader, seed: int, stream: int, channels: int) -> None:
         self.batches, self.seed, self.stream, self.channels = batches, seed, stream, channels
-        self._load_case = batches._data.load_case
+        self._reader = batches._data.load_case = _Reader(batches._data)
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> dict[str, Any] | Failure:
         states = np.random.SeedSequence((self.seed, self.stream, rank(), number)).generate_state(3, np.uint32)
         before = torch.get_rng_state()
         random.seed(int(states[0]))
         np.random.seed(int(states[1]))
         torch.manual_seed(int(states[2]))
-        batch = self.batches.generate_train_batch()
-        torch.set_rng_state(before)
-        return batch
+        try:
+            return self.batches.generate_train_batch()
+        except UserError as error:
+            return Failure(error.line)
+        finally:
+            torch.set_rng_state(before)
 
     def watch(self, tick: Callable[[], None]) -> None:
         """Call ``tick`` for each case of a batch. A slow batch then does not look like a hung worker."""
-        self.batches._data.load_case = _Counted(self._load_case, tick)
+        self._reader.tick = tick
 
     def sources(self, number: int) -> list[str]:
         """Name a batch for messages. Its cases are drawn only while it is made."""
@@ -59,15 +65,25 @@ class SeededBatches(Dataset):
         return self.batches.batch_size * voxels * (4 * self.channels + 4)
 
 
-class _Counted:
-    """A function that counts its calls."""
+class _Reader:
+    """Read nnU-Net's cases, and count and name them."""
 
-    def __init__(self, function: Callable, tick: Callable[[], None]) -> None:
-        self.function, self.tick = function, tick
+    def __init__(self, cases: nnUNetBaseDataset) -> None:
+        self.cases, self.tick = cases, _uncounted
 
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
+    def __call__(self, name: str) -> Any:
         self.tick()
-        return self.function(*arguments, **options)
+        try:
+            return type(self.cases).load_case(self.cases, name)  # its own load_case is this reader
+        except Exception as error:  # damaged files raise anything
+            raise UserError(
+                f"case '{name}' in {self.cases.source_folder} cannot be read: {type(error).__name__}: {error}. Repair "
+                f"it or preprocess it again (nnUNetv2_preprocess), then go on with --c"
+            ) from error
+
+
+def _uncounted() -> None:
+    pass
 
 
 def never_by_time(transform: Any) -> None:
