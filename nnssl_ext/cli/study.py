@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--labels", nargs="+", metavar="N", help="budgets of labeled groups, or all (1 2 4 8 24 all, as far as they go)"
     )
-    add("--subsets", type=int, default=8, help="paired runs per budget (8); below 6 no interval exists")
+    add("--subsets", type=int, default=8, help="paired runs per budget (8); one pretraining needs 6 for an interval")
     add("--steps", type=int, default=600, help="fine-tuning steps of every arm (600)")
     add("--snapshots", nargs="+", type=int, help="steps at which cases are predicted (75 150 300, as far as they go)")
     add("--primary-labels", type=int, metavar="N", help="budget of the endpoint (2, or the smallest)")

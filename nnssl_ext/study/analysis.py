@@ -140,16 +140,20 @@ class Analysis:
         return found[0] if found else None
 
     def saved(self, arm: str) -> int | None:
-        """Return the smallest budget below all that is shown to suffice, against scratch with all cases."""
+        """Return the smallest budget below all that is shown to suffice, against scratch with all cases.
+
+        Budgets are tested from the largest down to the first that fails. The order is fixed, so none needs adjustment.
+        """
         everything, steps = self.grid.cases.groups, self.protocol.steps
         reference = self.score(SCRATCH, everything, steps)
-        for labels in self.protocol.labels:
+        found = None
+        for labels in sorted((n for n in self.protocol.labels if n < everything), reverse=True):
             mine = self.score(arm, labels, steps)
             gains = {pair: mine[pair] - reference[pair] for pair in sorted(set(mine) & set(reference))}
-            whole = labels < everything and len(gains) == self.protocol.subsets
-            if whole and self._effect(arm, SCRATCH, gains).low > -MARGIN:
-                return labels
-        return None
+            if len(gains) < self.protocol.subsets or self._effect(arm, SCRATCH, gains).low <= -MARGIN:
+                break
+            found = labels
+        return found
 
     def saving(self, arm: str) -> str:
         """Describe the labels saved, such as "62 % (24 of 64)"."""
@@ -207,6 +211,12 @@ class Analysis:
         """Compare with scratch of equal total steps. The steps behind a file are not known."""
         return self.primary(arm.name, TOTAL) if arm.method else None
 
+    def total_text(self, found: Comparison) -> str:
+        """Describe a comparison with scratch of equal total steps."""
+        e, planned = found.effect, self.protocol.total_baseline
+        open_ = f", {e.pairs} of {count(planned, 'pair')}, not decided yet" if e.pairs < planned else ""
+        return f"{100 * e.mean:+.1f} {interval(e)}{open_}"
+
     def answer(self, arm: Arm) -> str:
         """Summarize an arm in one sentence."""
         found = self.primary(arm.name)
@@ -218,7 +228,7 @@ class Analysis:
         if e.pretrainings > 1:
             pairs += f" over {count(e.pretrainings, 'pretraining run')}"
         total = self.against_total(arm)
-        longer = f"{100 * total.effect.mean:+.1f} {interval(total.effect)}" if total else "not measured"
+        longer = self.total_text(total) if total else "not measured"
         comparable = self.grid.has_total and arm.method
         against = f" Against scratch of equal total steps: {longer}." if comparable else ""
         return (

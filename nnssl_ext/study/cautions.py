@@ -41,12 +41,14 @@ def warnings(analysis: Analysis) -> list[str]:
     """List what limits this study in particular."""
     grid, p = analysis.grid, analysis.protocol
     found = []
-    rise = analysis.late_rise(p.primary_labels)
-    if rise is not None and rise > SHORT:
-        found.append(
-            f"Short study: scratch still rises by {100 * rise:.1f} points over the last third of its steps. Longer "
-            f"fine-tuning may change the result."
-        )
+    noun = "labeled group" if p.group_by else "label"
+    rises = {labels: analysis.late_rise(labels) for labels in dict.fromkeys((p.primary_labels, grid.cases.groups))}
+    for labels, rise in rises.items():
+        if rise is not None and rise > SHORT:
+            found.append(
+                f"Short study: scratch with {count(labels, noun)} still rises by {100 * rise:.1f} points over the "
+                f"last third of its steps. Longer fine-tuning may change the result."
+            )
     if other := _arms_of_another_recipe(grid):
         found.append(
             f"Fine-tuned by another recipe than scratch: {', '.join(other)}. Their differences to scratch are those of "
@@ -106,12 +108,19 @@ def _rates(grid: Grid) -> list[str]:
     arms = [arm for arm in grid.arms if arm.name != TOTAL and grid.rate_is_known(arm)]
     tried = sorted(grid.protocol.rates)
     fixed = [arm for arm in arms if len(grid.rates(arm)) == 1]
-    at_end = [arm for arm in arms if arm not in fixed and grid.rate(arm) in (tried[0], tried[-1])]
+    tested = [arm for arm in arms if arm not in fixed and any(map(grid.done, grid.development(arm)))]
+    unscored = [arm for arm in tested if not grid.scores_of_rates(arm)]
+    at_end = [arm for arm in arms if arm not in fixed + unscored and grid.rate(arm) in (tried[0], tried[-1])]
     found = []
     if fixed:
         found.append(
             f"Rates that were fixed, not chosen: {_named(grid, fixed)}. A rate that suits scratch badly looks "
             "like a gain."
+        )
+    if unscored:
+        found.append(
+            f"Rates that could not be chosen, since no trial had a score: {_named(grid, unscored)}. No development "
+            f"case shows a class of the endpoint."
         )
     if at_end:
         ends = ", ".join(f"{rate:g}" for rate in tried)

@@ -57,7 +57,7 @@ def seconds_per_step(plans: dict, configuration: str, dataset_json: dict, common
             reason = str(error).partition("\n")[0]
             raise UserError(
                 f"{plans['dataset_name']}: a step of this network could not be timed on the GPU ({reason}). "
-                f"nnssl_ext plan --gpu-memory-target finds a batch that fits"
+                f"Give a smaller configuration.batch_size or configuration.patch_limit to the study"
             ) from error
 
 

@@ -200,15 +200,20 @@ class Grid:
         used = self._rate_of_done(chosen_by)
         if used is not None:
             return used
+        scores = self.scores_of_rates(chosen_by)
+        return max(scores, key=lambda rate: scores[rate]) if scores else self.rates(chosen_by)[0]
+
+    def scores_of_rates(self, arm: Arm) -> dict[float, float]:
+        """Return the sum of Dice over the development runs of each rate that has a score."""
         scores: dict[float, float] = {}
-        for rate, runs in self._development_by_rate(chosen_by).items():
+        for rate, runs in self._development_by_rate(arm).items():
             if all(self.done(run) for run in runs):
                 frames = [self.metrics(run) for run in runs]
                 at_step = [frame[frame["step"] == self.protocol.primary_step] for frame in frames]
                 score = sum(self.score(frame, "dice", ["step"]).mean() for frame in at_step)
                 if math.isfinite(score):  # NaN where neither a development case nor a prediction shows a class
                     scores[rate] = score
-        return max(scores, key=lambda rate: scores[rate]) if scores else self.rates(chosen_by)[0]
+        return scores
 
     def score(self, frame: pd.DataFrame, value: str, by: list[str]) -> pd.Series:
         """Score runs by the primary class or all classes."""

@@ -6,7 +6,7 @@ be added to a finished study. Anything else makes another study.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
@@ -111,12 +111,19 @@ def grouped(cases: Sequence[str], pattern: str) -> dict[str, list[str]]:
     return groups
 
 
-def draw_cases(protocol: Protocol, held_out: Sequence[str], pool: Sequence[str], classes: Mapping[str, set]) -> Cases:
+def draw_cases(
+    protocol: Protocol,
+    held_out: Sequence[str],
+    pool: Sequence[str],
+    classes: Mapping[str, set],
+    primary: Hashable | None = None,
+) -> Cases:
     """Draw development cases and nested label subsets.
 
     Args:
         held_out, pool: Case identifiers.
         classes: Classes that each labeled case of the pool shows.
+        primary: Class of the endpoint, None for the mean over classes.
 
     Raises:
         UserError: If there are too few cases, or no smallest subset shows every class.
@@ -130,7 +137,9 @@ def draw_cases(protocol: Protocol, held_out: Sequence[str], pool: Sequence[str],
 
     number = max(1, min(MAX_DEVELOPMENT, len(names) // DEVELOPMENT_SHARE))
     choose = len(protocol.rates) > 1
-    development = _covering_order(names, shown, number, (protocol.seed, 0), needed=False)[:number]
+    # by the class of the endpoint the rate is chosen; one case may not show all classes
+    wanted = {group: seen & {primary} for group, seen in shown.items()} if primary is not None else {}
+    development = _covering_order(names, wanted or shown, number, (protocol.seed, 0), needed=False)[:number]
     rest = sorted(set(names) - set(development))
     if protocol.labels[-1] > len(names) or (choose and protocol.primary_labels > len(rest)):
         noun = "labeled groups" if protocol.group_by else "labeled cases"

@@ -77,7 +77,7 @@ def _summary(grid: Grid, dice: Analysis) -> Table:
     for arm, row in zip(dice.tested_arms, rows[1:], strict=True) if grid.has_total else []:
         total = dice.against_total(arm)
         unknown = "not measured" if arm.method else "its steps are not known"
-        row.append(f"{100 * total.effect.mean:+.1f} {interval(total.effect)}" if total else unknown)
+        row.append(dice.total_text(total) if total else unknown)
     for row in rows:
         row += [""] * (len(head) - len(row))
     return Table(head, rows)

@@ -88,8 +88,8 @@ class Study:
         p, plans = self.protocol, self._checked_plans()
         held_out, pool = held_out_and_pool(self.source, self._data, p.fold, p.group_by)
         pool, duplicates = without_duplicates(self._data, pool, held_out, p.group_by)
-        cases = replace(draw_cases(p, held_out, pool, classes_of(self._data, pool)), duplicates=duplicates)
-        self._check_primary_class(held_out)
+        drawn = draw_cases(p, held_out, pool, classes_of(self._data, pool), self._primary_class(held_out))
+        cases = replace(drawn, duplicates=duplicates)
         corpus = self._corpus(held_out)
         grid = Grid(self.folder, self.protocol, cases, self.arms, self.device, self.keep_checkpoints, self.finetuner)
         inputs = {
@@ -168,18 +168,23 @@ class Study:
             raise UserError(f"--primary-class: expected one of {', '.join(classes)}, got '{p.primary_class}'.")
         return derived
 
-    def _check_primary_class(self, held_out: Sequence[str]) -> None:
-        """Raise where no held-out case shows the class of the endpoint."""
+    def _primary_class(self, held_out: Sequence[str]) -> int | tuple[int, ...] | None:
+        """Return the label or region of the endpoint's class, None for the mean over classes.
+
+        Raises:
+            UserError: If no held-out case shows it.
+        """
         name = self.protocol.primary_class
         if not name:
-            return
+            return None
         labels = read_json(self.source / "dataset.json")["labels"][name]
-        key = tuple(labels) if isinstance(labels, list) else labels
+        key: int | tuple[int, ...] = tuple(labels) if isinstance(labels, list) else labels
         if not any(key in shown for shown in classes_of(self._data, held_out).values()):
             raise UserError(
                 f"--primary-class {name}: expected it in a held-out case of {self.source.name}, found it in none. "
                 f"Take another --fold or class."
             )
+        return key
 
 
 def locked(folder: Path) -> FileLock:

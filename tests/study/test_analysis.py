@@ -1,5 +1,6 @@
 """What a study and its report say of planted numbers."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,6 +202,12 @@ def test_the_lower_limit_decides_which_budget_suffices(tmp_path: Path) -> None:
     analysis = about(grid)
     assert (analysis.saved("VolumeFusion"), analysis.saved(SCRATCH)) == (grid.protocol.labels[2], None)
     assert analysis.reached("VolumeFusion", 20) == 300
+    # budgets are tested from the largest down: a lucky small one after a failure does not count
+    for run in grid.compared(grid.arms[1], 0.01):
+        frame = grid.metrics(run)
+        frame["dice"] = 0.7 - (0.05 if run.labels == grid.protocol.labels[2] else 0.0)
+        frame.to_csv(grid.metrics_file(run), index=False)
+    assert about(grid).saved("VolumeFusion") is None
 
 
 def test_the_answer_names_the_baseline_of_equal_total_steps(tmp_path: Path) -> None:
@@ -216,6 +223,10 @@ def test_the_answer_names_the_baseline_of_equal_total_steps(tmp_path: Path) -> N
         frame.to_csv(grid.metrics_file(run), index=False)
     answer = Analysis(grid, load_results(grid)).answer(arms[1])
     assert "Against scratch of equal total steps: +" in answer
+    assert "not decided yet" not in answer
+    grid.metrics_file(grid.compared(total, 0.01)[-1]).unlink()
+    answer = Analysis(grid, load_results(grid)).answer(arms[1])
+    assert "], 7 of 8 pairs, not decided yet." in answer
 
 
 def test_the_steps_behind_a_file_are_not_known(tmp_path: Path) -> None:
@@ -275,6 +286,14 @@ def test_what_a_reader_must_know(tmp_path: Path) -> None:
     assert "(0.01, 0.03): scratch 0.01, VolumeFusion 0.01, MaskedAutoencoder 0.01" in line
     grid.protocol = replace(grid.protocol, rates=[0.003, 0.01, 0.03])
     assert not warnings(about(grid))
+    grid.cases.development_subsets.append(["case_01", "case_02"])
+    grid.protocol = replace(grid.protocol, development_runs=1)
+    for run in grid.development(grid.arms[0]):  # one development case without the class of the endpoint
+        rows = pd.DataFrame([(300, "c", "a", math.nan, math.nan)], columns=["step", "case", "organ", "dice", "nsd"])
+        rows.to_csv(grid.metrics_file(run), index=False)
+        write_json({"seconds": 1.0, "rate": run.rate}, grid.metrics_file(run).with_suffix(".json"))
+    (line,) = [line for line in warnings(about(grid)) if line.startswith("Rates")]
+    assert "Rates that could not be chosen, since no trial had a score: scratch 0.01. No development case" in line
     for number, warned in ((1, False), (2, True), (4, False)):
         grid.protocol = replace(grid.protocol, pretraining_seeds=number)
         assert any("Two pretraining runs" in line for line in warnings(about(grid))) == warned
@@ -324,7 +343,10 @@ def test_a_study_that_ends_early_is_called_short(tmp_path: Path) -> None:
         pd.concat([frame, late]).to_csv(grid.metrics_file(run), index=False)
     analysis = about(grid)
     assert analysis.late_rise(2) == pytest.approx(0.012)
-    assert any("Short study: scratch still rises by 1.2 points" in line for line in warnings(analysis))
+    short = "Short study: scratch with {} still rises by 1.2 points"
+    assert [line for line in warnings(analysis) if line.startswith(short.format("2 labels"))]
+    # the reference of the labels saved may be short, too
+    assert [line for line in warnings(analysis) if line.startswith(short.format("20 labels"))]
 
 
 def test_several_pretraining_runs_widen_the_interval(tmp_path: Path) -> None:

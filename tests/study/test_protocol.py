@@ -58,6 +58,17 @@ def test_rates_are_chosen_on_cases_that_those_runs_do_not_train_on() -> None:
     assert draw_cases(replace(PROTOCOL, rates=[0.01]), HELD_OUT, POOL, ALL).development_subsets == []
 
 
+def test_rates_are_chosen_on_a_case_with_the_class_of_the_endpoint() -> None:
+    few = {case: {1, 2} if case == POOL[3] else {1} for case in POOL[:6]}  # so few that one case chooses
+    protocol = replace(PROTOCOL, labels=[2, 6])
+    cases = [
+        draw_cases(replace(protocol, seed=seed), HELD_OUT, POOL[:6], few | {POOL[4]: {1, 2}}, 2) for seed in range(8)
+    ]
+    assert all(found.development in ([POOL[3]], [POOL[4]]) for found in cases)
+    absent = {case: {1} for case in POOL[:6]}
+    assert len(draw_cases(protocol, HELD_OUT, POOL[:6], absent, 2).development) == 1
+
+
 def test_the_same_seed_draws_the_same() -> None:
     assert draw_cases(PROTOCOL, HELD_OUT, POOL, ALL) == draw_cases(PROTOCOL, HELD_OUT, POOL[::-1], ALL)
     assert draw_cases(PROTOCOL, HELD_OUT, POOL, ALL) != draw_cases(replace(PROTOCOL, seed=1), HELD_OUT, POOL, ALL)
