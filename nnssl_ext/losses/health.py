@@ -1,6 +1,7 @@
 """Measures of feature collapse.
 
-N samples, F features, K prototypes. Features are centered first: a large common mean would hide a collapse.
+N samples, F features, K prototypes. The effective rank is that of centered features: a large common mean would hide a
+collapse.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Dosovitskiy et al., "Discriminative Unsupervised Feature Learning with Exemplar 
 2006.03829.
 
 B batch (G over all processes), C channel, D H W voxels, E embedding. A sample is three images: anchor, positive, and a
-crop of another case, so that there is a negative at any batch size.
+crop of another case. Negatives are the other samples' images too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nnssl_ext.settings import setting
 from nnssl_ext.views.appearance import CustomIntensitySettings, IntensityDraw, default
 from nnssl_ext.views.layout import standardize
 from nnssl_ext.views.random import BatchRandom, to_device
-from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_batch, subview
+from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_batch, on_voxels, subview
 
 TALEB = "Taleb et al. 2020"
 #: Extent of a view rotated by up to 15 degrees about each axis, as a multiple of its edge: median, and largest.
@@ -184,16 +184,18 @@ class Exemplar(EncoderMethod):
         """Cut and augment anchor, positive and crop of another case: (B, 3, C, D, H, W)."""
         size, spacing, clean = self.size, self.geometry.spacing, self.settings.clean_positive
         spatial = self.settings.spatial(self.geometry)
-        boxes = []
+        boxes: list[list[SourceBox]] = [[], []]
         for b, (mine, others) in enumerate(zip(own, other, strict=True)):
             generator = random.generator(b)
             for place, box in enumerate((mine, mine, others)):
                 untouched = clean and place == 1
                 matrix = np.eye(3) if untouched else spatial.draw(generator, size)
                 where = np.zeros(3) if untouched else generator.uniform(-1, 1, 3)
-                boxes.append(subview(box, self.region, matrix, where, view_size=size, isotropic=False))
-        crops, _ = crop_batch(boxes, size, random.device)
-        images = crops.unflatten(0, (len(own), 3))
+                view = subview(box, self.region, matrix, where, view_size=size, isotropic=False)
+                boxes[place // 2].append(on_voxels(view, size) if untouched else view)
+        # apart, so that a region with two views is sent to a GPU once
+        crops = [crop_batch(views, size, random.device)[0].unflatten(0, (len(own), -1)) for views in boxes]
+        images = torch.cat(crops, 1)
         original = images[:, 1].clone() if clean else None
         IntensityDraw.draw(self.settings.intensity, random, images.shape[2], spacing, views=3).apply(images)
         if original is not None:

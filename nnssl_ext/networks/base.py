@@ -84,12 +84,12 @@ class Backbone(ABC):
         """
         return self.network(image)
 
+    @abstractmethod
     def features_and_output(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
         """Compute the encoder's feature maps and the network's output, without deep supervision.
 
-        (B, C, D, H, W) -> maps as ``features`` returns them, (B, classes, D, H, W). The default runs the encoder twice.
+        (B, C, D, H, W) -> maps as ``features`` returns them, (B, classes, D, H, W). The encoder runs once.
         """
-        return self.features(image), self.output(image)
 
     def train_mask_token(self) -> None:  # noqa: B027 a default
         """Train the mask token, for an objective that masks tokens. Networks without a trainable one do nothing."""

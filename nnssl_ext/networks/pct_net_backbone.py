@@ -33,6 +33,10 @@ class PCTNetBackbone(Backbone):
     def features(self, image: Tensor, stages: int | None = None) -> list[Tensor]:
         return self.network.encode(image, len(self.strides[:stages]))
 
+    def features_and_output(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
+        maps = self.network.encode(image)
+        return maps, self.network.decode(maps)  # type: ignore[return-value]
+
     def encoder_parameters(self, stages: int | None = None) -> Iterable[nn.Parameter]:
         return [parameter for part in self._stages()[:stages] for module in part for parameter in module.parameters()]
 

@@ -46,6 +46,11 @@ class ViTBackbone(Backbone):
         tokens = self.tokens(image)[:, 1:]
         return [as_map(tokens, self.encoder.grid(image.shape[2:]))][:stages]
 
+    def features_and_output(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
+        patches = [layer[:, 1:] for layer in self.encoder.layers(image, self.network.read)]
+        maps = [as_map(patches[-1], self.encoder.grid(image.shape[2:]))]
+        return maps, self.network.decode(image, patches)  # type: ignore[return-value]
+
     def tokens(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
         """Compute the normed tokens, CLS first: (B, C, D, H, W) -> (B, 1 + N, E).
 

@@ -7,6 +7,7 @@ equivalents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -86,7 +87,10 @@ def remap_percentiles(batch: Tensor, low: float = 0.001, high: float = 0.999) ->
     """Scale quantiles to 0 and 1, and clip. (B, C, D, H, W). Constant channels become 0."""
     for volume in batch.flatten(0, 1):
         # every k-th voxel is enough for a quantile, and torch.quantile takes 16 million values at most
-        sample = volume.flatten()[:: max(1, volume.numel() // 100_000)]
+        step = max(1, volume.numel() // 100_000)
+        while math.gcd(step, volume.shape[-1]) > 1:  # it would meet the same columns in each row
+            step += 1
+        sample = volume.flatten()[::step]
         bottom, top = torch.quantile(sample, to_device(torch.tensor([low, high]), batch.device))
         volume.sub_(bottom).div_((top - bottom).clamp_min(EPSILON)).clamp_(0, 1)
     return batch

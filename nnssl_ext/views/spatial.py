@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnssl_ext.views.cpu.chunks import has_kernels
-from nnssl_ext.views.cpu.crops import copy_crop, interpolate_crop, source_axes
+from nnssl_ext.views.cpu.crops import copy_crop, interpolate_crop, is_copy, source_axes
 from nnssl_ext.views.random import pack_to_device
 
 #: Above this ratio of spacings crops rotate only in the plane of the thin slices, as in nnU-Net.
@@ -145,6 +145,14 @@ def subview(
     return SourceBox(box.data, matrix, box.center + np.asarray(place) * left, box.case)
 
 
+def on_voxels(box: SourceBox, size: Sequence[int]) -> SourceBox:
+    """Move a crop of the voxels themselves onto them, by up to half a voxel. Others stay."""
+    if not np.array_equal(box.matrix, np.eye(3)):
+        return box
+    half = (np.asarray(size) - 1) / 2
+    return replace(box, center=np.floor(box.center - half + 0.5) + half)
+
+
 def source_range(center: np.ndarray, half: np.ndarray, volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the first and last + 1 voxel (3,) that a crop reads. Within the volume."""
     low = np.clip(np.floor(center - half + 1e-6), 0, volume - 1).astype(int)
@@ -152,7 +160,7 @@ def source_range(center: np.ndarray, half: np.ndarray, volume: np.ndarray) -> tu
 
 
 def is_constant(box: SourceBox, size: Sequence[int]) -> bool:
-    """Return each channel's constancy in the source region."""
+    """Return whether every channel of the source region is constant."""
     low, high = source_range(box.center, half_extent(box.matrix, size), np.asarray(box.data.shape[1:]))
     region = box.data[(slice(None), *map(slice, low.tolist(), high.tolist()))]
     # two voxels nearly always decide it
@@ -186,7 +194,7 @@ def crop_batch(
 ) -> tuple[Tensor, Tensor | None]:
     """Cut one crop out of each box, trilinearly.
 
-    On a GPU all crops are one resampling. Boxes in a row that share their data are sent there once.
+    On a GPU all crops are one resampling. Groups of equal length that share their data are sent there once.
 
     Args:
         boxes: B.
@@ -218,7 +226,7 @@ def _crop_on_cpu(boxes: Sequence[SourceBox], crops: Sequence[Tensor]) -> list[Te
     left = []
     for n, (box, crop) in enumerate(zip(boxes, crops, strict=True)):
         axes = source_axes(box.matrix)
-        if axes is not None and all(abs(sum(row)) == 1 for row in box.matrix.tolist()):
+        if axes is not None and is_copy(box.matrix, box.center, axes, size):
             insides[n] = copy_crop(data, box.matrix, box.center, axes, crop)
         elif axes is not None and has_kernels(crop.device, size):
             insides[n] = interpolate_crop(data, box.matrix, box.center, axes, crop)

@@ -77,6 +77,18 @@ def test_a_clean_positive_is_told_by_its_cleanness_and_ours_is_not_clean(folder:
     assert anchors_from_noise(OURS, folder) < 0.75
 
 
+def test_a_clean_positive_is_a_copy_of_voxels(folder: Path) -> None:
+    """The room that a region leaves may be odd: its middle lies between two voxels."""
+    method = build(Exemplar, replace(PUBLISHED, standardize=False))
+    odd = tuple(edge - (edge - size + 1) % 2 for edge, size in zip(method.region, method.size, strict=True))
+    method.region = odd
+    batch = batch_of(folder, method, [0, 1, 2])
+    assert all((edge - size) % 2 for edge, size in zip(odd, method.size, strict=True))
+    images = method._images(*batch.boxes, BatchRandom(0, VIEWS, [0, 1, 2], CPU))
+    for box, positive in zip(batch.boxes[0], images[:, 1], strict=True):
+        assert torch.isin(positive, box.data.float()).all()
+
+
 def test_views_are_parts_of_one_crop_and_the_negative_is_of_another_case(folder: Path) -> None:
     method = build(Exemplar, OURS)
     batch = batch_of(folder, method, [0, 1, 2])

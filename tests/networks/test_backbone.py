@@ -154,3 +154,20 @@ def test_depth_strides_of_each_network() -> None:
 def test_unknown_networks_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"torch\.nn\.modules\.linear\.Linear"):
         backbone_of(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_and_output_run_the_encoder_once(kind: str) -> None:
+    backbone = backbone_of(network(kind))
+    backbone.network.eval()
+    backbone.set_deep_supervision(False)
+    image, calls = torch.randn(1, 1, 16, 32, 32), []
+    with torch.no_grad():
+        expected = backbone.features(image), backbone.output(image)
+        backbone.stem.register_forward_pre_hook(lambda *_: calls.append(1))
+        maps, output = backbone.features_and_output(image)
+    assert len(calls) <= 1  # a vision transformer's is a matrix product
+    assert len(maps) == len(expected[0])
+    for found, map_ in zip(maps, expected[0], strict=True):
+        torch.testing.assert_close(found, map_)
+    torch.testing.assert_close(output, expected[1])

@@ -106,3 +106,11 @@ def test_percentiles_are_mapped_to_zero_and_one() -> None:
     assert changed.amin() == 0
     assert changed.amax() == 1
     assert torch.isfinite(remap_percentiles(torch.ones(1, 1, 4, 4, 4))).all()
+
+
+def test_the_percentiles_see_all_columns() -> None:
+    """Every second voxel of rows of even length would be those of every second column."""
+    batch = torch.randn(1, 1, 40, 50, 100, generator=torch.Generator().manual_seed(0))
+    batch[..., 1::2] += 50
+    changed = remap_percentiles(batch)
+    assert 0.1 < changed[..., 1::2].median() < 0.999

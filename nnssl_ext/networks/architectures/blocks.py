@@ -31,7 +31,7 @@ class DropPath(nn.Module):
             return features + branch(features)
         samples, share = len(features), 1 - self.probability
         kept = round(samples * share)
-        if not kept or abs(kept / samples - share) > TOLERANCE:
+        if not 0 < kept < samples or abs(kept / samples - share) > TOLERANCE:
             mask = features.new_empty(samples, *[1] * (features.ndim - 1)).bernoulli_(share)
             return features + branch(features) * (mask / share if share else mask)
         rows = torch.randperm(samples, device=features.device)[:kept]

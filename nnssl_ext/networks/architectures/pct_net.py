@@ -220,7 +220,10 @@ class PCTNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Segment (B, C, D, H, W) at one or several levels."""
-        encoded = self.encode(image)
+        return self.decode(self.encode(image))
+
+    def decode(self, encoded: Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """Segment at one or several levels from the maps of ``encode``."""
         level2, level3 = self.pyramid_ct.decode(encoded[2:])
         level0, level1 = self.pred_heads[self.resolution_mode](encoded[0], encoded[1], level2)
         if not self.deep_supervision:

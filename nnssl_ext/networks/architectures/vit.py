@@ -298,7 +298,11 @@ class ViTUNETR(nn.Module):
         patches = [layer[:, 1:] for layer in tokens]
         if decode is not None:
             patches[-1] = decode(patches[-1])
-        return self.decoder(image, [as_map(layer, encoder.grid(size)) for layer in patches])
+        return self.decode(image, patches)
+
+    def decode(self, image: Tensor, patches: Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """Segment at one or all resolutions, from tokens (B, N, E) after each of the blocks ``read``."""
+        return self.decoder(image, [as_map(layer, self.backbone.grid(image.shape[2:])) for layer in patches])
 
 
 def as_map(tokens: Tensor, grid: Sequence[int]) -> Tensor:

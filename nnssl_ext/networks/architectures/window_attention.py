@@ -52,7 +52,7 @@ class WindowAttention(nn.Module):
         query, key, value = self.qkv(voxels).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         logits = self.bias(edges)[None]
         if mask is not None:
-            logits = (logits + mask[:, None]).repeat(len(voxels) // len(mask), 1, 1, 1)
+            logits = (logits + mask[:, None]).to(query.dtype).repeat(len(voxels) // len(mask), 1, 1, 1)
         mixed = F.scaled_dot_product_attention(
             query,
             key,

@@ -1,6 +1,6 @@
 """Crop on the CPU by copies and products per axis.
 
-The definition is ``views.spatial.resample``, and the tests hold these functions to it.
+The definition is ``views.spatial.resample_batch``, and the tests hold these functions to it.
 
 C channel, D H W voxels. ``matrix`` and ``center`` are those of a ``SourceBox``.
 """
@@ -29,8 +29,16 @@ def source_axes(matrix: np.ndarray) -> list[int] | None:
     return axes
 
 
+def is_copy(matrix: np.ndarray, center: np.ndarray, axes: Sequence[int], size: Sequence[int]) -> bool:
+    """Return whether all voxels of a crop are voxels of the source, and none lies between two."""
+    if any(abs(sum(row)) != 1 for row in matrix.tolist()):
+        return False
+    low = [place - (size[axis] - 1) / 2 for place, axis in zip(center.tolist(), axes, strict=True)]
+    return all(abs(place - round(place)) < 1e-6 for place in low)
+
+
 def copy_crop(data: Tensor, matrix: np.ndarray, center: np.ndarray, axes: Sequence[int], crop: Tensor) -> Tensor | None:
-    """Copy a crop whose matrix is a signed permutation.
+    """Copy a crop that ``is_copy``. Its matrix is a signed permutation.
 
     Fills ``crop`` (C, D, H, W) from ``data`` (C, d, h, w), with ``axes`` from ``source_axes``. Returns ``inside``
     (1, D, H, W) bool, or None where no voxel lies outside.

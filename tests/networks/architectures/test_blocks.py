@@ -61,3 +61,12 @@ def test_timm_is_loaded_with_primus_only() -> None:
         "from dynamic_network_architectures.architectures import primus; assert 'timm' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(("samples", "probability"), [(2, 0.05), (10, 0.05), (4, 0.01)])
+def test_a_small_probability_drops_some_samples_of_a_small_batch(samples: int, probability: float) -> None:
+    torch.manual_seed(0)
+    layer = DropPath(probability).train()
+    added = torch.cat([layer(torch.zeros(samples, 1), torch.ones_like) for _ in range(2000)])
+    assert (added == 0).float().mean() == pytest.approx(probability, rel=0.3)
+    assert added.mean() == pytest.approx(1.0, abs=0.02)

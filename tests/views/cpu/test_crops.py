@@ -34,7 +34,8 @@ def test_scaled_mirrored_and_turned_crops_are_the_definitions(order: tuple[int, 
         assert source_axes(matrix) == list(order)
         edges = np.asarray(SIZE)[list(order)]
         middle = np.array([6.0, 6.0, 7.0]) + (0.5 * (edges % 2 == 0) if scale == 1 else 0.13)
-        boxes += [SourceBox(volume(), matrix * scale, center) for center in (middle, middle + np.array([0, 6, -5]))]
+        shifts = np.array([[0, 0, 0], [0, 6, -5], [0.5, 0, 0], [0.5, 0.5, 0.5]])  # the last two lie between voxels
+        boxes += [SourceBox(volume(), matrix * scale, middle + shift) for shift in shifts]
     inside = agree(boxes)
     assert inside is not None
     assert not inside.all()
