@@ -12,6 +12,7 @@ reserved is printed beside the estimate.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,8 @@ def measured(method: type[Method], case: Case, batch: int) -> tuple[int, int]:
     built.to(device)
     recipe = built.optimizer()
     optimizer = build_optimizer(recipe, built.parameter_groups(), 1e-4)
+    gc.collect()
+    torch.cuda.empty_cache()  # an earlier method's
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         optimizer.zero_grad(set_to_none=True)

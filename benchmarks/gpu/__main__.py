@@ -6,26 +6,29 @@ Parts, in this order: ceilings (copy, matrix product, convolution), correct (val
 (the stock commands), compile (torch.compile), speed (samples/s, shares, memory), loader (crops/s), ranks (NCCL with one
 rank), pay (a study's next runs in the time that is left).
 
-Each part runs in a process of its own with a time limit. DIR/results.json and DIR/PART.log are written after every row.
-A row or a part that fails is recorded with its traceback, and the next one runs. Exit status 1: something failed.
+Each part runs in a process of its own with a time limit. DIR/PART.json and DIR/PART.log are written after every row,
+DIR/results.json after every part. A row or a part that fails is recorded with its traceback, and the next one runs. A
+row in which a part was stopped is listed as unfinished. Exit status 1: something failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.context import Context, NoTimeLeftError
+from benchmarks.gpu.context import UNFINISHED, Context, NoTimeLeftError, end_group
 
 #: Seconds of each part in a run of eight minutes. Time that a part does not use goes to ``pay``.
 LIMITS = {
@@ -58,7 +61,10 @@ def functions() -> dict[str, Callable[[Context], None]]:
 
 def run_part(part: str, function: Callable[[Context], None], context: Context) -> None:
     """Run one part in this process, with its output in a log."""
-    os.setsid()  # its children end with it
+    os.setsid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the command
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     log = open(context.output / f"{part}.log", "a", buffering=1)  # noqa: SIM115 (kept open until the process ends)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -81,11 +87,16 @@ def supervise(part: str, function: Callable[[Context], None], context: Context) 
     (context.output / f"{part}.json").unlink(missing_ok=True)  # rows of an earlier call
     process = multiprocessing.get_context("fork").Process(target=run_part, args=(part, function, context))
     process.start()
-    process.join(max(1.0, context.deadline - begin))
-    stopped = process.is_alive()
-    if stopped:
-        kill_group(process.pid)
-        process.join()
+    try:
+        process.join(max(1.0, context.deadline - begin))
+        stopped = process.is_alive()
+    finally:
+        if process.is_alive() and process.pid is not None:
+            # in the meantime it would be a zombie, which counts as a member of its group
+            ending = threading.Thread(target=end_group, args=(process.pid,))
+            ending.start()
+            process.join()
+            ending.join()
     rows = context.read()
     rows["seconds"] = round(time.monotonic() - begin, 1)
     if stopped:
@@ -95,13 +106,15 @@ def supervise(part: str, function: Callable[[Context], None], context: Context) 
     return rows
 
 
-def kill_group(pid: int | None) -> None:
-    """Kill a part and all processes that it started."""
-    if pid is not None:
-        try:
-            os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            os.kill(pid, signal.SIGKILL)
+def unfinished(results: dict[str, Any]) -> list[str]:
+    """List the rows within which a part was stopped. Its time was too short, or something hangs."""
+    parts = results["parts"].items()
+    return [
+        f"{part}: {name}"
+        for part, rows in parts
+        for name, row in rows.items()
+        if isinstance(row, dict) and row.get(UNFINISHED)
+    ]
 
 
 def failures(results: dict[str, Any]) -> list[str]:
@@ -123,6 +136,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="smallest networks and fewest steps, for a rehearsal")
     parser.add_argument("--pay", type=Path, help="folder with a study to continue; see docs/internals/performance.md")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     begin = time.monotonic()
     end = begin + 60 * arguments.minutes
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -144,8 +158,10 @@ def main() -> None:
             print(f"{part}: {rows['seconds']} s, {rows.get('stopped') or rows.get('failed') or 'done'}", flush=True)
             results["seconds"] = round(time.monotonic() - begin, 1)
             (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    failed = failures(results)
+    failed, open_ = failures(results), unfinished(results)
     print(f"{output / 'results.json'}; failed: {', '.join(failed) or 'nothing'}")
+    if open_:
+        print(f"unfinished, for want of time or since it hangs: {', '.join(open_)}")
     sys.exit(1 if failed else 0)
 
 

@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import nnunetv2
 import torch
 
-from benchmarks.gpu.context import Context
+from benchmarks.gpu.context import GRACE, Context, end_group
 from benchmarks.workload import CONFIGURATION, TINY_DATASET, TINY_NUMBER, write_tiny
 
 STOCK = "from nnunetv2.run.run_training import run_training_entry; run_training_entry()"
@@ -57,23 +58,40 @@ class Bench:
         return [*command, "-tr", trainer, "-device", self.context.kind, *more]
 
     def environment(self, compiled: bool) -> dict[str, str]:
-        """Return the variables of a command."""
-        return {**os.environ, **self.variables, "nnUNet_compile": "t" if compiled else "f"}
+        """Return the variables of a command, which also finds packages and programs that are in a folder only."""
+        packages = Path(nnunetv2.__file__).parents[1]
+        paths = {"PYTHONPATH": [Path.cwd(), packages], "PATH": [packages / "bin"]}
+        found = {
+            name: os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get(name)])])
+            for name, folders in paths.items()
+        }
+        return {**os.environ, **found, **self.variables, "nnUNet_compile": "t" if compiled else "f"}
 
     def run(self, command: list[str], compiled: bool = False) -> float:
         """Run a command to its end; return its seconds.
 
         Raises:
-            RuntimeError: If it fails, with the end of its output.
+            RuntimeError: If it fails or does not end in time, with the end of its output.
         """
         begin = time.monotonic()
-        finished = subprocess.run(
-            command, env=self.environment(compiled), cwd=self.root, text=True, capture_output=True, check=False
+        process = subprocess.Popen(
+            command,
+            env=self.environment(compiled),
+            cwd=self.root,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-        print(finished.stdout[-3000:], finished.stderr[-3000:], flush=True)
-        if finished.returncode:
-            end = finished.stdout[-1500:] + finished.stderr[-1500:]
-            raise RuntimeError(f"{shlex.join(command[-6:])} ended with {finished.returncode}.\n{end}")
+        try:
+            output, _ = process.communicate(timeout=max(1.0, self.context.left - 2 * GRACE))
+        except subprocess.TimeoutExpired:
+            end_group(process.pid)
+            output, _ = process.communicate()
+            output += "\nIt did not end in time."
+        print(output[-6000:], flush=True)
+        if process.returncode:
+            raise RuntimeError(f"{shlex.join(command[-6:])} ended with {process.returncode}.\n{output[-3000:]}")
         return round(time.monotonic() - begin, 1)
 
     def fold(self, trainer: str, fold: str = "0") -> Path:
@@ -176,20 +194,22 @@ def pay(context: Context) -> None:
         words = (context.study / "words.txt").read_text()
         bench.variables["nnUNet_preprocessed"] = str((context.study / "preprocessed").resolve())
         if (context.study / "study").is_dir():
-            shutil.copytree(context.study / "study", context.output / "study", dirs_exist_ok=True)
+            shutil.copytree(context.study / "study", context.output / "study", symlinks=True, dirs_exist_ok=True)
     settings = [] if context.study else ["epochs=1", "iterations_per_epoch=2", "validation_iterations=1"]
     with context.row("study", 5) as row:
         command = [sys.executable, "-W", "ignore", "-m", "nnssl_ext", "study", *shlex.split(words)]
         command += ["-device", context.kind, "-o", str(context.output / "study"), *settings]
         process = subprocess.Popen(command, env=bench.environment(False), cwd=bench.root, start_new_session=True)
         try:
-            row["status"] = process.wait(min(20.0, context.left) if context.tiny else max(1.0, context.left - 5))
+            row["status"] = process.wait(
+                min(20.0, context.left) if context.tiny else max(1.0, context.left - 2 * GRACE)
+            )
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the next call continues from what is there
+            end_group(process.pid)  # runs keep their steps, and the next call goes on
             process.wait()
             row["status"] = "stopped when the time was over"
         results = context.output / "study" / "results.csv"
-        row["finished runs"] = len(list((context.output / "study").rglob("done.json")))
+        row["finished runs"] = len(list((context.output / "study" / "runs").glob("*/*.csv")))
         row["results"] = results.is_file()
         if isinstance(row["status"], int) and row["status"]:
             row["failed"] = f"The study ended with {row['status']}; see pay.log."

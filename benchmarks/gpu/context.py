@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import time
 import traceback
@@ -16,6 +17,11 @@ from typing import Any
 import torch
 
 from benchmarks.measure import in_turns
+
+#: Mark of a row that was begun and not finished.
+UNFINISHED = "unfinished"
+#: Seconds that processes get to end by themselves.
+GRACE = 5
 
 
 class NoTimeLeftError(Exception):
@@ -83,6 +89,7 @@ class Context:
         if self.left < seconds:
             self.put(name, {"left out": f"It needs {seconds} s, {self.left:.0f} s were left."})
             raise NoTimeLeftError(name)
+        self.put(name, {UNFINISHED: True})  # if the part is stopped within it
         try:
             yield row
         except NoTimeLeftError:
@@ -102,6 +109,19 @@ class Context:
     @property
     def _file(self) -> Path:
         return self.output / f"{self.part}.json"
+
+
+def end_group(pid: int) -> None:
+    """Ask a process group to end, and kill it after ``GRACE`` seconds. torchrun ends its workers if it is asked."""
+    for number, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 0)):
+        end = time.monotonic() + seconds
+        try:
+            os.killpg(pid, number)
+            while time.monotonic() < end:
+                os.killpg(pid, 0)
+                time.sleep(0.1)
+        except ProcessLookupError:
+            return
 
 
 def milliseconds(context: Context, function: Any, repeats: int, warm_up: int = 2) -> float:

@@ -9,6 +9,7 @@ import os
 import platform
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu.context import Context, cpu_seconds, milliseconds
 from benchmarks.gpu.correct import SMALL_DINO
+from benchmarks.measure import once
 from benchmarks.step import Run
 from benchmarks.views import views_of
 from benchmarks.workload import CONFIGURATION, start_trainer, write_dataset
@@ -187,11 +189,14 @@ def time_step(context: Context, name: str, folder: Path, row: dict[str, Any]) ->
     run = Run(folder, name, context.device)
     for _ in range(2):
         run.full()
+    if context.kind == "cuda":  # the search for algorithms takes memory that a training does not keep
+        row["allocated in the first steps, GiB"] = torch.cuda.max_memory_allocated() / GIB
+        torch.cuda.reset_peak_memory_stats()
     children = [process.pid for process in multiprocessing.active_children() if process.pid]
     before, begin = sum(map(cpu_seconds, children)), time.perf_counter()
     row["step, ms"] = milliseconds(context, run.full, repeats, warm_up=0)
-    row["samples/s"] = 1000 * run.trainer.batch_size / row["step, ms"]
     row["worker cores"] = (sum(map(cpu_seconds, children)) - before) / (time.perf_counter() - begin)
+    row["samples/s"] = run.trainer.batch_size / mean_seconds(run.full, 2 * repeats, context.device)
     if context.kind == "cuda":
         row["allocated, GiB"] = torch.cuda.max_memory_allocated() / GIB
         row["reserved, GiB"] = torch.cuda.max_memory_reserved() / GIB
@@ -207,6 +212,19 @@ def time_step(context: Context, name: str, folder: Path, row: dict[str, Any]) ->
     ceiling = ceiling_of(context)
     row["utilization"] = row["Tflop"] / (row["step, ms"] / 1000) / ceiling if ceiling else None
     run.trainer.dataloader_train = run.trainer.dataloader_val = None
+
+
+def mean_seconds(step: Callable[[], None], repeats: int, device: torch.device) -> float:
+    """Return the mean time of a step in a row of them, as in a training.
+
+    The device is not waited for in between. A slow loader shows, since the batches it had ready are used up before.
+    """
+
+    def several() -> None:
+        for _ in range(repeats):
+            step()
+
+    return once(several, device).wall / repeats
 
 
 def release(context: Context) -> None:
