@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+#: Our program that runs ``nnUNetv2_train``, as it names itself.
+TRAIN = "nnssl_ext train"
 _NAME = re.compile(r"Dataset(\d{3,})_")
 
 
@@ -54,11 +57,19 @@ class RunName:
     plans: str = "nnUNetPlans"
     trainer: str = "nnUNetTrainer"
 
-    def words(self) -> list[str]:
-        """Return the words of ``nnUNetv2_train`` for this run."""
-        words = ["nnUNetv2_train", dataset_word(self.dataset), self.configuration, self.fold]
-        words += ["-p", self.plans] if self.plans != "nnUNetPlans" else []
+    def options(self) -> list[str]:
+        """Return the words for plans and trainer where they are not nnU-Net's usual ones."""
+        words = ["-p", self.plans] if self.plans != "nnUNetPlans" else []
         return [*words, "-tr", self.trainer] if self.trainer != "nnUNetTrainer" else words
+
+    def words(self) -> list[str]:
+        """Return the words of ``nnUNetv2_train`` for this run.
+
+        Within ``nnssl_ext train`` a trainer of ours stays with that program, which finds it by itself.
+        """
+        ours = sys.argv[:1] == [TRAIN] and self.trainer.startswith("nnsslTrainer")
+        program = TRAIN.split() if ours else ["nnUNetv2_train"]
+        return [*program, dataset_word(self.dataset), self.configuration, self.fold, *self.options()]
 
     def command(self, weights: str | Path | None = None) -> str:
         """Return the command that trains this run, from pretrained weights if there are some."""

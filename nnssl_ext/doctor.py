@@ -307,6 +307,9 @@ def _plans(path: Path) -> Iterator[Finding]:
         trouble = f"are for {plans.get('dataset_name')}, whose data nnU-Net would take"
         advice = "copy plans with nnUNetv2_move_plans_between_datasets, or correct dataset_name"
         yield Finding(f"{path.parent.name}, {path.stem}", "", trouble, advice)
+    if plans.get("plans_name") != path.stem:
+        trouble = f"have the plans_name '{plans.get('plans_name')}', by which nnU-Net names the results folder"
+        yield Finding(f"{path.parent.name}, {path.stem}", "", trouble, f"set it to '{path.stem}'")
     for name in plans.get("configurations", {}):
         subject = f"{path.parent.name}, {path.stem}, {name}"
         yield from kept_going(subject, _configuration(subject, path, plans, name, dataset_json))

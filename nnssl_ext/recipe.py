@@ -104,7 +104,7 @@ def assignments_recipe(assignments: Iterable[str]) -> Recipe:
     """Build a recipe from words like ``epochs=200``.
 
     Values are JSON, or strings if they are no JSON. Names that begin with ``configuration.`` and ``architecture.``
-    belong to these parts.
+    belong to these parts. ``nnssl_ext.epochs`` is ``epochs``, as messages write it.
 
     Raises:
         UserError: If a name is a setting and a section at once.
@@ -118,6 +118,8 @@ def assignments_recipe(assignments: Iterable[str]) -> Recipe:
             value = text
         keys = name.split(".")
         target = recipe.settings
+        if keys[0] == PLANS_KEY and len(keys) > 1:
+            del keys[0]
         if keys[0] in ("configuration", "architecture"):
             target = recipe.parts()[keys.pop(0)]
         if not keys:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nnssl_ext import environment
+from nnssl_ext.commands import TRAIN
 from nnssl_ext.configurations import configuration_of
 from nnssl_ext.errors import UserError
 from nnssl_ext.external_trainers import find_trainer, trainer_folders
@@ -51,7 +52,7 @@ def _stock(arguments: Sequence[str]) -> None:
     from nnunetv2.run.run_training import run_training_entry
     from torch.multiprocessing import ProcessExitedException
 
-    sys.argv = ["nnssl_ext train", *arguments]
+    sys.argv = [TRAIN, *arguments]
     try:
         run_training_entry()
     except ProcessExitedException as error:  # of -num_gpus
@@ -150,6 +151,11 @@ def _plans(folder: Path, name: str) -> dict[str, Any]:
         raise UserError(
             f"{file} is for {plans.get('dataset_name')}, whose data nnU-Net would take. Copy plans with "
             f"nnUNetv2_move_plans_between_datasets, or correct its dataset_name"
+        )
+    if plans.get("plans_name") != name:
+        raise UserError(
+            f"{file} has the plans_name '{plans.get('plans_name')}', by which nnU-Net names the results folder. Set it "
+            f"to '{name}'"
         )
     return plans
 

@@ -4,7 +4,8 @@ import shlex
 
 import pytest
 
-from nnssl_ext.commands import RunName, dataset_number, dataset_word
+from nnssl_ext.commands import TRAIN, RunName, dataset_number, dataset_word
+from nnssl_ext.training.run.commands import continuation
 from tests.conftest import Environment
 
 
@@ -46,3 +47,19 @@ def test_a_name_without_number_has_none() -> None:
     assert dataset_number("Dataset004_T") == 4
     with pytest.raises(ValueError, match="expected DatasetXXX_NAME, got 'Task04_T'"):
         dataset_number("Task04_T")
+
+
+def test_within_our_program_a_trainer_of_ours_stays_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There no variable names the folder of our trainers."""
+    ours = RunName("Dataset1004_T", "3d_fullres", "0", trainer="nnsslTrainer_3DINO")
+    stock = RunName("Dataset1004_T", "3d_fullres", "0")
+    assert ours.command().startswith("nnUNetv2_train 1004 3d_fullres")
+    monkeypatch.setattr("sys.argv", [TRAIN, "1004", "3d_fullres", "0"])
+    assert ours.command() == "nnssl_ext train 1004 3d_fullres 0 -tr nnsslTrainer_3DINO"
+    assert stock.command().startswith("nnUNetv2_train")
+    assert continuation(ours, "cpu") == f"{ours.command()} -device cpu --c"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("nnssl_ext.training.run.commands.world", lambda: 2)
+    monkeypatch.setattr("nnssl_ext.training.run.commands.launched", lambda: True)
+    words = "torchrun --standalone --nnodes=1 --nproc-per-node=2 -m nnssl_ext.train 1004 3d_fullres 0"
+    assert continuation(ours, "cuda") == f"{words} -tr nnsslTrainer_3DINO --c"

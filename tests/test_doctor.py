@@ -204,11 +204,13 @@ def test_inheriting_configurations_and_plans_of_other_data_sets(with_data: Data)
         plans["configurations"]["circle"] = {"inherits_from": "circle"}
         plans["dataset_name"] = "Dataset004_Other"
 
+    environment.write_plans("plain", "renamed", {}, lambda plans: plans.update(plans_name="nnUNetPlans"))
     environment.write_plans("plain", "other", {}, inherit)
     found = {f.subject: f for f in examine_dataset("811")}
     assert found["Dataset811_Plain, other, mine, Rotation"].state.startswith("crop (")
     assert "Circular dependency" in found["Dataset811_Plain, other, circle"].trouble
     assert "are for Dataset004_Other" in found["Dataset811_Plain, other"].trouble
+    assert "have the plans_name 'nnUNetPlans'" in found["Dataset811_Plain, renamed"].trouble
 
 
 def test_small_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:

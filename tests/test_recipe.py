@@ -208,5 +208,10 @@ def test_a_part_is_no_setting(word: str) -> None:
         assignments_recipe([word])
 
 
+def test_settings_may_be_written_as_in_messages() -> None:
+    words = ["nnssl_ext.batch_size=4", "nnssl_ext.finetune.steps=9"]
+    assert assignments_recipe(words).settings == {"batch_size": 4, "finetune": {"steps": 9}}
+
+
 def test_a_number_with_too_many_digits_is_text() -> None:
     assert assignments_recipe([f"epochs={'9' * 5000}"]).settings == {"epochs": "9" * 5000}

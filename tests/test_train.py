@@ -1,6 +1,7 @@
 import ast
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections import namedtuple
@@ -133,6 +134,9 @@ def test_plans_and_data_sets_that_stock_takes_for_others(with_data: Data) -> Non
     environment.write_plans("plain", "copied", {}, lambda plans: plans.update(dataset_name="Dataset004_Other"))
     with pytest.raises(UserError, match=r"copied.json is for Dataset004_Other, whose data nnU-Net would take"):
         main(["train", *CPU, "-p", "copied"])
+    environment.write_plans("plain", "renamed", {}, lambda plans: plans.update(plans_name="nnUNetPlans"))
+    with pytest.raises(UserError, match=r"renamed.json has the plans_name 'nnUNetPlans', .* Set it to 'renamed'"):
+        main(["train", *CPU, "-p", "renamed"])
     (environment.root / "raw" / "Dataset8110_Other").mkdir()
     with pytest.raises(UserError, match="nnU-Net finds Dataset8110_Other for number 811, too. Give the name"):
         main(["train", *CPU])
@@ -188,13 +192,32 @@ def test_weights_that_do_not_fit(with_data: Data, tmp_path: Path, content: Any, 
     assert len(str(error.value)) < 600
 
 
+def test_the_advice_for_weights_names_plans_and_trainer(with_data: Data, tmp_path: Path) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "other", {})
+    file = tmp_path / "my weights.pth"
+    torch.save({"network_weights": {}}, file)
+    options = ["-p", "other", "-tr", "nnsslTrainer_Finetune"]
+    with pytest.raises(UserError) as error:
+        main(["train", *CPU, *options, "-pretrained_weights", str(file)])
+    advice = shlex.split(str(error.value).partition("Fit it with ")[2])
+    words = ["nnssl_ext", "transfer", str(file), "-d", "811", "-c", "3d_fullres", *options, "-o", "FILE"]
+    assert advice == words
+    network = planned_network(environment.plans("plain"))
+    torch.save({"network_weights": network.state_dict()}, file)
+    assert main([*advice[1:-1], str(tmp_path / "fitted.pth")]) == 0
+
+
+def planned_network(plans: dict, outputs: int = 2) -> torch.nn.Module:
+    manager = PlansManager(plans)
+    return target_network(manager, manager.get_configuration("3d_fullres"), 1, outputs)
+
+
 def test_weights_that_fit_pass_with_other_heads(with_data: Data, tmp_path: Path) -> None:
     environment = with_data("plain")
     plans = environment.plans("plain")
     dataset_json = json.loads((environment.dataset("plain") / "dataset.json").read_text())
-    manager = PlansManager(plans)
-    network = target_network(manager, manager.get_configuration("3d_fullres"), 1, 9)
-    torch.save({"network_weights": network.state_dict()}, tmp_path / "w.pth")
+    torch.save({"network_weights": planned_network(plans, outputs=9).state_dict()}, tmp_path / "w.pth")
     check_stock_weights(tmp_path / "w.pth", nnUNetTrainer, plans, "3d_fullres", dataset_json)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
+from nnssl_ext.commands import RunName, dataset_word
 from nnssl_ext.errors import NetworkError, UserError
 from nnssl_ext.external_trainers import find_trainer, our_trainers
 from nnssl_ext.foreign import load_tensors
@@ -94,10 +96,12 @@ def check_stock_weights(file: Path, trainer_class: Any, plans: dict, configurati
             f"{file} is no checkpoint that can be read ({type(error).__name__}). Give a .pth file"
         ) from error
     weights = content.get("network_weights") if isinstance(content, dict) else None
-    advice = f"Fit it with nnssl_ext transfer {file} -d DATASET -c {configuration} -o FILE"
+    manager = PlansManager(plans)
+    run = RunName(manager.dataset_name, configuration, "", manager.plans_name, trainer_class.__name__)
+    words = [dataset_word(run.dataset), "-c", run.configuration, *run.options(), "-o", "FILE"]
+    advice = f"Fit it with {shlex.join(['nnssl_ext', 'transfer', str(file), '-d', *words])}"
     if not isinstance(weights, dict):
         raise UserError(f"{file} has no 'network_weights', which nnU-Net expects. {advice}")
-    manager = PlansManager(plans)
     config = manager.get_configuration(configuration)
     try:
         channels = determine_num_input_channels(manager, config, dataset_json)

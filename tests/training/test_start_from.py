@@ -16,7 +16,7 @@ from nnssl_ext.training.pretraining.state import start_from
 from nnssl_ext.transfer.names import canonical_weights
 from nnssl_ext.transfer.read import read_source
 from tests.conftest import Environment
-from tests.support.runs import STOCK, pretrain, trainer_for
+from tests.support.runs import STOCK, Killed, kill_at, pretrain, same_run, trainer_for
 from tests.transfer.files import nnssl_file
 
 Data = Callable[[str], Environment]
@@ -232,6 +232,31 @@ def test_a_decoder_of_the_first_stage_counts_as_trained(with_data: Data, monkeyp
     maybe_load_checkpoint(begun, False, False, str(first))
     begun.on_train_start()
     assert kept in begun.filled
+
+
+def test_killed_in_its_first_epoch_it_goes_on_from_stocks_pretrained_weights(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "first", {"epochs": 1})
+    first = pretrain(environment, "plain", "first") / "checkpoint_final.pth"
+    for name in ("whole", "broken"):
+        environment.write_plans("plain", name, {"epochs": 1})
+    folds = {}
+    for name in ("whole", "broken"):
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", str(first)])
+            begun = trainer_for("plain", name)
+            maybe_load_checkpoint(begun, False, False, str(first))
+            if name == "broken":
+                kill_at(1, patch)
+                with pytest.raises(Killed):
+                    begun.run_training()
+            else:
+                begun.run_training()
+        folds[name] = environment.fold("plain", name, type(begun).__name__)
+    pretrain(environment, "plain", "broken", c=True)
+    same_run(folds["whole"], folds["broken"])
 
 
 @pytest.mark.parametrize("argument", [True, False])

@@ -74,7 +74,7 @@ def pretraining_advice(
     batch = -(-checked.batch_size // world())
     total = device_memory(device)
     crop = "x".join(map(str, checked.geometry.crop_size))
-    needs = f"a batch of {batch} crops of {crop} does not fit {_device_name(device)} ({total / GIB:.1f} GiB)"
+    needs = f"a batch of {batch} crops of {crop} does not fit {_device_name(device)}"
     fits = ""
     try:
         memory = planned_memory(method, plans, configuration, dataset_json, geometry=checked.geometry)
@@ -97,20 +97,24 @@ def pretraining_advice(
 
 def finetuning_advice(batch_size: int, configuration: Any, device: torch.device) -> str:
     """Describe what was too much for a device in fine-tuning."""
-    crop, total = "x".join(map(str, configuration.patch_size)), device_memory(device)
+    crop = "x".join(map(str, configuration.patch_size))
+    other = len(configuration.patch_size) != 3 or configuration.previous_stage_name is not None
     return (
-        f"a batch of {batch_size} crops of {crop} does not fit {_device_name(device)} ({total / GIB:.1f} GiB). Use a "
-        f"smaller configuration.batch_size (now {configuration.batch_size}) or configuration.patch_size "
-        f"(nnssl_ext plan); checkpoints written before are intact"
+        f"a batch of {batch_size} crops of {crop} does not fit {_device_name(device)}. Use a smaller "
+        f"configuration.batch_size (now {configuration.batch_size}) or configuration.patch_size "
+        f"({'in the plans' if other else 'nnssl_ext plan'}); checkpoints written before are intact"
     )
 
 
 def device_memory(device: torch.device) -> int:
-    """Return the total memory of a device in bytes."""
+    """Return the total memory of a device in bytes, 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # Windows does not tell
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
+    total = device_memory(device)
+    return f"{name} ({total / GIB:.1f} GiB)" if total else name

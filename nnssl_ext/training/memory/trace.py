@@ -180,7 +180,7 @@ def trace_step(method: Method, views: Shapes, live: LiveBytes, dtype: torch.dtyp
     """
     method.zero_grad(set_to_none=True)
     start = live.mark()
-    # what a bad batch did to buffers is undone (training/guards.py)
+    # what a bad batch did to buffers is undone (training/run/nonfinite.py)
     remembered = [buffer.clone() for buffer in method.buffers()]
     tensors = {name: torch.empty(shape, dtype=kind) for name, (shape, kind) in views.items()}
     before = live.now

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from nnunetv2.training.logging.nnunet_logger import LocalLogger
+from nnunetv2.training.logging.nnunet_logger import LocalLogger, MetaLogger
 
 from nnssl_ext.checkpoint import plain
 from nnssl_ext.methods import Readable
@@ -39,6 +39,12 @@ class PlainLog(LocalLogger):
         super().log(key, plain(value), epoch)
 
 
+def log_means(logger: MetaLogger, prefix: str, means: Mapping[str, float], epoch: int) -> None:
+    """Log the means of an epoch, to Weights & Biases too. ``loss`` is named as in nnU-Net, others ``PREFIX_NAME``."""
+    for key, value in means.items():
+        logger.log(f"{prefix}_losses" if key == "loss" else f"{prefix}_{key}", float(value), epoch)
+
+
 class PretrainingLog(LocalLogger):
     """Keep one float per epoch and key, for any key. Checkpoints then need no pickles."""
 
@@ -54,11 +60,6 @@ class PretrainingLog(LocalLogger):
         # a resumed run may repeat the epoch it was killed in
         del values[epoch:]
         super().log(key, float(value), epoch)
-
-    def log_means(self, prefix: str, means: Mapping[str, float], epoch: int) -> None:
-        """Log the means of an epoch. ``loss`` is named as in nnU-Net, others ``PREFIX_NAME``."""
-        for key, value in means.items():
-            self.log(f"{prefix}_losses" if key == "loss" else f"{prefix}_{key}", value, epoch)
 
     def has_collapsed(self, sign: bool, patience: int, epoch: int) -> bool:
         """Log a sign of collapse. Return whether to stop.

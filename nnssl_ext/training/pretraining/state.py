@@ -40,6 +40,7 @@ FREE = (
     "on_write_failure",
     "write_in_background",
     "keep_host_memory",
+    "activation_checkpointing",
     "restore_weight_lengths",
 )
 #: The terms of the steps of an epoch, one dict per step, each term (B,).

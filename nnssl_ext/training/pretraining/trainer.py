@@ -35,11 +35,11 @@ from nnssl_ext.training.memory.out_of_memory import pretraining_advice
 from nnssl_ext.training.onednn import avoid_two_slice_bug
 from nnssl_ext.training.optimization import build_optimizer, clip_gradients, set_rates
 from nnssl_ext.training.pretraining import state
-from nnssl_ext.training.pretraining.log import PretrainingLog
+from nnssl_ext.training.pretraining.log import PretrainingLog, log_means
 from nnssl_ext.training.pretraining.picture import PretextPicture, Rows
 from nnssl_ext.training.pretraining.summary import next_command, recipe_commands, summary_text
 from nnssl_ext.training.pretraining.unreadable import Unreadable
-from nnssl_ext.training.run.folder import FINAL
+from nnssl_ext.training.run.folder import FINAL, LATEST
 from nnssl_ext.training.run.nonfinite import FiniteGuard
 from nnssl_ext.training.wrapping import match_memory_format, set_memory_format, wrap_for_training
 from nnssl_ext.transfer.start import pretrained_weights_argument
@@ -235,6 +235,12 @@ class PretrainingTrainer(ManagedTrainer):
         with self.autocast(), torch.no_grad():
             return self.method.picture(views)
 
+    def before_training(self) -> None:
+        # they are given without --c only: a run that was killed in its first epoch would continue without them
+        if self.step == 0 and pretrained_weights_argument(sys.argv):
+            self.save_checkpoint(str(self.folder.path / LATEST))
+            self.writer.wait()
+
     def on_train_epoch_end(self, train_outputs: state.Outputs) -> None:
         means = mean_over_samples(train_outputs)
         if not np.isfinite(means["loss"]):
@@ -243,7 +249,7 @@ class PretrainingTrainer(ManagedTrainer):
                 f"epochs are intact. Lower nnssl_ext.learning_rate (now {self.initial_lr}) and start anew"
             )
         self.logger.log("lrs", max(group["lr"] for group in self.optimizer.param_groups), self.current_epoch)
-        self.log.log_means("train", means, self.current_epoch)
+        log_means(self.logger, "train", means, self.current_epoch)
 
     def on_validation_epoch_start(self) -> None:
         self.method.eval()
@@ -251,7 +257,7 @@ class PretrainingTrainer(ManagedTrainer):
     def on_validation_epoch_end(self, val_outputs: state.Outputs) -> None:
         measures = mean_over_samples(val_outputs)
         check = self.method.check_validation(measures)
-        self.log.log_means("val", {**measures, **check.measures}, self.current_epoch)
+        log_means(self.logger, "val", {**measures, **check.measures}, self.current_epoch)
         self.pretext.update(self.current_epoch, self.method.title, self.checked.geometry.spacing, self._show)
         if check.collapse:
             self.print_to_log_file(f"Sign of a collapse: {check.collapse}")
@@ -314,14 +320,8 @@ class PretrainingTrainer(ManagedTrainer):
         self.print_to_log_file(summary_text(content, readable, learned_from), add_timestamp=False)
 
     def out_of_memory_advice(self) -> str:
-        return pretraining_advice(
-            self.method_class,
-            self.checked,
-            self.plans_manager.plans,
-            self.configuration_name,
-            self.dataset_json,
-            self.device,
-        )
+        plan = self.plans_manager.plans, self.configuration_name, self.dataset_json
+        return pretraining_advice(self.method_class, self.checked, *plan, self.device)
 
     def _identity(self) -> dict[str, Any]:
         architecture = self.configuration_manager.configuration["architecture"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 
-from nnssl_ext.commands import RunName
+from nnssl_ext.commands import RunName, dataset_word
 from nnssl_ext.environment import launched
 from nnssl_ext.training.distributed.ranks import world
 
@@ -16,7 +16,7 @@ def continuation(run: RunName, device: str) -> str:
     if device != "cuda":
         words += ["-device", device]
     if world() > 1 and launched():
-        words[:1] = _launcher()
+        words[: words.index(dataset_word(run.dataset))] = _launcher()
     elif world() > 1:
         words += ["-num_gpus", str(world())]
     return shlex.join([*words, "--c"])

@@ -57,6 +57,14 @@ def test_the_batch_that_should_fit_is_named(with_data: Data, monkeypatch: pytest
     assert "activation_checkpointing" not in line
 
 
+def test_where_the_memory_of_the_machine_is_unknown(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows does not tell it."""
+    environment = with_data("plain")
+    environment.write_plans("plain", "quick", {})
+    monkeypatch.delattr(out_of_memory.os, "sysconf")
+    assert "does not fit this machine, which needs" in trainer_for("plain", "quick").out_of_memory_advice()
+
+
 def test_other_errors_stay_what_they_are(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = with_data("plain")
     environment.write_plans("plain", "quick", {})
