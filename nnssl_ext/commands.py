@@ -39,6 +39,13 @@ def dataset_number(name: str) -> int:
     return int(match[1])
 
 
+def same_number(name: str) -> list[str]:
+    """List the other data sets that stock nnU-Net finds for the number of one. It takes 103 for Dataset1035_X, too."""
+    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets  # imports nnU-Net
+
+    return sorted(str(found) for found in find_candidate_datasets(dataset_number(name)) if found != name)
+
+
 @dataclass(frozen=True)
 class RunName:
     """Name of a run on stock's command line.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nnssl_ext import environment
-from nnssl_ext.commands import TRAIN
+from nnssl_ext.commands import TRAIN, same_number
 from nnssl_ext.configurations import configuration_of
 from nnssl_ext.errors import UserError
 from nnssl_ext.external_trainers import find_trainer, trainer_folders
@@ -99,7 +99,10 @@ def _check(arguments: Sequence[str], hours: str | None) -> argparse.Namespace:
     environment.check_processes()
     results = environment.named_folder("nnUNet_results")
     folder = environment.dataset_folder(known.dataset_name_or_id)
-    _check_number(known.dataset_name_or_id, folder)
+    others = [] if known.dataset_name_or_id.startswith("Dataset") else same_number(folder.name)
+    if others:
+        found = f"nnU-Net finds {', '.join(others)} for number {known.dataset_name_or_id}, too"
+        raise UserError(f"{found}. Give the name {folder.name}")
     plans, dataset_json = _plans(folder, known.p), read_json(folder / "dataset.json")
     configuration = configuration_of(plans, known.configuration)
     for file in (folder / f"{known.p}.json", folder / "dataset.json"):
@@ -128,17 +131,6 @@ def _check_together(known: argparse.Namespace) -> None:
         if getattr(known, one) and getattr(known, other):
             dashes = "-" if other == "pretrained_weights" else "--"
             raise UserError(f"--{one} and {dashes}{other} exclude each other. Give one of the two")
-
-
-def _check_number(word: str, folder: Path) -> None:
-    """Refuse a number that stock finds several times. It takes 103 for Dataset1035_X, too."""
-    if word.startswith("Dataset"):
-        return
-    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
-
-    others = sorted(str(name) for name in find_candidate_datasets(int(word)) if name != folder.name)
-    if others:
-        raise UserError(f"nnU-Net finds {', '.join(others)} for number {word}, too. Give the name {folder.name}")
 
 
 def _plans(folder: Path, name: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnssl_ext.commands import RunName
+from nnssl_ext.commands import RunName, same_number
 from nnssl_ext.errors import UserError
 from nnssl_ext.signals import EndSignals
 
@@ -105,12 +105,10 @@ def _folder(number: int, name: str, like: Path) -> Path:
     Raises:
         UserError: If another data set has its number.
     """
-    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
-
     if not 1 <= number <= 9999 or not re.fullmatch(r"[A-Za-z0-9][\w-]*", name) or "__" in name:
         raise UserError(f"-d takes 1 to 9999 and -n letters, digits and hyphens, got {number} and '{name}'")
     folder = like.parent / f"Dataset{number:03d}_{name}"
-    others = [str(found) for found in find_candidate_datasets(number) if found != folder.name]
+    others = same_number(folder.name)
     if others or folder == like:
         raise UserError(f"data set number {number} is taken by {', '.join(others) or like.name}. Give another -d")
     return folder

@@ -15,6 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from nnssl_ext.commands import same_number
 from nnssl_ext.environment import named_folder
 from nnssl_ext.errors import UserError
 
@@ -85,22 +86,14 @@ def _convert(arguments: argparse.Namespace) -> None:
         target = raw / f"Dataset{int(task[4:6]):03d}_{task[7:]}"
         if target.exists():
             raise UserError(f"{target} is there already. Remove it to convert {task} again")
-        _check_number(target.name)
+        if others := same_number(target.name):
+            raise UserError(
+                f"{target.name} cannot be made: its number is taken by {', '.join(others)}. Rename or remove that"
+            )
         with tempfile.TemporaryDirectory(dir=raw, prefix=".nnssl_ext_") as folder:
             scratch = Path(folder)
             source = unpack(path, task, scratch) if path.is_file() else path.absolute()
             print(convert_task(source, raw, scratch, test_images=True, processes=arguments.np))
-
-
-def _check_number(dataset: str) -> None:
-    """Refuse a data set number that is taken."""
-    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
-
-    from nnssl_ext.commands import dataset_number
-
-    others = sorted(str(name) for name in find_candidate_datasets(dataset_number(dataset)) if name != dataset)
-    if others:
-        raise UserError(f"{dataset} cannot be made: its number is taken by {', '.join(others)}. Rename or remove that")
 
 
 def _predict(arguments: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from nnssl_ext.methods import SCHEMAS, OptimizerRecipe
 from nnssl_ext.networks.backbone import HEADS, backbone_of
 from nnssl_ext.settings import PLANS_KEY, CommonSettings, FinetuneSettings, split_sections
 from nnssl_ext.training.optimization import learning_rate_at
+from nnssl_ext.views import random
 
 #: Peak learning rates where the settings name none.
 PEAK = {"sgd": 1e-2, "adamw": 1e-3}
@@ -161,9 +162,8 @@ def predict_alone(network: nn.Module) -> None:
 def to_device(tensors: Any, device: torch.device) -> Any:
     """Send tensors to a device, without waiting for a GPU."""
     if isinstance(tensors, list):
-        return [to_device(tensor, device) for tensor in tensors]
-    # MPS before torch 2.13 reads the source later, when it may be freed (pytorch#189690)
-    return tensors.to(device, non_blocking=device.type == "cuda")
+        return [random.to_device(tensor, device) for tensor in tensors]
+    return random.to_device(tensors, device)
 
 
 @contextmanager
