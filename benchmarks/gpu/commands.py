@@ -58,12 +58,11 @@ class Bench:
         return [*command, "-tr", trainer, "-device", self.context.kind, *more]
 
     def environment(self, compiled: bool) -> dict[str, str]:
-        """Return the variables of a command, which also finds packages and programs that are in a folder only."""
-        packages = Path(nnunetv2.__file__).parents[1]
-        paths = {"PYTHONPATH": [Path.cwd(), packages], "PATH": [packages / "bin"]}
+        """Return the variables of a command, which finds this checkout and the programs beside packages in a folder."""
+        folders = {"PYTHONPATH": Path.cwd(), "PATH": Path(nnunetv2.__file__).parents[1] / "bin"}
         found = {
-            name: os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get(name)])])
-            for name, folders in paths.items()
+            name: os.pathsep.join([str(folder), *filter(None, [os.environ.get(name)])])
+            for name, folder in folders.items()
         }
         return {**os.environ, **found, **self.variables, "nnUNet_compile": "t" if compiled else "f"}
 

@@ -184,7 +184,7 @@ class Exemplar(EncoderMethod):
         """Cut and augment anchor, positive and crop of another case: (B, 3, C, D, H, W)."""
         size, spacing, clean = self.size, self.geometry.spacing, self.settings.clean_positive
         spatial = self.settings.spatial(self.geometry)
-        boxes: list[list[SourceBox]] = [[], []]
+        boxes = []
         for b, (mine, others) in enumerate(zip(own, other, strict=True)):
             generator = random.generator(b)
             for place, box in enumerate((mine, mine, others)):
@@ -192,10 +192,9 @@ class Exemplar(EncoderMethod):
                 matrix = np.eye(3) if untouched else spatial.draw(generator, size)
                 where = np.zeros(3) if untouched else generator.uniform(-1, 1, 3)
                 view = subview(box, self.region, matrix, where, view_size=size, isotropic=False)
-                boxes[place // 2].append(on_voxels(view, size) if untouched else view)
-        # apart, so that a region with two views is sent to a GPU once
-        crops = [crop_batch(views, size, random.device)[0].unflatten(0, (len(own), -1)) for views in boxes]
-        images = torch.cat(crops, 1)
+                boxes.append(on_voxels(view, size) if untouched else view)
+        crops, _ = crop_batch(boxes, size, random.device)
+        images = crops.unflatten(0, (len(own), 3))
         original = images[:, 1].clone() if clean else None
         IntensityDraw.draw(self.settings.intensity, random, images.shape[2], spacing, views=3).apply(images)
         if original is not None:

@@ -30,7 +30,7 @@ class ModelsGenesisSettings(SpatialViewSettings, OptimizationSettings):
     nonlinear_probability: float = setting(0.9, "Chance of a Bezier curve of intensities.", low=0, high=1)
     reversed_probability: float = setting(0.5, "Chance that the curve falls.", low=0, high=1)
     shuffle_probability: float = setting(0.5, "Chance of local shuffling.", low=0, high=1)
-    shuffle_windows: int = setting(1000, "Windows to shuffle.", low=1)
+    shuffle_windows: int = setting(1000, "Windows to shuffle.", source="Zhou et al. 2021", low=1)
     shuffle_edge: float = setting(0.1, "Largest edge of such a window, as a share of the crop's.", low=0, high=1)
     paint_probability: float = setting(0.9, "Chance of painting over a part of the crop.", low=0, high=1)
     inside_probability: float = setting(0.2, "Share of in-painting; the rest is out-painting.", low=0, high=1)

@@ -83,7 +83,7 @@ def test_a_task_is_fetched_and_converted(
     md5 = hashlib.md5(server.content).hexdigest()
     monkeypatch.chdir(environment.root)
     monkeypatch.setattr("nnssl_ext.study.decathlon.download.time.sleep", lambda _: None)
-    fetch, convert = (line.split()[1:] for line in shown_lines("docs/how-to/decathlon.md", "decathlon")[:2])
+    fetch, convert = (line.split()[1:] for line in shown_lines("docs/how-to/decathlon.md", "decathlon")[1:3])
     fetch += ["--url", server.url, "--md5", md5]
     main(fetch)
     got = environment.root / "msd" / TASK
