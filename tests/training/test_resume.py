@@ -98,6 +98,19 @@ def test_more_epochs_may_be_asked_for(with_data: Data) -> None:
     assert final(pretrain(environment, "plain", "run", c=True))["current_epoch"] == 3
 
 
+def test_activations_may_be_recomputed_from_now_on(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that lacked memory is told to do so. It changes no value."""
+    environment = with_data("plain")
+    for name in ("run", "whole"):
+        environment.write_plans("plain", name, {"epochs": 2, "save_every": 1})
+    with monkeypatch.context() as patch:
+        kill_at(5, patch)
+        with pytest.raises(Killed):
+            pretrain(environment, "plain", "run")
+    environment.write_plans("plain", "run", {"epochs": 2, "save_every": 1, "activation_checkpointing": True})
+    same_run(pretrain(environment, "plain", "whole"), pretrain(environment, "plain", "run", c=True))
+
+
 def test_a_longer_run_goes_on_from_its_own_checkpoints(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     """The final checkpoint of the shorter one is an earlier one then."""
     environment = with_data("plain")

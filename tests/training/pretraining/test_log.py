@@ -8,7 +8,7 @@ from nnunetv2.training.logging.nnunet_logger import LocalLogger, MetaLogger
 
 from nnssl_ext.checkpoint import plain
 from nnssl_ext.methods import Readable
-from nnssl_ext.training.pretraining.log import NEWEST, PlainLog, PretrainingLog
+from nnssl_ext.training.pretraining.log import NEWEST, PlainLog, PretrainingLog, log_means
 
 READABLE = Readable("accuracy", "Accuracy of the task")
 
@@ -19,6 +19,17 @@ def test_any_key_one_value_an_epoch_and_repeats_replace() -> None:
         log.log("val_losses", value, epoch)
     assert log.get_value("val_losses", None) == [1.0, 5.0]
     assert log.smoothed_val_loss() == pytest.approx((1 - NEWEST) * 1 + NEWEST * 5)
+
+
+def test_every_logger_gets_the_objectives(tmp_path: Path) -> None:
+    """Such as that of Weights & Biases."""
+    logger, other = MetaLogger(str(tmp_path), False), PretrainingLog(READABLE)
+    logger.local_logger = PretrainingLog(READABLE)
+    logger.loggers.append(other)
+    log_means(logger, "val", {"loss": np.float32(0.5), "accuracy": 1.0}, 0)
+    assert other.my_fantastic_logging == logger.local_logger.my_fantastic_logging
+    assert other.get_value("val_losses", None) == [0.5]
+    assert other.get_value("val_accuracy", None) == [1.0]
 
 
 @pytest.mark.draws
