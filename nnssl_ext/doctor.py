@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from nnssl_ext import __version__
+from nnssl_ext.commands import dataset_number
 from nnssl_ext.configurations import configuration_of, total_stride, unusable
+from nnssl_ext.data.corpus import TARGET_KEY
 from nnssl_ext.environment import PROCESSES, SHARED_MEMORY, cores, dataset_folder, process_problem
 from nnssl_ext.errors import UserError
 from nnssl_ext.external_trainers import failing_modules, holder_of, is_ours, named_trainer_folders, our_trainers
@@ -260,7 +262,7 @@ def examine_dataset(dataset: str) -> Iterator[Finding]:
     try:
         folder = dataset_folder(dataset)
     except UserError as error:
-        yield Finding(f"data set {dataset}", "", error.line, f"nnUNetv2_plan_and_preprocess -d {dataset}")
+        yield Finding(f"data set {dataset}", "", error.line, f"nnUNetv2_plan_and_preprocess -d {_number(dataset)}")
         return
     for name in ("dataset.json", "dataset_fingerprint.json"):
         if not (folder / name).is_file():
@@ -270,7 +272,7 @@ def examine_dataset(dataset: str) -> Iterator[Finding]:
     yield from kept_going(folder.name, _encoding(folder))
     files = [path for path in sorted(folder.glob("*.json")) if "lans" in path.stem or _has_configurations(path)]
     if not files:
-        yield Finding(folder.name, "", "has no plans", f"nnUNetv2_plan_experiment -d {dataset}")
+        yield Finding(folder.name, "", "has no plans", f"nnUNetv2_plan_experiment -d {_number(dataset)}")
     for path in files:
         yield from kept_going(f"{folder.name}, {path.stem}", _plans(path))
 
@@ -299,6 +301,14 @@ def _has_configurations(path: Path) -> bool:
         return "configurations" in read_json(path, dict)
     except UserError:  # a list, or damaged: named where it is read
         return False
+
+
+def _number(dataset: str) -> str:
+    """Return a data set's number, which is all that nnU-Net's commands take."""
+    try:
+        return str(dataset_number(dataset))
+    except ValueError:
+        return dataset
 
 
 def _plans(path: Path) -> Iterator[Finding]:
@@ -344,7 +354,9 @@ def _configuration(subject: str, path: Path, plans: dict, name: str, dataset_jso
         edges = f"edges are multiples of {total_stride(content)}"
         yield Finding(f"{subject}, {method.title}", f"crop {geometry.crop_size}, batch {batch_size}; {edges}")
     cases = path.parent / content["data_identifier"]
-    advice = f"nnUNetv2_preprocess -d {path.parent.name} -plans_name {path.stem} -c {name}"
+    advice = f"nnUNetv2_preprocess -d {_number(path.parent.name)} -plans_name {path.stem} -c {name}"
+    if TARGET_KEY in dataset_json:
+        advice = "call the nnssl_ext corpus command again"
     if not cases.is_dir():
         if any((path.parent / found).is_dir() for found in _data_folders(plans)):
             yield Finding(subject, f"is not preprocessed ({cases.name} is missing), others are")

@@ -122,6 +122,10 @@ class CommonSettings:
     target_trainer: str = setting("nnUNetTrainer", "Trainer that builds the network to pretrain.")
 
 
+#: Values that switch the protection of pretrained weights off.
+UNPROTECTED = {"head_only_steps": 0, "freeze_encoder_steps": 0, "encoder_lr_scale": 1.0, "layer_decay": 1.0}
+
+
 @dataclass(frozen=True)
 class FinetuneSettings:
     """Settings of ``nnsslTrainer_Finetune``."""
@@ -160,8 +164,8 @@ class FinetuneSettings:
     )
     precision: str = setting(
         "stock",
-        "Arithmetic of training steps; predictions are stock's. stock: float16 on GPUs, float32 elsewhere. auto: as in "
-        "pretraining.",
+        "Arithmetic of training steps, and of snapshots on a CPU; other predictions are stock's. stock: float16 on "
+        "GPUs, float32 elsewhere. auto: as in pretraining.",
         source="nnU-Net",
         choices=("stock", *PRECISIONS),
     )

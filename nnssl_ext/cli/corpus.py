@@ -144,9 +144,11 @@ def _report(corpus: Corpus, manifest: Manifest, not_read: dict[str, NotRead]) ->
     if len(unusable) > SHOWN:
         print(f"left out: {len(unusable) - SHOWN} more, see {manifest.path}", file=sys.stderr)
     _list_passed_by(manifest, not_read)
-    for entry in manifest.all():
-        if entry.case and entry.remarks:
-            print(f"note: {entry.files[0]}: {', '.join(entry.remarks)}", file=sys.stderr)
+    remarked = [entry for entry in manifest.all() if entry.case and entry.remarks]
+    for entry in remarked[:SHOWN]:
+        print(f"note: {entry.files[0]}: {', '.join(entry.remarks)}", file=sys.stderr)
+    if len(remarked) > SHOWN:
+        print(f"note: {len(remarked) - SHOWN} more have remarks, see {manifest.path}", file=sys.stderr)
     _note_foreign(corpus, manifest)
     _note_own(corpus, manifest)
     counts = ", ".join(f"{number} {status}" for status, number in manifest.counts().items() if number)
@@ -190,7 +192,7 @@ def _note_foreign(corpus: Corpus, manifest: Manifest) -> None:
     foreign = {
         entry.source
         for entry in manifest.all()
-        if ct and not entry.normalization and (foreign_names(entry) or entry.reason == CONSTANT)
+        if ct and not entry.normalization and ((entry.case and foreign_names(entry)) or entry.reason == CONSTANT)
     }
     for source in sorted(foreign):
         print(
@@ -203,7 +205,8 @@ def _note_foreign(corpus: Corpus, manifest: Manifest) -> None:
 def _note_own(corpus: Corpus, manifest: Manifest) -> None:
     """Warn of validation images within the corpus."""
     own = (Path(os.environ.get("nnUNet_raw", "")) / corpus.like.name / "imagesTr").resolve()
-    if any(Path(file).parent.resolve() == own for entry in manifest.all() for file in entry.files):
+    folders = {os.path.dirname(file) for entry in manifest.all() for file in entry.files}
+    if any(Path(folder).resolve() == own for folder in folders):
         print(
             f"note: {corpus.like.name}'s own training images are in the corpus, its validation cases among them: their "
             "Dice after this pretraining is too good",

@@ -58,7 +58,7 @@ def target_network(
     except Exception as error:  # a user's own trainer may fail in any way
         raise NetworkError(
             f"{name} cannot build the network of plans {plans_manager.plans_name} ({type(error).__name__}: {error}). "
-            "Check architecture.arch_kwargs"
+            f"Check architecture.arch_kwargs, and whether the network takes patch {configuration_manager.patch_size}"
         ) from error
 
 

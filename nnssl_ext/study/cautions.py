@@ -7,9 +7,10 @@ from typing import Any
 
 from nnssl_ext.methods import METHODS
 from nnssl_ext.recipe import read_json
+from nnssl_ext.settings import UNPROTECTED
 from nnssl_ext.study.analysis import SHORT, Analysis, count
 from nnssl_ext.study.arms import Arm
-from nnssl_ext.study.grid import PRETRAINING, UNPROTECTED, Grid
+from nnssl_ext.study.grid import PRETRAINING, Grid
 from nnssl_ext.study.protocol import SCRATCH, TOTAL
 
 

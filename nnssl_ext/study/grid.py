@@ -25,7 +25,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_ext.methods import SCHEMAS, TRAINERS
 from nnssl_ext.recipe import read_json, write_json
-from nnssl_ext.settings import PLANS_KEY, CommonSettings, split_sections
+from nnssl_ext.settings import PLANS_KEY, UNPROTECTED, CommonSettings, split_sections
 from nnssl_ext.study.arms import RESERVED, Arm
 from nnssl_ext.study.metrics import run_scores
 from nnssl_ext.study.protocol import SCRATCH, TOTAL, Cases, Protocol
@@ -39,8 +39,6 @@ FINETUNE = {
     "precision": "auto",
     "mirroring": False,
 }
-#: Values that switch the protection of pretrained weights off.
-UNPROTECTED = {"head_only_steps": 0, "freeze_encoder_steps": 0, "encoder_lr_scale": 1.0, "layer_decay": 1.0}
 #: Kinds of runs in the order in which they are started.
 PRETRAINING, DEVELOPMENT, COMPARISON = "pretraining", "development", "comparison"
 

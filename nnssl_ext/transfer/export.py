@@ -26,6 +26,7 @@ EXPORTED = (
     "title",
     "settings",
     "trained",
+    "position_grid",
     "counters",
     "training_cases",
     "versions",

@@ -73,6 +73,14 @@ def image_readers(targets: Iterable[str], first_layers: Iterable[str]) -> list[s
     return [name for name in targets if name in wanted or any(skip.match(name) for skip in skips)]
 
 
+def image_convolutions(matches: Mapping[str, Match], layers: Iterable[str]) -> dict[str, Match]:
+    """Fit convolutions that see the image to its channels."""
+    return {
+        name: Match(matches[name].source, "image convolution", matches[name].reason)
+        for name in image_readers(matches, list(layers))
+    }
+
+
 def unet(target: UNet, source: UNet, alignment: Mapping[int, int | None], absent: str) -> dict[str, Match]:
     """Match the layers of two U-Nets.
 

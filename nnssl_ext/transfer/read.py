@@ -104,6 +104,7 @@ def _own(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> Pretraine
     read = _renamed(content["network_weights"])
     read["untrained"] = _untrained(read["weights"], own.get("trained"))
     read["citations"] = content.get("citations") or []
+    read["position_grid"] = _grid(own)
     plan = content.get("nnssl_adaptation_plan") or plan
     if plan:
         read["geometry"] = planned_geometry(plan, read["weights"])
@@ -121,6 +122,11 @@ def _untrained(weights: Mapping[str, Tensor], trained: Any) -> frozenset[str]:
     return frozenset(name for name in weights if name not in seen and not name.endswith(_BUFFERS))
 
 
+def _grid(own: Mapping[str, Any]) -> tuple[int, ...]:
+    grid = own.get("position_grid")
+    return tuple(grid) if isinstance(grid, list) and all(isinstance(edge, int) for edge in grid) else ()
+
+
 def _own_safetensors(content: dict[str, Any], path: Path, plan: dict[str, Any]) -> PretrainedWeights | None:
     """Read our exported safetensors and the plan beside it."""
     own, raw = content.get(NOTE), content.get("network_weights")
@@ -130,6 +136,7 @@ def _own_safetensors(content: dict[str, Any], path: Path, plan: dict[str, Any]) 
     if checkpoint.digest(read["weights"]) != own.get("weights_sha256"):
         raise UserError(f"{path} is damaged: its content does not match its sha256. Copy or export it again")
     read["untrained"] = _untrained(read["weights"], own.get("trained"))
+    read["position_grid"] = _grid(own)
     read["geometry"], read["citations"] = planned_geometry(plan, read["weights"]), plan.get("citations") or []
     return PretrainedWeights(path, f"nnssl_ext, {own.get('title') or 'unknown origin'}", **read)
 

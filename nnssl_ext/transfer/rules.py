@@ -141,7 +141,7 @@ def _same(tensor: Tensor, initial: Tensor, context: Context, changes: Sequence[s
 
 
 def _ones(tensor: Tensor, initial: Tensor, context: Context) -> Fitted:
-    if tensor.shape[1:] != initial.shape and not context.overlap:
+    if tensor.shape[1:] != initial.shape:
         raise MisfitError(f"attention of shape {tuple(tensor.shape)} there, width {len(initial)} here")
     return Fitted(torch.ones_like(initial), initial.numel(), ["ones: the source has no LayerScale"])
 

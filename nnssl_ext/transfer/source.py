@@ -53,6 +53,7 @@ class PretrainedWeights:
         outputs: Name of each output channel, in order: labels, or regions; empty if not known.
         regions: Whether the outputs are regions.
         recorded: nnU-Net's record of the training, unchecked: plans, configuration, dataset_json, trainer_name.
+        position_grid: Tokens per axis of a transformer's learned positions; empty if not known.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class PretrainedWeights:
     outputs: tuple[str, ...] = ()
     regions: bool = False
     recorded: Mapping[str, Any] = field(default_factory=dict)
+    position_grid: tuple[int, ...] = ()
 
 
 def planned_geometry(plan: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SourceGeometry:

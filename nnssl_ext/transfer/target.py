@@ -111,6 +111,7 @@ def write(
         UserError: If the file exists or cannot be written.
     """
     check_free(path)
+    learned = target.backbone.learned_positions() if target.backbone else None
     content = {
         "network_weights": target.network.state_dict(),
         "trainer_name": to.trainer,
@@ -128,6 +129,7 @@ def write(
             "format": checkpoint.FORMAT,
             "title": "transferred weights",
             "trained": [row.name for row in report.rows if row.action != LEFT],
+            "position_grid": list(learned.grid) if learned else None,
             "transfer": {
                 "source": {"file": source.path.name, "kind": source.kind, "sha256": file_digest(source.path)},
                 "dataset": to.plans.dataset_name,

@@ -80,6 +80,11 @@ class TargetNetwork:
         return [canonical_name(f"{layer}.").removesuffix(".") for layer in layers]
 
     @property
+    def image_readers(self) -> list[str]:
+        """List convolutions beside the first layers that see the image's channels."""
+        return list(getattr(self.network, "image_readers", ()))
+
+    @property
     def strides(self) -> list[Sequence[int]] | None:
         """Return the encoder stages' strides, None without stages."""
         encoder: Any = getattr(self.network, "encoder", None)
@@ -189,17 +194,19 @@ def match(source: PretrainedWeights, target: TargetNetwork, alignment: str) -> t
         stages, remark, aligned = _stages(source, target, ours, theirs, alignment)
         absent = "no stage of the source has this resolution" if aligned == PHYSICAL else ""
         remarks.append(remark)
-        # what lies outside encoder and decoder has no stage: by name
-        outside = [n for n in target.tensors if not n.startswith(("encoder.", "decoder."))]
         layers = matching.unet(ours, theirs, stages, absent or "the source has no stage of this number")
-        matches = {**matching.by_name(outside, source.weights), **layers}
+        # what lies outside encoder and decoder has no stage; further layers of a stage have its number in their names
+        numbered = all(partner in (stage, None) for stage, partner in stages.items())
+        named = [n for n in target.tensors if numbered or not n.startswith(("encoder.", "decoder."))]
+        matches = {**matching.by_name(named, source.weights), **layers}
     elif any(name.endswith("pos_embed") for name in target.tensors):
         matches = matching.transformer(target.tensors, source.weights, target.first_layers)
+        matches |= matching.image_convolutions(matches, target.image_readers)
     else:
         matches = matching.by_name(target.tensors, source.weights)
-        for name in matching.image_readers(target.tensors, target.first_layers):
-            matches[name] = Match(matches[name].source, "image convolution", matches[name].reason)
+        matches |= matching.image_convolutions(matches, target.first_layers)
     labels = bool(target.outputs and source.outputs and target.regions == source.regions)
+    labels = labels and not (theirs and not theirs.decoder)  # a probe's heads read the encoder
     matches.update(matching.heads(target.tensors, source.weights, labels))
     if ours and theirs and labels:
         matches.update(_aligned_heads(ours, theirs, stages, target.tensors))
@@ -297,7 +304,7 @@ def _context(source: PretrainedWeights, target: TargetNetwork, overlap: bool) ->
     rows = matching_rows(target.outputs, source.outputs) if target.regions == source.regions else ()
     return Context(
         overlap,
-        _grid(source.weights, target.first_layers, source.geometry.patch_size, prefix),
+        _grid(source.weights, target.first_layers, source.geometry.patch_size, prefix, source.position_grid),
         learned.grid if learned else own,
         prefix,
         rows,
@@ -306,17 +313,23 @@ def _context(source: PretrainedWeights, target: TargetNetwork, overlap: bool) ->
 
 
 def _grid(
-    weights: Mapping[str, Tensor], first_layers: Sequence[str], patch_size: Sequence[int] | None, prefix: int
+    weights: Mapping[str, Tensor],
+    first_layers: Sequence[str],
+    patch_size: Sequence[int] | None,
+    prefix: int,
+    recorded: tuple[int, ...] = (),
 ) -> tuple[int, ...] | None:
     """Compute the tokens per axis.
 
-    They follow from the edges of a token, or are the cube root of their number where those do not fit.
+    They are recorded, or follow from the edges of a token, or are the cube root of their number where those do not fit.
     """
     edges = _token_edges(weights, first_layers)
     table = next((tensor for name, tensor in weights.items() if name.endswith("pos_embed")), None)
     if table is None or not edges:
         return None
     tokens = table.shape[1] - prefix
+    if recorded and torch.Size(recorded).numel() == tokens:
+        return recorded
     if patch_size is not None and len(patch_size) == len(edges):
         grid = tuple(edge // token for edge, token in zip(patch_size, edges, strict=True))
         if torch.Size(grid).numel() == tokens:

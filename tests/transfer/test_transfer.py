@@ -2,6 +2,7 @@
 
 import re
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from nnssl_ext.transfer.names import canonical_weights
 from nnssl_ext.transfer.report import ADAPTED, COPIED, LEFT, Report
 from nnssl_ext.transfer.source import PretrainedWeights, SourceGeometry
 from nnssl_ext.transfer.transfer import AUTO, INDEX, PHYSICAL, TargetNetwork, transfer
+from tests.support.networks import network
 from tests.transfer.helpers import MILLIMETRE, changed, noise, planned, primus, source, target
 
 ALIKE = [6, 6, 6]  # the same width at every stage: resolution alone decides
@@ -53,6 +55,53 @@ def test_the_same_network_is_copied_but_for_its_heads(kind: str) -> None:
         else:
             assert row.action == COPIED
             assert torch.equal(after[row.name], given.weights[row.name])
+
+
+def test_layers_that_are_no_convolutions_are_copied_too() -> None:
+    plan = planned("plain", nonlin="torch.nn.PReLU", nonlin_kwargs={})
+    report, _ = filled(source(plan), target(plan))
+    learned = [row for row in report.rows if row.name.endswith("nonlin.weight")]
+    assert len(learned) > 4
+    assert {row.action for row in learned} == {COPIED}
+
+
+def test_both_readers_of_a_vision_transformers_image_take_more_channels() -> None:
+    given_network = noise(network("vit"))
+    given = PretrainedWeights(
+        Path("vit.pth"), "test", canonical_weights(given_network.state_dict()), SourceGeometry(MILLIMETRE)
+    )
+    report, after = filled(given, TargetNetwork(network("vit", 4), MILLIMETRE, (32, 32, 32)))
+    for name in ("backbone.patch_embed.proj.weight", "decoder.image.conv1.weight", "decoder.image.skip.weight"):
+        (row,) = [row for row in report.rows if row.name == name]
+        assert (row.action, row.note) == (ADAPTED, "image channels 1 -> 4, repeated and rescaled")
+        torch.testing.assert_close(after[name].sum(1, keepdim=True), given.weights[name])
+
+
+@pytest.mark.parametrize(("recorded", "note"), [((2, 3, 4), "positions 2x3x4 -> 4x3x4, interpolated"), ((), "shape")])
+def test_positions_belong_to_the_recorded_grid_and_not_to_the_crop(recorded: tuple[int, ...], note: str) -> None:
+    """Smaller crops may have been pretrained on."""
+    weights = canonical_weights(noise(primus(shape=(8, 12, 16))).state_dict())
+    given = PretrainedWeights(
+        Path("primus.pth"), "test", weights, SourceGeometry(MILLIMETRE, None, (8, 8, 8)), position_grid=recorded
+    )
+    report, _ = filled(given, TargetNetwork(primus(shape=(16, 12, 16)), MILLIMETRE, (16, 12, 16)))
+    (row,) = [row for row in report.rows if row.name.endswith("pos_embed")]
+    assert row.note.startswith(note)
+
+
+def test_heads_of_a_probe_read_the_encoder() -> None:
+    plan = planned("plain", features_per_stage=ALIKE)
+    whole = source(plan, outputs=2)
+    kept = {name: tensor for name, tensor in whole.weights.items() if name.startswith("encoder.")}
+    kept |= {
+        f"decoder.seg_layers.{n}.{part}": torch.randn(2, *more)
+        for n in range(3)
+        for part, more in (("weight", (6, 1, 1, 1)), ("bias", ()))
+    }
+    given = replace(whole, weights=kept, outputs=("a", "b"))
+    to = replace(target(plan, outputs=2), outputs=("a", "b"))
+    report, _ = filled(given, to)
+    assert {row.action for row in report.rows if ".seg_layers." in row.name} == {LEFT}
 
 
 def test_heads_of_the_same_width_are_not_transferred_either() -> None:

@@ -22,9 +22,9 @@ from nnssl_ext.data.cases import list_cases
 from nnssl_ext.data.corpus import TARGET_KEY
 from nnssl_ext.data.corpus.manifest import DUPLICATE, KEPT, NO_IMAGE, UNUSABLE, Entry, Manifest
 from nnssl_ext.data.corpus.pool import Lost, WorkerPool
-from nnssl_ext.data.corpus.preparation import CorpusTarget, NotWrittenError, Prepared, left_out, prepare
+from nnssl_ext.data.corpus.preparation import CorpusTarget, Prepared, left_out, prepare
 from nnssl_ext.data.corpus.sources import Item, NotRead, channel_names
-from nnssl_ext.data.corpus.volumes import Unusable
+from nnssl_ext.data.corpus.volumes import NotWrittenError, Unusable
 from nnssl_ext.data.index import CaseIndex, CaseRecord
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import lock_file
@@ -132,19 +132,15 @@ class Corpus:
         limit = Limit(max_failures, len(items))
         for files in known:
             limit.count(manifest.entries[files])
-        for item in new:
-            for case in manifest.forget(item):
-                self._remove(case)
         limit.check()
-        target = self._target(manifest, scratch)
+        target = self._target(manifest, scratch, new)
         records: dict[str, CaseRecord] = {}
         keep_at = time.monotonic() + KEEP_SECONDS
         bar = tqdm(total=len(new), desc="Preprocessing", unit="file", disable=not new or not sys.stderr.isatty())
         try:
             with bar:
-                for results in self._results(new, target):
-                    for result in results:
-                        self._take(manifest, result, records)
+                for item, results in self._results(new, target):
+                    self._replace(manifest, item, results, records)
                     limit.count([result.entry for result in results])
                     bar.update()
                     limit.check()
@@ -158,25 +154,53 @@ class Corpus:
         for case in set(list_cases(self.data)) - {*manifest.kept.values()}:
             self._remove(case)
 
-    def _target(self, manifest: Manifest, scratch: Path) -> CorpusTarget:
-        """Write what the workers read."""
+    def _target(self, manifest: Manifest, scratch: Path, new: Sequence[Item]) -> CorpusTarget:
+        """Write what the workers read: settings, and contents that have a case already.
+
+        What is read again keeps its own cases, unless it is to be normalized otherwise.
+        """
         self._describe(scratch, manifest)
-        write_json(list(manifest.kept), scratch / "contents.json")
+        again = {frozenset(item.files): item.normalization for item in new}
+        contents: dict[str, list[str] | None] = {}
+        for entry in manifest.all():
+            scheme = again.get(frozenset(entry.files))
+            if entry.status == KEPT and scheme in (None, entry.normalization):
+                contents[entry.content] = None if scheme is None else entry.files
+        write_json(contents, scratch / "contents.json")
         return CorpusTarget(scratch, self.plans, self.configuration)
 
-    def _results(self, items: Sequence[Item], target: CorpusTarget) -> Iterator[list[Prepared]]:
-        """Yield results in the items' order. The first of duplicates is then kept."""
+    def _results(self, items: Sequence[Item], target: CorpusTarget) -> Iterator[tuple[Item, list[Prepared]]]:
+        """Yield items with their results, in order. The first of duplicates is then kept."""
         pool = WorkerPool(partial(prepare, target=target), min(self.processes, len(items)), _time_limit)
         try:
             for item, result in zip(items, pool.run(items), strict=True):
-                yield [Prepared(left_out(item, Unusable(result.reason)))] if isinstance(result, Lost) else result
+                lost = isinstance(result, Lost)
+                yield item, [Prepared(left_out(item, Unusable(result.reason)))] if lost else result
         except NotWrittenError as error:
             raise UserError(f"{error}. Make room and call again, it goes on where it stopped") from error
 
-    def _take(self, manifest: Manifest, result: Prepared, records: dict[str, CaseRecord]) -> None:
-        """Move a prepared case to its place, unless it is a duplicate."""
+    def _replace(
+        self, manifest: Manifest, item: Item, results: Sequence[Prepared], records: dict[str, CaseRecord]
+    ) -> None:
+        """Put an item's results in the place of its earlier ones. Without stamps, an unfinished one is read again."""
+        orphans = manifest.forget(item)
+        stamps = [result.entry.stamp for result in results]
+        for result in results:
+            result.entry.stamp = []
+        for result in results:
+            self._take(manifest, result, records, orphans)
+        for case in orphans.values():
+            self._remove(case)
+        for result, stamp in zip(results, stamps, strict=True):
+            result.entry.stamp = stamp
+
+    def _take(
+        self, manifest: Manifest, result: Prepared, records: dict[str, CaseRecord], orphans: dict[str, str]
+    ) -> None:
+        """Move a prepared case to its place, unless it is a duplicate or there already."""
         entry = result.entry
         twin = manifest.kept.get(entry.content) if entry.status == KEPT else None
+        there = orphans.pop(entry.content, "") if entry.status == KEPT else ""
         if twin:
             entry.status, entry.reason, entry.case = DUPLICATE, f"same content as case {twin}", ""
         elif result.folder is not None and result.record is not None:
@@ -185,6 +209,10 @@ class Corpus:
                 name = f"{entry.case}{suffix}"
                 (result.folder / name).replace(self.data / name)
             records[entry.case] = result.record
+            if there not in ("", entry.case):
+                self._remove(there)
+        elif there:
+            entry.case = there
         if result.folder is not None:
             shutil.rmtree(result.folder)
         manifest.add(entry)

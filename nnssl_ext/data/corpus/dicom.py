@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,8 @@ from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from nnssl_ext import files
-from nnssl_ext.data.corpus.readers import last_line, read_image
-from nnssl_ext.data.corpus.volumes import NotAnImage, Unusable, Volume
+from nnssl_ext.data.corpus.readers import last_line, read_image, unreadable
+from nnssl_ext.data.corpus.volumes import NotAnImage, NotWrittenError, Unusable, Volume
 
 #: Suffixes of files that should be DICOM.
 SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -172,10 +173,10 @@ def _read_series(headers: list[_Header], canonical: bool) -> Iterator[Volume | U
             yield from _read_images(images, canonical)
     except Unusable as verdict:
         yield verdict
-    except MemoryError:
+    except (MemoryError, NotWrittenError):
         raise
     except Exception as error:  # a strange header may raise anything
-        yield Unusable(f"cannot be read: {last_line(error)}")
+        yield unreadable(error)
 
 
 def _kind(header: _Header) -> str:
@@ -207,6 +208,9 @@ def _read_images(headers: list[_Header], canonical: bool) -> Iterator[Volume | U
     with tempfile.TemporaryDirectory(prefix="dicom_") as folder:
         # dcm2niix separates slices by many elements; where each has a place of its own it need not
         merge = levels == len(planes) and len({str(header.data.get("EchoTime")) for header in headers}) == 1
+        free = shutil.disk_usage(folder).free
+        if free < (needed := sum(4 * plane.size[0] * plane.size[1] for plane in planes)):
+            raise NotWrittenError(f"cannot write to {folder}: {needed} bytes are needed, {free} are free")
         outputs, said = _convert(headers, Path(folder), merge)
         if not outputs:
             raise Unusable(f"cannot be read: {said}")
@@ -369,6 +373,8 @@ def _convert(headers: Sequence[_Header], folder: Path, merge: bool) -> tuple[lis
         _link(header, folder / "in" / f"{number:06d}.dcm", rewrite=merge and len(studies) > 1)
     command = [dcm2niix.bin, *_OPTIONS, "-m", "y" if merge else "2", "-o", str(folder / "out"), str(folder / "in")]
     ended = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    if ended.returncode == -9:  # SIGKILL
+        raise MemoryError("dcm2niix was killed")
     if ended.returncode < 0:
         raise Unusable(f"cannot be read: dcm2niix was ended by signal {-ended.returncode}")
     lines = (ended.stdout + ended.stderr).decode(errors="replace").splitlines()

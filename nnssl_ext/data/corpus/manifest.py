@@ -167,8 +167,8 @@ class Manifest:
             entry.status, entry.reason, entry.case, entry.stamp = UNUSABLE, GONE, "", []
         return names
 
-    def forget(self, item: Item) -> list[str]:
-        """Drop an item's entries. Return cases that lose their last one.
+    def forget(self, item: Item) -> dict[str, str]:
+        """Drop an item's entries. Return cases that lose their last one, by content.
 
         A duplicate takes a case over.
         """
@@ -176,14 +176,14 @@ class Manifest:
         for entry in dropped:
             if entry.status == DUPLICATE:
                 self._twins[entry.content].remove(entry)
-        orphans = []
+        orphans = {}
         for entry in dropped:
             if entry.status != KEPT:
                 continue
             del self.kept[entry.content]
             twins = self._twins.get(entry.content)
             if not twins:
-                orphans.append(entry.case)
+                orphans[entry.content] = entry.case
             else:  # the same volume from elsewhere
                 twin = twins.pop(0)
                 twin.status, twin.reason, twin.case = KEPT, "", entry.case

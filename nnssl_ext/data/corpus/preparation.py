@@ -21,7 +21,7 @@ from nnssl_ext.data.corpus.dicom import is_dicom, read_folder
 from nnssl_ext.data.corpus.manifest import KEPT, MAX_BYTES, NO_IMAGE, UNUSABLE, Entry
 from nnssl_ext.data.corpus.readers import check_regular, image_suffix, last_line, read_image
 from nnssl_ext.data.corpus.sources import Item
-from nnssl_ext.data.corpus.volumes import MAX_VOXELS, NotAnImage, Unusable, Volume
+from nnssl_ext.data.corpus.volumes import MAX_VOXELS, NotAnImage, NotWrittenError, Unusable, Volume
 from nnssl_ext.data.index import CaseRecord, record_of
 from nnssl_ext.files import file_digest
 from nnssl_ext.recipe import read_json
@@ -32,10 +32,6 @@ MAX_GROWTH = 1000
 MAX_TURN, MAX_SHIFT = 0.5, 0.1
 #: A reason that another normalization removes.
 CONSTANT = "is constant once it is normalized and resampled"
-
-
-class NotWrittenError(Exception):
-    """Report a case that cannot be written. It is plain, so that it passes between processes."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ def prepare(item: Item, target: CorpusTarget) -> list[Prepared]:
                 raise volumes
             _describe(entry, volumes)
             entry.status = KEPT
-            if entry.content in _contents(target):
+            if _contents(target).get(entry.content, []) in (None, entry.files):
                 continue
             folder = Path(tempfile.mkdtemp())
             results[-1].record = _preprocess(volumes, folder / entry.case, target, item.normalization)
@@ -118,10 +114,9 @@ def _read(item: Item, plans: PlansManager) -> Iterator[tuple[tuple[int, ...], li
             yield item.groups[0], found if isinstance(found, Unusable) else [found]
         return
     try:
-        volumes = [volume for name in item.files for volume in read_image(name, canonical)]
+        single = len(item.names) == 1
+        volumes = [volume for name in item.files for volume in read_image(name, canonical, single)]
         if len(volumes) != len(item.names):
-            if len(item.names) == 1:
-                raise NotAnImage("4-D image", f"{len(volumes)} volumes")
             files = f"{len(item.files)} file{'s' if len(item.files) > 1 else ''}"
             raise Unusable(
                 f"does not fit its dataset.json: {len(volumes)} volumes in {files}, expected {len(item.names)}"
@@ -222,8 +217,9 @@ def _managers(target: CorpusTarget, scheme: str) -> tuple[PlansManager, Configur
 
 
 @lru_cache
-def _contents(target: CorpusTarget) -> frozenset[str]:
-    return frozenset(read_json(target.scratch / "contents.json", list, MAX_BYTES))
+def _contents(target: CorpusTarget) -> dict[str, list[str] | None]:
+    """Read which contents have a case already, and of which files alone that is so; None is of all."""
+    return read_json(target.scratch / "contents.json", most=MAX_BYTES)
 
 
 @lru_cache

@@ -6,6 +6,7 @@ it runs in a process of its own (``pool.py``).
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
@@ -27,6 +28,7 @@ from nnssl_ext.data.corpus.volumes import (
     MAX_COSINE,
     MAX_VOXELS,
     NotAnImage,
+    NotWrittenError,
     Unusable,
     Volume,
     checked_affine,
@@ -61,25 +63,41 @@ def data_files(path: Path) -> list[Path]:
     return [path.with_name(name) for name in names if path.with_name(name).is_file()]
 
 
-def read_image(path: str, canonical: bool = False) -> list[Volume]:
+def read_image(path: str, canonical: bool = False, single: bool = False) -> list[Volume]:
     """Read the channels of a file.
 
     A 3-D image has one, a 4-D image several.
 
     Args:
         canonical: Turn the axes to right, anterior, superior, as nnU-Net's reorienting readers do.
+        single: Refuse several channels by the header, before voxels are read.
 
     Raises:
         Unusable: If it cannot be read or its header makes no sense.
+        MemoryError: If there is too little.
     """
     check_regular(path)
     try:
-        volumes = (_read_by_itk if _ITK.get(image_suffix(path)) else _read_by_nibabel)(path)
+        volumes = (_read_by_itk if _ITK.get(image_suffix(path)) else _read_by_nibabel)(path, single)
     except (Unusable, MemoryError):
         raise
     except Exception as error:  # a strange file may raise anything
-        raise Unusable(f"cannot be read: {last_line(error)}") from error
+        raise unreadable(error) from error
     return [volume.canonical() for volume in volumes] if canonical else volumes
+
+
+def unreadable(error: Exception) -> Unusable:
+    """Describe a failed reading.
+
+    Raises:
+        NotWrittenError: If the disk is full.
+        MemoryError: If ITK has no memory.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise NotWrittenError(f"cannot write: {error.strerror}") from error
+    if "allocate memory" in str(error):
+        raise MemoryError(last_line(error)) from error
+    return Unusable(f"cannot be read: {last_line(error)}")
 
 
 def check_regular(path: str) -> None:
@@ -104,9 +122,11 @@ def last_line(error: BaseException) -> str:
     return lines[-1][-200:] if lines else type(error).__name__
 
 
-def _check_shape(shape: tuple[int, ...]) -> None:
+def _check_shape(shape: tuple[int, ...], single: bool) -> None:
     if len(shape) not in (3, 4):
         raise NotAnImage(f"{len(shape)}-D image" if len(shape) != 2 else "single slice", f"size {shape}")
+    if single and len(shape) == 4 and shape[3] > 1:
+        raise NotAnImage("4-D image", f"{shape[3]} volumes")
     if int(np.prod(shape, dtype=object)) > MAX_VOXELS or min(shape) < 1:
         raise Unusable(f"has size {shape}; at most {MAX_VOXELS} voxels are read")
 
@@ -117,7 +137,7 @@ def _volumes(voxels: np.ndarray, affine: np.ndarray, remarks: list[str]) -> list
     return [Volume(np.ascontiguousarray(one.T, dtype=np.float32), affine, list(remarks)) for one in channels]
 
 
-def _read_by_nibabel(path: str) -> list[Volume]:
+def _read_by_nibabel(path: str, single: bool) -> list[Volume]:
     with ExitStack() as stack:
         header_stream = stack.enter_context(_stream(path))
         start = header_stream.read(540)
@@ -132,13 +152,13 @@ def _read_by_nibabel(path: str) -> list[Volume]:
             streams["image"] = stack.enter_context(_stream(str(found[0])))
         # unchecked: nibabel sets unknown voxel sizes to 1
         header = kind.header_class(start[: kind.header_class.template_dtype.itemsize], check=False)
-        affine, remarks = _nibabel_affine(header)
         image: Any = kind.from_file_map({name: FileHolder(fileobj=stream) for name, stream in streams.items()})
         _check_dtype(image.get_data_dtype())
         shape = image.shape
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
-        _check_shape(shape)
+        _check_shape(shape, single)
+        affine, remarks = _nibabel_affine(header)
         voxels = image.get_fdata(dtype=np.float32, caching="unchanged").reshape(shape, order="F")
         while streams["image"].read(2**20):  # gzip's checksum stands at the end
             pass
@@ -213,7 +233,7 @@ def _stated_affines(header: Any) -> list[np.ndarray]:
     return stated
 
 
-def _read_by_itk(path: str) -> list[Volume]:
+def _read_by_itk(path: str, single: bool) -> list[Volume]:
     suffix = image_suffix(path)
     header = _text_header(path)
     _check_text_header(path, header)
@@ -224,7 +244,7 @@ def _read_by_itk(path: str) -> list[Volume]:
         reader.ReadImageInformation()
         if reader.GetNumberOfComponents() != 1:
             raise NotAnImage("color image", f"{reader.GetNumberOfComponents()} values per voxel")
-        _check_shape(tuple(reader.GetSize()))
+        _check_shape(tuple(reader.GetSize()), single)
         image = reader.Execute()
     affine = np.eye(4)
     dimension = image.GetDimension()

@@ -26,6 +26,10 @@ EQUAL_NEIGHBORS, EQUAL_NEIGHBORS_NAMED = 0.6, 0.3
 LABEL_NAME = re.compile(r"(^|[^a-z])(d?seg|segmentations?|labels?|masks?|rois?|atlas|parc|aseg|aparc|gt)([^a-z]|$)")
 
 
+class NotWrittenError(Exception):
+    """Report what cannot be written. It is plain, so that it passes between processes."""
+
+
 class Unusable(Exception):  # noqa: N818 (a verdict on a file, not an error of the program)
     """A damaged volume, and why it cannot be used.
 

@@ -270,6 +270,8 @@ class ViTUNETR(nn.Module):
             features=decoder_features,
             deep_supervision=deep_supervision,
         )
+        #: Layers of the decoder that see the image's channels.
+        self.image_readers = ["decoder.image.conv1", "decoder.image.skip"]
         # read by nnU-Net's own transfer of encoders
         self.key_to_encoder, self.key_to_stem = "backbone", "backbone.patch_embed"
         self.keys_to_in_proj, self.key_to_lpe = ["backbone.patch_embed.proj"], "backbone.pos_embed"

@@ -114,7 +114,8 @@ def fetch_task(task: Task, root: Path, url: str | None = None, md5: str | None =
     if folder.exists():
         return folder
     archive = root / f"{task.folder}.tar"
-    download(url or DecathlonDataset.resource[task.folder], archive, md5 or DecathlonDataset.md5[task.folder])
+    checksum = (md5 or DecathlonDataset.md5[task.folder]).lower()
+    download(url or DecathlonDataset.resource[task.folder], archive, checksum)
     unpack(archive, task.folder, root)
     archive.unlink()
     return folder

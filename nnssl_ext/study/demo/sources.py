@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,8 +61,12 @@ class DecathlonSource:
     def write_raw(self, root: Path, scratch: Path) -> None:
         """Write the data set into nnUNet_raw. ``scratch`` holds intermediate files."""
         source = unpack(self.path, self.task, scratch) if self.path.is_file() else self.path
-        convert_task(source, root, scratch)
-        write_json(self._splits(root / self.dataset), root / self.dataset / "splits_final.json")
+        whole = scratch / "whole"
+        shutil.rmtree(whole, ignore_errors=True)
+        whole.mkdir()
+        made = convert_task(source, whole, scratch)
+        write_json(self._splits(made), made / "splits_final.json")
+        made.replace(root / self.dataset)
 
     def _splits(self, raw: Path) -> list[dict[str, list[str]]]:
         cases = sorted(path.name.removesuffix(".nii.gz") for path in (raw / "labelsTr").glob("*.nii.gz"))

@@ -8,6 +8,7 @@ B batch, C classes, D H W voxels.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from nnssl_ext.errors import UserError
 from nnssl_ext.networks.backbone import backbone_of
 from nnssl_ext.networks.target import target_network
-from nnssl_ext.settings import CommonSettings
+from nnssl_ext.settings import UNPROTECTED, CommonSettings
 from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
 
 
@@ -79,7 +80,10 @@ class nnsslTrainer_Probe(nnsslTrainer_Finetune):
     ) -> tuple[CommonSettings, str]:
         if len(PlansManager(plans).get_configuration(configuration).patch_size) != 3:
             raise UserError(f"configuration '{configuration}' is 2-D. The probe is 3-D: use 3d_fullres or 3d_lowres")
-        return super().check(plans, configuration, fold, dataset_json, device)
+        found = super().check(plans, configuration, fold, dataset_json, device)
+        # the encoder is frozen anyway, and a fine-tuning's schedule is not the probe's
+        self.settings = replace(self.settings, **UNPROTECTED)
+        return found
 
     def set_up(self) -> None:
         super().set_up()

@@ -15,8 +15,9 @@ import pytest
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.data.corpus.corpus import Limit
 from nnssl_ext.data.corpus.manifest import KEPT, NO_IMAGE, UNUSABLE, Entry
-from nnssl_ext.data.corpus.preparation import CorpusTarget, NotWrittenError, prepare
+from nnssl_ext.data.corpus.preparation import CorpusTarget, prepare
 from nnssl_ext.data.corpus.sources import Item
+from nnssl_ext.data.corpus.volumes import NotWrittenError
 from nnssl_ext.errors import UserError
 from tests.conftest import Environment
 from tests.data.corpus.test_corpus import data, files_of, folder, make, manifest, spoil
@@ -134,7 +135,7 @@ def test_a_full_disk_or_memory_is_no_files_fault(
 
     like, scratch = target.dataset("plain"), tmp_path / "scratch"
     scratch.mkdir()
-    (scratch / "contents.json").write_text("[]")
+    (scratch / "contents.json").write_text("{}")
     for name in ("nnUNetPlans.json", "dataset.json"):
         shutil.copy(like / name, scratch)
     with monkeypatch.context() as patch:

@@ -10,6 +10,7 @@ from nnunetv2.run.run_training import maybe_load_checkpoint, run_training
 
 from nnssl_ext import checkpoint
 from nnssl_ext.cli import main
+from nnssl_ext.settings import UNPROTECTED
 from nnssl_ext.training.finetuning.probe import ProbeNetwork
 from tests.conftest import Environment
 from tests.datasets import OWN_NETWORKS, dataset_name, make_plans
@@ -87,3 +88,11 @@ def test_it_starts_with_a_fresh_head(with_data: Data, tmp_path: Path, monkeypatc
         trainer.on_train_start()
         heads.append([layer.weight for layer in trainer.network.decoder.seg_layers])
     assert all(torch.equal(one, other) for one, other in zip(*heads, strict=True))
+
+
+def test_a_fine_tunings_schedule_is_not_the_probes(with_data: Data) -> None:
+    environment = with_data("labelled")
+    finetune = {"head_only_steps": 0.2, "freeze_encoder_steps": 0.5, "encoder_lr_scale": 0.1, "layer_decay": 0.5}
+    environment.write_plans("labelled", "sawtooth", {"finetune": finetune})
+    settings = trainer_for("labelled", "sawtooth", "nnsslTrainer_Probe").settings
+    assert {name: getattr(settings, name) for name in finetune} == UNPROTECTED
