@@ -140,7 +140,7 @@ def test_errors_of_networks() -> None:
 def test_networks_that_cannot_be_built_are_refused_in_one_line(words: list[str], reason: str) -> None:
     plans = derive_plans(make_plans("plain"), "p", recipes_of(words), ["3d_fullres"])
     dataset_json = {"channel_names": {"0": "MR"}, **make_labels("plain")}
-    wanted = rf"nnUNetTrainer cannot build the network of plans p \({reason}.*\)\. Check architecture\.arch_kwargs$"
+    wanted = rf"nnUNetTrainer cannot build the network of plans p \({reason}.*\)\. Check architecture\.arch_kwargs"
     with pytest.raises(UserError, match=wanted):
         check_plans(METHODS["volume_fusion"], plans, "3d_fullres", dataset_json)
 

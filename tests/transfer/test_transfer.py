@@ -70,10 +70,10 @@ def test_both_readers_of_a_vision_transformers_image_take_more_channels() -> Non
     given = PretrainedWeights(
         Path("vit.pth"), "test", canonical_weights(given_network.state_dict()), SourceGeometry(MILLIMETRE)
     )
-    report, after = filled(given, TargetNetwork(network("vit", 4), MILLIMETRE, (32, 32, 32)))
+    report, after = filled(given, TargetNetwork(network("vit", 3), MILLIMETRE, (32, 32, 32)))
     for name in ("backbone.patch_embed.proj.weight", "decoder.image.conv1.weight", "decoder.image.skip.weight"):
         (row,) = [row for row in report.rows if row.name == name]
-        assert (row.action, row.note) == (ADAPTED, "image channels 1 -> 4, repeated and rescaled")
+        assert (row.action, row.note) == (ADAPTED, "image channels 1 -> 3, repeated and rescaled")
         torch.testing.assert_close(after[name].sum(1, keepdim=True), given.weights[name])
 
 
