@@ -123,7 +123,12 @@ class CommonSettings:
 
 
 #: Values that switch the protection of pretrained weights off.
-UNPROTECTED = {"head_only_steps": 0, "freeze_encoder_steps": 0, "encoder_lr_scale": 1.0, "layer_decay": 1.0}
+UNPROTECTED: dict[str, Any] = {
+    "head_only_steps": 0,
+    "freeze_encoder_steps": 0,
+    "encoder_lr_scale": 1.0,
+    "layer_decay": 1.0,
+}
 
 
 @dataclass(frozen=True)

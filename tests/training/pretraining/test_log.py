@@ -26,7 +26,7 @@ def test_every_logger_gets_the_objectives(tmp_path: Path) -> None:
     logger, other = MetaLogger(str(tmp_path), False), PretrainingLog(READABLE)
     logger.local_logger = PretrainingLog(READABLE)
     logger.loggers.append(other)
-    log_means(logger, "val", {"loss": np.float32(0.5), "accuracy": 1.0}, 0)
+    log_means(logger, "val", {"loss": 0.5, "accuracy": 1.0}, 0)
     assert other.my_fantastic_logging == logger.local_logger.my_fantastic_logging
     assert other.get_value("val_losses", None) == [0.5]
     assert other.get_value("val_accuracy", None) == [1.0]
