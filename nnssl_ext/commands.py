@@ -40,7 +40,10 @@ def dataset_number(name: str) -> int:
 
 
 def same_number(name: str) -> list[str]:
-    """List the other data sets that stock nnU-Net finds for the number of one. It takes 103 for Dataset1035_X, too."""
+    """List other data sets that stock finds for a data set's number.
+
+    It takes 103 for Dataset1035_X, too.
+    """
     from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets  # imports nnU-Net
 
     return sorted(str(found) for found in find_candidate_datasets(dataset_number(name)) if found != name)
@@ -69,14 +72,18 @@ class RunName:
         words = ["-p", self.plans] if self.plans != "nnUNetPlans" else []
         return [*words, "-tr", self.trainer] if self.trainer != "nnUNetTrainer" else words
 
+    def arguments(self) -> list[str]:
+        """Return the words after ``nnUNetv2_train`` for this run."""
+        return [dataset_word(self.dataset), self.configuration, self.fold, *self.options()]
+
     def words(self) -> list[str]:
-        """Return the words of ``nnUNetv2_train`` for this run.
+        """Return the words of the command that trains this run.
 
         Within ``nnssl_ext train`` a trainer of ours stays with that program, which finds it by itself.
         """
         ours = sys.argv[:1] == [TRAIN] and self.trainer.startswith("nnsslTrainer")
         program = TRAIN.split() if ours else ["nnUNetv2_train"]
-        return [*program, dataset_word(self.dataset), self.configuration, self.fold, *self.options()]
+        return [*program, *self.arguments()]
 
     def command(self, weights: str | Path | None = None) -> str:
         """Return the command that trains this run, from pretrained weights if there are some."""

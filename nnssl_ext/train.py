@@ -63,7 +63,7 @@ def _stock(arguments: Sequence[str]) -> None:
 
 def _take_max_time(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     """Split off the hours of ``--max-time``."""
-    parser = _Parser(prog="nnssl_ext train", add_help=False, allow_abbrev=False)
+    parser = _Parser(prog=TRAIN, add_help=False, allow_abbrev=False)
     parser.add_argument("--max-time")
     known, others = parser.parse_known_args(list(arguments))
     return others, known.max_time
@@ -76,7 +76,7 @@ class _Parser(argparse.ArgumentParser):
 
 def stock_parser() -> argparse.ArgumentParser:
     """Return a parser of ``nnUNetv2_train``'s arguments."""
-    parser = _Parser(prog="nnssl_ext train", add_help=False)
+    parser = _Parser(prog=TRAIN, add_help=False)
     for name in ("dataset_name_or_id", "configuration", "fold"):
         parser.add_argument(name)
     parser.add_argument("-tr", default="nnUNetTrainer")

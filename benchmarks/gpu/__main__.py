@@ -108,13 +108,7 @@ def supervise(part: str, function: Callable[[Context], None], context: Context) 
 
 def unfinished(results: dict[str, Any]) -> list[str]:
     """List the rows within which a part was stopped. Its time was too short, or something hangs."""
-    parts = results["parts"].items()
-    return [
-        f"{part}: {name}"
-        for part, rows in parts
-        for name, row in rows.items()
-        if isinstance(row, dict) and row.get(UNFINISHED)
-    ]
+    return [line for part, rows in results["parts"].items() for line in _marked(part, rows, UNFINISHED)]
 
 
 def failures(results: dict[str, Any]) -> list[str]:
@@ -123,8 +117,12 @@ def failures(results: dict[str, Any]) -> list[str]:
     for part, rows in results["parts"].items():
         if "failed" in rows:
             found.append(part)
-        found += [f"{part}: {name}" for name, row in rows.items() if isinstance(row, dict) and row.get("failed")]
+        found += _marked(part, rows, "failed")
     return found
+
+
+def _marked(part: str, rows: dict[str, Any], mark: str) -> list[str]:
+    return [f"{part}: {name}" for name, row in rows.items() if isinstance(row, dict) and row.get(mark)]
 
 
 def main() -> None:

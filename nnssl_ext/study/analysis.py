@@ -190,8 +190,11 @@ class Analysis:
         """Describe the endpoint, such as "Dice with 8 labels after 2,000 steps"."""
         p = self.protocol
         of = f" of {p.primary_class}" if p.primary_class else ""
-        noun = "labeled group" if p.group_by else "label"
-        return f"Dice{of} with {count(p.primary_labels, noun)} after {p.primary_step:,} steps"
+        return f"Dice{of} with {self.budget(p.primary_labels)} after {p.primary_step:,} steps"
+
+    def budget(self, labels: int) -> str:
+        """Describe a budget, such as "8 labels"."""
+        return count(labels, "labeled group" if self.protocol.group_by else "label")
 
     def verdict(self, arm: str) -> str:
         """Describe whether an arm differs from scratch."""

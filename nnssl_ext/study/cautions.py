@@ -42,12 +42,11 @@ def warnings(analysis: Analysis) -> list[str]:
     """List what limits this study in particular."""
     grid, p = analysis.grid, analysis.protocol
     found = []
-    noun = "labeled group" if p.group_by else "label"
     rises = {labels: analysis.late_rise(labels) for labels in dict.fromkeys((p.primary_labels, grid.cases.groups))}
     for labels, rise in rises.items():
         if rise is not None and rise > SHORT:
             found.append(
-                f"Short study: scratch with {count(labels, noun)} still rises by {100 * rise:.1f} points over the "
+                f"Short study: scratch with {analysis.budget(labels)} still rises by {100 * rise:.1f} points over the "
                 f"last third of its steps. Longer fine-tuning may change the result."
             )
     if other := _arms_of_another_recipe(grid):

@@ -250,15 +250,16 @@ def resample_batch(
     non_blocking = device.type == "cuda"  # as in ``to_device``
     shapes = np.array([group.data.shape[1:] for group in groups])
     padded = shapes.max(0)
-    rows = list(dict.fromkeys(id(group.data) for group in groups))
-    data = torch.zeros((len(rows), len(groups[0].data), *padded), device=device)
-    for target, group in zip(data, {id(group.data): group for group in groups}.values(), strict=True):
+    sent_once = {id(group.data): group for group in groups}
+    data = torch.zeros((len(sent_once), len(groups[0].data), *padded), device=device)
+    for target, group in zip(data, sent_once.values(), strict=True):
         depth, height, width = group.data.shape[1:]
         # of another type, torch would convert on the host, into memory that is not pinned
         source = group.data if group.data.dtype == data.dtype else group.data.to(device, non_blocking=non_blocking)
         target[:, :depth, :height, :width].copy_(source, non_blocking=non_blocking)
-    if len(rows) < len(groups):
-        data = torch.stack([data[rows.index(id(group.data))] for group in groups])
+    if len(sent_once) < len(groups):
+        rows = dict(zip(sent_once, data, strict=True))
+        data = torch.stack([rows[id(group.data)] for group in groups])
     shape = (len(groups), views, 3)
     matrix = np.stack([box.matrix for box in boxes])[:, ::-1].reshape(*shape, 3)  # grid_sample reverses the axes
     center = np.stack([box.center for box in boxes])[:, ::-1].reshape(shape)

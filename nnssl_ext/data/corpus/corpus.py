@@ -182,7 +182,10 @@ class Corpus:
     def _replace(
         self, manifest: Manifest, item: Item, results: Sequence[Prepared], records: dict[str, CaseRecord]
     ) -> None:
-        """Put an item's results in the place of its earlier ones. Without stamps, an unfinished one is read again."""
+        """Put an item's results in the place of its earlier ones.
+
+        Entries have no stamp until all are there, so that an unfinished item is read again.
+        """
         orphans = manifest.forget(item)
         stamps = [result.entry.stamp for result in results]
         for result in results:

@@ -40,7 +40,10 @@ class PlainLog(LocalLogger):
 
 
 def log_means(logger: MetaLogger, prefix: str, means: Mapping[str, float], epoch: int) -> None:
-    """Log the means of an epoch, to Weights & Biases too. ``loss`` is named as in nnU-Net, others ``PREFIX_NAME``."""
+    """Log the means of an epoch, to Weights & Biases too.
+
+    ``loss`` is named as in nnU-Net, others ``PREFIX_NAME``.
+    """
     for key, value in means.items():
         logger.log(f"{prefix}_losses" if key == "loss" else f"{prefix}_{key}", float(value), epoch)
 

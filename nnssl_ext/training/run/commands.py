@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import shlex
 
-from nnssl_ext.commands import RunName, dataset_word
+from nnssl_ext.commands import RunName
 from nnssl_ext.environment import launched
 from nnssl_ext.training.distributed.ranks import world
 
 
 def continuation(run: RunName, device: str) -> str:
     """Return the command that continues a run on as many processes as there are now."""
-    words = run.words()
+    started_by_torchrun = world() > 1 and launched()
+    words = [*_launcher(), *run.arguments()] if started_by_torchrun else run.words()
     if device != "cuda":
         words += ["-device", device]
-    if world() > 1 and launched():
-        words[: words.index(dataset_word(run.dataset))] = _launcher()
-    elif world() > 1:
+    if world() > 1 and not started_by_torchrun:
         words += ["-num_gpus", str(world())]
     return shlex.join([*words, "--c"])
 
