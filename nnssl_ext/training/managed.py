@@ -39,7 +39,7 @@ from nnssl_ext.training.run.folder import BEST, LATEST, RunFolder
 from nnssl_ext.training.run.interruption import Interruption
 from nnssl_ext.training.run.picture import ProgressPicture
 from nnssl_ext.training.run.writer import CheckpointWriter
-from nnssl_ext.training.wrapping import arithmetic, mixed_precision, note_other_arithmetic
+from nnssl_ext.training.wrapping import arithmetic, match_memory_format, mixed_precision, note_other_arithmetic
 from nnssl_ext.transfer.start import pretrained_weights_argument
 
 
@@ -387,6 +387,7 @@ class ManagedTrainer(nnUNetTrainer):
         """Restore ``stock_state`` and ``stock_identity``, once the weights are restored."""
         note_other_arithmetic(content.get("arithmetic"), self.amp_dtype, self.print_to_log_file)
         self.optimizer.load_state_dict(content["optimizer_state"])
+        match_memory_format(self.optimizer)
         if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(content["grad_scaler_state"])
         self.my_init_kwargs = content["init_args"]

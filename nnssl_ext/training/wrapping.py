@@ -33,16 +33,16 @@ def wrap_for_training(method: Method, device: torch.device, compiled: bool) -> n
 
 
 def set_memory_format(
-    method: nn.Module, memory_format: str, device: torch.device, precision: torch.dtype | None
+    network: nn.Module, memory_format: str, device: torch.device, precision: torch.dtype | None
 ) -> None:
     """Set the memory format of convolution weights.
 
     Values are equal in either format, up to rounding.
 
-    Call this before the optimizer is made and the method is wrapped.
+    Call this before the optimizer is made and the network is wrapped for DDP.
 
     Args:
-        method: Module with the convolutions.
+        network: Module with the convolutions.
         memory_format: ``contiguous``, ``channels_last``, or ``auto``, which is the faster one.
         device: Device of the training.
         precision: Type of autocast; None is float32.
@@ -50,7 +50,7 @@ def set_memory_format(
     faster = device.type == "cpu" and precision is torch.bfloat16
     if memory_format == "contiguous" or (memory_format == "auto" and not faster):
         return
-    for module in method.modules():
+    for module in network.modules():
         if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
 

@@ -54,6 +54,7 @@ from nnssl_ext.training.onednn import avoid_two_slice_bug
 from nnssl_ext.training.pretraining.log import PlainLog
 from nnssl_ext.training.run.commands import continuation
 from nnssl_ext.training.run.folder import LATEST
+from nnssl_ext.training.wrapping import set_memory_format
 from nnssl_ext.transfer.start import load_heads, pretrained_weights_argument
 from nnssl_ext.views.random import step_seed
 
@@ -109,6 +110,8 @@ class nnsslTrainer_Finetune(ManagedTrainer):
             super().set_deep_supervision_enabled(enabled)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, None]:
+        # here, since stock wraps the network for DDP next, which keeps the format it finds
+        set_memory_format(self.plain_network, "auto", self.device, self.amp_dtype)
         return build_optimizer(self.plain_network, self.settings, self.initial_lr), None
 
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterable[dict]]:

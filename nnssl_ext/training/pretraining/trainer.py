@@ -41,7 +41,7 @@ from nnssl_ext.training.pretraining.summary import next_command, recipe_commands
 from nnssl_ext.training.pretraining.unreadable import Unreadable
 from nnssl_ext.training.run.folder import FINAL, LATEST
 from nnssl_ext.training.run.nonfinite import FiniteGuard
-from nnssl_ext.training.wrapping import match_memory_format, set_memory_format, wrap_for_training
+from nnssl_ext.training.wrapping import set_memory_format, wrap_for_training
 from nnssl_ext.transfer.start import pretrained_weights_argument
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom, step_seed
 
@@ -387,7 +387,6 @@ class PretrainingTrainer(ManagedTrainer):
                 f"began it ({own.get('versions', {}).get('nnssl_ext', 'unknown')}), or start anew without --c"
             ) from error
         self.restore_stock(content)
-        match_memory_format(self.optimizer)
         self.step = own["counters"]["step"]
         if self.step:  # a validation may come before the next step: schedules are where the last one left them
             self.method.before_step((self.step - 1) / self.total_steps)
