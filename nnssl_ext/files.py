@@ -56,18 +56,19 @@ def _replace(temporary: Path, path: Path) -> None:
 
 
 def link(path: Path, target: Path) -> None:
-    """Make ``path`` a link to a file or folder, where it does not exist.
+    """Make ``path`` a link to a file or folder.
 
-    Windows gives symbolic links to administrators only, and some file systems have none. There a file is copied, and on
-    Windows a folder becomes a junction.
+    A link to somewhere else is replaced; what else exists stays. Windows gives symbolic links to administrators only,
+    and some file systems have none. There a file is copied, and on Windows a folder becomes a junction.
 
     Raises:
         OSError: If the folder cannot be written.
     """
+    target = target.resolve()
+    if path.is_symlink() and path.resolve() != target:  # to something that is gone, or was moved
+        path.unlink()
     if path.exists():
         return
-    path.unlink(missing_ok=True)  # a link to something that is gone
-    target = target.resolve()
     try:
         path.symlink_to(target, target_is_directory=target.is_dir())
     except OSError:

@@ -195,10 +195,11 @@ def _check_batches(trainer_class: Any, configuration: dict[str, Any], dataset_js
     """Refuse a shared memory too small for the batches."""
     from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
-    workers = environment.worker_count() if hasattr(trainer_class, "method_class") else get_allowed_n_proc_DA()
+    if hasattr(trainer_class, "method_class"):  # a pretraining checks its own crops
+        return
     channels = len(dataset_json.get("channel_names") or dataset_json.get("modality") or [0])
     voxels = configuration["batch_size"] * math.prod(configuration["patch_size"])
-    environment.check_shared_memory(voxels * (channels * CHANNEL_BYTES + LABEL_BYTES), workers)
+    environment.check_shared_memory(voxels * (channels * CHANNEL_BYTES + LABEL_BYTES), get_allowed_n_proc_DA())
 
 
 if __name__ == "__main__":

@@ -89,13 +89,18 @@ def test_a_file_that_windows_holds_for_a_moment_is_replaced(tmp_path: Path, monk
     assert len(waits) == 2
 
 
-def test_a_link_is_made_once_and_a_broken_one_again(tmp_path: Path) -> None:
+def test_a_link_leads_where_it_should(tmp_path: Path) -> None:
     target, path = tmp_path / "target", tmp_path / "link"
     path.symlink_to(tmp_path / "gone")
     target.write_text("content")
     link(path, target)
-    link(path, tmp_path / "other")
+    link(path, target)
     assert path.read_text() == "content"
+    (tmp_path / "moved").write_text("moved")
+    link(path, tmp_path / "moved")
+    assert path.read_text() == "moved"
+    link(target, tmp_path / "moved")  # what is no link stays
+    assert target.read_text() == "content"
 
 
 def test_a_file_is_copied_where_links_are_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

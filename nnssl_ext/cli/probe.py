@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from nnssl_ext.environment import check_device, dataset_folder, default_device
+    from nnssl_ext.files import replaced_on_success
+    from nnssl_ext.recipe import read_json
     from nnssl_ext.study.analysis import Analysis, load_results
     from nnssl_ext.study.arms import arms_of
     from nnssl_ext.study.metrics import tolerance_of
@@ -48,7 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name}: expected at least 1, got {number}")
     if arguments.rate <= 0:
         raise UserError(f"--rate: expected a positive number, got {arguments.rate:g}")
-    dataset = dataset_folder(arguments.d).name
+    source = dataset_folder(arguments.d)
+    dataset = source.name
     protocol = Protocol(
         dataset=dataset,
         configuration=arguments.c,
@@ -65,15 +68,16 @@ def run(arguments: argparse.Namespace) -> None:
         total_baseline=0,
         fold=arguments.fold,
         transductive=False,
-        tolerance=tolerance_of(dataset),
+        tolerance=tolerance_of(dataset, read_json(source / "dataset.json")),
         seed=arguments.seed,
     )
     study = Study(folder, protocol, arms_of([], arguments.files, 0), device, finetuner="nnsslTrainer_Probe")
     with locked(folder):
         grid = study.prepare()
         run_grid(grid, slots(device, arguments.jobs))
-    results = load_results(grid)
-    results.to_csv(folder / "results.csv", index=False)
+        results = load_results(grid)
+        with replaced_on_success(folder / "results.csv") as temporary:
+            results.to_csv(temporary, index=False)
     analysis = Analysis(grid, results)
     print(f"Dice on {len(grid.cases.held_out)} held-out cases, mean and range over {arguments.runs} runs:")
     for arm in grid.arms:

@@ -190,6 +190,7 @@ def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:
         UserError: For numbers that make no study.
     """
     from nnssl_ext.environment import dataset_folder
+    from nnssl_ext.recipe import read_json
     from nnssl_ext.study.inputs import pool_size
     from nnssl_ext.study.metrics import tolerance_of
     from nnssl_ext.study.protocol import Protocol
@@ -216,12 +217,16 @@ def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:
                 f"each pretraining run has equally many pairs."
             )
     two_thirds = round(2 * arguments.steps / 3)  # shows whether scratch still rises
-    asked = arguments.snapshots or [*(step for step in SNAPSHOTS if step < arguments.steps), max(1, two_thirds)]
+    usual = [*(step for step in SNAPSHOTS if step < arguments.steps), max(1, two_thirds)]
+    asked = usual if arguments.snapshots is None else arguments.snapshots
     snapshots = sorted({*asked, arguments.steps})
     if snapshots[0] < 1 or snapshots[-1] > arguments.steps:
         raise UserError(f"--snapshots: expected steps between 1 and --steps {arguments.steps}, got {snapshots}.")
-    primary_labels = arguments.primary_labels or (2 if 2 in labels else labels[0])
-    primary_step = arguments.primary_step or (300 if 300 in snapshots else snapshots[-1])
+    primary_labels, primary_step = arguments.primary_labels, arguments.primary_step
+    if primary_labels is None:
+        primary_labels = 2 if 2 in labels else labels[0]
+    if primary_step is None:
+        primary_step = 300 if 300 in snapshots else snapshots[-1]
     if primary_labels not in labels or primary_step not in snapshots:
         raise UserError(
             f"The endpoint, {primary_labels} labels at step {primary_step}, must be among --labels {labels} and "
@@ -233,6 +238,9 @@ def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:
         rates = [3e-4, 1e-3, 3e-3] if optimizer == "adamw" else [1e-3, 3e-3, 1e-2]
     if min(rates) <= 0:
         raise UserError(f"--rates: expected positive numbers, got {rates}.")
+    tolerance = arguments.tolerance
+    if tolerance is None:
+        tolerance = tolerance_of(dataset, read_json(dataset_folder(dataset) / "dataset.json"))
     same = ("subsets", "steps", "development_runs", "fold", "transductive", "seed", "primary_class")
     return Protocol(
         **{name: getattr(arguments, name) for name in (*same, "pretraining_seeds", "group_by")},
@@ -246,7 +254,7 @@ def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:
         primary_step=primary_step,
         rates=list(rates),
         total_baseline=total,
-        tolerance=tolerance_of(dataset) if arguments.tolerance is None else arguments.tolerance,
+        tolerance=tolerance,
         pretrain_on=dataset_folder(arguments.pretrain_on).name if arguments.pretrain_on else "",
     )
 

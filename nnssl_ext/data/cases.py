@@ -40,6 +40,32 @@ def list_cases(folder: Path) -> dict[str, tuple[int, int]]:
     return {case: found[case][1:] for case in sorted(found)}
 
 
+def stored_as(folder: Path) -> Any:
+    """Return nnU-Net's class for the cases of a folder.
+
+    Raises:
+        UserError: For files of other kinds, or packed cases where nnU-Net cannot unpack them.
+    """
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+    try:
+        found = infer_dataset_class(os.fspath(folder))
+    except (AssertionError, KeyError) as error:
+        kinds: dict[str, str] = {path.suffix: path.name for path in sorted(folder.iterdir()) if path.is_file()}
+        names = shorten([name for suffix, name in kinds.items() if suffix not in (".pkl", ".npy")])
+        raise UserError(
+            f"{folder}: expected cases in .b2nd files or in .npz files, got {names or 'none'}. Move other files away, "
+            f"or run nnUNetv2_preprocess into an empty folder"
+        ) from error
+    packed = next((path.name for path in folder.glob("*.npz") if not path.with_suffix(".npy").is_file()), "")
+    if packed and not os.access(folder, os.W_OK):
+        raise UserError(
+            f"{folder} is read-only, and nnU-Net unpacks {packed} there. Make it writable, or preprocess with this "
+            f"nnU-Net, whose .b2nd files need no unpacking"
+        )
+    return found
+
+
 def open_case(folder: Path, case: str) -> Any:
     """Open a case (C, D, H, W).
 

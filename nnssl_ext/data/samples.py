@@ -63,8 +63,9 @@ class CaseSource:
     def datasets(self, request: Any, seed: int, split: Split, log: Callable[[str], None]) -> Datasets:
         """Make the training and the validation data set. ``log`` takes a line about an unusual choice."""
         training, validation = split()
-        if len(validation) < request.min_cases:
-            log(f"{len(validation)} validation cases are too few: using training cases instead.")
+        readable = sum(case not in self.index.left_out for case in validation)
+        if readable < request.min_cases:
+            log(f"{readable} validation cases are too few: using training cases instead.")
             validation = training
         elif set(validation) <= set(training):
             log("Fold 'all': the objective is validated on crops of the training cases.")

@@ -102,7 +102,8 @@ def image_cases(folder: Path, plans: TargetPlans) -> list[Case]:
         UserError: If the folder is missing or empty, or a case lacks a channel.
     """
     endings = plans.plans.image_reader_writer_class.supported_file_endings
-    files = sorted(path for path in folder.iterdir() if _stem(path, endings)) if folder.is_dir() else []
+    listed = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [path for path in listed if _stem(path, endings) and not path.name.startswith(".")]
     if not files:
         raise UserError(
             f"Expected images ({', '.join(endings)}) in {folder}, got none. Give the folder that holds them"
@@ -180,7 +181,10 @@ def with_masks(cases: list[Case], masks: Path, plans: TargetPlans) -> list[Case]
 def region_names(dataset_json: Mapping[str, Any]) -> dict[int, str]:
     """Name the labels of a data set, without regions of several labels."""
     labels = dataset_json.get("labels", {})
-    return {int(value): str(name) for name, value in labels.items() if isinstance(value, (int, str))}
+    values = {
+        name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in labels.items()
+    }
+    return {int(value): str(name) for name, value in values.items() if isinstance(value, (int, str))}
 
 
 def _stem(path: Path, endings: list[str]) -> str:

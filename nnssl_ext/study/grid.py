@@ -69,7 +69,7 @@ class Run:
         if self.kind == PRETRAINING:
             return PRETRAINING + (f"_seed_{self.subset}" if self.subset else "")
         if self.kind == DEVELOPMENT:
-            return f"development_{self.subset}_rate_{self.rate:g}"
+            return f"development_{self.subset}_rate_{self.rate:.12g}"
         return f"labels_{self.labels}_subset_{self.subset}"
 
 
@@ -134,7 +134,7 @@ class Grid:
             kind = f"_{run.arm.name.rpartition('+')[2]}"
         elif self._protection and not self.is_pretrained(run.arm):
             kind = "_scratch"
-        return f"{base}{kind}_rate_{run.rate:g}"
+        return f"{base}{kind}_rate_{run.rate:.12g}"
 
     @staticmethod
     def is_pretrained(arm: Arm) -> bool:

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnssl_ext.configurations import configuration_of
+from nnssl_ext.data.cases import stored_as
 from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import file_digest, replaced_on_success
@@ -153,7 +153,7 @@ def held_out_and_pool(source: Path, data: Path, fold: int, group_by: str = "") -
     """
     if not data.is_dir():
         raise UserError(f"No preprocessed data in {data}. Run nnUNetv2_plan_and_preprocess.")
-    cases = sorted(infer_dataset_class(str(data)).get_identifiers(str(data)))
+    cases = sorted(stored_as(data).get_identifiers(str(data)))
     file = source / "splits_final.json"
     splits = read_json(file, list) if file.is_file() else _crossval_split(cases, FOLDS, source.name, "cases")
     if not 0 <= fold < len(splits):
@@ -200,7 +200,7 @@ def classes_of(data: Path, cases: Sequence[str]) -> dict[str, set]:
     Raises:
         UserError: If a case cannot be read.
     """
-    dataset = infer_dataset_class(str(data))(str(data), list(cases))
+    dataset = stored_as(data)(str(data), list(cases))
     found = {}
     for case in cases:
         try:

@@ -20,10 +20,12 @@ from nnssl_ext.study.results import case_dice
 TOLERANCE = 2.0
 
 
-def tolerance_of(dataset: str) -> float:
-    """Return a data set's surface tolerance in mm."""
+def tolerance_of(dataset: str, dataset_json: Mapping[str, Any]) -> float:
+    """Return a data set's surface tolerance in mm: the Decathlon's for its tasks, known by name and classes."""
     name = re.sub(r"^Dataset\d{3}_", "", dataset)
-    return next((task.tolerance for task in TASKS if task.name == name), TOLERANCE)
+    classes = {str(label).lower() for label in dataset_json["labels"]} - {"background", "ignore"}
+    tasks = (task for task in TASKS if task.name == name and classes == {label.lower() for label in task.classes})
+    return next((task.tolerance for task in tasks), TOLERANCE)
 
 
 def fold_metrics(

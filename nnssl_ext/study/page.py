@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,14 +85,14 @@ def render(path: Path, page: Page) -> Path:
 def render_markdown(path: Path, page: Page) -> Path:
     """Write the page and its pictures as Markdown."""
     folder = path.with_suffix("")
-    shutil.rmtree(folder, ignore_errors=True)
     number = 0
 
     def link(picture: Picture, title: str) -> str:
         nonlocal number
         number += 1
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number}.png").write_bytes(picture.image)
+        with replaced_on_success(folder / f"{number}.png") as temporary:
+            temporary.write_bytes(picture.image)
         return f"![{picture.caption or title}]({folder.name}/{number}.png)"
 
     parts = [f"# {page.title}", page.subtitle, _markdown_table(page.summary)]
@@ -111,6 +110,9 @@ def render_markdown(path: Path, page: Page) -> Path:
             parts += [title, _markdown_table(Table(captions, [images]))]
         if section.code:
             parts.append(f"```bash\n{section.code}\n```")
+    for file in folder.glob("*.png"):  # of a longer report before this one
+        if file.stem.isdigit() and int(file.stem) > number:
+            file.unlink(missing_ok=True)
     with replaced_on_success(path) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path

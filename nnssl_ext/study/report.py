@@ -352,7 +352,7 @@ def _study_command(grid: Grid) -> str:
     for name, value in asdict(p).items():
         if name not in apart and value != "":
             values = value if isinstance(value, list) else [value]
-            shown = [f"{number:g}" if isinstance(number, float) else str(number) for number in values]
+            shown = [f"{number:.12g}" if isinstance(number, float) else str(number) for number in values]
             words += [f"--{name.replace('_', '-')}", *shown]
     words += ["--transductive"] if p.transductive else []
     words += _finetune_words(grid)

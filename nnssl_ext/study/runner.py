@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from nnssl_ext.environment import commands_path, cores, program
+from nnssl_ext.environment import MAX_TIME, commands_path, cores, program
 from nnssl_ext.errors import UserError
 from nnssl_ext.external_trainers import trainer_folders
 from nnssl_ext.files import replaced_on_success
@@ -31,8 +31,8 @@ from nnssl_ext.study.grid import PRETRAINING, Grid, Run
 from nnssl_ext.study.metrics import fold_metrics
 from nnssl_ext.training.wrapping import arithmetic, mixed_precision
 
-#: Seconds that a stopped command may take to end.
-GRACE_SECONDS = 20
+#: Seconds that stopped commands may take to end: a step, and its checkpoint.
+GRACE_SECONDS = 120
 #: Seconds between two notes of a run's time, so that interrupted runs are timed too.
 NOTE_SECONDS = 20
 #: File in a study's folder that keeps the checkpoints of fine-tunings.
@@ -83,7 +83,7 @@ def run_grid(grid: Grid, places: Sequence[Slot]) -> None:
             if signals.received:
                 pool.stop()
         except BaseException:
-            pool.stop()
+            pool.stop(0)
             raise
         finally:
             bar.close()
@@ -131,7 +131,8 @@ class _Pool:
                 self.running -= {run}
                 self.changed.notify_all()
 
-    def stop(self) -> None:
+    def stop(self, seconds: float = GRACE_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
         with self.changed:
             self.stopped = True
             for process in self.processes:
@@ -140,7 +141,7 @@ class _Pool:
             self.changed.notify_all()
         for process in list(self.processes):
             try:
-                process.wait(GRACE_SECONDS)
+                process.wait(max(0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
 
@@ -280,6 +281,7 @@ def environment(grid: Grid, run: Run, slot: Slot) -> dict[str, str]:
         "nnUNet_preprocessed": str(grid.preprocessed.parent),
         "nnUNet_results": str(grid.folder / "results" / run.arm.name),
         "nnUNet_extTrainer": trainer_folders(),
+        MAX_TIME: "",  # a run that leaves early counts as failed
         **slot,
     }
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnssl_ext.configurations import configuration_of, unusable
+from nnssl_ext.data.cases import stored_as
 from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
 from nnssl_ext.external_trainers import find_trainer, trainer_folders
@@ -106,7 +106,7 @@ class Study:
         keep_files(self.arms, self.folder, keep)
         keep_inputs(inputs, self.folder / "inputs.json", keep)
         if keep and any(self._data.glob("*.npz")):  # once, before several runs do it at a time
-            infer_dataset_class(str(self._data)).unpack_dataset(str(self._data), num_processes=1)
+            stored_as(self._data).unpack_dataset(str(self._data), num_processes=1)
         grid.preprocessed.mkdir(parents=True, exist_ok=True)
         for name in (self._data.name, "gt_segmentations"):
             link(grid.preprocessed / name, self.source / name)
@@ -138,12 +138,15 @@ class Study:
                     raise UserError(f"{recipe.name}: finetune.{name} belongs to the study. Use its own option.")
             if "seed" in recipe.settings:
                 raise UserError(f"{recipe.name}: seed belongs to the study. Use --seed.")
+            if "max_time" in recipe.settings:
+                raise UserError(f"{recipe.name}: max_time would end runs early. Stop the study instead; it can go on.")
         derived = derive_plans(plans, f"{p.plans}_study", recipes, [p.configuration])
         if derived.get(PLANS_KEY, {}).get("start_from") and any(arm.method for arm in self.arms):
             raise UserError(
                 "start_from: a study's pretraining starts from random weights, since others may have seen held-out "
                 "images. Compare a finished pretraining with --init NAME=FILE."
             )
+        derived.get(PLANS_KEY, {}).pop("max_time", None)  # a run that leaves early counts as failed
         chosen = configuration_of(derived, p.configuration)
         if reason := unusable(p.configuration, chosen, "study", flat=True):
             raise UserError(reason)
@@ -177,8 +180,12 @@ class Study:
         name = self.protocol.primary_class
         if not name:
             return None
-        labels = read_json(self.source / "dataset.json")["labels"][name]
-        key: int | tuple[int, ...] = tuple(labels) if isinstance(labels, list) else labels
+        values = read_json(self.source / "dataset.json")["labels"]
+        regions = any(isinstance(value, list) and len(value) > 1 for value in values.values())
+        labels = values[name]
+        key: int | tuple[int, ...] = labels
+        if isinstance(labels, list):  # of one label is a region only beside others
+            key = tuple(labels) if regions else labels[0]
         if not any(key in shown for shown in classes_of(self._data, held_out).values()):
             raise UserError(
                 f"--primary-class {name}: expected it in a held-out case of {self.source.name}, found it in none. "

@@ -14,7 +14,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnssl_ext.configurations import configuration_of, unusable
-from nnssl_ext.data.cases import shorten
+from nnssl_ext.data.cases import shorten, stored_as
 from nnssl_ext.data.images import SampleSource
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.environment import check_device, check_processes, check_shared_memory, check_split, worker_count
@@ -90,7 +90,7 @@ def check_run(
     geometry = replace(geometry, classes=samples.classes)
     check_backbone(method, manager, configuration, geometry.channels)
     fewest = method.crops(settings, geometry).min_cases
-    cases = _training_cases(base, index.cases, fold)
+    cases = _training_cases(base, index, fold)
     if cases < fewest:
         raise UserError(
             f"{method.title} with these settings needs at least {fewest} training cases, fold {fold} of "
@@ -173,6 +173,7 @@ def _index(folder: Path, channels: int, max_unreadable_fraction: float) -> CaseI
     index = from_the_first("index", lambda: CaseIndex.build(folder, workers=worker_count(), show_progress=True))
     if not index.cases:
         raise UserError(f"no case in {folder}. Run nnUNetv2_preprocess for this configuration")
+    stored_as(folder)
     problems = index.problems(channels)
     if len(problems) > max_unreadable_fraction * len(index.cases):
         listed = shorten(f"case '{case}' {problem}" for case, problem in sorted(problems.items()))
@@ -184,18 +185,19 @@ def _index(folder: Path, channels: int, max_unreadable_fraction: float) -> CaseI
     return index
 
 
-def _training_cases(base: Path, cases: list[str], fold: int | str) -> int:
-    """Count the training cases of a fold, as nnU-Net splits them."""
+def _training_cases(base: Path, index: CaseIndex, fold: int | str) -> int:
+    """Count the readable training cases of a fold, as nnU-Net splits them."""
+    cases, left_out = index.cases, index.left_out
     if fold == "all":
-        return len(cases)
+        return len(cases) - len(left_out)
     splits = base / "splits_final.json"
     if splits.is_file():
         content = _read_splits(splits)
         if int(fold) < len(content):
-            return len(_known(content[int(fold)]["train"], cases, splits))
+            return len(set(_known(content[int(fold)]["train"], cases, splits)) - set(left_out))
     elif len(cases) < FOLDS:
         raise UserError(f"fold {fold} needs at least {FOLDS} cases, {base.name} has {len(cases)}. Use fold 'all'")
-    return int(len(cases) * 0.8)
+    return int((len(cases) - len(left_out)) * 0.8)
 
 
 def _read_splits(path: Path) -> list[dict]:

@@ -18,13 +18,11 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.helpers import empty_cache
 from torch import nn
 from tqdm import tqdm
 
 from nnssl_ext import checkpoint as checkpoint_file
-from nnssl_ext.commands import RunName
 from nnssl_ext.data.loader import Shard, SteadyLoader
 from nnssl_ext.environment import set_threads
 from nnssl_ext.errors import UserError
@@ -34,22 +32,21 @@ from nnssl_ext.settings import CommonSettings
 from nnssl_ext.training.distributed.heartbeat import Heartbeat
 from nnssl_ext.training.distributed.ranks import rank, rank_device, same_everywhere, world
 from nnssl_ext.training.memory.out_of_memory import out_of_memory_line
+from nnssl_ext.training.resumable import ResumableTrainer
 from nnssl_ext.training.run.commands import continuation
 from nnssl_ext.training.run.folder import BEST, LATEST, RunFolder
 from nnssl_ext.training.run.interruption import Interruption
 from nnssl_ext.training.run.picture import ProgressPicture
 from nnssl_ext.training.run.writer import CheckpointWriter
-from nnssl_ext.training.wrapping import arithmetic, match_memory_format, mixed_precision, note_other_arithmetic
+from nnssl_ext.training.wrapping import mixed_precision
 from nnssl_ext.transfer.start import pretrained_weights_argument
 
 
-class ManagedTrainer(nnUNetTrainer):
+class ManagedTrainer(ResumableTrainer):
     """Manage a run of stock nnU-Net's trainer.
 
     Attributes:
         common: Settings that all trainers share.
-        step: Finished optimizer steps of the run.
-        outputs: What the finished steps of the current epoch returned.
     """
 
     common: CommonSettings
@@ -57,7 +54,6 @@ class ManagedTrainer(nnUNetTrainer):
     network: Any
     dataloader_train: Any
     dataloader_val: Any
-    _best_ema: float | None
     #: Stock's training and prediction build the target trainer's network.
     build_network_architecture: Callable[..., nn.Module] = staticmethod(target_network)
 
@@ -105,11 +101,6 @@ class ManagedTrainer(nnUNetTrainer):
     @abstractmethod
     def steps_per_epoch(self) -> int:
         """Return the optimizer steps of an epoch. The last may have fewer."""
-
-    @property
-    @abstractmethod
-    def total_steps(self) -> int:
-        """Return the optimizer steps of the run."""
 
     @abstractmethod
     def checkpoint_content(self, paths: list[Path]) -> dict[str, Any]:
@@ -355,46 +346,6 @@ class ManagedTrainer(nnUNetTrainer):
             )
         checkpoint_file.refuse_older(given, source)
         self.restore_content(given, source)
-
-    @property
-    def run_name(self) -> RunName:
-        """Return the run's name on stock's command line."""
-        plans = self.plans_manager
-        return RunName(
-            plans.dataset_name, self.configuration_name, str(self.fold), plans.plans_name, type(self).__name__
-        )
-
-    def stock_state(self) -> dict[str, Any]:
-        """Return what stock needs to continue."""
-        scaler = self.grad_scaler
-        return {
-            "optimizer_state": self.optimizer.state_dict(),
-            "grad_scaler_state": scaler.state_dict() if scaler is not None else None,
-            "logging": self.logger.get_checkpoint(),
-            "_best_ema": self._best_ema,
-            "arithmetic": arithmetic(self.amp_dtype),
-        }
-
-    def stock_identity(self) -> dict[str, Any]:
-        """Return what stock needs to predict."""
-        return {
-            "init_args": self.my_init_kwargs,
-            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-            "current_epoch": self.next_epoch(),
-        }
-
-    def restore_stock(self, content: dict[str, Any]) -> None:
-        """Restore ``stock_state`` and ``stock_identity``, once the weights are restored."""
-        note_other_arithmetic(content.get("arithmetic"), self.amp_dtype, self.print_to_log_file)
-        self.optimizer.load_state_dict(content["optimizer_state"])
-        match_memory_format(self.optimizer)
-        if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
-            self.grad_scaler.load_state_dict(content["grad_scaler_state"])
-        self.my_init_kwargs = content["init_args"]
-        self.current_epoch = content["current_epoch"]
-        self.logger.load_checkpoint(content["logging"])
-        self._best_ema = content["_best_ema"]
-        self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
 
     def autocast(self) -> AbstractContextManager:
         """Return a context of mixed precision."""

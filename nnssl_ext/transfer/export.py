@@ -183,7 +183,7 @@ def _save_safetensors(content: Mapping[str, Any], path: Path) -> None:
     from safetensors.torch import save_file
 
     weights, own = content["network_weights"], content["nnssl_ext"]
-    noted = {"title": own.get("title"), "trained": own.get("trained")}
+    noted = {name: own.get(name) for name in ("title", "trained", "position_grid")}
     noted["weights_sha256"] = checkpoint.digest(canonical_weights(weights))
     # a U-Net names one tensor up to four times. The format holds each once, here under its first name
     first: dict[Any, str] = {}

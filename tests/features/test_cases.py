@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.features.cases import dataset_cases, image_cases, preprocess
+from nnssl_ext.features.cases import dataset_cases, image_cases, preprocess, region_names
 
 IMAGE = np.random.default_rng(0).random((1, 4, 5, 6), dtype=np.float32)
 LABELS = (IMAGE > 0.5).astype(np.int8)
@@ -66,3 +66,13 @@ def test_four_digits_at_a_names_end_are_said_to_be_the_channel(folder: Path, pla
         (folder / name).touch()
     with pytest.raises(UserError, match="of case patient, got .*, whose _1234 is read as the channel's number"):
         image_cases(folder, plans)
+
+
+def test_hidden_files_are_no_cases(folder: Path, plans: Any) -> None:
+    for name in ("A_0000.nii.gz", "._A_0000.nii.gz", "._B_0000.nii.gz"):
+        (folder / name).touch()
+    assert [case.name for case in image_cases(folder, plans)] == ["A"]
+
+
+def test_a_list_of_one_label_is_a_label() -> None:
+    assert region_names({"labels": {"background": 0, "RV": [1], "both": [1, 2]}}) == {0: "background", 1: "RV"}

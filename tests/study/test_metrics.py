@@ -42,9 +42,13 @@ def test_surface_dice_without_a_class() -> None:
 
 
 def test_tolerances() -> None:
-    assert tolerance_of("Dataset004_Hippocampus") == 1.0
-    assert tolerance_of("Dataset002_Heart") == 4.0
-    assert tolerance_of("Dataset802_LeftAtrium") == 2.0
+    def of(dataset: str, *classes: str) -> float:
+        return tolerance_of(dataset, {"labels": {"background": 0, **dict.fromkeys(classes, 1)}})
+
+    assert of("Dataset004_Hippocampus", "Anterior", "Posterior") == 1.0
+    assert of("Dataset702_Heart", "Left Atrium") == 4.0
+    assert of("Dataset027_Heart", "LV", "RV") == 2.0  # another data set of this name
+    assert of("Dataset802_LeftAtrium", "left atrium") == 2.0
 
 
 def test_fold_metrics_reads_regions_and_ignores_the_ignored(tmp_path: Path) -> None:

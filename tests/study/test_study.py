@@ -117,6 +117,8 @@ def test_a_failed_run_is_reported_and_stops_nobody(
         (["--labels", "0"], "--labels: expected a number of at least 1, got '0'"),
         (["--labels", "2", "100"], "Budgets .* do not fit"),
         (["--primary-labels", "3"], "The endpoint, 3 labels"),
+        (["--primary-labels", "0"], "The endpoint, 0 labels"),
+        (["--primary-step", "0"], "The endpoint, .* at step 0"),
         (["--snapshots", "9"], r"expected steps between 1 and --steps 4"),
         (["--init", "x=missing.pth"], "expected NAME=FILE"),
         (["--fold", "7"], "expected 0 to 4"),
@@ -162,6 +164,8 @@ def test_settings_are_checked_against_the_studys_own_steps(with_data: Data, monk
         main([*WORDS, "finetune.warmup=4", "-o", "st"])
     with pytest.raises(UserError, match="seed belongs to the study. Use --seed"):
         main([*WORDS, "seed=1", "-o", "st"])
+    with pytest.raises(UserError, match="max_time would end runs early"):
+        main([*WORDS, "max_time=1", "-o", "st"])
     with pytest.raises(UserError, match="start_from: a study's pretraining starts from random weights"):
         main([*WORDS, "start_from=weights.pth", "-o", "st"])
     # where nothing is pretrained it does not matter
@@ -196,6 +200,9 @@ def test_the_class_of_the_endpoint_is_held_out(with_data: Data, monkeypatch: pyt
     place = WORDS.index("epochs=1")
     with pytest.raises(UserError, match="--primary-class never: expected it in a held-out case of .* found it in none"):
         main([*WORDS[:place], "--primary-class", "never", "-o", "st", *WORDS[place:]])
+    name = next(name for name in content["labels"] if name != "background")
+    write_json({**content, "labels": {**content["labels"], name: [content["labels"][name]]}}, file)
+    main([*WORDS[:place], *RATE, "--primary-class", name, "-o", "st", "--report-only", *WORDS[place:]])
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,16 @@
 """Bad input: one clear line, status 1, nothing half-written."""
 
+import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import blosc2
 import numpy as np
 import pytest
 import torch
 
+from nnssl_ext.data.cases import stored_as
 from nnssl_ext.errors import UserError
 from tests.conftest import Environment
 from tests.support.runs import cases, pretrain, replace_case
@@ -181,3 +184,19 @@ def test_no_gpu(plain: Environment) -> None:
 
     with pytest.raises(UserError, match="no CUDA device was found. Use -device cpu"):
         get_trainer_from_args("811", "3d_fullres", 0, "nnsslTrainer_VolumeFusion", "run")
+
+
+@pytest.mark.parametrize("ending", ["txt", "npz"])
+def test_files_of_other_kinds(plain: Environment, ending: str) -> None:
+    (cases(plain) / f"old.{ending}").touch()
+    refused(plain, rf"expected cases in .b2nd files or in .npz files, got case_.*b2nd, old.{ending}. Move other")
+
+
+def test_packed_cases_in_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "a.npz", data=np.zeros(1))
+    stored_as(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="is read-only, and nnU-Net unpacks a.npz there"):
+        stored_as(tmp_path)
+    np.save(tmp_path / "a.npy", np.zeros(1))
+    stored_as(tmp_path)

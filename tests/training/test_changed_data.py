@@ -13,6 +13,7 @@ import pytest
 from nnssl_ext import checkpoint
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.errors import UserError
+from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from tests.conftest import Environment
 from tests.support.runs import TRAINER, cases, fault, pretrain, replace_case, same_run
@@ -156,3 +157,33 @@ def test_a_case_that_goes_bad_before_a_validation_loses_no_step(
     assert checkpoint.load(latest)["nnssl_ext"]["counters"]["step"] == 4
     broken = pretrain(environment, "plain", "strict", "all", c=True)
     same_run(pretrain(environment, "plain", "whole", "all"), broken)
+
+
+def test_another_split_under_a_continued_run_is_refused(with_data: Data) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "run", {**RUN, "epochs": 1})
+    fold = pretrain(environment, "plain", "run")
+    before = (fold / "checkpoint_final.pth").read_bytes()
+    file = environment.dataset("plain") / "splits_final.json"
+    split = read_json(file, list)
+    # the same cases in another order are the same split
+    write_json([{name: names[::-1] for name, names in part.items()} for part in split], file)
+    pretrain(environment, "plain", "run", val=True)
+    moved = split[0]["val"].pop()
+    write_json([{"train": [*split[0]["train"], moved], "val": split[0]["val"]}, *split[1:]], file)
+    environment.write_plans("plain", "run", RUN)
+    with pytest.raises(UserError, match=r"fold 0 of .* has other cases than when this run began. Restore splits_final"):
+        pretrain(environment, "plain", "run", c=True)
+    assert before in [path.read_bytes() for path in fold.glob("*.pth")]
+
+
+def test_left_out_validation_cases_do_not_count(with_data: Data) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "run", {**RUN, "epochs": 1, "max_unreadable_fraction": 0.2})
+    names = [f"case_0{number}" for number in range(6)]
+    write_json([{"train": names[2:], "val": names[:2]}], environment.dataset("plain") / "splits_final.json")
+    (cases(environment) / "case_00.b2nd").write_bytes(b"")
+    assert "2 validation cases are too few: using training cases" not in log_of(
+        fold := pretrain(environment, "plain", "run")
+    )
+    assert "1 validation cases are too few: using training cases instead" in log_of(fold)

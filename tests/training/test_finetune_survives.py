@@ -59,7 +59,9 @@ def test_a_signal_amid_an_epoch_loses_nothing(
         line = f"Stopped by {number.name} after step {step + 1} of 8; nothing is lost. Go on with:"
         output = capsys.readouterr().out
         assert f"{line}\n    {' '.join(WORDS[:4])} -p broken -tr {NAME} -device cpu --c" in output
-        assert checkpoint.load(fold(environment) / LATEST)["nnssl_ext"]["step"] == step + 1
+        content = checkpoint.load(fold(environment) / LATEST)
+        assert content["nnssl_ext"]["step"] == step + 1
+        assert 0 < content["epoch_seconds"] < 600
     same_run(whole, tune(environment, "labelled", "broken", c=True))
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 

@@ -1,5 +1,6 @@
 """Killed and continued with --c equals never killed, bit for bit."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import METHODS, TRAINERS
 from tests.conftest import Environment
-from tests.support.runs import TRAINER, Killed, kill_at, pretrain, same_run
+from tests.support.runs import TRAINER, Killed, kill_at, pretrain, same_run, trainer_for
 
 Data = Callable[[str], Environment]
 RUN = {"epochs": 5, "iterations_per_epoch": 3, "save_every": 2}
@@ -145,3 +146,12 @@ def test_without_a_checkpoint_stock_starts_anew(with_data: Data) -> None:
     environment.write_plans("plain", "run", {"epochs": 1})
     assert (pretrain(environment, "plain", "run", c=True) / "checkpoint_final.pth").is_file()
     assert environment.fold("plain", "run", TRAINER).is_dir()
+
+
+def test_an_epoch_that_goes_on_keeps_its_time(with_data: Data) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "run", {"epochs": 1})
+    trainer = trainer_for("plain", "run")
+    trainer.seconds_before = 1000.0
+    trainer.on_epoch_start()
+    assert 1000 <= time.time() - trainer.logger.get_value("epoch_start_timestamps", -1) < 1100

@@ -68,6 +68,7 @@ def test_safetensors_know_what_was_trained_and_their_sum(with_data: Data, tmp_pa
     assert alone.kind == whole.kind == "nnssl_ext, Rotation"
     assert alone.untrained == whole.untrained
     assert any(name.startswith("decoder.") for name in alone.untrained)
+    assert alone.position_grid == whole.position_grid
     assert alone.geometry.spacing == whole.geometry.spacing
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
@@ -173,3 +174,13 @@ def test_safetensors_are_written_without_importing_what_the_plans_name(
     given = read_source(str(tmp_path / "foreign.pth")).weights
     assert set(written) == set(given)
     assert all(torch.equal(written[name], tensor) for name, tensor in given.items())
+
+
+def test_safetensors_know_the_grid_of_positions(with_data: Data, tmp_path: Path) -> None:
+    environment = with_data("vit")
+    environment.write_plans("vit", "run", {"epochs": 1})
+    run = pretrain(environment, "vit", "run", trainer=TRAINERS["masked_autoencoder"])
+    main(["export", str(run), "-o", str(tmp_path / "model"), "--safetensors"])
+    grid = read_source(str(tmp_path / "model" / "model.safetensors")).position_grid
+    assert len(grid) == 3
+    assert grid == read_source(str(run)).position_grid

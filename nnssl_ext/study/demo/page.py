@@ -165,7 +165,7 @@ def _own_data(demo: Demo) -> Section:
         'export nnUNet_extTrainer="$(nnssl_ext trainers)"',
         "nnUNetv2_plan_and_preprocess -d NUMBER -c 3d_fullres",
         f"nnUNetv2_train NUMBER 3d_fullres 0 -tr {trainer}",
-        f"nnUNetv2_train NUMBER 3d_fullres 0 -pretrained_weights {weights}",
+        f'nnUNetv2_train NUMBER 3d_fullres 0 -pretrained_weights "{weights}"',
     ]
     text = (
         "This takes the data set's own network and full length. Fold 0 pretrains on the training cases of fold 0 only, "

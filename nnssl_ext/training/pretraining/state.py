@@ -24,6 +24,7 @@ from nnssl_ext.provenance import hardware, revision, versions
 from nnssl_ext.renamed import without_dropped
 from nnssl_ext.training.checks import Checked
 from nnssl_ext.training.distributed.ranks import rank, world
+from nnssl_ext.transfer.locate import locate
 from nnssl_ext.transfer.report import LEFT
 from nnssl_ext.transfer.start import fill_networks
 
@@ -80,7 +81,7 @@ def start_from(method: Method, text: str) -> tuple[str, list[str]]:
     Raises:
         UserError: If the source cannot be read, does not fit, or is the method's own run with another network.
     """
-    path = Path(text).expanduser()
+    path, _ = locate(text)
     own = _own_section(path)
     if own.get("method") == method.name and "state" in own:
         _take_over(method, own, path)
@@ -220,8 +221,9 @@ def refuse_other_run(stored: dict[str, Any], mine: dict[str, Any], source: str) 
     difference = _first_difference({**stored, "settings": settings}, mine, "")
     if difference:
         name, theirs, ours = difference
+        wanted = "the cases" if name.startswith("geometry.case_size") else "the plans"  # it is that of readable cases
         raise UserError(
-            f"{source} belongs to another run: {name} is {theirs!r} there and {ours!r} here. Continue with the plans "
+            f"{source} belongs to another run: {name} is {theirs!r} there and {ours!r} here. Continue with {wanted} "
             f"it was made with, or start anew without --c"
         )
 

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from torch import Tensor
 
+from nnssl_ext.data.cases import stored_as
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.data.loader import Shard
 from nnssl_ext.environment import worker_count
@@ -125,7 +125,7 @@ class PretrainingTrainer(ManagedTrainer):
         clipped = [list(module.parameters()) for module in self.method.clipped_modules()]
         self.clip = partial(clip_gradients, clipped, self.recipe.max_grad_norm)
         self.guard = FiniteGuard(self.method, self.optimizer, common.max_nonfinite_batches, self.print_to_log_file)
-        self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        self.dataset_class = stored_as(Path(self.preprocessed_dataset_folder))
         self.logger.update_config({"hparas": {"method": self.method.name, "initial_lr": self.initial_lr}})
         self.was_initialized = True
 

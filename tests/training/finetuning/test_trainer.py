@@ -286,3 +286,32 @@ def test_without_checkpoints_the_snapshots_of_an_earlier_run_are_not_validated(
     words = (dataset_name("labelled"), "3d_fullres", 0, NAME, "run")
     run_training(*words, disable_checkpointing=True, device=torch.device("cpu"))
     assert validated == ["stock"]
+
+
+@without_validation
+def test_another_split_is_refused(with_data: Data) -> None:
+    environment = with_data("labelled")
+    environment.write_plans("labelled", "run", {"finetune": {**RUN, "snapshots": []}})
+    fold = tune(environment, "labelled", "run")
+    file = environment.dataset("labelled") / "splits_final.json"
+    split = json.loads(file.read_text())
+    file.write_text(json.dumps([split[1], split[0], *split[2:]]))
+    tune(environment, "labelled", "run", c=True)  # it is over
+    assert "note: fold 0 of" in "".join(path.read_text() for path in fold.glob("training_log_*"))
+    trainer = trainer_for("labelled", "run", NAME)
+    trainer.load_checkpoint(str(fold / "checkpoint_final.pth"))
+    trainer.step -= 1
+    with pytest.raises(UserError, match="has other cases than when this run began"):
+        trainer.do_split()
+
+
+@without_validation
+def test_convolutions_are_laid_out_for_bfloat16_on_a_cpu(with_data: Data) -> None:
+    environment = with_data("labelled")
+    for precision, last in (("bfloat16", True), ("stock", False)):
+        environment.write_plans("labelled", "run", {"finetune": {**RUN, "precision": precision}})
+        trainer = trainer_for("labelled", "run", NAME)
+        trainer.initialize()
+        convolutions = [m for m in trainer.network.modules() if isinstance(m, torch.nn.Conv3d)]
+        kernels = [m.weight for m in convolutions if m.kernel_size[2] > 1 and m.in_channels > 1]
+        assert {kernel.is_contiguous(memory_format=torch.channels_last_3d) for kernel in kernels} == {last}

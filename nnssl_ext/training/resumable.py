@@ -1,0 +1,106 @@
+"""What a checkpoint keeps of stock's trainer, and that a run goes on as it began."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from time import time
+from typing import Any
+from zlib import crc32
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnssl_ext.commands import RunName
+from nnssl_ext.errors import UserError
+from nnssl_ext.training.wrapping import arithmetic, match_memory_format, note_other_arithmetic
+
+
+class ResumableTrainer(nnUNetTrainer):
+    """Keep and restore the state of stock's trainer.
+
+    Attributes:
+        step: Finished optimizer steps of the run.
+        outputs: What the finished steps of the current epoch returned.
+        split_digest: Digest of the cases that this run trains on and validates with, '' before they are known.
+        seconds_before: Seconds that a continued epoch took before it was stopped.
+    """
+
+    amp_dtype: torch.dtype | None
+    step: int
+    outputs: list[dict[str, Any]]
+    split_digest = ""
+    seconds_before = 0.0
+    _best_ema: float | None
+
+    @property
+    @abstractmethod
+    def total_steps(self) -> int:
+        """Return the optimizer steps of the run."""
+
+    @abstractmethod
+    def next_epoch(self) -> int:
+        """Return the epoch to continue with."""
+
+    def on_epoch_start(self) -> None:
+        # an epoch that goes on began earlier
+        self.logger.log("epoch_start_timestamps", time() - self.seconds_before, self.current_epoch)
+        self.seconds_before = 0.0
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """Return the training and the validation cases.
+
+        Raises:
+            UserError: If a run would go on with other ones than it began with.
+        """
+        training, validation = super().do_split()
+        digest = f"{crc32(repr([[str(case) for case in part] for part in (training, validation)]).encode()):08x}"
+        if self.split_digest not in ("", digest):
+            changed = f"fold {self.fold} of {self.run_name.dataset} has other cases than when this run began"
+            if self.step < self.total_steps:
+                raise UserError(f"{changed}. Restore splits_final.json, or start anew without --c")
+            self.print_to_log_file(f"note: {changed}. Validation cases may have been trained on")
+        self.split_digest = self.split_digest or digest
+        return training, validation
+
+    @property
+    def run_name(self) -> RunName:
+        """Return the run's name on stock's command line."""
+        plans = self.plans_manager
+        return RunName(
+            plans.dataset_name, self.configuration_name, str(self.fold), plans.plans_name, type(self).__name__
+        )
+
+    def stock_state(self) -> dict[str, Any]:
+        """Return what stock needs to continue."""
+        scaler = self.grad_scaler
+        return {
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": scaler.state_dict() if scaler is not None else None,
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "arithmetic": arithmetic(self.amp_dtype),
+            "split": self.split_digest,
+            "epoch_seconds": time() - self.logger.get_value("epoch_start_timestamps", -1) if self.outputs else 0.0,
+        }
+
+    def stock_identity(self) -> dict[str, Any]:
+        """Return what stock needs to predict."""
+        return {
+            "init_args": self.my_init_kwargs,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            "current_epoch": self.next_epoch(),
+        }
+
+    def restore_stock(self, content: dict[str, Any]) -> None:
+        """Restore ``stock_state`` and ``stock_identity``, once the weights are restored."""
+        note_other_arithmetic(content.get("arithmetic"), self.amp_dtype, self.print_to_log_file)
+        self.optimizer.load_state_dict(content["optimizer_state"])
+        match_memory_format(self.optimizer)
+        if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(content["grad_scaler_state"])
+        self.my_init_kwargs = content["init_args"]
+        self.current_epoch = content["current_epoch"]
+        self.split_digest, self.seconds_before = content.get("split", ""), content.get("epoch_seconds", 0.0)
+        self.logger.load_checkpoint(content["logging"])
+        self._best_ema = content["_best_ema"]
+        self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
