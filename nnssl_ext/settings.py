@@ -169,8 +169,8 @@ class FinetuneSettings:
     )
     precision: str = setting(
         "stock",
-        "Arithmetic of training steps, and of snapshots on a CPU; other predictions are stock's. stock: float16 on "
-        "GPUs, float32 elsewhere. auto: as in pretraining.",
+        "Arithmetic of training, validation batches on GPUs, and snapshots; other predictions are stock's. stock: "
+        "float16 on GPUs, float32 elsewhere. auto: as in pretraining.",
         source="nnU-Net",
         choices=("stock", *PRECISIONS),
     )

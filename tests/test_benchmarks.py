@@ -14,6 +14,7 @@ import torch
 from benchmarks import cards, evidence_data, launches, loader, measure, memory, peers, startup, step, views
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.commands import Bench
 from benchmarks.gpu.context import Context, NoTimeLeftError
 from benchmarks.workload import DATA, write_cases
 from nnssl_ext.data.crops import Crop, CropBatch, CropDataset, CropRequest
@@ -208,6 +209,7 @@ def test_the_gpu_check_runs_every_line_on_a_cpu(tmp_path: Path, quick_commands: 
     assert parts["correct"]["dino"]["float32"]["gradient"] < 1e-6
     assert parts["line"]["the network equals the file under every alias"]["tensors"] > 0
     assert parts["compile"]["rotation"]["recompilations"] == 0
+    assert parts["memory"]["volume_fusion, GiB"]["estimated"] > 0
     assert parts["ranks"]["torchrun, one rank"]["weights, relative difference"] == 0
 
 
@@ -234,6 +236,17 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path) -> No
     assert results["line"]["begun"] == {}
     assert "the part's limit" in results["line"]["stopped"]
     assert gpu.failures({"parts": results}) == ["ceilings", "ceilings: first"]
+
+
+def test_a_command_that_does_not_end_in_time_is_unfinished(tmp_path: Path) -> None:
+    bench = Bench.__new__(Bench)
+    bench.context = Context("line", tmp_path, tmp_path, "cpu", True, time.monotonic() + 5)
+    bench.root, bench.variables = tmp_path, {}
+    # our trainers end with status 0 when asked to
+    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); time.sleep(60)"
+    with pytest.raises(NoTimeLeftError, match="did not end in time"), bench.context.row("command"):
+        bench.run([sys.executable, "-c", code])
+    assert bench.context.read()["command"] == {"unfinished": True}
 
 
 def test_a_row_without_time_says_so(tmp_path: Path) -> None:

@@ -29,12 +29,10 @@ from benchmarks.workload import CONFIGURATION, start_trainer, write_dataset
 
 GIB = 2**30
 #: Methods whose compiled step is checked, on a plan that compiles in seconds.
-COMPILED = ("volume_fusion", "masked_autoencoder", "rotation", "dino")
+COMPILED = ("dino", "volume_fusion", "masked_autoencoder")
 #: 3DINO's crops as published: 2 of 96^3 and 8 of 48^3, from heads of 65,536 prototypes.
 PUBLISHED_DINO = {"region": 100, "local_crops": 8, "local_size": [48, 48, 48]}
 PUBLISHED_DINO |= {"hidden_dim": 2048, "bottleneck_dim": 256, "prototypes": 65536}
-#: The first data set of each plan in this part. Compressing large cases takes longer than the steps.
-_WRITTEN: dict[str, Path] = {}
 
 
 def ceilings(context: Context) -> None:
@@ -84,7 +82,7 @@ def installed(name: str) -> str:
 
 
 def compiling(context: Context) -> None:
-    """Compile the step of four methods: seconds, recompilations, values and speed against eager."""
+    """Compile the step of three methods: seconds, recompilations, values and speed against eager."""
     os.environ["nnUNet_compile"] = "t"
     for name in ("rotation",) if context.tiny else COMPILED:
         with context.row(name, 3 if context.tiny else 15) as row:
@@ -133,27 +131,45 @@ def against_eager(context: Context, trainer: Any, batch: Any) -> dict[str, float
 
 
 def dataset(folder: Path, plan: str, **settings: Any) -> Path:
-    """Write a data set for a step in the device's usual precision."""
-    data = write_dataset(folder, plan, settings, written=_WRITTEN.get(plan))
-    _WRITTEN.setdefault(plan, data)
+    """Write a data set for a step in the device's usual precision.
+
+    Cases are those of the first data set of this plan: compressing large ones takes longer than the steps.
+    """
+    note = folder.parents[1] / f"{plan}.txt"  # parts are processes of their own
+    data = write_dataset(folder, plan, settings, written=Path(note.read_text()) if note.is_file() else None)
+    if not note.is_file():
+        note.write_text(str(data))
     return data
 
 
 def speed(context: Context) -> None:
     """Time a step of each method, with its shares, arithmetic and memory."""
-    from nnssl_ext.methods import METHODS
-
     os.environ["nnUNet_compile"] = "f"
-    plan = "tiny" if context.tiny else "residual128"
-    small = {"dino": SMALL_DINO} if context.tiny else {}
-    rows = [(name, name, plan, small) for name in METHODS]
-    rows.append(("volume_fusion on PCT-Net", "volume_fusion", "tiny_pct_net" if context.tiny else "pct_net", {}))
+    rows = timed(context)
     folders = {title: dataset(context.folder(title), on, **settings) for title, _, on, settings in rows}
     for title, name, _, _ in rows:
         with context.row(title, 1 if context.tiny else 6) as row:
             time_step(context, name, folders[title], row)
     largest_vit(context)
-    # after all timings, since tracing takes every core
+
+
+def timed(context: Context) -> list[tuple[str, str, str, dict[str, Any]]]:
+    """List the timed steps: title, method, plan, settings."""
+    from nnssl_ext.methods import METHODS
+
+    small = {"dino": SMALL_DINO} if context.tiny else {}
+    rows = [(name, name, "tiny" if context.tiny else "residual128", small) for name in METHODS]
+    rows.insert(1, ("volume_fusion on PCT-Net", "volume_fusion", "tiny_pct_net" if context.tiny else "pct_net", {}))
+    return rows
+
+
+def memory(context: Context) -> None:
+    """Estimate the memory of the timed steps, beside what they allocated. It needs no GPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the processes, each of which would take memory on it
+    rows = timed(context)
+    folders = {title: dataset(context.folder(title), on, **settings) for title, _, on, settings in rows}
+    file = context.output / "speed.json"
+    measured = json.loads(file.read_text()) if file.is_file() else {}
     with multiprocessing.get_context("spawn").Pool(1 if context.tiny else 8) as pool:
         chosen = rows[:1] if context.tiny else rows
         estimates = {
@@ -161,12 +177,12 @@ def speed(context: Context) -> None:
             for title, name, _, _ in chosen
         }
         for title, waiting in estimates.items():
-            with context.row(f"memory of {title}, GiB") as row:
+            with context.row(f"{title}, GiB") as row:
                 try:
                     row["estimated"] = waiting.get(max(1.0, context.left - 1))
                 except multiprocessing.TimeoutError:
                     row["left out"] = "The time was over."
-                row["allocated"] = context.read().get(title, {}).get("allocated, GiB")
+                row["allocated"] = measured.get(title, {}).get("allocated, GiB")
 
 
 def estimated(method: str, folder: str, kind: str) -> float:
@@ -183,7 +199,7 @@ def estimated(method: str, folder: str, kind: str) -> float:
 
 def time_step(context: Context, name: str, folder: Path, row: dict[str, Any]) -> None:
     """Fill the row of one method: full step, bare network, shares, operations, memory, cores."""
-    repeats = 1 if context.tiny else 10
+    repeats = 1 if context.tiny else 5
     os.environ["nnUNet_n_proc_DA"] = "0" if context.tiny else "2"
     release(context)
     run = Run(folder, name, context.device)
@@ -254,10 +270,10 @@ def largest_vit(context: Context) -> None:
         trainer = start_trainer(folder, "dino", context.device)
     if trainer is None:
         return
-    batches = iter(trainer.dataloader_train)
+    one = next(iter(trainer.dataloader_train))
     for number in [1, 2] if context.tiny else [1, 2, 4, 8, 16, 32]:
         with context.row(f"dino on a ViT, {number * trainer.batch_size} samples", 1 if context.tiny else 8) as row:
-            batch = merged([next(batches) for _ in range(number)])
+            batch = merged([one] * number)
             release(context)
             try:
                 step = partial(trainer.train_step, batch)

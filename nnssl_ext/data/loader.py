@@ -5,6 +5,7 @@ Samples are pure functions of their number, so new workers continue with the bat
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import shutil
 import signal
@@ -320,6 +321,7 @@ def _place() -> int:
 
 
 def _start_worker(_: int) -> None:
+    gc.freeze()  # a collection here must not free the pinned batches of the parent
     ignore_in_worker()
     torch.set_num_threads(1)
     blosc2.set_nthreads(1)

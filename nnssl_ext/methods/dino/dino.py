@@ -198,13 +198,13 @@ class DINO(Method):
         with torch.no_grad():
             teacher_features, teacher_patches = teacher.reader(clean.flatten(0, 1))
             teacher_output = teacher.image_head(teacher_features).unflatten(0, (number, GLOBALS))
-            target_patches = teacher.patch_head(teacher_patches.flatten(0, 1)[index])
+            target_patches = teacher.patch_head(teacher_patches.flatten(0, 1).index_select(0, index))
         features, patches = student.reader(views.get("masked_image", clean).flatten(0, 1), masked)
         student_output = student.image_head(features).unflatten(0, (number, GLOBALS))
         if "local" in views:
             local, _ = student.reader(views["local"].flatten(0, 1))
             student_output = torch.cat([student_output, student.image_head(local).unflatten(0, (number, -1))], 1)
-        predicted_patches = student.patch_head(patches.flatten(0, 1)[index])
+        predicted_patches = student.patch_head(patches.flatten(0, 1).index_select(0, index))
 
         image_total, image = self._distill("image", student_output, teacher_output, self.pairs)
         one = self.pairs.new_ones(1, 1)

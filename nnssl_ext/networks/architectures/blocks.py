@@ -35,7 +35,7 @@ class DropPath(nn.Module):
             mask = features.new_empty(samples, *[1] * (features.ndim - 1)).bernoulli_(share)
             return features + branch(features) * (mask / share if share else mask)
         rows = torch.randperm(samples, device=features.device)[:kept]
-        added = branch(features[rows]).to(features.dtype)
+        added = branch(features.index_select(0, rows)).to(features.dtype)
         return features.index_add(0, rows, added, alpha=samples / kept)
 
 

@@ -25,14 +25,12 @@ from nnssl_ext.files import replaced_on_success
 
 
 class _Predictor(nnUNetPredictor):
-    """Predict in mixed precision on CPUs too."""
+    """Predict in the arithmetic of the training. Stock takes float16 on GPUs, and float32 on CPUs."""
 
     amp_dtype: torch.dtype | None = None
 
     def _internal_maybe_mirror_and_predict(self, x: torch.Tensor) -> torch.Tensor:
-        if self.device.type != "cpu":
-            return super()._internal_maybe_mirror_and_predict(x)
-        with torch.autocast("cpu", self.amp_dtype, enabled=self.amp_dtype is not None):
+        with torch.autocast(x.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             return super()._internal_maybe_mirror_and_predict(x).float()
 
 
@@ -46,7 +44,7 @@ class Evaluation:
         trainer_name: Name of the trainer.
         mirroring_axes: Axes over whose mirrored predictions is averaged; None for no mirroring.
         device: Device of the network.
-        amp_dtype: Type of autocast on CPUs; None is float32. On GPUs nnU-Net's own is used.
+        amp_dtype: Type of autocast; None is float32.
         cases: The validation cases.
         truth: Folder of their segmentations.
         is_cascaded: Whether the input holds the segmentation of a previous stage.

@@ -233,8 +233,14 @@ class nnsslTrainer_Finetune(ManagedTrainer):
 
     def validation_step(self, batch: dict) -> dict:
         trained = self.network
-        if self.averaged is not None:
-            self.network = self.averaged.module.eval()
+        network = trained if self.averaged is None else self.averaged.module.eval()
+
+        def as_trained(image: torch.Tensor) -> Any:
+            with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+                return network(image)
+
+        # stock takes float16 on GPUs, whatever the training computes in
+        self.network = network if self.device.type == "cpu" else as_trained
         try:
             return super().validation_step(batch)
         finally:
