@@ -1,5 +1,7 @@
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,3 +112,25 @@ def test_a_run_of_an_earlier_version_is_not_continued_but_its_weights_are_read(t
         checkpoint.refuse_older(read, str(path))
     read["nnssl_ext"]["format"] = checkpoint.FORMAT
     checkpoint.refuse_older(read, str(path))
+
+
+def test_every_value_counts_in_the_digest() -> None:
+    own = {"format": checkpoint.FORMAT, "counters": {"step": 3}, "state": {"center": torch.zeros(3)}}
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(3), "step": 3.0}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    whole = {"nnssl_ext": own, "optimizer_state": optimizer, "logging": {"loss": [0.5, 0.25]}}
+
+    def changed(value: Any) -> Iterator[Any]:
+        """Yield copies that differ in one value."""
+        if isinstance(value, torch.Tensor):
+            yield value + 1
+        elif isinstance(value, (dict, list)):
+            for key in value if isinstance(value, dict) else range(len(value)):
+                for other in changed(value[key]):
+                    copy = value.copy()
+                    copy[key] = other
+                    yield copy
+        else:
+            yield value + 1
+
+    digests = [checkpoint.content_digest(content) for content in (whole, *changed(whole))]
+    assert len(set(digests)) == len(digests) == 10

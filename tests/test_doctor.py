@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -228,7 +229,8 @@ def test_the_report_has_no_paths_and_no_names(with_data: Data, tmp_path: Path) -
     text = (tmp_path / "report.txt").read_text()
     assert "Doe" not in text
     assert str(tmp_path) not in text
-    assert "/" not in text.replace("<nnUNet_raw>/", "").replace("/dev/shm", "").split("advice")[0] or "<path>" in text
+    assert "<path>" in text
+    assert re.findall(r"(?<![\w<>.])/\w[\w./-]*", text) == []
     assert "Dataset811_<name>" in text
     assert "nnunetv2: 2." in text
 

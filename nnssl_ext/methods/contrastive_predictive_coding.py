@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,8 @@ class ContrastivePredictiveCoding(PatchMethod):
         """Return patches row by row, context first.
 
         Returns:
-            ``patches`` (B, N, C, D, H, W), ``direction`` (B,), and ``negative`` (B, T) in [0, 1).
+            ``patches`` (B, N, C, D, H, W), ``direction`` (B,), ``negative`` (B, T) in [0, 1), and hashes of the
+            windows' ``case`` (B,).
         """
         last = 2 * len(self.layout.axes) - 1 if self.settings.directions == "six" else 0
         direction = random.integers(0, last)
@@ -131,6 +133,7 @@ class ContrastivePredictiveCoding(PatchMethod):
             "patches": self.read_patches(batch, random, starts),
             "direction": to_device(direction, random.device),
             "negative": to_device(random.uniform(0, 1, (self.targets,)), random.device),
+            "case": to_device(torch.tensor([crc32(box.case.encode()) for box in batch.boxes[0]]), random.device),
         }
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -145,9 +148,13 @@ class ContrastivePredictiveCoding(PatchMethod):
         target = torch.arange(number - self.targets, number, device=place.device)
         positive = (place[:, None] * number + target).flatten()
         candidates = gathered.flatten(0, 1)
-        # patches of the own window that overlap a target show the same voxels: they are no negatives
+        # patches that may show a target's voxels are no negatives: those of the own window that overlap it, and all of
+        # other windows of the same case
         own = place[:, None] == torch.arange(len(gathered), device=place.device)  # (B, G)
-        excluded = (own[:, None, :, None] & self.overlaps[None, :, None]).flatten(2).flatten(0, 1)  # (B T, G N)
+        cases, _ = gather_samples(views["case"], self.geometry.batch_size)  # (G,)
+        again = (views["case"][:, None] == cases) & ~own
+        excluded = own[:, None, :, None] & self.overlaps[None, :, None] | again[:, None, :, None]
+        excluded = excluded.flatten(2).flatten(0, 1)  # (B T, G N)
         if self.settings.loss == "infonce":
             loss = info_nce(predicted, candidates, positive, self.settings.temperature, excluded)
         else:

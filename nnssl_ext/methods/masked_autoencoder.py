@@ -113,20 +113,25 @@ class MaskedAutoencoder(RestoringMethod):
         weight = masked & expand_blocks(variance > MIN_VARIANCE, size, self.block_size)
         if inside is not None:
             weight = weight & inside
-        target = image
-        if self.settings.normalize_target:
-            deviation = variance.clamp_min(MIN_VARIANCE).sqrt()
-            mean, deviation = (expand_blocks(values, size, self.block_size) for values in (mean, deviation))
-            target = (image - mean) / deviation
+        target = self._target(image, mean, variance)
         views = {"image": image * ~masked, "target": target, "weight": weight.to(image.dtype)}
         if self.visible:
             views["visible"] = ~masked
         if self.token:
             views["tokens"] = visible_tokens(mask, self.token, self.visible_count)
         if not self.training:
-            shuffled = shuffle_voxels(target, random)
-            views |= {"shuffled": shuffled * ~masked, "shuffled_target": shuffled}
+            shuffled = shuffle_voxels(image, random)
+            shuffled_target = self._target(shuffled, *block_moments(shuffled, self.block_size))
+            views |= {"shuffled": shuffled * ~masked, "shuffled_target": shuffled_target}
         return views
+
+    def _target(self, image: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """Return the values to predict, from the moments of each block."""
+        if not self.settings.normalize_target:
+            return image
+        deviation = variance.clamp_min(MIN_VARIANCE).sqrt()
+        size, block = self.geometry.crop_size, self.block_size
+        return (image - expand_blocks(mean, size, block)) / expand_blocks(deviation, size, block)
 
     def restore(self, image: Tensor, views: dict[str, Tensor]) -> Tensor:
         if self.visible:

@@ -123,6 +123,7 @@ def run_on_cluster(grid: Grid, executor: Any, jobs: int, poll: float) -> None:
                 with executor.batch():
                     submitted = [executor.submit(run_job, plain, run) for run in ready]
                 working |= dict(zip(ready, submitted, strict=True))
+            # at once after the submission: a job without a note would be submitted again
             write_json({_key(run): job.job_id for run, job in working.items()}, note)
             if not working:
                 return

@@ -274,7 +274,8 @@ class Grid:
     def done(self, run: Run) -> bool:
         """Return whether a run is finished and measured."""
         if run.kind == PRETRAINING:
-            return (self.fold_folder(run) / "pretraining_summary.json").is_file()
+            names = ("pretraining_summary.json", "checkpoint_final.pth")
+            return all((self.fold_folder(run) / name).is_file() for name in names)
         return self.metrics_file(run).is_file()
 
     def ready(self) -> Iterator[Run]:

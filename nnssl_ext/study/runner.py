@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import signal
@@ -212,7 +213,9 @@ def perform(grid: Grid, run: Run, execute: Callable[[_Clock], int | None]) -> fl
     if run.kind != PRETRAINING:
         try:
             keep_metrics(grid, run, clock.note())
-        except (Exception, UserError):  # an unreadable prediction raises anything
+        except (Exception, UserError) as error:  # an unreadable prediction raises anything
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # the predictions are fine
+                raise UserError(f"{error}. Make room and call the same command again.") from error
             with grid.log_file(run).open("a", encoding="utf-8") as log:
                 log.write(f"The predictions could not be measured:\n{traceback.format_exc()}")
             drop_predictions(grid, run)  # the next call predicts again, from the checkpoints
@@ -299,6 +302,12 @@ def keep_metrics(grid: Grid, run: Run, seconds: float) -> None:
     dataset_json = read_json(grid.preprocessed / "dataset.json")
     folders = {int(path.name.rpartition("_")[2]): path for path in fold.glob("validation_step_*")}
     folders[grid.last_step(run)] = fold / "validation"
+    wanted = {*grid.finetune_settings(run)["snapshots"], grid.last_step(run)}
+    if missing := sorted(wanted - set(folders)):
+        raise UserError(
+            f"{fold}: expected predictions after steps {sorted(wanted)}, got none after {missing}: a checkpoint was "
+            f"not written, or was deleted. Delete {fold} and call the study again."
+        )
     frames, expected = [], set(grid.folds[run.fold]["val"])
     for step in sorted(folders):
         truth, tolerance = grid.preprocessed / "gt_segmentations", grid.protocol.tolerance

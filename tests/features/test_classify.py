@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.features.classify import cross_validate, read_labels
+from nnssl_ext.features.classify import _interval, cross_validate, read_labels
 
 LABELS = ["a", "b"] * 20
 PAIRS = [str(number // 2) for number in range(40)]
@@ -98,3 +98,10 @@ def test_a_fold_whose_training_cases_have_one_label_is_refused() -> None:
     groups = ["z", "x", "y", "z", "x", "x"]
     with pytest.raises(UserError, match="two labels or more in the training cases of each fold, got only"):
         cross_validate(noise()[:6], ["a", "b", "a", "b", "b", "b"], groups)
+
+
+def test_the_bootstrap_draws_groups() -> None:
+    right, truth, members = np.array([1, 0, 1, 1, 0.0]), np.array([0, 0, 1, 1, 1]), np.arange(5)
+    # more scans of the same patients do not narrow the interval
+    more = [np.repeat(values, 9) for values in (right, truth, members)]
+    assert _interval(more[0], more[1], more[2], 0) == pytest.approx(_interval(right, truth, members, 0))

@@ -176,9 +176,24 @@ def test_the_one_negative_shares_no_voxels_with_the_target() -> None:
         method._predict = lambda *_, prediction=one: prediction
         for draw in torch.linspace(0, 0.99, 40):
             views = {"patches": None, "direction": None, "negative": draw.expand(1, method.targets)}
+            views["case"] = torch.zeros(1)
             (gradient,) = torch.autograd.grad(method(views)["loss"].sum(), embedded)
             drawn[target] += gradient[0].abs().sum(1)
     assert torch.equal(drawn == 0, method.overlaps)
+
+
+@pytest.mark.parametrize("loss", ["infonce", "bce"])
+def test_another_window_of_the_same_case_gives_no_negatives(loss: str) -> None:
+    method = build(ContrastivePredictiveCoding, replace(BARE, loss=loss))
+    embedded = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    method.encode, method.embed = lambda _: embedded, torch.nn.Identity()
+    method._predict = lambda *_: torch.ones(2 * method.targets, 16)
+    for other, reaches in ((3, False), (4, True)):
+        views = {"patches": None, "direction": None, "negative": torch.full((2, method.targets), 0.99)}
+        views["case"] = torch.tensor([3, other])
+        (gradient,) = torch.autograd.grad(method(views)["loss"][0], embedded)
+        assert gradient[0].any()
+        assert bool(gradient[1].any()) == reaches
 
 
 def test_excluded_candidates_have_no_gradient() -> None:

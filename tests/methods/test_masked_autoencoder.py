@@ -41,6 +41,18 @@ def test_hidden_blocks_are_zero_and_are_the_targets(folder: Path) -> None:
     assert views["weight"].mean() > 0.5
 
 
+def test_the_control_of_normalized_blocks_is_normalized_after_shuffling(folder: Path) -> None:
+    method = build(MaskedAutoencoder, replace(BARE, normalize_target=True)).eval()
+    batch = batch_of(folder, method, [0, 1])
+    views = method.views(batch, BatchRandom(0, VIEWS, [0, 1], CPU))
+    original = torch.stack([box.data for box in batch.boxes[0]])
+    visible = views["shuffled"][views["shuffled"] != 0]
+    assert torch.isin(visible, original).all()  # the input is a shuffled image, not shuffled targets
+    mean, variance = block_moments(views["shuffled_target"], method.block_size)
+    assert mean.abs().max() < 1e-3
+    torch.testing.assert_close(variance, torch.ones_like(variance), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("size", "spacing", "expected"),
     [

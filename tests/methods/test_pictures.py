@@ -210,7 +210,11 @@ def test_exemplar_shows_the_nearest_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["plain", "vit"])
 @pytest.mark.parametrize("probability", [1.0, 0.5, 0.0])
 def test_dino_colors_tokens_and_empties_masked_ones(tmp_path: Path, kind: str, probability: float) -> None:
-    method, views, rows = shown(tmp_path, "dino", kind, mask_probability=probability)
+    method, views, _ = shown(tmp_path, "dino", kind, mask_probability=probability)
+    with torch.no_grad():
+        for parameter in method.student.parameters():  # it begins as the teacher
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        rows = method.picture(views)
     size, patch = method.geometry.crop_size, method.student.reader.patch
     sample = int(views["masked"].flatten(1).sum(1).argmax())
     assert views["masked"][sample].any() == (probability > 0)
@@ -226,6 +230,7 @@ def test_dino_colors_tokens_and_empties_masked_ones(tmp_path: Path, kind: str, p
         colors = principal_colors(tokens)[0][:, view].unflatten(-1, method.grid)
         assert torch.equal(teacher, expand_blocks(colors, size, patch))
         assert student.shape == teacher.shape
+        assert not torch.equal(student, teacher)
     assert torch.equal(torch.stack([panel.data for panel in rows[2]]), axial(views["local"][sample]))
 
 

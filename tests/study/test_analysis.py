@@ -32,6 +32,7 @@ def planted(tmp_path: Path, gain: float, arms: list[Arm] | None = None, missing:
             folder = grid.fold_folder(grid.pretraining(arm))
             folder.mkdir(parents=True, exist_ok=True)
             write_json({"steps": 1000, "hours": 1.0}, folder / "pretraining_summary.json")
+            (folder / "checkpoint_final.pth").touch()
         for run in grid.compared(arm, 0.01)[: len(grid.compared(arm, 0.01)) - missing]:
             ceiling = 0.9 - 0.2 / run.labels
             rows = [
@@ -313,6 +314,14 @@ def test_several_pretraining_runs_widen_the_interval(tmp_path: Path) -> None:
     assert two is not None
     assert (two.effect.mean, two.effect.pretrainings) == (pytest.approx(one.effect.mean), 2)
     assert two.effect.high - two.effect.low > one.effect.high - one.effect.low
+    runs = [run for run in grid.compared(grid.arms[1], 0.01) if run.labels == 2]
+    for run in runs[1::2]:  # those of one pretraining run
+        frame = grid.metrics(run)
+        frame.assign(dice=frame.dice + 0.05).to_csv(grid.metrics_file(run), index=False)
+    shifted = about(grid).primary("VolumeFusion")
+    assert shifted is not None
+    assert shifted.effect.p > two.effect.p
+    assert shifted.effect.high - shifted.effect.low > 0.05
     assert "8 paired runs over 2 pretraining runs" in analysis.answer(grid.arms[1])
     assert "about the method" in " ".join(notes(analysis))
 
@@ -346,7 +355,9 @@ def test_groups_are_those_of_the_cases_not_of_their_files(tmp_path: Path, patter
             frame = grid.metrics(run)
             frame.assign(case=frame.case + ".nii.gz").to_csv(grid.metrics_file(run), index=False)
     grid.protocol = replace(grid.protocol, group_by=pattern)
-    assert about(grid).primary("VolumeFusion") is not None
+    found = about(grid).primary("VolumeFusion")
+    assert found is not None
+    assert (found.cases < 1) == (pattern == r"(\d+)$")  # all cases in one group decide nothing
 
 
 def test_the_cost_counts_every_pretraining(tmp_path: Path) -> None:

@@ -94,7 +94,14 @@ def test_constant_cases_are_no_duplicates() -> None:
 
 def test_signatures_do_not_depend_on_the_grid(tmp_path: Path) -> None:
     write(tmp_path, "a", 0)
-    assert signature(tmp_path, "a").detail.shape == (32, 32, 32)
+    image = np.asarray(blosc2.open(str(tmp_path / "a.b2nd"))[:])
+    fine = np.repeat(np.repeat(np.repeat(image, 2, 1), 2, 2), 2, 3)
+    blosc2.asarray(fine, urlpath=str(tmp_path / "b.b2nd"), mode="w")
+    write(tmp_path, "c", 1)
+    one, two, other = (signature(tmp_path, case) for case in "abc")
+    assert one.detail.shape == two.detail.shape == (32, 32, 32)
+    assert same_content(one, two, list(permutations(range(3))))
+    assert not same_content(one, other, list(permutations(range(3))))
 
 
 def test_a_case_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:

@@ -201,3 +201,18 @@ def test_labels_of_any_name_are_read(tmp_path: Path) -> None:
     assert frame["organ"].tolist() == ["1", "NA"]
     assert frame["dice"].tolist() == [0.5, 0.25]
     assert np.isnan(frame["nsd"][1])
+
+
+@pytest.mark.parametrize("transductive", [False, True])
+def test_held_out_images_are_pretrained_on_only_if_asked(tmp_path: Path, transductive: bool) -> None:
+    protocol = replace(PROTOCOL, transductive=transductive)
+    grid = Grid(tmp_path, protocol, draw_cases(protocol, HELD_OUT, POOL, ALL), [Arm(SCRATCH)])
+    assert set(grid.pretraining_cases) == {*POOL, *(HELD_OUT if transductive else ())}
+
+
+def test_a_pretraining_without_its_weights_is_not_done(tmp_path: Path) -> None:
+    grid = planted(tmp_path, 0.0)
+    run = grid.pretraining(grid.arms[1])
+    assert grid.done(run)
+    (grid.fold_folder(run) / "checkpoint_final.pth").unlink()
+    assert not grid.done(run)

@@ -5,10 +5,12 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnssl_ext.errors import UserError
-from nnssl_ext.study.inputs import digest_of_cases, held_out_and_pool
+from nnssl_ext.study.inputs import classes_of, digest_of_cases, held_out_and_pool
 from nnssl_ext.study.protocol import Protocol, draw_cases, grouped, keep_protocol, load_protocol
 
 PROTOCOL = Protocol(
@@ -187,3 +189,12 @@ def test_unpacked_cases_are_the_same_inputs(tmp_path: Path) -> None:
     assert digest_of_cases(tmp_path, tmp_path / "data", ["a"]) == before
     (tmp_path / "data" / "a.npz").write_bytes(b"12")
     assert digest_of_cases(tmp_path, tmp_path / "data", ["a"]) != before
+
+
+def test_cases_of_the_ignore_label_alone_are_unlabeled(tmp_path: Path) -> None:
+    some, none = np.zeros((3, 4), dtype=int), np.zeros((0, 4), dtype=int)
+    image, labels = np.random.default_rng(0).random((1, 8, 8, 8), dtype=np.float32), np.zeros((1, 8, 8, 8), np.int8)
+    for case, place in (("a", some), ("b", none)):
+        properties = {"class_locations": {1: place, 2: none, (-1, 1, 2): place}}
+        nnUNetDatasetBlosc2.save_case(image, labels, properties, str(tmp_path / case))
+    assert classes_of(tmp_path, ["a", "b"]) == {"a": {1}}

@@ -1,5 +1,6 @@
 """Places and times of a study's runs."""
 
+import errno
 import os
 import signal
 import sys
@@ -7,10 +8,13 @@ import threading
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from nnssl_ext.environment import MAX_TIME
+from nnssl_ext.errors import UserError
 from nnssl_ext.study.grid import Grid
-from nnssl_ext.study.runner import _Clock, run_grid, slots
+from nnssl_ext.study.runner import _Clock, environment, keep_metrics, run_grid, slots
 from tests.study.test_analysis import planted
 
 
@@ -99,4 +103,53 @@ def test_a_signal_ends_a_study_with_one_line(
     assert ended.value.code == 128 + getattr(signal, name)
     assert time.monotonic() - began < 20
     assert f"Stopped by {name}: " in capsys.readouterr().err
+    assert grid.failures() == {}
+
+
+def test_predictions_of_other_cases_are_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = planted(tmp_path, 0.0)
+    run = grid.compared(grid.arms[0], 0.01)[0]
+    other = pd.DataFrame({"case": ["another.nii.gz"], "dice": [0.5]})
+    monkeypatch.setattr("nnssl_ext.study.runner.fold_metrics", lambda *_: other)
+    monkeypatch.setattr(Grid, "reader", None)
+    monkeypatch.setattr(Grid, "finetune_settings", lambda *_: {"snapshots": []})
+    cases = len(grid.folds[run.fold]["val"])
+    with pytest.raises(
+        UserError, match=f"expected predictions of the {cases} cases of the split, got 1, 1 of them oth"
+    ):
+        keep_metrics(grid, run, 1.0)
+
+
+def test_no_run_leaves_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MAX_TIME, "1")
+    grid = planted(tmp_path, 0.0)
+    assert environment(grid, grid.all_runs()[0], {})[MAX_TIME] == ""
+
+
+def test_a_run_without_a_snapshot_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = planted(tmp_path, 0.0)
+    run = grid.compared(grid.arms[0], 0.01)[0]
+    step, *others = grid.protocol.snapshots
+    for other in others[:-1]:
+        (grid.fold_folder(run) / f"validation_step_{other:06d}").mkdir(parents=True)
+    monkeypatch.setattr(Grid, "finetune_settings", lambda *_: {"snapshots": grid.protocol.snapshots})
+    with pytest.raises(UserError, match=rf"got none after \[{step}\]: a checkpoint was not"):
+        keep_metrics(grid, run, 1.0)
+
+
+def test_a_full_disk_costs_no_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = planted(tmp_path, 0.0)
+    run = grid.compared(grid.arms[0], 0.01)[0]
+    grid.metrics_file(run).unlink()
+    summary = grid.fold_folder(run) / "validation" / "summary.json"
+    summary.parent.mkdir(parents=True)
+    summary.write_text("{}")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("nnssl_ext.study.runner.keep_metrics", full)
+    with pytest.raises(UserError, match="No space left on device. Make room and call the same command again"):
+        run_grid(grid, slots("cpu", 1))
+    assert summary.is_file()
     assert grid.failures() == {}

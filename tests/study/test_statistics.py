@@ -5,12 +5,13 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import permutation_test
+from scipy.stats import permutation_test, ttest_1samp
 
 from nnssl_ext.study.statistics import (
     case_wilcoxon,
     effect,
     holm,
+    random_effect,
     sign_flip_interval,
     sign_flip_p,
 )
@@ -61,7 +62,7 @@ def test_few_pairs_have_no_interval_and_cannot_be_significant() -> None:
     for pairs in range(1, 6):
         found = effect([0.1 + 0.001 * n for n in range(pairs)])
         assert (found.low, found.high) == (-math.inf, math.inf)
-        assert found.p > 0.05 or pairs == 5
+        assert found.p > 0.05
     assert effect([0.1] * 6).low == pytest.approx(0.1)
 
 
@@ -89,3 +90,13 @@ def test_holm() -> None:
 def test_case_wilcoxon_ignores_cases_without_the_class() -> None:
     assert case_wilcoxon([0.1, 0.2, math.nan, 0.3, 0.25, 0.15, 0.12]) == pytest.approx(2 / 2**6)
     assert case_wilcoxon([0.0, 0.0]) == 1.0
+
+
+def test_pretraining_runs_are_a_random_effect() -> None:
+    groups = [[0.01, 0.03], [0.05, 0.02], [0.00, 0.04]]
+    reference = ttest_1samp([np.mean(group) for group in groups], 0)
+    interval = reference.confidence_interval(0.95)
+    found = random_effect(groups)
+    assert (found.p, found.low, found.high) == pytest.approx((reference.pvalue, interval.low, interval.high))
+    assert (found.pairs, found.pretrainings) == (6, 3)
+    assert random_effect([[0.1, 0.2]]).p == 1.0

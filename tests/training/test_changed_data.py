@@ -151,7 +151,7 @@ def test_a_case_that_goes_bad_before_a_validation_loses_no_step(
 
     with monkeypatch.context() as patch:
         patch.setattr(PretrainingTrainer, "validation_step", validation_step)
-        with pytest.raises(UserError, match=r"'case_03' cannot be read. Repair or remove it, then go on with --c"):
+        with pytest.raises(UserError, match=r"'case_03' cannot be read. Repair it, then go on with --c"):
             pretrain(environment, "plain", "strict", "all")
     latest = environment.fold("plain", "strict", TRAINER, fold="all") / "checkpoint_latest.pth"
     assert checkpoint.load(latest)["nnssl_ext"]["counters"]["step"] == 4

@@ -44,7 +44,7 @@ def test_stages_of_like_resolution(spacing: tuple, strides: list, expected: list
 def test_order_is_kept_and_no_stage_is_used_twice() -> None:
     crowded = [(1, 1, 1), (1, 1, 1), (1, 1, 1)]
     found = [stage for stage in aligned(((1, 1, 1), ISOTROPIC), ((1, 1, 1), crowded)) if stage is not None]
-    assert found == sorted(set(found))
+    assert found == sorted(set(found)) != []
 
 
 def test_stages_that_a_source_lacks() -> None:

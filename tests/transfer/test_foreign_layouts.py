@@ -292,7 +292,7 @@ STARTS = {
     "page.pth": (b"<!DOCTYPE html><html></html>", "it is a web page"),
     "packed.pth": (b"\x1f\x8b\x08\x00rest", "it is a gzip archive"),
     "keras.pth": (b"\x89HDF\r\n\x1a\n", "it is an HDF5 file"),
-    "text.pth": (b"weights", "it"),
+    "text.pth": (b"weights", "it needs more than tensors and plain values"),
 }
 
 

@@ -113,7 +113,7 @@ class Corpus:
             scratch = self.folder / "nnssl_ext_unfinished"
             shutil.rmtree(scratch, ignore_errors=True)  # what a killed call left
             self.data.mkdir(exist_ok=True)
-            scratch.mkdir()
+            scratch.mkdir(exist_ok=True)
             try:
                 self._fill(manifest, items, scratch, max_failures, retry)
             finally:

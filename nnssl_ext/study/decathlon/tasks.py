@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from nnssl_ext.environment import program
 from nnssl_ext.errors import UserError
-from nnssl_ext.files import link
+from nnssl_ext.files import link, lock_file
 from nnssl_ext.foreign import unpack_tar
 from nnssl_ext.study.decathlon.download import download
 
@@ -110,14 +110,15 @@ def fetch_task(task: Task, root: Path, url: str | None = None, md5: str | None =
     """
     from monai.apps.datasets import DecathlonDataset  # takes seconds to import
 
-    folder = root / task.folder
-    if folder.exists():
-        return folder
-    archive = root / f"{task.folder}.tar"
-    checksum = (md5 or DecathlonDataset.md5[task.folder]).lower()
-    download(url or DecathlonDataset.resource[task.folder], archive, checksum)
-    unpack(archive, task.folder, root)
-    archive.unlink()
+    folder, archive = root / task.folder, root / f"{task.folder}.tar"
+    with lock_file(root / f".{task.folder}.lock", f"{task.folder} in {root}"):
+        for unfinished in root.glob(f".{task.folder}.*.tmp"):  # of a killed call
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if not folder.exists():
+            checksum = (md5 or DecathlonDataset.md5[task.folder]).lower()
+            download(url or DecathlonDataset.resource[task.folder], archive, checksum)
+            unpack(archive, task.folder, root)
+        archive.unlink(missing_ok=True)
     return folder
 
 
@@ -127,7 +128,7 @@ def unpack(archive: Path, task: str, root: Path) -> Path:
     Raises:
         UserError: If it is no such archive, or a member would leave the folder.
     """
-    unfinished = Path(tempfile.mkdtemp(dir=root, prefix=f".{task}."))
+    unfinished = Path(tempfile.mkdtemp(dir=root, prefix=f".{task}.", suffix=".tmp"))
     try:
         unpack_tar(archive, unfinished, lambda tar: _members(tar, task))
         if not (unfinished / task).is_dir():

@@ -16,6 +16,7 @@ from typing import Any
 from nnssl_ext.commands import dataset_number
 from nnssl_ext.environment import cores
 from nnssl_ext.errors import UserError
+from nnssl_ext.files import lock_file
 from nnssl_ext.host_memory import keep_memory
 from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.recipe import derive_plans, load_recipe, read_json, recipes_of, write_json
@@ -158,7 +159,7 @@ class Demo:
             Step("Derive plans", plan.exists, self._derive_command),
             Step(
                 f"Pretrain with {METHODS[METHOD].title}",
-                lambda: (self.results("pretraining") / "pretraining_summary.json").exists(),
+                lambda: (self.results("pretraining") / "pretraining_summary.json").exists() and self.weights.exists(),
                 self._pretraining_command,
                 {"nnUNet_results": str(self.output / "results_pretraining")},
                 self._pretraining_epochs,
@@ -174,7 +175,10 @@ class Demo:
         Raises:
             UserError: If the folder holds a demonstration with other options.
         """
-        self.output.mkdir(parents=True, exist_ok=True)
+        with lock_file(self.output / ".lock", f"the demonstration in {self.output}"):
+            self._run()
+
+    def _run(self) -> None:
         file, options = self.output / "options.json", self._options()
         before = read_json(file) if file.is_file() else options
         for name, value in options.items():
@@ -249,7 +253,9 @@ class Demo:
 
     def _is_preprocessed(self) -> bool:
         wanted = read_json(self.raw / "dataset.json")["numTraining"] if (self.raw / "dataset.json").exists() else -1
-        return len(list((self.preprocessed / f"nnUNetPlans_{CONFIGURATION}").glob("*.pkl"))) == wanted
+        # stock copies the ground truth last
+        folders = {f"nnUNetPlans_{CONFIGURATION}": "*.pkl", "gt_segmentations": "*.nii.gz"}
+        return all(len(list((self.preprocessed / name).glob(kind))) == wanted for name, kind in folders.items())
 
     def _pretraining_epochs(self) -> int:
         words = dict(word.split("=", 1) for word in self.settings if "=" in word)

@@ -293,6 +293,9 @@ class nnsslTrainer_Finetune(ManagedTrainer):
             try:
                 steps = () if self.disable_checkpointing else self.settings.snapshots
                 snapshots = any(self.snapshot_file(step).is_file() for step in steps)
+                absent = [step for step in steps if not self.snapshot_file(step).is_file()]
+                if absent and rank() == 0:
+                    self.print_to_log_file(f"note: no checkpoint was kept after steps {absent}: not validated")
                 # only stock writes probabilities, and predictions for the next stage of a cascade
                 by_stock = not snapshots or save_probabilities or bool(self.configuration_manager.next_stage_names)
                 if by_stock:  # first, since its processes wait for each other

@@ -220,7 +220,7 @@ class PretrainingTrainer(ManagedTrainer):
     def _terms(self, batch: CropBatch, stream: int) -> dict[str, Tensor]:
         self.unreadable.note(batch.skipped)
         if batch.failure:
-            raise UserError(f"{batch.failure}. Repair or remove it, then go on with --c")
+            raise UserError(f"{batch.failure}. Repair it, then go on with --c")
         views = self._views(batch, stream)
         with self.autocast():
             return self.objective(views)

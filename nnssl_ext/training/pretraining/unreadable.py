@@ -28,5 +28,5 @@ class Unreadable:
         if new and len(self.names) > self.limit * self.total:
             raise UserError(
                 f"{len(self.names)} of {self.total} {self.kind} cannot be read, more than max_unreadable_fraction="
-                f"{self.limit} allows: {shorten(self.names, 20)}. Repair or remove them, then go on with --c"
+                f"{self.limit} allows: {shorten(self.names, 20)}. Repair them or raise it, then go on with --c"
             )

@@ -91,7 +91,8 @@ class RunFolder:
                 )
         target = self.path / f"earlier_{time.strftime('%Y%m%d_%H%M%S')}"
         target.mkdir()
-        for path in found:
+        summary = self.path / "pretraining_summary.json"  # it describes these
+        for path in [*found, *([summary] if summary.is_file() else [])]:
             os.replace(path, target / path.name)
         names = ", ".join(path.name for path in found)
         self.log(f"Starting anew (without --c); the checkpoints of an earlier run are kept in {target}: {names}")

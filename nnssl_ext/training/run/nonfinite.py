@@ -34,6 +34,7 @@ class FiniteGuard:
 
     Attributes:
         skipped: Batches of this run that changed nothing.
+        deferred: Whether the host reads verdicts once in a while, and the optimizer skips steps itself.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class FiniteGuard:
         self.optimizer, self.limit, self.log = optimizer, limit, log
         self.skipped = 0
         self._state = [*module.parameters(), *module.buffers()]
+        self.deferred = self._state[0].is_cuda and bool(optimizer.param_groups[0].get("fused"))
         self._buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         self._copies = [torch.empty_like(buffer) for buffer in self._buffers]
         self._verdict = torch.zeros((), dtype=torch.bool)
@@ -62,7 +64,7 @@ class FiniteGuard:
         yield self._allows
         self._undo()
         self._pending.append((number, cases, self._verdict, self._at_fault))
-        if self._verdict.device.type == "cpu" or len(self._pending) >= READ_EVERY:
+        if not self.deferred or len(self._pending) >= READ_EVERY:
             self.read()
 
     def _allows(self, loss: Tensor, norm: Tensor | None) -> bool:
@@ -77,13 +79,13 @@ class FiniteGuard:
         self._verdict = bad
         if norm is None:
             return True
-        if bad.is_cuda and self.optimizer.param_groups[0].get("fused"):
+        if self.deferred:
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             return True
         return not bool(bad)
 
     def _undo(self) -> None:
-        if self._verdict.device.type == "cpu":
+        if not self.deferred:
             if self._buffers and bool(self._verdict):
                 torch._foreach_copy_(self._buffers, self._copies)
             return

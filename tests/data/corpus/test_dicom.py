@@ -162,6 +162,18 @@ def page(folder: Path) -> None:
     (folder / "a.dcm").write_text("<html>not found</html>")
 
 
+def short_frames(folder: Path) -> None:
+    write_enhanced(folder / "a.dcm", IMAGE, [2.0 * k for k in range(len(IMAGE))])
+    (folder / "a.dcm").write_bytes((folder / "a.dcm").read_bytes()[:-20])
+
+
+def too_many_frames(folder: Path) -> None:
+    write_enhanced(folder / "a.dcm", IMAGE, [2.0 * k for k in range(len(IMAGE))])
+    data = pydicom.dcmread(folder / "a.dcm")
+    data.NumberOfFrames = 40
+    data.save_as(folder / "a.dcm")
+
+
 def uneven_frames(folder: Path) -> None:
     write_enhanced(folder / "a.dcm", IMAGE, [2.0 * k + 2 * (k > 5) for k in range(len(IMAGE))])
 
@@ -173,6 +185,8 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: write_dicom(f / "a", IMAGE, sop="1.2.840.10008.5.1.4.1.1.2.1", NumberOfFrames=40, Modality="CT"),
         "without a position",
     ),
+    "frames cut short": (short_frames, "File not large enough"),
+    "more frames than descriptions": (too_many_frames, f"is damaged: 40 frames, {len(IMAGE)} descriptions of frames"),
     "an empty file": (empty, "is empty"),
     "a page of the web": (page, "is no DICOM file; it begins with b'<html>no'"),
     "a missing slice": (lambda f: write_series(f, IMAGE, skip=4), "2 to 4 mm apart; one may be missing"),

@@ -87,10 +87,11 @@ def test_a_task_is_fetched_and_converted(
     monkeypatch.setattr("nnssl_ext.study.decathlon.download.time.sleep", lambda _: None)
     fetch, convert = (line.split()[1:] for line in shown_lines("docs/how-to/decathlon.md", "decathlon")[1:3])
     fetch += ["--url", server.url, "--md5", md5]
-    main(fetch)
     got = environment.root / "msd" / TASK
+    (got.parent / f".{TASK}.killed.tmp").mkdir(parents=True)  # a killed call's
+    main(fetch)
     assert len(server.asked) == 2
-    assert [path.name for path in got.parent.iterdir()] == [TASK]
+    assert sorted(path.name for path in got.parent.iterdir()) == [f".{TASK}.lock", TASK]
     assert sorted(str(p.relative_to(got)) for p in got.rglob("*")) == sorted(
         str(p.relative_to(task)) for p in task.rglob("*")
     )
@@ -113,7 +114,7 @@ def test_the_published_checksum_is_asked_for(task: Path, server: Server, tmp_pat
     server.content = pack(task, tmp_path / "task.tar")
     with pytest.raises(UserError, match="expected 9d24dba78a72977dbd1d2e110310f31b"):
         main(["msd", "fetch", "Task04", "-o", str(tmp_path / "got"), "--url", server.url])
-    assert not list((tmp_path / "got").iterdir())
+    assert [path.name for path in (tmp_path / "got").iterdir()] == [f".{TASK}.lock"]
 
 
 @pytest.mark.parametrize(

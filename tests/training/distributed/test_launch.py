@@ -6,19 +6,21 @@ import signal
 import subprocess
 import sys
 import threading
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import TRAINERS
 from nnssl_ext.train import _check_devices, stock_parser, train
 from nnssl_ext.training import checks as preflight
-from nnssl_ext.training.distributed import heartbeat
+from nnssl_ext.training.distributed import heartbeat, launch
 from nnssl_ext.training.distributed.launch import Place, _take_device
 from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from nnssl_ext.training.run import folder as run_folder
@@ -306,3 +308,30 @@ def test_arguments_are_those_of_nnunet(environment: Environment) -> None:
     ours = {option for action in stock_parser()._actions for option in action.option_strings}
     listed = {word.strip(",") for line in theirs.split("options:")[1].splitlines() for word in line.split()[:1]}
     assert ours == {word for word in listed if word.startswith("-")} - {"-h", "--help"}
+
+
+@pytest.mark.parametrize(
+    ("words", "place", "message"),
+    [
+        ({"num_gpus": 2}, Place(0, 2, 0, 2), "starts processes of its own, and torchrun has started 2"),
+        ({"pretrained_weights": "x.pth", "device": "cpu"}, Place(0, 2, 0, 2), "needs GPUs of one machine here"),
+        ({"pretrained_weights": "x.pth"}, Place(2, 4, 0, 2), "needs GPUs of one machine here"),
+        ({"tr": "nnUNetTrainer"}, Place(2, 4, 0, 2), "runs on one machine only .* all 4 processes"),
+    ],
+)
+def test_places_that_do_not_work(
+    monkeypatch: pytest.MonkeyPatch, words: dict[str, object], place: Place, message: str
+) -> None:
+    known = {TRAINER: PretrainingTrainer, "nnUNetTrainer": nnUNetTrainer}
+    monkeypatch.setattr(launch, "recursive_find_trainer_class_by_name", known.__getitem__)
+    usual = {"num_gpus": None, "tr": TRAINER, "device": "cuda", "pretrained_weights": None}
+    with pytest.raises(UserError, match=message):
+        launch._check_place(place, Namespace(**{**usual, **words}))
+    launch._check_place(Place(1, 2, 1, 2), Namespace(**{**usual, "pretrained_weights": "x.pth"}))
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="2 processes on a machine where each sees 1 GPUs"):
+        _take_device("cuda", Place(1, 2, 1, 2))

@@ -106,10 +106,12 @@ def test_layer_decay_and_freezing_know_the_encoder_of_every_network(kind: str) -
     optimizer = build_optimizer(net, recipe("finetune_transformer"), 1e-4)
     scales = {id(p): group.get("lr_scale", 1.0) for group in optimizer.param_groups for p in group["params"]}
     assert len(scales) == len(list(net.parameters()))
-    assert scales[id(layers[0][0])] == pytest.approx(0.75 ** len(layers))
+    for depth, layer in enumerate(layers):
+        assert all(scales[id(p)] == pytest.approx(0.75 ** (len(layers) - depth)) for p in layer)
     assert {scales[id(p)] for p in net.parameters() if id(p) not in encoder} == {1.0}
     vectors = [p for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]]
-    assert {p.ndim for p in vectors} <= {0, 1}
+    assert {id(p) for p in vectors} == {id(p) for p in net.parameters() if p.ndim <= 1} != set()
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0, 0.05}
     # nnU-Net compiles before it asks for the optimizer
     wrapped: Any = torch.compile(net)
     compiled = build_optimizer(wrapped, recipe("finetune_transformer"), 1e-4)

@@ -1,9 +1,11 @@
 """The probe: the encoder stays, the head learns, and it goes through nnU-Net's own entry point."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint, run_training
@@ -66,9 +68,13 @@ def test_the_command_compares_files(
     words = ["probe", "mine=net.pth", "-d", "817", "-c", "3d_fullres", "-o", "probes", "-device", "cpu"]
     main([*words, "--labels", "2", "--runs", "1", "--steps", "2"])
     out = capsys.readouterr().out
-    assert "untrained encoder" in out
-    assert "mine" in out
-    assert Path("probes/results.csv").is_file()
+    table = pd.read_csv("probes/results.csv")
+    assert table.dice.notna().all()
+    for arm, title in (("scratch", "untrained encoder"), ("mine", "mine")):
+        mean = table[table.arm == arm].groupby("organ").dice.mean().mean()
+        assert re.search(rf"{title} +{mean:.3f} ", out), (title, mean, out)
+    logs = {path.parent.name: path.read_text() for path in Path("probes/logs").glob("*/*.txt")}
+    assert ["Loading pretrained weights" in logs[arm] for arm in ("scratch", "mine")] == [False, True]
 
 
 def test_it_starts_with_a_fresh_head(with_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

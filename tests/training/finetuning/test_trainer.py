@@ -130,6 +130,29 @@ def test_snapshots_are_validated_with_their_own_weights(with_data: Data) -> None
         assert row.dice == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
+@pytest.mark.parametrize("mirroring", [True, False])
+def test_a_snapshot_is_validated_as_stock_predicts_with_its_file(with_data: Data, mirroring: bool) -> None:
+    environment = with_data("labelled")
+    settings = {**RUN, "learning_rate": 0.1, "weight_average_decay": 0.5, "mirroring": mirroring}
+    environment.write_plans("labelled", "run", {"finetune": settings})
+    fold, reader, other = tune(environment, "labelled", "run"), SimpleITKIO(), 0.0
+    for name, folder in (("step_000004", "validation_step_000004"), ("final", "validation")):
+        file = next((fold / folder).glob("*.nii.gz"))
+        image = environment.dataset("labelled") / "imagesTr" / file.name.replace(".nii.gz", "_0000.nii.gz")
+        expected = reader.read_seg(str(file))[0][0]
+        for mirrored in (True, False):
+            predictor = nnUNetPredictor(
+                use_mirroring=mirrored, perform_everything_on_device=False, device=torch.device("cpu")
+            )
+            predictor.initialize_from_trained_model_folder(str(fold.parent), (0,), f"checkpoint_{name}.pth")
+            found = predictor.predict_single_npy_array(*reader.read_images([str(image)]), None, None, False)
+            if mirrored == mirroring:
+                assert np.array_equal(found, expected)
+            else:
+                other += float(np.mean(found != expected))
+    assert other > 0  # these networks do not predict the same either way
+
+
 def test_without_snapshots_stock_validates(with_data: Data) -> None:
     environment = with_data("labelled")
     environment.write_plans("labelled", "run", {"finetune": {**RUN, "snapshots": [], "steps": 3}})
@@ -246,6 +269,15 @@ def test_another_runs_checkpoint_is_refused(with_data: Data) -> None:
     with pytest.raises(UserError, match="other finetune settings"):
         tune(environment, "labelled", "run", c=True)
     assert (fold / "checkpoint_final.pth").read_bytes() == before
+
+
+@without_validation
+def test_no_run_goes_on_from_a_snapshot(with_data: Data) -> None:
+    environment = with_data("labelled")
+    environment.write_plans("labelled", "run", {"finetune": RUN})
+    fold = tune(environment, "labelled", "run")
+    with pytest.raises(UserError, match="is a snapshot: it holds weights only"):
+        trainer_for("labelled", "run", NAME).load_checkpoint(str(fold / "checkpoint_step_000004.pth"))
 
 
 def test_probabilities_are_written_beside_snapshots(with_data: Data) -> None:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_with_none_valid_the_run_stops_and_everything_stays(stopped: Environment
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
-    content = {
+    content: dict[str, Any] = {
         "network_weights": {"a": torch.randn(40)},
         "optimizer_state": {"state": {0: {"exp_avg": torch.randn(40), "step": 3.0}}},
         "nnssl_ext": {"format": checkpoint.FORMAT, "state": {"centre": torch.randn(20)}},
@@ -105,7 +106,6 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     file = tmp_path / "c.pth"
     checkpoint.save(content, file)
     good = file.read_bytes()
-    whole = checkpoint.content_digest(checkpoint.load(file))
     for place in range(0, len(good), 7):
         file.write_bytes(good)
         flip(file, place / len(good))
@@ -114,7 +114,11 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
         except UserError:
             continue
         # padding between the parts holds nothing
-        assert checkpoint.content_digest(read) == whole, place
+        state, kept = read["optimizer_state"]["state"][0], content["optimizer_state"]["state"][0]
+        assert torch.equal(read["network_weights"]["a"], content["network_weights"]["a"]), place
+        assert torch.equal(state["exp_avg"], kept["exp_avg"]), place
+        assert state["step"] == 3.0, place
+        assert torch.equal(read["nnssl_ext"]["state"]["centre"], content["nnssl_ext"]["state"]["centre"]), place
 
 
 def test_starting_anew_keeps_what_was_there(stopped: Environment, capsys: pytest.CaptureFixture[str]) -> None:
