@@ -19,6 +19,9 @@ from nnssl_ext.commands import same_number
 from nnssl_ext.environment import named_folder
 from nnssl_ext.errors import UserError
 
+#: More predictions than nnU-Net exports at a time.
+MOST_AT_A_TIME = 16
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="step", metavar="STEP", required=True)
@@ -112,6 +115,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     words += ["-p", arguments.p, "-tr", arguments.tr, "-f", *arguments.f, "-device", arguments.device]
     words += ["--continue_prediction", *(["--disable_tta"] if arguments.disable_tta else [])]
     _check_predictor(Path(arguments.o), model, arguments)
+    _remove_torn(Path(arguments.o))
     run_stock(words, f"could not predict {task.folder}", {"nnUNet_extTrainer": trainer_folders()}, show=True)
 
 
@@ -127,6 +131,17 @@ def _check_predictor(folder: Path, model: Path, arguments: argparse.Namespace) -
         raise UserError(f"{folder} holds predictions of another model, or of other folds. Name another -o or empty it")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(own, note)
+
+
+def _remove_torn(folder: Path) -> None:
+    """Remove what a killed call left half-written. It is among the newest files."""
+    import SimpleITK
+
+    for path in sorted(folder.glob("*.nii.gz"), key=lambda path: path.stat().st_mtime)[-MOST_AT_A_TIME:]:
+        try:
+            SimpleITK.ReadImage(str(path))
+        except RuntimeError:
+            path.unlink()
 
 
 def _submit(arguments: argparse.Namespace) -> None:

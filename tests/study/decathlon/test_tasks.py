@@ -11,6 +11,7 @@ import pytest
 import SimpleITK
 
 from nnssl_ext.cli import main
+from nnssl_ext.cli.msd import _remove_torn
 from nnssl_ext.errors import UserError
 from nnssl_ext.study.decathlon.tasks import TASKS, find_task, unpack
 from nnssl_ext.study.metrics import tolerance_of
@@ -238,3 +239,12 @@ def test_predict_calls_stock_with_every_fold(
         with pytest.raises(UserError, match="holds predictions of another model"):
             main([*words, "-o", str(folder)])
     assert len(called) == 3
+
+
+def test_a_prediction_that_a_kill_tore_is_made_again(tmp_path: Path) -> None:
+    for name in ("whole", "torn"):
+        write_image(tmp_path / f"{name}.nii.gz", volume(0))
+    torn = tmp_path / "torn.nii.gz"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    _remove_torn(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.nii.gz"]
