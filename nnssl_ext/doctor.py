@@ -275,6 +275,8 @@ def examine_dataset(dataset: str) -> Iterator[Finding]:
         yield Finding(folder.name, "", "has no plans", f"nnUNetv2_plan_experiment -d {_number(dataset)}")
     for path in files:
         yield from kept_going(f"{folder.name}, {path.stem}", _plans(path))
+    if os.environ.get("nnUNet_raw"):
+        yield from kept_going(folder.name, _raw_images(folder.name))
 
 
 def _torch_device() -> Iterator[Finding]:
@@ -287,6 +289,22 @@ def _torch_device() -> Iterator[Finding]:
         yield Finding("torch", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {half}")
     else:
         yield Finding("torch", "finds no CUDA device; use -device cpu")
+
+
+def _raw_images(name: str) -> Iterator[Finding]:
+    """Look for images and labels that are cut short."""
+    from nnssl_ext.foreign import nifti_problem
+
+    folders = [Path(os.environ["nnUNet_raw"]) / name / part for part in ("imagesTr", "labelsTr")]
+    paths = [path for folder in folders for path in sorted(folder.glob("*.nii*"))]
+    whole = True
+    for path in paths:
+        if problem := nifti_problem(path):
+            whole = False
+            advice = "copy or convert the file again, then preprocess it: nnU-Net reads what is missing as zeros"
+            yield Finding(f"{name}{CASE}{path.name}", "", problem, advice)
+    if paths and whole:
+        yield Finding(name, f"{len(paths)} raw files are whole")
 
 
 def _encoding(folder: Path) -> Iterator[Finding]:

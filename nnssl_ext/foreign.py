@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import math
+import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable
@@ -125,3 +128,28 @@ def unpack_tar(
                 raise RefusedError(f"it would unpack to more than {limit:,} bytes")
         # the data filter refuses members that would leave the folder
         archive.extractall(target, members=wanted(archive) if wanted else None, filter="data")
+
+
+def nifti_problem(path: Path) -> str:
+    """Describe what a NIfTI file (.nii, .nii.gz) lacks, '' if it is whole.
+
+    ITK, and with it nnU-Net, reads missing image data as zeros without a word.
+    """
+    import nibabel
+
+    try:
+        data = nibabel.load(path).dataobj  # type: ignore[attr-defined]
+        wanted = int(data.offset) + math.prod(data.shape) * data.dtype.itemsize
+        with path.open("rb") as file:
+            if file.read(2) != b"\x1f\x8b":
+                found = path.stat().st_size
+            else:
+                file.seek(-4, os.SEEK_END)  # gzip's note of the size, modulo 2^32
+                if int.from_bytes(file.read(), "little") == wanted % 2**32:
+                    return ""
+                file.seek(0)  # cut, or of several members
+                with gzip.GzipFile(fileobj=file) as stream:
+                    found = sum(map(len, iter(lambda: stream.read(2**20), b"")))
+    except Exception as error:  # damaged files raise anything
+        return f"cannot be read ({' '.join(str(error).split())})"
+    return "" if found >= wanted else f"is cut short: it holds {found:,} of {wanted:,} bytes"

@@ -16,10 +16,11 @@ import pytest
 
 from nnssl_ext import doctor
 from nnssl_ext.cli import main
-from nnssl_ext.doctor import Finding, examine_dataset, examine_environment, write_report
+from nnssl_ext.doctor import Finding, _raw_images, examine_dataset, examine_environment, write_report
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.resources import resource_folder
 from tests.conftest import Environment
+from tests.volumes import write_image
 
 Data = Callable[[str], Environment]
 
@@ -264,3 +265,14 @@ def test_no_command_of_ours_takes_torch_that_need_not() -> None:
     program = "import sys; from nnssl_ext.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     for command in ("methods", "trainers", "doctor"):
         subprocess.run([sys.executable, "-c", program, command], check=True, capture_output=True)
+
+
+def test_raw_images_that_are_cut_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    for part in ("imagesTr", "labelsTr"):
+        path = write_image(tmp_path / "Dataset001_X" / part / "a.nii.gz", np.random.default_rng(0).random((4, 9, 9)))
+    assert [str(finding) for finding in _raw_images("Dataset001_X")] == ["  ok  Dataset001_X: 2 raw files are whole"]
+    path.write_bytes(path.read_bytes()[:-300])
+    (found,) = _raw_images("Dataset001_X")
+    assert found.trouble
+    assert "case a.nii.gz" in found.subject

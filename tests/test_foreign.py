@@ -1,7 +1,9 @@
 """Files from elsewhere: nothing of them is executed, in any entry point, and none makes us read without end."""
 
+import gzip
 import io
 import pickle
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from pathlib import Path
 import blosc2
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 
 from nnssl_ext import checkpoint
@@ -18,13 +21,14 @@ from nnssl_ext.cli import main
 from nnssl_ext.data.cases import open_case
 from nnssl_ext.data.index import CaseIndex, examine
 from nnssl_ext.errors import RefusedError, UserError
-from nnssl_ext.foreign import check_tensors, load_npz, load_tensors, unpack_tar
+from nnssl_ext.foreign import check_tensors, load_npz, load_tensors, nifti_problem, unpack_tar
 from nnssl_ext.recipe import MAX_JSON_BYTES, load_recipe, read_json
 from nnssl_ext.study.page import Page, Section, Table, render
 from nnssl_ext.study.results import training_log
 from nnssl_ext.transfer.read import read_source
 from tests.conftest import Environment
 from tests.support.runs import TRAINER, pretrain
+from tests.volumes import write_image
 
 Data = Callable[[str], Environment]
 
@@ -189,3 +193,21 @@ def test_names_from_files_reach_no_shell() -> None:
         if path.name != "foreign.py":
             assert "= torch.load(" not in text, path
             assert "extractall(" not in text, path
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_nifti_files_that_are_cut_short(tmp_path: Path, ending: str) -> None:
+    """ITK reads what is missing as zeros."""
+    image = np.random.default_rng(0).integers(1, 2000, (8, 16, 16)).astype(np.int16)
+    path = write_image(tmp_path / f"a{ending}", image)
+    assert nifti_problem(path) == ""
+    content = path.read_bytes()
+    for missing in (100, len(content) // 2, len(content) - 10):
+        path.write_bytes(content[:-missing])
+        if missing < len(content) - 10:
+            assert (SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))) == 0).any()
+        assert re.match("is cut short: it holds [0-9,]+ of 4,448 bytes|cannot be read", nifti_problem(path))
+    if ending == ".nii.gz":  # several members, as other programs write them
+        plain = gzip.decompress(content)
+        path.write_bytes(gzip.compress(plain[:1000]) + gzip.compress(plain[1000:]))
+        assert nifti_problem(path) == ""

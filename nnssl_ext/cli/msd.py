@@ -135,12 +135,10 @@ def _check_predictor(folder: Path, model: Path, arguments: argparse.Namespace) -
 
 def _remove_torn(folder: Path) -> None:
     """Remove what a killed call left half-written. It is among the newest files."""
-    import SimpleITK
+    from nnssl_ext.foreign import nifti_problem
 
     for path in sorted(folder.glob("*.nii.gz"), key=lambda path: path.stat().st_mtime)[-MOST_AT_A_TIME:]:
-        try:
-            SimpleITK.ReadImage(str(path))
-        except RuntimeError:
+        if nifti_problem(path):
             path.unlink()
 
 

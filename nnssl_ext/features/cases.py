@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nnssl_ext.data.cases import SUFFIXES, list_cases, open_case, shorten
 from nnssl_ext.errors import UserError
-from nnssl_ext.foreign import load_npz
+from nnssl_ext.foreign import load_npz, nifti_problem
 from nnssl_ext.transfer.target import TargetPlans
 
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})$")
@@ -68,6 +68,10 @@ def preprocess(case: Case, plans: TargetPlans) -> Preprocessed:
         UserError: If a file cannot be read or does not suit the plans.
     """
     properties: dict[str, Any] = {}
+    files = [] if case.preprocessed else [*case.images, *filter(None, [case.mask])]
+    for path in (path for path in files if path.name.endswith((".nii", ".nii.gz"))):
+        if problem := nifti_problem(path):
+            raise UserError(f"case {case.name}: {path} {problem}. Copy or convert it again")
     try:
         if case.preprocessed:
             folder = case.images[0].parent
@@ -76,9 +80,9 @@ def preprocess(case: Case, plans: TargetPlans) -> Preprocessed:
             labels = _stored_labels(case.mask) if case.mask else None
         else:
             preprocessor = plans.configuration.preprocessor_class(verbose=False)
-            files, mask = list(map(str, case.images)), str(case.mask) if case.mask else None
+            images, mask = list(map(str, case.images)), str(case.mask) if case.mask else None
             image, labels, properties = preprocessor.run_case(
-                files, mask, plans.plans, plans.configuration, plans.dataset_json
+                images, mask, plans.plans, plans.configuration, plans.dataset_json
             )
     except Exception as error:  # damaged files and differing shapes raise anything
         reason = str(error)[:300] or "its images differ in shape or spacing"

@@ -10,6 +10,7 @@ import pytest
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.features.cases import dataset_cases, image_cases, preprocess, region_names
+from tests.volumes import write_image
 
 IMAGE = np.random.default_rng(0).random((1, 4, 5, 6), dtype=np.float32)
 LABELS = (IMAGE > 0.5).astype(np.int8)
@@ -76,3 +77,11 @@ def test_hidden_files_are_no_cases(folder: Path, plans: Any) -> None:
 
 def test_a_list_of_one_label_is_a_label() -> None:
     assert region_names({"labels": {"background": 0, "RV": [1], "both": [1, 2]}}) == {0: "background", 1: "RV"}
+
+
+def test_images_that_are_cut_short_are_refused(folder: Path, plans: Any) -> None:
+    path = write_image(folder / "A_0000.nii.gz", IMAGE[0])
+    path.write_bytes(path.read_bytes()[:-60])
+    (case,) = image_cases(folder, plans)
+    with pytest.raises(UserError, match=r"case A: .*A_0000.nii.gz is .*. Copy or convert it again"):
+        preprocess(case, plans)

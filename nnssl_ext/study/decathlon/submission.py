@@ -13,6 +13,7 @@ from tqdm import tqdm
 from nnssl_ext.data.cases import shorten
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import replaced_on_success
+from nnssl_ext.foreign import nifti_problem
 from nnssl_ext.recipe import read_json
 
 ENDING = ".nii.gz"
@@ -77,6 +78,8 @@ def problem_of(prediction: Path, image: Path, labels: set[int]) -> str:
         prediction, image: Files. Of the image the header is read.
         labels: Values that may occur.
     """
+    if problem := nifti_problem(prediction):
+        return problem
     theirs = SimpleITK.ImageFileReader()
     theirs.SetFileName(str(image))
     try:
