@@ -296,15 +296,16 @@ def _raw_images(name: str) -> Iterator[Finding]:
     from nnssl_ext.foreign import nifti_problem
 
     folders = [Path(os.environ["nnUNet_raw"]) / name / part for part in ("imagesTr", "labelsTr")]
+    folders.append(Path(os.environ["nnUNet_preprocessed"]) / name / "gt_segmentations")
     paths = [path for folder in folders for path in sorted(folder.glob("*.nii*"))]
     whole = True
     for path in paths:
-        if problem := nifti_problem(path):
+        if problem := nifti_problem(path, quick=True):
             whole = False
-            advice = "copy or convert the file again, then preprocess it: nnU-Net reads what is missing as zeros"
+            advice = "nnU-Net reads what is missing as zeros: copy the file again, delete gt_segmentations, preprocess"
             yield Finding(f"{name}{CASE}{path.name}", "", problem, advice)
     if paths and whole:
-        yield Finding(name, f"{len(paths)} raw files are whole")
+        yield Finding(name, f"{len(paths)} raw files are not cut short")
 
 
 def _encoding(folder: Path) -> Iterator[Finding]:

@@ -130,11 +130,17 @@ def unpack_tar(
         archive.extractall(target, members=wanted(archive) if wanted else None, filter="data")
 
 
-def nifti_problem(path: Path) -> str:
-    """Describe what a NIfTI file (.nii, .nii.gz) lacks, '' if it is whole.
+def nifti_problem(path: Path, quick: bool = False) -> str:
+    """Describe what a NIfTI file (.nii, .nii.gz) lacks, '' if it is whole or another kind of file.
 
-    ITK, and with it nnU-Net, reads missing image data as zeros without a word.
+    ITK, and with it nnU-Net, reads missing or damaged image data as zeros without a word.
+
+    Args:
+        path: The file.
+        quick: Look at the size only, which finds files that are cut short. Otherwise gzip's checksum is verified.
     """
+    if not path.name.endswith((".nii", ".nii.gz")):
+        return ""
     import nibabel
 
     try:
@@ -145,7 +151,7 @@ def nifti_problem(path: Path) -> str:
                 found = path.stat().st_size
             else:
                 file.seek(-4, os.SEEK_END)  # gzip's note of the size, modulo 2^32
-                if int.from_bytes(file.read(), "little") == wanted % 2**32:
+                if quick and int.from_bytes(file.read(), "little") == wanted % 2**32:
                     return ""
                 file.seek(0)  # cut, or of several members
                 with gzip.GzipFile(fileobj=file) as stream:

@@ -269,9 +269,12 @@ def test_no_command_of_ours_takes_torch_that_need_not() -> None:
 
 def test_raw_images_that_are_cut_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
     for part in ("imagesTr", "labelsTr"):
         path = write_image(tmp_path / "Dataset001_X" / part / "a.nii.gz", np.random.default_rng(0).random((4, 9, 9)))
-    assert [str(finding) for finding in _raw_images("Dataset001_X")] == ["  ok  Dataset001_X: 2 raw files are whole"]
+    assert [str(finding) for finding in _raw_images("Dataset001_X")] == [
+        "  ok  Dataset001_X: 2 raw files are not cut short"
+    ]
     path.write_bytes(path.read_bytes()[:-300])
     (found,) = _raw_images("Dataset001_X")
     assert found.trouble

@@ -207,7 +207,12 @@ def test_nifti_files_that_are_cut_short(tmp_path: Path, ending: str) -> None:
         if missing < len(content) - 10:
             assert (SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))) == 0).any()
         assert re.match("is cut short: it holds [0-9,]+ of 4,448 bytes|cannot be read", nifti_problem(path))
-    if ending == ".nii.gz":  # several members, as other programs write them
+    if ending == ".nii.gz":
+        middle = len(content) // 2  # damaged in the middle, with an intact end
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
+        assert nifti_problem(path).startswith("cannot be read")
+        assert nifti_problem(path, quick=True) == ""
+        # several members, as other programs write them
         plain = gzip.decompress(content)
         path.write_bytes(gzip.compress(plain[:1000]) + gzip.compress(plain[1000:]))
         assert nifti_problem(path) == ""

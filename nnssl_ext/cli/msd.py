@@ -138,7 +138,7 @@ def _remove_torn(folder: Path) -> None:
     from nnssl_ext.foreign import nifti_problem
 
     for path in sorted(folder.glob("*.nii.gz"), key=lambda path: path.stat().st_mtime)[-MOST_AT_A_TIME:]:
-        if nifti_problem(path):
+        if nifti_problem(path, quick=True):
             path.unlink()
 
 

@@ -69,7 +69,7 @@ def preprocess(case: Case, plans: TargetPlans) -> Preprocessed:
     """
     properties: dict[str, Any] = {}
     files = [] if case.preprocessed else [*case.images, *filter(None, [case.mask])]
-    for path in (path for path in files if path.name.endswith((".nii", ".nii.gz"))):
+    for path in files:
         if problem := nifti_problem(path):
             raise UserError(f"case {case.name}: {path} {problem}. Copy or convert it again")
     try:

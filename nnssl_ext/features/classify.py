@@ -59,11 +59,15 @@ def read_labels(path: Path, group_by: str | None) -> pd.DataFrame:
         UserError: If the file cannot be read, lacks a column or names a case twice, or a name does not match.
     """
     try:
-        # names such as NA and None are names
-        table = pd.read_csv(path, dtype=str, skipinitialspace=True, keep_default_na=False, na_values=[""])
+        # names such as NA and None are names, and a line may end with a comma
+        table = pd.read_csv(
+            path, dtype=str, skipinitialspace=True, keep_default_na=False, na_values=[""], index_col=False
+        )
         table = table.dropna(subset=["case", "label"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"Expected a csv file with columns case and label, got {path}: {error}") from error
+    if table.empty:
+        raise UserError(f"Expected rows with a case and a label in {path}, got none. Add them")
     twice = table["case"][table["case"].duplicated()]
     if len(twice):
         raise UserError(f"Expected each case once in {path}, got {shorten(twice)} again. Remove rows")

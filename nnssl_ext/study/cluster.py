@@ -28,7 +28,7 @@ POLL_SECONDS = {"slurm": 10.0, "local": 1.0}
 #: Hours of a job unless --slurm time=... says otherwise. An interrupted run continues in the next job.
 HOURS = 24
 #: States in which a job of an earlier call still works.
-ALIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "SUSPENDED")
+ALIVE = ("PENDING", "READY", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "PREEMPTED", "SUSPENDED")
 
 
 def executor_of(folder: Path, launcher: str, device: str, jobs: int, options: Sequence[str]) -> Any:
@@ -113,7 +113,7 @@ def run_on_cluster(grid: Grid, executor: Any, jobs: int, poll: float) -> None:
     with EndSignals() as signals:
         while not signals.received:
             for run, job in list(working.items()):
-                if job.done():
+                if job.done() and _state(job) not in ALIVE:
                     del working[run]
                     _conclude(grid, run, job)
             waiting = [run for run in grid.ready() if run not in working and run not in grid.failed]
@@ -162,9 +162,13 @@ def _left_running(grid: Grid, note: Path) -> dict[Run, Any]:
     for run in grid.all_runs():
         if _key(run) in ids and not grid.done(run):
             job: Any = submitit.SlurmJob(folder=note.parent, job_id=str(ids[_key(run)]))
-            if str(job.state).split(" ")[0] in ALIVE:
+            if _state(job) in ALIVE:
                 found[run] = job
     return found
+
+
+def _state(job: Any) -> str:
+    return str(job.state).split(" ")[0]
 
 
 def _key(run: Run) -> str:

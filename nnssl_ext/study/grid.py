@@ -334,6 +334,10 @@ class Grid:
         """Return the step at which a fine-tuning ends."""
         return self.total_steps() if run.arm.name == TOTAL else self.protocol.steps
 
+    def snapshots(self, run: Run) -> list[int]:
+        """Return the steps after which a fine-tuning is measured."""
+        return [self.last_step(run)] if run.arm.name == TOTAL else self.protocol.snapshots
+
     def finetune_settings(self, run: Run) -> dict:
         """Return a fine-tuning's settings but those of the protocol."""
         return {**FINETUNE, **self.plans.get(PLANS_KEY, {}).get("finetune", {}), **run.arm.finetune}
@@ -348,8 +352,7 @@ class Grid:
                 self._write(own, name, self.preprocessed.parent / self.pretraining_dataset)
             return
         last = self.last_step(run)
-        snapshots = [last] if run.arm.name == TOTAL else p.snapshots
-        own = {"steps": last, "snapshots": snapshots, "learning_rate": run.rate, "seed": p.seed}
+        own = {"steps": last, "snapshots": self.snapshots(run), "learning_rate": run.rate, "seed": p.seed}
         if not self.is_pretrained(run.arm):
             own |= {name: value for name, value in UNPROTECTED.items() if name in run.arm.finetune} | self._protection
         self._write({**section, "finetune": {**self.finetune_settings(run), **own}}, name, self.preprocessed)

@@ -16,6 +16,7 @@ from nnssl_ext.data.cases import stored_as
 from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import file_digest, replaced_on_success
+from nnssl_ext.foreign import nifti_problem
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.study.arms import Arm
 from nnssl_ext.study.duplicates import find_duplicates
@@ -99,6 +100,8 @@ def digest_of_cases(source: Path, data: Path, cases: Sequence[str]) -> str:
         if not truth.is_file() or not own:
             missing = f"label map {truth}" if own else f"preprocessed case {data / case}"
             raise UserError(f"There is no {missing}. Preprocess {source.name} again.")
+        if problem := nifti_problem(truth):
+            raise UserError(f"{truth} {problem}. Copy the label map again, delete this one and preprocess.")
         found[case] = [file_digest(truth), *own]
     return digest_of(found)
 

@@ -13,6 +13,8 @@ import pandas as pd
 import torch
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
+from nnssl_ext.errors import UserError
+from nnssl_ext.foreign import nifti_problem
 from nnssl_ext.study.decathlon.tasks import TASKS
 from nnssl_ext.study.results import case_dice
 
@@ -98,6 +100,12 @@ def run_scores(frame: pd.DataFrame, value: str, by: list[str]) -> pd.Series:
 
 
 def read_labels(path: Path, reader: BaseReaderWriter) -> tuple[np.ndarray, tuple[float, ...]]:
-    """Read a label map (D, H, W) and its spacing."""
+    """Read a label map (D, H, W) and its spacing.
+
+    Raises:
+        UserError: If it is cut short or damaged.
+    """
+    if problem := nifti_problem(path):
+        raise UserError(f"{path} {problem}. Delete it, and call the study again.")
     labels, properties = reader.read_seg(str(path))
     return labels[0], tuple(float(edge) for edge in properties["spacing"])

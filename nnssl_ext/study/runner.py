@@ -302,10 +302,10 @@ def keep_metrics(grid: Grid, run: Run, seconds: float) -> None:
     dataset_json = read_json(grid.preprocessed / "dataset.json")
     folders = {int(path.name.rpartition("_")[2]): path for path in fold.glob("validation_step_*")}
     folders[grid.last_step(run)] = fold / "validation"
-    wanted = {*grid.finetune_settings(run)["snapshots"], grid.last_step(run)}
-    if missing := sorted(wanted - set(folders)):
+    wanted = grid.snapshots(run)
+    if missing := sorted(set(wanted) - set(folders)):
         raise UserError(
-            f"{fold}: expected predictions after steps {sorted(wanted)}, got none after {missing}: a checkpoint was "
+            f"{fold}: expected predictions after steps {wanted}, got none after {missing}: a checkpoint was "
             f"not written, or was deleted. Delete {fold} and call the study again."
         )
     frames, expected = [], set(grid.folds[run.fold]["val"])

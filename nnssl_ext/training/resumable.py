@@ -53,7 +53,9 @@ class ResumableTrainer(nnUNetTrainer):
             UserError: If a run would go on with other ones than it began with.
         """
         training, validation = super().do_split()
-        digest = f"{crc32(repr([[str(case) for case in part] for part in (training, validation)]).encode()):08x}"
+        # stock lists fold all as the file system does
+        parts = [sorted(map(str, part)) for part in (training, validation)]
+        digest = f"{crc32(repr(parts).encode()):08x}"
         if self.split_digest not in ("", digest):
             changed = f"fold {self.fold} of {self.run_name.dataset} has other cases than when this run began"
             if self.step < self.total_steps:

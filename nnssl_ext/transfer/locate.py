@@ -79,7 +79,7 @@ def _download(name: str, revision: str | None, weights: str = "") -> tuple[Path,
     for file in (weights,) if weights else (PLAN, WEIGHTS):
         try:
             paths[file] = Path(hf_hub_download(name, file, revision=revision, local_dir=folder))
-        except (OSError, ValueError) as error:  # no network, no such repository, no such file, not allowed
+        except Exception as error:  # no network, no such repository, no such file, not allowed; some kinds are httpx's
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise UserError(
                 f"{file} of {name} could not be downloaded from Hugging Face ({reason}). Give a local file, or check "

@@ -105,3 +105,12 @@ def test_the_bootstrap_draws_groups() -> None:
     # more scans of the same patients do not narrow the interval
     more = [np.repeat(values, 9) for values in (right, truth, members)]
     assert _interval(more[0], more[1], more[2], 0) == pytest.approx(_interval(right, truth, members, 0))
+
+
+def test_lines_may_end_with_a_comma_and_a_table_must_have_rows(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("case,label\np1,A,\np2,B,\n")
+    assert read_labels(path, None)["label"].to_dict() == {"p1": "A", "p2": "B"}
+    path.write_text("case,label\n")
+    with pytest.raises(UserError, match="Expected rows with a case and a label in .*, got none"):
+        read_labels(path, None)

@@ -12,6 +12,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnssl_ext.errors import UserError
 from nnssl_ext.study.inputs import classes_of, digest_of_cases, held_out_and_pool
 from nnssl_ext.study.protocol import Protocol, draw_cases, grouped, keep_protocol, load_protocol
+from tests.volumes import write_image
 
 PROTOCOL = Protocol(
     dataset="Dataset900_Phantom",
@@ -180,15 +181,19 @@ def test_too_few_cases_for_the_folds_are_one_line(tmp_path: Path) -> None:
 def test_unpacked_cases_are_the_same_inputs(tmp_path: Path) -> None:
     """nnU-Net unpacks .npz into the same folder when a training starts."""
     (tmp_path / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz"}))
-    for folder, name in (("gt_segmentations", "a.nii.gz"), ("data", "a.npz"), ("data", "a.pkl")):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / name).write_bytes(b"1")
+    truth = write_image(tmp_path / "gt_segmentations" / "a.nii.gz", np.random.default_rng(0).random((4, 8, 8)))
+    (tmp_path / "data").mkdir()
+    for name in ("a.npz", "a.pkl"):
+        (tmp_path / "data" / name).write_bytes(b"1")
     before = digest_of_cases(tmp_path, tmp_path / "data", ["a"])
     for name in ("a.npy", "a_seg.npy"):
         (tmp_path / "data" / name).write_bytes(b"12")
     assert digest_of_cases(tmp_path, tmp_path / "data", ["a"]) == before
     (tmp_path / "data" / "a.npz").write_bytes(b"12")
     assert digest_of_cases(tmp_path, tmp_path / "data", ["a"]) != before
+    truth.write_bytes(truth.read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"a.nii.gz cannot be read .*. Copy the label map again"):
+        digest_of_cases(tmp_path, tmp_path / "data", ["a"])
 
 
 def test_cases_of_the_ignore_label_alone_are_unlabeled(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_predictions_of_other_cases_are_no_result(tmp_path: Path, monkeypatch: p
     other = pd.DataFrame({"case": ["another.nii.gz"], "dice": [0.5]})
     monkeypatch.setattr("nnssl_ext.study.runner.fold_metrics", lambda *_: other)
     monkeypatch.setattr(Grid, "reader", None)
-    monkeypatch.setattr(Grid, "finetune_settings", lambda *_: {"snapshots": []})
+    (grid.fold_folder(run) / "validation_step_000300").mkdir(parents=True)
     cases = len(grid.folds[run.fold]["val"])
     with pytest.raises(
         UserError, match=f"expected predictions of the {cases} cases of the split, got 1, 1 of them oth"
@@ -132,7 +132,6 @@ def test_a_run_without_a_snapshot_is_no_result(tmp_path: Path, monkeypatch: pyte
     step, *others = grid.protocol.snapshots
     for other in others[:-1]:
         (grid.fold_folder(run) / f"validation_step_{other:06d}").mkdir(parents=True)
-    monkeypatch.setattr(Grid, "finetune_settings", lambda *_: {"snapshots": grid.protocol.snapshots})
     with pytest.raises(UserError, match=rf"got none after \[{step}\]: a checkpoint was not"):
         keep_metrics(grid, run, 1.0)
 
