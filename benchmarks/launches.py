@@ -44,7 +44,7 @@ PHASES = ("views", "forward", "backward", "update")
 LIMITS = {
     "volume_fusion": 359,
     "masked_autoencoder": 119,
-    "contrastive_predictive_coding": 418,
+    "contrastive_predictive_coding": 424,
     "models_genesis": 113,
     "rotation": 168,
     "jigsaw": 104,

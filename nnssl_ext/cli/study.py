@@ -240,7 +240,8 @@ def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:
         raise UserError(f"--rates: expected positive numbers, got {rates}.")
     tolerance = arguments.tolerance
     if tolerance is None:
-        tolerance = tolerance_of(dataset, read_json(dataset_folder(dataset) / "dataset.json"))
+        labels_of = None if arguments.msd else read_json(dataset_folder(dataset) / "dataset.json")
+        tolerance = tolerance_of(dataset, labels_of)
     same = ("subsets", "steps", "development_runs", "fold", "transductive", "seed", "primary_class")
     return Protocol(
         **{name: getattr(arguments, name) for name in (*same, "pretraining_seeds", "group_by")},

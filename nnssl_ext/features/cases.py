@@ -71,7 +71,7 @@ def preprocess(case: Case, plans: TargetPlans) -> Preprocessed:
     files = [] if case.preprocessed else [*case.images, *filter(None, [case.mask])]
     for path in files:
         if problem := nifti_problem(path):
-            raise UserError(f"case {case.name}: {path} {problem}. Copy or convert it again")
+            raise UserError(f"case {case.name} cannot be preprocessed: {path} {problem}. Copy or convert it again")
     try:
         if case.preprocessed:
             folder = case.images[0].parent

@@ -22,12 +22,17 @@ from nnssl_ext.study.results import case_dice
 TOLERANCE = 2.0
 
 
-def tolerance_of(dataset: str, dataset_json: Mapping[str, Any]) -> float:
-    """Return a data set's surface tolerance in mm: the Decathlon's for its tasks, known by name and classes."""
+def tolerance_of(dataset: str, dataset_json: Mapping[str, Any] | None) -> float:
+    """Return a data set's surface tolerance in mm: the Decathlon's for its tasks.
+
+    They are known by name and classes, or by name alone where ``dataset_json`` is None.
+    """
     name = re.sub(r"^Dataset\d{3}_", "", dataset)
+    task = next((task for task in TASKS if task.name == name), None)
+    if task is None or dataset_json is None:
+        return TOLERANCE if task is None else task.tolerance
     classes = {str(label).lower() for label in dataset_json["labels"]} - {"background", "ignore"}
-    tasks = (task for task in TASKS if task.name == name and classes == {label.lower() for label in task.classes})
-    return next((task.tolerance for task in tasks), TOLERANCE)
+    return task.tolerance if classes == {label.lower() for label in task.classes} else TOLERANCE
 
 
 def fold_metrics(

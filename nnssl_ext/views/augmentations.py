@@ -82,9 +82,9 @@ class Augmentation:
 
 
 def _two_sided(limits: Sequence[float], uniform: np.ndarray) -> np.ndarray:
-    """Draw half of the numbers below 1, half above, where 1 is in the range. nnU-Net's ``BGContrast`` does so."""
+    """Draw half of the numbers below 1, half above. nnU-Net's ``BGContrast`` does so."""
     low, high = limits
-    if low >= 1 or high <= 1:
+    if low >= 1:
         return low + (high - low) * uniform
     return np.where(uniform < 0.5, low + (1 - low) * 2 * uniform, 1 + (high - 1) * (2 * uniform - 1))
 

@@ -83,5 +83,5 @@ def test_images_that_are_cut_short_are_refused(folder: Path, plans: Any) -> None
     path = write_image(folder / "A_0000.nii.gz", IMAGE[0])
     path.write_bytes(path.read_bytes()[:-60])
     (case,) = image_cases(folder, plans)
-    with pytest.raises(UserError, match=r"case A: .*A_0000.nii.gz .*. Copy or convert it again"):
+    with pytest.raises(UserError, match=r"case A cannot be preprocessed: .*A_0000.nii.gz .*. Copy or convert it again"):
         preprocess(case, plans)

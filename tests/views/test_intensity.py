@@ -118,7 +118,7 @@ def test_the_percentiles_see_all_columns() -> None:
     assert 0.1 < changed[..., 1::2].median() < 0.999
 
 
-@pytest.mark.parametrize(("limits", "below"), [((0.5, 0.8), 1.0), ((1.2, 2.0), 0.0), ((0.7, 1.5), 0.5)])
+@pytest.mark.parametrize(("limits", "below"), [((1.2, 2.0), 0.0), ((0.7, 1.5), 0.5)])
 def test_draws_stay_in_their_range(limits: tuple[float, float], below: float) -> None:
     drawn = _two_sided(limits, np.linspace(0, 0.999, 1000))
     assert limits[0] <= drawn.min() < drawn.max() <= limits[1]

@@ -34,7 +34,8 @@ class FiniteGuard:
 
     Attributes:
         skipped: Batches of this run that changed nothing.
-        deferred: Whether the host reads verdicts once in a while, and the optimizer skips steps itself.
+        deferred: Whether the host reads verdicts once in a while, and the optimizer skips steps itself. None: where the
+            loss is on a GPU and the optimizer is fused.
     """
 
     def __init__(
@@ -43,7 +44,8 @@ class FiniteGuard:
         self.optimizer, self.limit, self.log = optimizer, limit, log
         self.skipped = 0
         self._state = [*module.parameters(), *module.buffers()]
-        self.deferred = self._state[0].is_cuda and bool(optimizer.param_groups[0].get("fused"))
+        self.deferred: bool | None = None
+        self._defers = False
         self._buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         self._copies = [torch.empty_like(buffer) for buffer in self._buffers]
         self._verdict = torch.zeros((), dtype=torch.bool)
@@ -64,7 +66,7 @@ class FiniteGuard:
         yield self._allows
         self._undo()
         self._pending.append((number, cases, self._verdict, self._at_fault))
-        if not self.deferred or len(self._pending) >= READ_EVERY:
+        if not self._defers or len(self._pending) >= READ_EVERY:
             self.read()
 
     def _allows(self, loss: Tensor, norm: Tensor | None) -> bool:
@@ -77,15 +79,17 @@ class FiniteGuard:
             dist.all_reduce(shared, dist.ReduceOp.MAX)
             bad = shared > 0
         self._verdict = bad
+        on_gpu = bad.is_cuda and bool(self.optimizer.param_groups[0].get("fused"))
+        self._defers = on_gpu if self.deferred is None else self.deferred
         if norm is None:
             return True
-        if self.deferred:
+        if self._defers:
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             return True
         return not bool(bad)
 
     def _undo(self) -> None:
-        if not self.deferred:
+        if not self._defers:
             if self._buffers and bool(self._verdict):
                 torch._foreach_copy_(self._buffers, self._copies)
             return
