@@ -35,6 +35,7 @@ from nnssl_ext.study.inputs import (
 from nnssl_ext.study.protocol import Protocol, draw_cases, keep_protocol
 from nnssl_ext.training.checks import check_plans
 from nnssl_ext.training.finetuning.components import finetune_settings
+from nnssl_ext.transfer.heads import output_names
 
 
 def checked_recipes(overlays: Sequence[str]) -> list[Recipe]:
@@ -180,9 +181,9 @@ class Study:
         name = self.protocol.primary_class
         if not name:
             return None
-        values = read_json(self.source / "dataset.json")["labels"]
-        regions = any(isinstance(value, list) and len(value) > 1 for value in values.values())
-        labels = values[name]
+        dataset_json = read_json(self.source / "dataset.json")
+        _, regions = output_names(dataset_json)
+        labels = dataset_json["labels"][name]
         key: int | tuple[int, ...] = labels
         if isinstance(labels, list):  # of one label is a region only beside others
             key = tuple(labels) if regions else labels[0]

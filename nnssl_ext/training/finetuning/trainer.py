@@ -292,8 +292,8 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         with self.folder.locked() if self.local_rank == 0 else nullcontext():
             try:
                 steps = () if self.disable_checkpointing else self.settings.snapshots
-                snapshots = any(self.snapshot_file(step).is_file() for step in steps)
                 absent = [step for step in steps if not self.snapshot_file(step).is_file()]
+                snapshots = len(absent) < len(steps)
                 if absent and rank() == 0:
                     self.print_to_log_file(f"note: no checkpoint was kept after steps {absent}: not validated")
                 # only stock writes probabilities, and predictions for the next stage of a cascade

@@ -34,8 +34,6 @@ class FiniteGuard:
 
     Attributes:
         skipped: Batches of this run that changed nothing.
-        deferred: Whether the host reads verdicts once in a while, and the optimizer skips steps itself. None: where the
-            loss is on a GPU and the optimizer is fused.
     """
 
     def __init__(
@@ -44,8 +42,6 @@ class FiniteGuard:
         self.optimizer, self.limit, self.log = optimizer, limit, log
         self.skipped = 0
         self._state = [*module.parameters(), *module.buffers()]
-        self.deferred: bool | None = None
-        self._defers = False
         self._buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         self._copies = [torch.empty_like(buffer) for buffer in self._buffers]
         self._verdict = torch.zeros((), dtype=torch.bool)
@@ -66,7 +62,7 @@ class FiniteGuard:
         yield self._allows
         self._undo()
         self._pending.append((number, cases, self._verdict, self._at_fault))
-        if not self._defers or len(self._pending) >= READ_EVERY:
+        if not self.defers(self._verdict) or len(self._pending) >= READ_EVERY:
             self.read()
 
     def _allows(self, loss: Tensor, norm: Tensor | None) -> bool:
@@ -79,17 +75,19 @@ class FiniteGuard:
             dist.all_reduce(shared, dist.ReduceOp.MAX)
             bad = shared > 0
         self._verdict = bad
-        on_gpu = bad.is_cuda and bool(self.optimizer.param_groups[0].get("fused"))
-        self._defers = on_gpu if self.deferred is None else self.deferred
         if norm is None:
             return True
-        if self._defers:
+        if self.defers(bad):
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             return True
         return not bool(bad)
 
+    def defers(self, verdict: Tensor) -> bool:
+        """Return whether the optimizer skips bad steps itself, and the host reads verdicts once in a while."""
+        return verdict.is_cuda and bool(self.optimizer.param_groups[0].get("fused"))
+
     def _undo(self) -> None:
-        if not self._defers:
+        if not self.defers(self._verdict):
             if self._buffers and bool(self._verdict):
                 torch._foreach_copy_(self._buffers, self._copies)
             return

@@ -107,7 +107,7 @@ def steps_of(optimiser: str, bad: set[int], fused: bool) -> tuple[dict[str, Tens
     if optimiser == "sgd":  # as build_optimizer: a fused first step that is skipped would leave them uninitialized
         adam.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in model.parameters()})
     guard = FiniteGuard(model, adam, 10, told.append)
-    guard.deferred = fused  # as where the weights are on a GPU
+    guard.defers = lambda verdict: fused  # type: ignore[method-assign]  # as on a GPU
     data, waiting, calls = torch.randn(STEPS, 5, 3), list[int](), 0
     for step in range(STEPS):
         adam.zero_grad()
