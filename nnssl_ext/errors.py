@@ -1,5 +1,7 @@
 """Define the exceptions for bad input."""
 
+import errno
+
 
 class UserError(SystemExit):
     """Report unusable input in one line.
@@ -22,3 +24,12 @@ class NetworkError(UserError):
 
 class RefusedError(ValueError):
     """Report a file that is not what it should be."""
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Return whether an error, or its cause, is a full disk or quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False

@@ -27,8 +27,10 @@ JOBS = 16
 POLL_SECONDS = {"slurm": 10.0, "local": 1.0}
 #: Hours of a job unless --slurm time=... says otherwise. An interrupted run continues in the next job.
 HOURS = 24
-#: States in which a job of an earlier call still works.
+#: States in which a job still works, or will.
 ALIVE = ("PENDING", "READY", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "PREEMPTED", "SUSPENDED")
+#: Seconds in which a cluster that requeues preempted jobs has done so.
+REQUEUE_SECONDS = 600.0
 
 
 def executor_of(folder: Path, launcher: str, device: str, jobs: int, options: Sequence[str]) -> Any:
@@ -109,11 +111,11 @@ def run_on_cluster(grid: Grid, executor: Any, jobs: int, poll: float) -> None:
         poll: Seconds between two looks at the jobs.
     """
     note = grid.folder / "cluster" / "jobs.json"
-    working = _left_running(grid, note)
+    working, preempted = _left_running(grid, note), dict[str, float]()
     with EndSignals() as signals:
         while not signals.received:
             for run, job in list(working.items()):
-                if job.done() and _state(job) not in ALIVE:
+                if _has_ended(job, preempted):
                     del working[run]
                     _conclude(grid, run, job)
             waiting = [run for run in grid.ready() if run not in working and run not in grid.failed]
@@ -133,9 +135,26 @@ def run_on_cluster(grid: Grid, executor: Any, jobs: int, poll: float) -> None:
     leave_if_stopped(grid, signals)
 
 
+def _has_ended(job: Any, preempted: dict[str, float]) -> bool:
+    """Return whether a job is over. ``preempted`` notes when jobs were first seen to be."""
+    if job.done():
+        job.watcher.clear()  # submitit asks Slurm once in ten minutes, and never again after SUSPENDED
+    state = _state(job)
+    if state != "PREEMPTED":
+        preempted.pop(job.job_id, None)
+        return job.done() and state not in ALIVE
+    return time.monotonic() - preempted.setdefault(job.job_id, time.monotonic()) > REQUEUE_SECONDS
+
+
+def _was_interrupted(job: Any) -> bool:
+    if _state(job) == "PREEMPTED" and not job.paths.result_pickle.exists():  # submitit would wait for a result
+        return True
+    return job.exception() is None and job.result()
+
+
 def _conclude(grid: Grid, run: Run, job: Any) -> None:
     done = grid.done(run)
-    if not done and job.exception() is None and job.result():
+    if not done and _was_interrupted(job):
         print(f"{run.arm.name} {run.name}: interrupted; it continues in another job", flush=True)
         return
     if not done:

@@ -272,11 +272,21 @@ class Grid:
         return self.fold_folder(self.pretraining(run.arm, run.subset)) / "checkpoint_final.pth"
 
     def done(self, run: Run) -> bool:
-        """Return whether a run is finished and measured."""
-        if run.kind == PRETRAINING:
-            names = ("pretraining_summary.json", "checkpoint_final.pth")
-            return all((self.fold_folder(run) / name).is_file() for name in names)
-        return self.metrics_file(run).is_file()
+        """Return whether a run is finished and measured. Weights that are still needed must be there."""
+        if run.kind != PRETRAINING:
+            return self.metrics_file(run).is_file()
+        folder = self.fold_folder(run)
+        if not (folder / "pretraining_summary.json").is_file():
+            return False
+        return (folder / "checkpoint_final.pth").is_file() or all(map(self.done, self._started_from(run)))
+
+    def _started_from(self, pretraining: Run) -> Iterator[Run]:
+        """Yield the fine-tunings of a pretraining's weights."""
+        for arm in self.arms:
+            if arm.method:
+                for run in self.development(arm) + self.compared(arm, 0.0):
+                    if self.pretraining(arm, run.subset) == pretraining:
+                        yield run
 
     def ready(self) -> Iterator[Run]:
         """Yield unfinished runs that can start, most urgent first."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import shutil
 import signal
@@ -22,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from nnssl_ext.environment import MAX_TIME, commands_path, cores, program
-from nnssl_ext.errors import UserError
+from nnssl_ext.errors import UserError, disk_is_full
 from nnssl_ext.external_trainers import trainer_folders
 from nnssl_ext.files import replaced_on_success
 from nnssl_ext.provenance import revision, versions
@@ -214,11 +213,13 @@ def perform(grid: Grid, run: Run, execute: Callable[[_Clock], int | None]) -> fl
         try:
             keep_metrics(grid, run, clock.note())
         except (Exception, UserError) as error:  # an unreadable prediction raises anything
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # the predictions are fine
-                raise UserError(f"{error}. Make room and call the same command again.") from error
+            if disk_is_full(error):  # the predictions are fine
+                line = error.line if isinstance(error, UserError) else str(error)
+                raise UserError(f"{line}. Make room and call the same command again.") from error
             with grid.log_file(run).open("a", encoding="utf-8") as log:
                 log.write(f"The predictions could not be measured:\n{traceback.format_exc()}")
-            drop_predictions(grid, run)  # the next call predicts again, from the checkpoints
+            if not isinstance(error, _NoSnapshotError):
+                drop_predictions(grid, run)  # the next call predicts again, from the checkpoints
             grid.failure_mark(run).touch()
             return None
     grid.failure_mark(run).unlink(missing_ok=True)
@@ -296,6 +297,10 @@ def validated(grid: Grid, run: Run) -> bool:
     return (grid.fold_folder(run) / "validation" / "summary.json").is_file()
 
 
+class _NoSnapshotError(UserError):
+    """Report predictions that no call can make again."""
+
+
 def keep_metrics(grid: Grid, run: Run, seconds: float) -> None:
     """Measure a run's predictions and delete its checkpoints."""
     fold, file = grid.fold_folder(run), grid.metrics_file(run)
@@ -304,7 +309,7 @@ def keep_metrics(grid: Grid, run: Run, seconds: float) -> None:
     folders[grid.last_step(run)] = fold / "validation"
     wanted = grid.snapshots(run)
     if missing := sorted(set(wanted) - set(folders)):
-        raise UserError(
+        raise _NoSnapshotError(
             f"{fold}: expected predictions after steps {wanted}, got none after {missing}: a checkpoint was "
             f"not written, or was deleted. Delete {fold} and call the study again."
         )

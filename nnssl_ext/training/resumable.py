@@ -22,6 +22,7 @@ class ResumableTrainer(nnUNetTrainer):
         step: Finished optimizer steps of the run.
         outputs: What the finished steps of the current epoch returned.
         split_digest: Digest of the cases that this run trains on and validates with, '' before they are known.
+        cases_changed: Whether the last ``do_split`` gave other ones.
         seconds_before: Seconds that a continued epoch took before it was stopped.
     """
 
@@ -29,6 +30,7 @@ class ResumableTrainer(nnUNetTrainer):
     step: int
     outputs: list[dict[str, Any]]
     split_digest = ""
+    cases_changed = False
     seconds_before = 0.0
     _best_ema: float | None
 
@@ -47,22 +49,32 @@ class ResumableTrainer(nnUNetTrainer):
         self.seconds_before = 0.0
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """Return the training and the validation cases.
-
-        Raises:
-            UserError: If a run would go on with other ones than it began with.
-        """
+        """Return the training and the validation cases. Note if the run began with others."""
         training, validation = super().do_split()
         # stock lists fold all as the file system does
         parts = [sorted(map(str, part)) for part in (training, validation)]
         digest = f"{crc32(repr(parts).encode()):08x}"
-        if self.split_digest not in ("", digest):
-            changed = f"fold {self.fold} of {self.run_name.dataset} has other cases than when this run began"
-            if self.step < self.total_steps:
-                raise UserError(f"{changed}. Restore splits_final.json, or start anew without --c")
-            self.print_to_log_file(f"note: {changed}. Validation cases may have been trained on")
-        self.split_digest = self.split_digest or digest
+        self.split_digest, before = self.split_digest or digest, self.split_digest or digest
+        if digest != before:
+            self.print_to_log_file(f"note: {self._other_cases}. Validation cases may have been trained on")
+        self.cases_changed = digest != before
         return training, validation
+
+    def training_split(self) -> tuple[list[str], list[str]]:
+        """Return ``do_split`` for training.
+
+        Raises:
+            UserError: If the run would go on with other cases than it began with.
+        """
+        split = self.do_split()
+        if self.cases_changed and self.step < self.total_steps:
+            what = "the preprocessed cases" if self.fold == "all" else "splits_final.json and the preprocessed cases"
+            raise UserError(f"{self._other_cases}. Restore {what}, or start anew without --c")
+        return split
+
+    @property
+    def _other_cases(self) -> str:
+        return f"fold {self.fold} of {self.run_name.dataset} has other cases than when this run began"
 
     @property
     def run_name(self) -> RunName:

@@ -88,6 +88,46 @@ def test_a_job_that_slurm_warns_is_interrupted_and_not_failed(tmp_path: Path, mo
         for number, handler in zip((signal.SIGTERM, signal.SIGUSR2), before, strict=True):
             signal.signal(number, handler)
     assert ended == ["SIGTERM"]
-    cluster._conclude(grid, run, SimpleNamespace(exception=lambda: None, result=lambda: True))
+    job = SimpleNamespace(exception=lambda: None, result=lambda: True, state="COMPLETED")
+    cluster._conclude(grid, run, job)
     assert not grid.failed
     assert run in list(grid.ready())
+
+
+def test_the_state_of_a_job_is_slurms_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for sacct. submitit keeps the first state after which it takes a job as finished."""
+    import submitit
+
+    states, command = tmp_path / "states", tmp_path / "sacct"
+    command.write_text(f"#!/bin/sh\ncat {states}\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    job, preempted = submitit.SlurmJob(folder=tmp_path, job_id="7"), dict[str, float]()
+
+    def has_ended(state: str) -> bool:
+        states.write_text(f"JobID|State|NodeList\n7|{state}|node\n")
+        return cluster._has_ended(job, preempted)
+
+    assert [has_ended(state) for state in ("SUSPENDED", "RUNNING", "REQUEUED", "PENDING")] == [False] * 4
+    job.paths.result_pickle.parent.mkdir(parents=True, exist_ok=True)
+    job.paths.result_pickle.touch()
+    assert not has_ended("COMPLETING")
+    assert has_ended("COMPLETED")
+    assert has_ended("CANCELLED by 0")
+
+
+def test_a_preempted_job_may_be_requeued_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a result submitit itself would wait for ever."""
+    grid = planted(tmp_path, 0.0)
+    run, preempted = grid.compared(grid.arms[0], 0.01)[0], dict[str, float]()
+    grid.metrics_file(run).unlink()
+    paths = SimpleNamespace(result_pickle=tmp_path / "none")
+    job = SimpleNamespace(job_id="7", state="PREEMPTED", done=lambda: False, paths=paths)
+    assert not cluster._has_ended(job, preempted)
+    monkeypatch.setattr(cluster, "REQUEUE_SECONDS", -1.0)
+    assert cluster._has_ended(job, preempted)
+    cluster._conclude(grid, run, job)
+    assert not grid.failed
+    job.state = "RUNNING"
+    assert not cluster._has_ended(job, preempted)
+    assert not preempted

@@ -13,7 +13,8 @@ import pytest
 
 from nnssl_ext.environment import MAX_TIME
 from nnssl_ext.errors import UserError
-from nnssl_ext.study.grid import Grid
+from nnssl_ext.recipe import write_json
+from nnssl_ext.study.grid import Grid, Run
 from nnssl_ext.study.runner import _Clock, environment, keep_metrics, run_grid, slots
 from tests.study.test_analysis import planted
 
@@ -132,11 +133,17 @@ def test_a_run_without_a_snapshot_is_no_result(tmp_path: Path, monkeypatch: pyte
     step, *others = grid.protocol.snapshots
     for other in others[:-1]:
         (grid.fold_folder(run) / f"validation_step_{other:06d}").mkdir(parents=True)
-    with pytest.raises(UserError, match=rf"got none after \[{step}\]: a checkpoint was not"):
-        keep_metrics(grid, run, 1.0)
+    grid.metrics_file(run).unlink()
+    kept = grid.fold_folder(run) / "validation"
+    kept.mkdir(parents=True)
+    (kept / "summary.json").write_text("{}")
+    run_grid(grid, slots("cpu", 1))
+    assert f"got none after [{step}]: a checkpoint was not" in grid.failures()[run].read_text()
+    assert kept.is_dir()  # to predict again would not help
 
 
-def test_a_full_disk_costs_no_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_costs_no_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
     grid = planted(tmp_path, 0.0)
     run = grid.compared(grid.arms[0], 0.01)[0]
     grid.metrics_file(run).unlink()
@@ -145,10 +152,14 @@ def test_a_full_disk_costs_no_predictions(tmp_path: Path, monkeypatch: pytest.Mo
     summary.write_text("{}")
 
     def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr("nnssl_ext.study.runner.keep_metrics", full)
-    with pytest.raises(UserError, match="No space left on device. Make room and call the same command again"):
+    def measure(grid: Grid, run: Run, _: float) -> None:
+        write_json({}, grid.metrics_file(run).with_suffix(".json"))
+
+    monkeypatch.setattr("nnssl_ext.study.runner.keep_metrics", measure)
+    monkeypatch.setattr("nnssl_ext.recipe.replaced_on_success", full)
+    with pytest.raises(UserError, match=rf"{os.strerror(error)}\. Make room and call the same command again"):
         run_grid(grid, slots("cpu", 1))
     assert summary.is_file()
     assert grid.failures() == {}

@@ -6,7 +6,6 @@ it runs in a process of its own (``pool.py``).
 
 from __future__ import annotations
 
-import errno
 import gzip
 import io
 import os
@@ -34,6 +33,7 @@ from nnssl_ext.data.corpus.volumes import (
     checked_affine,
     largest_cosine,
 )
+from nnssl_ext.errors import disk_is_full
 
 #: Suffixes of image files, in lower case.
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".hdr")
@@ -93,8 +93,8 @@ def unreadable(error: Exception) -> Unusable:
         NotWrittenError: If the disk is full.
         MemoryError: If ITK has no memory.
     """
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise NotWrittenError(f"cannot write: {error.strerror}") from error
+    if disk_is_full(error):
+        raise NotWrittenError(f"cannot write: {last_line(error)}") from error
     if "allocate memory" in str(error):
         raise MemoryError(last_line(error)) from error
     return Unusable(f"cannot be read: {last_line(error)}")

@@ -111,6 +111,8 @@ def fetch_task(task: Task, root: Path, url: str | None = None, md5: str | None =
     from monai.apps.datasets import DecathlonDataset  # takes seconds to import
 
     folder, archive = root / task.folder, root / f"{task.folder}.tar"
+    if folder.exists():
+        return folder
     with lock_file(root / f".{task.folder}.lock", f"{task.folder} in {root}"):
         for unfinished in root.glob(f".{task.folder}.*.tmp"):  # of a killed call
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -118,7 +120,7 @@ def fetch_task(task: Task, root: Path, url: str | None = None, md5: str | None =
             checksum = (md5 or DecathlonDataset.md5[task.folder]).lower()
             download(url or DecathlonDataset.resource[task.folder], archive, checksum)
             unpack(archive, task.folder, root)
-        archive.unlink(missing_ok=True)
+            archive.unlink()
     return folder
 
 

@@ -137,7 +137,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         augmentation = self.get_training_transforms(patch, rotation, scales, mirror, dummy_2d, **masked, **shared)
         never_by_time(augmentation)
         workers = get_allowed_n_proc_DA()
-        from_the_first("split", self.do_split)  # it may write splits_final.json
+        from_the_first("split", self.training_split)  # it may write splits_final.json
         loaders = []
         for cases, size, transforms, stream, shard, readers in zip(
             self.get_tr_and_val_datasets(),

@@ -140,7 +140,7 @@ class PretrainingTrainer(ManagedTrainer):
         request = self.method.crops(checked.settings, checked.geometry)
         # nnU-Net writes a split where there is none yet
         datasets = checked.samples.datasets(
-            request, self.common.seed, lambda: from_the_first("split", self.do_split), self.print_to_log_file
+            request, self.common.seed, lambda: from_the_first("split", self.training_split), self.print_to_log_file
         )
         place, workers = (self.batch_size, rank(), world()), worker_count()
         validation = Shard(0, self.num_val_iterations_per_epoch, *place)

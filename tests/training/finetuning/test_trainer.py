@@ -333,8 +333,12 @@ def test_another_split_is_refused(with_data: Data) -> None:
     trainer = trainer_for("labelled", "run", NAME)
     trainer.load_checkpoint(str(fold / "checkpoint_final.pth"))
     trainer.step -= 1
+    trainer.do_split()  # to validate an earlier checkpoint is no training
     with pytest.raises(UserError, match="has other cases than when this run began"):
-        trainer.do_split()
+        trainer.training_split()
+    trainer.fold = "all"
+    with pytest.raises(UserError, match="Restore the preprocessed cases"):
+        trainer.training_split()
 
 
 @without_validation
