@@ -53,7 +53,7 @@ def unusable(name: str, configuration: Mapping[str, Any], purpose: str, flat: bo
         flat: Whether 2-D configurations are allowed.
     """
     if not flat and len(configuration.get("patch_size", ())) != 3:
-        return f"configuration '{name}' is 2-D; {purpose} 3d_fullres or 3d_lowres instead"
+        return f"configuration '{name}' is 2-D; {purpose} 3d_fullres or 3d_lowres, which 2-D images do not have"
     if configuration.get("previous_stage") is not None:
         return (
             f"configuration '{name}' is a cascade stage, whose input holds predictions; {purpose} 3d_fullres or "

@@ -143,8 +143,8 @@ def worker_count() -> int:
     return min(4, cores())
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that torch does not find.
+def check_device(device: str, resamples: bool = False) -> None:
+    """Refuse a device that torch does not find, or on which it cannot resample 3-D crops where that is needed.
 
     Raises:
         UserError: With the device to use instead.
@@ -155,7 +155,7 @@ def check_device(device: str) -> None:
         raise UserError("no CUDA device was found. Use -device cpu")
     if device == "mps" and not torch.backends.mps.is_available():
         raise UserError("no MPS device was found (Apple silicon has one). Use -device cpu, or cuda on a GPU")
-    if device == "mps" and torch.__version__ < "2.10":
+    if device == "mps" and resamples and torch.__version__ < "2.10":
         raise UserError(f"MPS needs torch 2.10 (it resamples 3-D crops), this is {torch.__version__}. Use -device cpu")
 
 

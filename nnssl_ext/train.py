@@ -114,12 +114,16 @@ def _check(arguments: Sequence[str], hours: str | None) -> argparse.Namespace:
         raise UserError(f"-pretrained_weights {weights} does not exist")
     os.environ["nnUNet_extTrainer"] = trainer_folders()
     trainer = find_trainer(known.tr)
-    _check_devices(known)
+    if hours is not None and not hasattr(trainer, "time_limited"):
+        raise UserError(
+            f"--max-time: {known.tr} does not stop by itself. Use -tr nnsslTrainer_Finetune, or leave it out"
+        )
+    _check_devices(known, configuration.get("batch_size") if not hasattr(trainer, "method_class") else None)
     environment.check_split(folder, known.fold)
     check_writable(results, "nnUNet_results")
     _check_checkpoints(known, results / folder.name / f"{known.tr}__{known.p}__{known.configuration}")
     _check_batches(trainer, configuration, dataset_json)
-    if weights is not None and not hasattr(trainer, "method_class"):  # a pretraining takes weights in its own way
+    if weights is not None:
         from nnssl_ext.networks.target import check_stock_weights
 
         check_stock_weights(weights, trainer, plans, known.configuration, dataset_json)
@@ -162,8 +166,12 @@ def _check_stock_reads(file: Path) -> None:
         raise UserError(f"{file} is UTF-8, which nnU-Net does not read in this locale. Export PYTHONUTF8=1") from error
 
 
-def _check_devices(known: argparse.Namespace) -> None:
+def _check_devices(known: argparse.Namespace, batch_size: int | None) -> None:
+    """Check the device, and that each process has a sample. A pretraining checks its own ``batch_size``."""
     number = 1 if known.num_gpus is None else known.num_gpus
+    world = max(number, int(os.environ.get("WORLD_SIZE", 1)) if environment.launched() else 1)
+    if batch_size is not None and world > batch_size:
+        raise UserError(f"{world} GPUs share a batch of {batch_size}, and each needs a sample. Use fewer GPUs")
     if number < 1:
         raise UserError(f"-num_gpus must be at least 1, got {number}")
     if number > 1 and known.device != "cuda":

@@ -54,6 +54,12 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``nnssl_ext train`` leaves its words for nnU-Net in ``sys.argv``."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
+@pytest.fixture(autouse=True)
 def _no_progress_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave an empty progress.png, since drawing takes half of a short run. The marker ``draws`` draws it."""
     if request.node.get_closest_marker("draws") is None:

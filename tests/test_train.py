@@ -18,6 +18,7 @@ from nnssl_ext.cli import main
 from nnssl_ext.environment import check_shared_memory, check_split
 from nnssl_ext.errors import UserError
 from nnssl_ext.networks.target import check_stock_weights, target_network
+from nnssl_ext.train import _check
 from tests.conftest import REPOSITORY, Environment
 
 Data = Callable[[str], Environment]
@@ -43,6 +44,12 @@ Data = Callable[[str], Environment]
             r"trainer 'nnsslTrainer_VolumeFuison' was not found by nnU-Net. Did you mean 'nnsslTrainer_VolumeFusion'\?",
         ),
         (["811", "3d_fullres", "0", "-tr", "nnUNetTrainr"], r"Did you mean 'nnUNetTrainer'\?"),
+        (["811", "3d_fullres", "0", "--max-time", "2"], "--max-time: nnUNetTrainer does not stop by itself"),
+        (
+            ["811", "3d_cascade_fullres", "0", "-device", "cpu", "-tr", "nnsslTrainer_Finetune"],
+            "3d_cascade_fullres does not exist, but '3d_cascade_fullres' needs the predictions of 3d_lowres. Train it "
+            "first, all folds: nnssl_ext train 811 3d_lowres FOLD -tr nnsslTrainer_Finetune",
+        ),
     ],
 )
 def test_one_line_instead_of_a_traceback(with_data: Data, words: list[str], message: str) -> None:
@@ -129,6 +136,18 @@ def test_a_users_failing_module(with_data: Data, monkeypatch: pytest.MonkeyPatch
         main(["plan", "-d", "811", "-o", "new", "target_trainer=Mine"])
 
 
+def test_the_command_of_new_plans_is_for_the_full_resolution(
+    with_data: Data, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """nnU-Net lists 3d_lowres first."""
+    environment = with_data("plain")
+    plans = environment.plans("plain")
+    plans["configurations"] = dict(reversed(plans["configurations"].items()))
+    (environment.dataset("plain") / "nnUNetPlans.json").write_text(json.dumps(plans))
+    assert main(["plan", "-d", "811", "-o", "new", "epochs=3"]) == 0
+    assert "use it with: nnUNetv2_train 811 3d_fullres FOLD -p new -tr" in capsys.readouterr().out
+
+
 def test_plans_and_data_sets_that_stock_takes_for_others(with_data: Data) -> None:
     environment = with_data("plain")
     environment.write_plans("plain", "copied", {}, lambda plans: plans.update(dataset_name="Dataset004_Other"))
@@ -206,6 +225,47 @@ def test_the_advice_for_weights_names_plans_and_trainer(with_data: Data, tmp_pat
     network = planned_network(environment.plans("plain"))
     torch.save({"network_weights": network.state_dict()}, file)
     assert main([*advice[1:-1], str(tmp_path / "fitted.pth")]) == 0
+
+
+def test_the_advice_for_weights_that_transfer_does_not_fit(with_data: Data, tmp_path: Path) -> None:
+    with_data("plain")
+    torch.save({"network_weights": {}}, file := tmp_path / "w.pth")
+    words = ["-device", "cpu", "-pretrained_weights", str(file)]
+    with pytest.raises(UserError, match=r"more tensors. Give it to nnssl_ext plan as start_from=.*w.pth"):
+        main(["train", "811", "3d_fullres", "0", "-tr", "nnsslTrainer_VolumeFusion", *words])
+    with pytest.raises(UserError, match="A cascade stage takes weights of a cascade stage only"):
+        main(["train", "811", "3d_cascade_fullres", "0", *words])
+
+
+def test_more_processes_than_samples(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_data("plain")
+    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="3 GPUs share a batch of 2, and each needs a sample. Use fewer GPUs"):
+        _check(["811", "3d_fullres", "0"], None)
+
+
+def test_a_trainer_of_an_older_nnunet_builds_its_network(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With the class and its arguments in place of the plans, as stock still calls it."""
+    (tmp_path / "older.py").write_text(
+        "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"
+        "from nnunetv2.utilities.get_network_from_plans import get_network_from_plans\n"
+        "class OlderTrainer(nnUNetTrainer):\n"
+        "    @staticmethod\n"
+        "    def build_network_architecture(name, kwargs, kwargs_req_import,\n"
+        "                                   num_input_channels, num_output_channels, enable_deep_supervision=True):\n"
+        "        return get_network_from_plans(name, kwargs, kwargs_req_import,\n"
+        "                                      num_input_channels, num_output_channels,\n"
+        "                                      deep_supervision=enable_deep_supervision)\n"
+    )
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path), prepend=os.pathsep)
+    manager = PlansManager(with_data("plain").plans("plain"))
+    network = target_network(manager, manager.get_configuration("3d_fullres"), 3, 5, trainer="OlderTrainer")
+    stock = target_network(manager, manager.get_configuration("3d_fullres"), 3, 5)
+    shapes = [{name: tensor.shape for name, tensor in n.state_dict().items()} for n in (network, stock)]
+    assert shapes[0] == shapes[1]
 
 
 def planned_network(plans: dict, outputs: int = 2) -> torch.nn.Module:

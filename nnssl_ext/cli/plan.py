@@ -101,7 +101,8 @@ def run(arguments: argparse.Namespace) -> None:
     if alike:
         words = ["nnUNetv2_preprocess", "-d", arguments.d, "-plans_name", arguments.o, "-c", *configurations]
         print("\n".join(alike) + f"\npreprocess the data again: {shlex.join(words)}")
-    command = RunName(folder.name, configurations[0], "FOLD", arguments.o).command()
+    shown = "3d_fullres" if "3d_fullres" in configurations else configurations[0]
+    command = RunName(folder.name, shown, "FOLD", arguments.o).command()
     print(f"use it with: {command} -tr ...")
 
 

@@ -33,6 +33,7 @@ class DataGeometry:
         case_size: Edges in voxels that at least nine in ten cases have. None, before the cases are known, is the crop.
         classes: Classes of the samples, where they are labeled.
         batch_size: Samples per step over all processes; 0 before it is known.
+        masked: For each channel, whether nnU-Net normalized within the image's mask and keeps zero outside.
     """
 
     crop_size: tuple[int, int, int]
@@ -42,6 +43,7 @@ class DataGeometry:
     case_size: tuple[int, int, int] | None = None
     classes: SampleClasses | None = None
     batch_size: int = 0
+    masked: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,10 @@ class Exemplar(EncoderMethod):
         crops, _ = crop_batch(boxes, size, random.device)
         images = crops.unflatten(0, (len(own), 3))
         original = images[:, 1].clone() if clean else None
-        IntensityDraw.draw(self.settings.intensity, random, images.shape[2], spacing, views=3).apply(images)
+        draw = IntensityDraw.draw(
+            self.settings.intensity, random, images.shape[2], spacing, views=3, masked=self.geometry.masked
+        )
+        draw.apply(images)
         if original is not None:
             images[:, 1] = original
         return standardize(images) if self.settings.standardize else images

@@ -102,8 +102,8 @@ class MaskedAutoencoder(RestoringMethod):
         """
         size = self.geometry.crop_size
         image, inside = crop_batch(batch.boxes[0], size, random.device)
-        draw = IntensityDraw.draw(self.settings.intensity, random, image.shape[1], self.geometry.spacing)
-        draw.apply(image)
+        g = self.geometry
+        IntensityDraw.draw(self.settings.intensity, random, g.channels, g.spacing, masked=g.masked).apply(image)
         mask = draw_block_mask(random, size, self.block_size, self.settings.mask_ratio)
         masked = mask[:, None]
 

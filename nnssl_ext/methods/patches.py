@@ -104,5 +104,8 @@ class PatchMethod(EncoderMethod):
         patches = cut_patches(batch.boxes[0], self.layout.window, starts, self.layout.patch, shifts, random.device)
         number, channels = patches.shape[1:3]
         spacing = self.geometry.spacing
-        IntensityDraw.draw(self.settings.intensity, random, channels, spacing, views=number).apply(patches)
+        draw = IntensityDraw.draw(
+            self.settings.intensity, random, channels, spacing, views=number, masked=self.geometry.masked
+        )
+        draw.apply(patches)
         return standardize(patches) if self.settings.standardize else patches

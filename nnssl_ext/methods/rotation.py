@@ -166,7 +166,10 @@ class Rotation(EncoderMethod):
                 boxes.append(subview(box, self.read_size, matrix, view_size=self.size))
         crops, _ = crop_batch(boxes, self.size, random.device)
         images = crops.unflatten(0, (-1, copies))
-        IntensityDraw.draw(s.intensity, random, images.shape[2], spacing, views=copies).apply(images)
+        draw = IntensityDraw.draw(
+            s.intensity, random, images.shape[2], spacing, views=copies, masked=self.geometry.masked
+        )
+        draw.apply(images)
         simulate_thick_slices(crops, axis.flatten(), zoom.flatten())
         views = {"image": images, "rotation": to_device(label, random.device)}
         if s.reconstruction:
@@ -240,9 +243,11 @@ class SpacingClassifier(nn.Module):
 def roughness(image: Tensor) -> Tensor:
     """Measure the mean difference of neighbors along each axis: (B, C, D, H, W) -> (B, 3).
 
-    The values are logarithms with zero mean over the axes. An axis with thick slices is rough, a blurred one smooth.
+    The values are logarithms with zero mean over the axes. An axis with thick slices is rough. A blurred axis is
+    smooth, and so is an axis of one voxel.
     """
-    steps = [image.diff(dim=axis).abs().mean((1, 2, 3, 4)) for axis in (2, 3, 4)]
+    none = image.new_zeros(len(image))
+    steps = [image.diff(dim=a).abs().mean((1, 2, 3, 4)) if image.shape[a] > 1 else none for a in (2, 3, 4)]
     logarithms = torch.stack(steps, 1).clamp_min(1e-6).log()
     return logarithms - logarithms.mean(1, keepdim=True)
 

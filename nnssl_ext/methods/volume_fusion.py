@@ -127,8 +127,9 @@ class VolumeFusion(Method):
         s, size, spacing = self.settings, self.geometry.crop_size, self.geometry.spacing
         channels = len(batch.boxes[0][0].data)
         of_crops, of_fused = split_filters(s.intensity) if s.degrade_fused else (s.intensity, None)
-        draws = [IntensityDraw.draw(of_crops, random, channels, spacing) for _ in batch.boxes]
-        filters = IntensityDraw.draw(of_fused, random, channels, spacing) if of_fused else None
+        masked = self.geometry.masked
+        draws = [IntensityDraw.draw(of_crops, random, channels, spacing, masked=masked) for _ in batch.boxes]
+        filters = IntensityDraw.draw(of_fused, random, channels, spacing, masked=masked) if of_fused else None
         level = self._draw_levels(random)
         image = torch.empty((len(random), channels, *size), device=random.device)
         views = {"image": image, "level": level}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,31 @@ def target_network(
     except UserError as error:
         raise UserError(f"{where}: {error.line}") from error
     try:
-        return target.build_network_architecture(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        return _build(
+            target,
+            plans_manager,
+            configuration_manager,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
         )
     except Exception as error:  # a user's own trainer may fail in any way
         raise NetworkError(
             f"{name} cannot build the network of plans {plans_manager.plans_name} ({type(error).__name__}: {error}). "
             f"Check architecture.arch_kwargs, and whether the network takes patch {configuration_manager.patch_size}"
         ) from error
+
+
+def _build(
+    trainer: Any, plans: PlansManager, configuration: ConfigurationManager, channels: int, outputs: int, deep: bool
+) -> nn.Module:
+    """Call a trainer's ``build_network_architecture`` as stock does: by its new or its old signature."""
+    build = trainer.build_network_architecture
+    if "plans_manager" in inspect.signature(build).parameters:
+        return build(plans, configuration, channels, outputs, deep)
+    c = configuration
+    architecture = (c.network_arch_class_name, c.network_arch_init_kwargs, c.network_arch_init_kwargs_req_import)
+    return build(*architecture, channels, outputs, deep)
 
 
 def planned_network(
@@ -99,15 +117,20 @@ def check_stock_weights(file: Path, trainer_class: Any, plans: dict, configurati
     manager = PlansManager(plans)
     run = RunName(manager.dataset_name, configuration, "", manager.plans_name, trainer_class.__name__)
     words = [dataset_word(run.dataset), "-c", run.configuration, *run.options(), "-o", "FILE"]
-    advice = f"Fit it with {shlex.join(['nnssl_ext', 'transfer', str(file), '-d', *words])}"
+    config = manager.get_configuration(configuration)
+    if hasattr(trainer_class, "method_class"):
+        advice = f"Give it to nnssl_ext plan as start_from={file}, which fits it"
+    elif config.previous_stage_name:
+        advice = "A cascade stage takes weights of a cascade stage only. Train it from scratch"
+    else:
+        advice = f"Fit it with {shlex.join(['nnssl_ext', 'transfer', str(file), '-d', *words])}"
     if not isinstance(weights, dict):
         raise UserError(f"{file} has no 'network_weights', which nnU-Net expects. {advice}")
-    config = manager.get_configuration(configuration)
     try:
         channels = determine_num_input_channels(manager, config, dataset_json)
         outputs = manager.get_label_manager(dataset_json).num_segmentation_heads
         with torch.device("meta"):
-            network = trainer_class.build_network_architecture(manager, config, channels, outputs, True)
+            network = _build(trainer_class, manager, config, channels, outputs, True)
     except (Exception, NetworkError):  # a user's own trainer may need a real device
         return
     wrong = [line for name, tensor in network.state_dict().items() if (line := _misfit(name, tensor, weights))]

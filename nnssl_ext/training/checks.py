@@ -13,6 +13,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnssl_ext.commands import RunName
 from nnssl_ext.configurations import configuration_of, unusable
 from nnssl_ext.data.cases import shorten, stored_as
 from nnssl_ext.data.images import SampleSource
@@ -69,7 +70,7 @@ def check_run(
     Raises:
         UserError: One line about the first thing that cannot work.
     """
-    check_device(device.type)
+    check_device(device.type, resamples=True)
     check_processes()
     common, settings, geometry, batch_size = check_plans(method, plans, configuration, dataset_json)
     if batch_size < world():
@@ -105,6 +106,26 @@ def check_run(
     return Checked(common, settings, geometry, batch_size, index, cases, samples)
 
 
+def check_finetuning_data(manager: PlansManager, configuration: str, trainer: str) -> None:
+    """Check the cases, and a cascade stage's predictions of the stage before.
+
+    Raises:
+        UserError: If they are not there, or the cases are stored as nnU-Net cannot read them.
+    """
+    config = manager.get_configuration(configuration)
+    folder = Path(str(nnUNet_preprocessed)) / manager.dataset_name / config.data_identifier
+    if folder.is_dir():
+        stored_as(folder)
+    if before := config.previous_stage_name:
+        run = RunName(manager.dataset_name, before, "FOLD", manager.plans_name, trainer)
+        results = Path(str(nnUNet_results), run.dataset, f"{trainer}__{run.plans}__{before}")
+        if not (predicted := results / "predicted_next_stage" / configuration).is_dir():
+            raise UserError(
+                f"{predicted} does not exist, but '{configuration}' needs the predictions of {before}. Train it first, "
+                f"all folds: {run.command()}"
+            )
+
+
 def check_plans(
     method: type[Method], plans: dict, configuration: str, dataset_json: dict
 ) -> tuple[CommonSettings, Any, DataGeometry, int]:
@@ -125,7 +146,8 @@ def check_plans(
     crop_size = triple(common.crop_size or config.patch_size)
     batch_size = common.batch_size or config.batch_size
     strides, spacing = tuple(backbone.strides), tuple(config.spacing)
-    geometry = DataGeometry(crop_size, spacing, channels, strides, batch_size=batch_size)
+    masked = tuple(map(bool, config.use_mask_for_norm))
+    geometry = DataGeometry(crop_size, spacing, channels, strides, batch_size=batch_size, masked=masked)
     if common.crop_size is None and common.batch_size is None:
         crop_size, batch_size = method.sampling(settings, geometry)
         geometry = replace(geometry, crop_size=crop_size, batch_size=batch_size)
@@ -194,7 +216,9 @@ def _training_cases(base: Path, index: CaseIndex, fold: int | str) -> int:
     if splits.is_file():
         content = _read_splits(splits)
         if int(fold) < len(content):
-            return len(set(_known(content[int(fold)]["train"], cases, splits)) - set(left_out))
+            part = content[int(fold)]
+            _known(part["val"], cases, splits)
+            return len(set(_known(part["train"], cases, splits)) - set(left_out))
     elif len(cases) < FOLDS:
         raise UserError(f"fold {fold} needs at least {FOLDS} cases, {base.name} has {len(cases)}. Use fold 'all'")
     return int((len(cases) - len(left_out)) * 0.8)

@@ -54,6 +54,8 @@ class ManagedTrainer(ResumableTrainer):
     network: Any
     dataloader_train: Any
     dataloader_val: Any
+    #: It ends in time when asked to (``--max-time``).
+    time_limited = True
     #: Stock's training and prediction build the target trainer's network.
     build_network_architecture: Callable[..., nn.Module] = staticmethod(target_network)
 

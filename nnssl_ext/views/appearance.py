@@ -74,11 +74,13 @@ class IntensityDraw:
         steps: Each augmentation with the volumes that it changes, in order.
         volumes: V C, volumes of a sample.
         samples: B.
+        masked: Channels that stay zero where all channels of an image are, as in nnU-Net.
     """
 
     steps: list[tuple[type[Augmentation], Chosen]]
     volumes: int
     samples: int
+    masked: Sequence[int] = ()
 
     @classmethod
     def draw(
@@ -89,6 +91,7 @@ class IntensityDraw:
         spacing: Sequence[float],
         views: int = 1,
         exclusive: Sequence[Exclusive] = (),
+        masked: Sequence[bool] = (),
     ) -> IntensityDraw:
         """Draw for a batch.
 
@@ -99,6 +102,7 @@ class IntensityDraw:
             spacing: Voxel edges in mm.
             views: V; each view of a sample is an image of its own.
             exclusive: Groups of which an image gets one augmentation at most.
+            masked: Channels that stay zero outside of the image, a bool for each.
         """
         if not settings.in_use:
             return cls([], views * channels, len(random))
@@ -128,7 +132,7 @@ class IntensityDraw:
             sample, place = np.divmod(rows, views * channels)
             owner = torch.stack([seeds[torch.from_numpy(sample)], torch.from_numpy(place)], 1)
             steps.append((kind, Chosen(torch.from_numpy(rows), host, host, owner, settings, spacing)))
-        return cls(steps, views * channels, len(random))
+        return cls(steps, views * channels, len(random), np.flatnonzero(masked).tolist())
 
     def of(self, samples: slice) -> IntensityDraw:
         """Return the views of some of the samples."""
@@ -141,11 +145,12 @@ class IntensityDraw:
             if last > first:
                 part = chosen.part(slice(first, last))
                 steps.append((kind, part._replace(rows=part.rows - begin * self.volumes)))
-        return IntensityDraw(steps, self.volumes, end - begin)
+        return IntensityDraw(steps, self.volumes, end - begin, self.masked)
 
     def apply(self, batch: Tensor) -> Tensor:
         """Apply all augmentations in place. (B, C, D, H, W) or (B, V, C, D, H, W)"""
         volumes = batch.view(-1, *batch.shape[-3:])
+        outside = (batch == 0).all(-4) if self.masked and self.steps else None
         if has_kernels(volumes.device, volumes.shape[1:]):
             for kind, chosen in self.steps:
                 for n, row in enumerate(chosen.rows.tolist()):
@@ -157,6 +162,9 @@ class IntensityDraw:
                 self.of(slice(b, b + 1)).apply_definition(volumes[first : first + self.volumes])
         else:
             self.apply_definition(volumes)
+        if outside is not None:
+            for channel in self.masked:
+                batch.select(-4, channel).masked_fill_(outside, 0.0)
         return batch
 
     def apply_definition(self, volumes: Tensor) -> None:

@@ -33,6 +33,7 @@ class ViewKind:
         area: Range of the share of the region in the plane of the last two axes.
         depth: The same along the first axis.
         turns: Their mirrors and quarter turns.
+        masked: For each channel, whether intensity views keep zero outside of the image.
     """
 
     number: int
@@ -40,6 +41,7 @@ class ViewKind:
     area: tuple[float, float]
     depth: tuple[float, float]
     turns: SpatialRange
+    masked: tuple[bool, ...] = ()
 
     def draw(self, generator: np.random.Generator, region: Sequence[int]) -> np.ndarray:
         """Draw a matrix (3, 3) from view to region voxels."""
@@ -90,9 +92,8 @@ def look_at(
     """Cut placed views and apply intensity views. (B V) boxes, those of a sample in a row -> (B, V, C, D, H, W)."""
     crops, _ = crop_batch(views, kind.size, random.device)
     image = crops.unflatten(0, (len(random), -1))
-    spacing, number = kind.turns.spacing, image.shape[1]
-    draw = IntensityDraw.draw(intensity, random, image.shape[2], spacing, views=number, exclusive=exclusive)
-    return draw.apply(image)
+    shape = {"channels": image.shape[2], "spacing": kind.turns.spacing, "views": image.shape[1]}
+    return IntensityDraw.draw(intensity, random, **shape, exclusive=exclusive, masked=kind.masked).apply(image)
 
 
 def draw_patch_masks(

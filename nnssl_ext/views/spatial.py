@@ -108,6 +108,8 @@ def half_extent(matrix: np.ndarray, size: Sequence[int]) -> np.ndarray:
 def shrink_to_fit(matrix: np.ndarray, size: Sequence[int], room: np.ndarray, *, isotropic: bool = True) -> np.ndarray:
     """Shrink a crop's matrix to fit ``room``.
 
+    Where a source has one plane, an extended crop repeats it.
+
     Args:
         matrix: (3, 3).
         size: Edges of the crop.
@@ -115,8 +117,12 @@ def shrink_to_fit(matrix: np.ndarray, size: Sequence[int], room: np.ndarray, *, 
         isotropic: Shrink all axes alike, or each axis of the source that is too short by itself.
     """
     half = half_extent(matrix, size)
-    shrink = np.minimum(room / np.maximum(half, 1e-9), 1.0)
-    return matrix * (shrink.min() if isotropic else shrink[:, None])
+    extended = half > 1e-9
+    shrink = np.divide(room, half, out=np.ones(3), where=extended).clip(max=1.0)
+    plane = extended & (room <= 0)
+    if isotropic and not plane.all():
+        shrink = np.where(plane, 0.0, shrink[~plane].min())
+    return matrix * shrink[:, None]
 
 
 def subview(

@@ -96,8 +96,11 @@ def noise_boxes(size: tuple, number: int, spread: tuple = (0.0, 0.0, 0.0)) -> li
     return boxes
 
 
-def build(method: type[Method], settings: Any, spacing: tuple = (1.0, 1.0, 1.0), kind: str = "plain") -> Any:
-    geometry = DataGeometry(SIZE, spacing, 2, tuple(backbone_of(network(kind)).strides), CASE)
+def build(
+    method: type[Method], settings: Any, spacing: tuple = (1.0, 1.0, 1.0), kind: str = "plain", masked: tuple = ()
+) -> Any:
+    strides = tuple(backbone_of(network(kind)).strides)
+    geometry = DataGeometry(SIZE, spacing, 2, strides, CASE, masked=masked)
     outputs = method.output_channels(settings, geometry) or 3
     torch.manual_seed(0)
     return method(backbone_of(network(kind, 2, outputs)), settings, geometry)

@@ -8,6 +8,7 @@ import torch
 
 from nnssl_ext.methods import METHODS
 from nnssl_ext.methods.common import IntensityViewSettings, SpatialViewSettings
+from nnssl_ext.views.appearance import IntensityDraw
 from tests.methods.helpers import build, views_of, write_cases
 
 #: It reads images instead of cases.
@@ -62,3 +63,18 @@ def test_every_view_setting_changes_the_views(name: str, tmp_path: Path) -> None
         if all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(before, after, strict=True)):
             same.append(".".join(path))
     assert same == []
+
+
+@pytest.mark.parametrize("name", [name for name in READS_CASES if name != "models_genesis"])
+def test_what_nnunet_keeps_zero_stays_zero(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside of the image, in channels that are normalized within a mask."""
+    seen, draw = [], IntensityDraw.draw.__func__  # type: ignore[attr-defined]
+
+    def noted(*words: Any, masked: tuple = (), **more: Any) -> IntensityDraw:
+        seen.append(masked)
+        return draw(*words, masked=masked, **more)
+
+    monkeypatch.setattr(IntensityDraw, "draw", classmethod(noted))
+    method = METHODS[name]
+    views_of(write_cases(tmp_path), build(method, method.Settings(), masked=(True, False)), [0, 1])
+    assert set(seen) == {(True, False)}

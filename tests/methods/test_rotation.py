@@ -198,3 +198,8 @@ def test_a_solved_task_is_told() -> None:
     assert not check({"accuracy": 0.9}).solved
     assert "rotation.reconstruction=1" in check({"accuracy": 0.99}).solved
     assert not check({"accuracy": 0.99}).collapse
+
+
+def test_an_axis_of_one_voxel_has_a_finite_roughness() -> None:
+    image = torch.randn(2, 1, 1, 8, 8)
+    assert torch.isfinite(roughness(image)).all()

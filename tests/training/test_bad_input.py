@@ -158,6 +158,9 @@ def test_split_that_names_absent_cases(plain: Environment) -> None:
     path.write_text('[{"train": ["case_00", "case_77"], "val": []}]')
     with pytest.raises(UserError, match="names cases that are not preprocessed: case_77"):
         pretrain(plain, "plain", "run")
+    path.write_text('[{"train": ["case_00"], "val": ["case_78"]}]')
+    with pytest.raises(UserError, match="names cases that are not preprocessed: case_78"):
+        pretrain(plain, "plain", "run")
     path.write_text("{}")
     with pytest.raises(UserError, match=r"splits_final\.json must hold a JSON list, got dict"):
         pretrain(plain, "plain", "run")

@@ -165,3 +165,19 @@ def test_another_default_keeps_the_description() -> None:
     before = {field.name: field for field in fields(IntensitySettings)}["noise_probability"]
     assert WithOffset().noise_probability == 0.0
     assert by_name["noise_probability"].metadata["doc"] == before.metadata["doc"]
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_masked_channels_stay_zero_outside_of_the_image(cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnssl_ext.views.appearance.has_kernels", lambda *_: cpu)
+    image, settings = batch(), strengths(dict.fromkeys(CHANCES, 1.0))
+    image[..., :4] = 0.0
+    image[:, 0, 5, 5, 5] = 0.0  # of one channel only
+    random = [BatchRandom(0, VIEWS, [4, 5, 6], CPU) for _ in range(2)]
+    plain = IntensityDraw.draw(settings, random[0], 2, SPACING).apply(image.clone())
+    draw = IntensityDraw.draw(settings, random[1], 2, SPACING, masked=(True, False))
+    masked = draw.of(slice(1, 3)).apply(image[1:].clone())
+    assert (masked[:, 0, ..., :4] == 0).all()
+    assert (plain[:, 0, ..., :4] != 0).any()
+    torch.testing.assert_close(masked[:, 1], plain[1:, 1])
+    torch.testing.assert_close(masked[:, 0, ..., 4:], plain[1:, 0, ..., 4:])

@@ -5,7 +5,16 @@ import pytest
 import torch
 from scipy.ndimage import map_coordinates
 
-from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_batch, crop_box, half_extent, rotation_matrix, subview
+from nnssl_ext.views.spatial import (
+    SourceBox,
+    SpatialRange,
+    crop_batch,
+    crop_box,
+    half_extent,
+    rotation_matrix,
+    shrink_to_fit,
+    subview,
+)
 
 CPU = torch.device("cpu")
 ISOTROPIC = (1.0, 1.0, 1.0)
@@ -166,3 +175,16 @@ def test_a_turn_is_a_rotation_in_millimetres() -> None:
     millimetres = matrix * spacing[:, None] / spacing[None, :]
     np.testing.assert_allclose(millimetres @ millimetres.T, np.eye(3), atol=1e-12)
     np.testing.assert_allclose(abs(millimetres), [[0, 0, 1], [0, 1, 0], [1, 0, 0]], atol=1e-12)
+
+
+def test_one_plane_is_repeated_and_not_magnified() -> None:
+    data = volume((1, 1, 20, 20))
+    center = np.array([0.0, 9.5, 9.5])
+    inner, _ = crop_box(SourceBox(data, np.eye(3), center), (1, 8, 8), CPU)
+    for size, region in (((8, 8, 8), (16, 16, 16)), ((1, 8, 8), (1, 16, 16))):
+        read = shrink_to_fit(np.eye(3), region, np.array([0.0, 9.5, 9.5]))
+        crop, outside = crop_box(subview(SourceBox(data, read, center), region, np.eye(3), view_size=size), size, CPU)
+        assert outside is None
+        torch.testing.assert_close(crop, inner.expand_as(crop))
+    fitted = shrink_to_fit(np.eye(3), (8, 8, 8), np.array([0, 7 / 4, 7 / 2]))
+    np.testing.assert_allclose(fitted, np.diag([0, 0.5, 0.5]))

@@ -69,7 +69,9 @@ class Corpus:
     processes: int = 1
 
     def __post_init__(self) -> None:
-        self._plans = read_json(self.like / f"{self.plans}.json")
+        plans = read_json(self.like / f"{self.plans}.json")
+        new, old = (f"foreground_intensity_properties_{by}" for by in ("per_channel", "by_modality"))
+        self._plans = {new: plans.get(old), **plans}
         self._configuration = configuration_of(self._plans, self.configuration)
         if reason := unusable(self.configuration, self._configuration, "give"):
             raise UserError(reason)

@@ -223,7 +223,7 @@ def view_kinds(settings: DINOSettings, geometry: DataGeometry) -> list[ViewKind]
         (GLOBALS // 2, geometry.crop_size, settings.global_area, settings.global_depth),
         (settings.local_crops or 0, local_size(settings, geometry), settings.local_area, settings.local_depth),
     ]
-    return [ViewKind(n, size, (a[0], a[1]), (d[0], d[1]), turns) for n, size, a, d in kinds if n]
+    return [ViewKind(n, size, (a[0], a[1]), (d[0], d[1]), turns, geometry.masked) for n, size, a, d in kinds if n]
 
 
 def resolved(settings: DINOSettings, geometry: DataGeometry) -> DINOSettings:

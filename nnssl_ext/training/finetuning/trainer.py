@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -25,12 +24,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from nnssl_ext import checkpoint
-from nnssl_ext.data.cases import stored_as
 from nnssl_ext.data.loader import Shard
 from nnssl_ext.environment import check_device
 from nnssl_ext.errors import UserError
 from nnssl_ext.provenance import revision, versions
 from nnssl_ext.settings import CommonSettings
+from nnssl_ext.training.checks import check_finetuning_data
 from nnssl_ext.training.distributed.ranks import rank, world
 from nnssl_ext.training.distributed.store import from_the_first
 from nnssl_ext.training.finetuning.components import (
@@ -92,11 +91,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
     ) -> tuple[CommonSettings, str]:
         common, self.settings = finetune_settings(plans)
         check_device(device.type)
-        manager = PlansManager(plans)
-        folder = Path(str(nnUNet_preprocessed)) / manager.dataset_name
-        folder /= manager.get_configuration(configuration).data_identifier
-        if folder.is_dir():
-            stored_as(folder)
+        check_finetuning_data(PlansManager(plans), configuration, type(self).__name__)
         return common, self.settings.precision
 
     steps_per_epoch = property(lambda self: self.settings.steps_per_epoch)

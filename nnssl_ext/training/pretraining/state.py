@@ -195,7 +195,8 @@ def identity(
     """Return what a run and its checkpoint must share."""
     common = {k: v for k, v in asdict(checked.common).items() if k not in FREE}
     geometry = asdict(checked.geometry)
-    del geometry["strides"], geometry["batch_size"]  # the architecture and the batch size below include them
+    # the architecture and the batch size below include the first two, the data's digests the last
+    del geometry["strides"], geometry["batch_size"], geometry["masked"]
     if not method.crops(checked.settings, checked.geometry).fits_cases:
         del geometry["case_size"]
     return _jsonlike(

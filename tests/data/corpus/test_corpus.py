@@ -17,7 +17,7 @@ from nnssl_ext.data import index
 from nnssl_ext.data.cases import list_cases, open_case
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.errors import UserError
-from nnssl_ext.recipe import MAX_JSON_BYTES
+from nnssl_ext.recipe import MAX_JSON_BYTES, write_json
 from tests.conftest import Environment
 from tests.volumes import SHAPE, volume, write_image, write_series
 
@@ -80,6 +80,14 @@ def test_a_corpus_is_an_ordinary_preprocessed_data_set(target: Environment, imag
     row = next(row for row in made["volumes"] if row["files"][0].endswith("three.nrrd"))
     assert (row["shape"], row["spacing"], row["orientation"]) == ([*SHAPE], [2.0, 1.0, 1.0], "LPS")
     assert len(row["sha256"]) == len(row["content"]) == 64
+
+
+def test_the_plans_of_an_early_nnunet(target: Environment, images: Path) -> None:
+    new, old = (f"foreground_intensity_properties_{by}" for by in ("per_channel", "by_modality"))
+    plans = target.plans("plain")
+    plans[old] = plans.pop(new)
+    write_json(plans, target.dataset("plain") / "nnUNetPlans.json")
+    assert make(images)["preprocessing"][new] == plans[old]
 
 
 @pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"])
