@@ -166,7 +166,7 @@ def _check_stock_reads(file: Path) -> None:
         raise UserError(f"{file} is UTF-8, which nnU-Net does not read in this locale. Export PYTHONUTF8=1") from error
 
 
-def _check_devices(known: argparse.Namespace, batch_size: int | None) -> None:
+def _check_devices(known: argparse.Namespace, batch_size: int | None = None) -> None:
     """Check the device, and that each process has a sample. A pretraining checks its own ``batch_size``."""
     number = 1 if known.num_gpus is None else known.num_gpus
     world = max(number, int(os.environ.get("WORLD_SIZE", 1)) if environment.launched() else 1)

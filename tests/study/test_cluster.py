@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -102,7 +103,8 @@ def test_the_state_of_a_job_is_slurms_latest(tmp_path: Path, monkeypatch: pytest
     command.write_text(f"#!/bin/sh\ncat {states}\n")
     command.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    job, preempted = submitit.SlurmJob(folder=tmp_path, job_id="7"), dict[str, float]()
+    job: Any = submitit.SlurmJob(folder=tmp_path, job_id="7")
+    preempted: dict[str, float] = {}
 
     def has_ended(state: str) -> bool:
         states.write_text(f"JobID|State|NodeList\n7|{state}|node\n")
