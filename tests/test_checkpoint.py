@@ -1,4 +1,3 @@
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,21 +44,6 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
         checkpoint.load(path)
     with pytest.raises(UserError, match="cannot read checkpoint .*: No such file"):
         checkpoint.load(tmp_path / "absent.pth")
-
-
-class Malicious:
-    def __reduce__(self) -> tuple:
-        return (Path.touch, (Path("executed"),))
-
-
-def test_pickles_are_never_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({**content(), "evil": Malicious()}, "evil.pth")
-    Path("bare.pth").write_bytes(pickle.dumps(Malicious()))
-    for name in ("evil.pth", "bare.pth"):
-        with pytest.raises(UserError, match="damaged or no pretraining checkpoint"):
-            checkpoint.load(Path(name))
-    assert not Path("executed").exists()
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from nnssl_ext.data.images import ImageRequest, draw_region
 from nnssl_ext.data.loader import Shard
 from nnssl_ext.recipe import check_json, merged
 from nnssl_ext.training.distributed.ranks import mean_over_samples
-from nnssl_ext.views.random import sample_generator
 from nnssl_ext.views.spatial import SourceBox, SpatialRange, crop_box, half_extent
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
@@ -88,7 +87,7 @@ def test_shards_are_a_partition_of_the_samples(batch: int, world: int, first: in
 
 
 @quick
-@given(height=st.integers(1, 50), width=st.integers(1, 50), seed=seeds)
+@given(height=st.integers(1, 500), width=st.integers(1, 500), seed=seeds)
 def test_a_region_lies_in_its_image(height: int, width: int, seed: int) -> None:
     low, high = draw_region(np.random.default_rng(seed), height, width, ImageRequest((4, 4)))
     assert (low >= 0).all()
@@ -102,11 +101,3 @@ def test_means_do_not_count_what_is_not_finite(values: list) -> None:
     outputs = [{"loss": torch.tensor(row)} for row in values]
     bad = [{"loss": torch.tensor([float("nan"), float("inf")])}]
     assert mean_over_samples(outputs + bad) == mean_over_samples(outputs)
-
-
-@quick
-@given(seed=st.integers(0, 2**31), stream=st.integers(0, 40), index=st.integers(0, 2**40))
-def test_draws_are_pure_functions_of_their_numbers(seed: int, stream: int, index: int) -> None:
-    first, again = (sample_generator(seed, stream, index).integers(1 << 62) for _ in range(2))
-    assert first == again
-    assert first != sample_generator(seed, stream, index + 1).integers(1 << 62)

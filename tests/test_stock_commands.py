@@ -1,14 +1,8 @@
 """The line as a user walks it: real nnUNetv2_* commands, from pretraining to prediction."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import SimpleITK
@@ -77,39 +71,6 @@ def test_hand_over(with_data: Data, method: str, kind: str) -> None:
     for here, file_says, unlearned in zip(handed_over, features(weights, kind), features(still, kind), strict=True):
         assert torch.equal(here, file_says)
         assert not torch.allclose(here, unlearned, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.real_commands
-def test_killed_and_continued(with_data: Data) -> None:
-    """SIGKILL at some moment after the first checkpoint, then --c: the weights of a run that was never killed."""
-    environment, trainer = with_data("plain"), "nnsslTrainer_VolumeFusion"
-    run = {"epochs": 30, "iterations_per_epoch": 6, "save_every": 1}
-    for name in ("whole", "killed"):
-        environment.write_plans("plain", name, run)
-    command = ["nnUNetv2_train", "811", "3d_fullres", "0", "-tr", trainer, "-p", "killed", "-device", "cpu"]
-    folder = environment.fold("plain", "killed", trainer)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    process = subprocess.Popen(
-        command, env={**os.environ, **environment.variables, "PATH": path}, stdout=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoint_latest.pth").exists() and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder / "checkpoint_final.pth").exists()
-    environment.run(*command, "--c", variables={"nnUNet_n_proc_DA": "1"})
-    # the commands use every core, so the uninterrupted run must be a command too
-    environment.run(*[word if word != "killed" else "whole" for word in command])
-    digests = [
-        checkpoint.load(environment.fold("plain", name, trainer) / "checkpoint_final.pth")["nnssl_ext"][
-            "weights_sha256"
-        ]
-        for name in ("killed", "whole")
-    ]
-    assert digests[0] == digests[1]
 
 
 def test_bad_input_through_the_command(with_data: Data) -> None:

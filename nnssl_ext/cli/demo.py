@@ -29,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    import torch
-
+    from nnssl_ext.environment import default_device
     from nnssl_ext.study.demo.demo import Demo
     from nnssl_ext.study.demo.page import write_page
     from nnssl_ext.study.demo.phantom import PhantomOptions
@@ -39,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     source: Source = PhantomSource(PhantomOptions(labeled=arguments.labeled, test=8, field_of_view=36.0))
     if arguments.msd:
         source = DecathlonSource(Path(arguments.msd), arguments.labeled)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = arguments.device or default_device()
     if not arguments.minutes >= 2:
         raise UserError(f"--minutes: expected at least 2, got {arguments.minutes:g}.")
     folder = Path(arguments.output).resolve()

@@ -80,13 +80,13 @@ def _fetch(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     import tempfile
 
-    from nnssl_ext.study.decathlon.tasks import convert_task, task_of_path, unpack
+    from nnssl_ext.study.decathlon.tasks import convert_task, dataset_of, task_of_path, unpack
 
     raw = named_folder("nnUNet_raw")
     raw.mkdir(parents=True, exist_ok=True)
     for path in arguments.tasks:
         task = task_of_path(path)
-        target = raw / f"Dataset{int(task[4:6]):03d}_{task[7:]}"
+        target = raw / dataset_of(task)
         if target.exists():
             raise UserError(f"{target} is there already. Remove it to convert {task} again")
         if others := same_number(target.name):

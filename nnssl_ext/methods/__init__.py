@@ -1,7 +1,7 @@
 """Register methods: a file and a line here each."""
 
 from nnssl_ext.catalog import trainer_of
-from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, ParameterGroup, Readable, ValidationCheck
+from nnssl_ext.methods.base import DataGeometry, Method, OptimizerRecipe, ParameterGroup, Readable
 from nnssl_ext.methods.contrastive_predictive_coding import ContrastivePredictiveCoding
 from nnssl_ext.methods.dino.dino import DINO
 from nnssl_ext.methods.exemplar import Exemplar
@@ -46,5 +46,4 @@ __all__ = [
     "OptimizerRecipe",
     "ParameterGroup",
     "Readable",
-    "ValidationCheck",
 ]

@@ -29,9 +29,8 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     return int(np.random.default_rng((seed, 1 << 16, step, *([rank] if rank else []))).integers(1 << 62))
 
 
-def to_device(draws: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def to_device(draws: Tensor, device: torch.device) -> Tensor:
     """Copy host draws to the device, to a GPU of CUDA without waiting."""
-    draws = draws if dtype is None else draws.to(dtype)
     if device.type == "cuda" and not draws.is_cuda:
         draws = draws.pin_memory()
     # MPS before torch 2.13 reads the source later, when it may be freed (pytorch#189690)

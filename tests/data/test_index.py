@@ -172,3 +172,4 @@ def test_cases_of_other_channels_than_expected_are_problems(folder: Path) -> Non
     index = CaseIndex.build(folder)
     assert index.problems() == {}
     assert index.problems(channels=1) == {"case_1": "has 2 channels, the plans expect 1"}
+    assert index.problems(channels=2)["case_0"] == "has 1 channels, the plans expect 2"

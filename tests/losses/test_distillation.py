@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nnssl_ext.losses import fused
 from nnssl_ext.losses.distillation import Targets, koleo, sinkhorn_bias, target_distributions, update_center
-from tests.losses.definitions import prototype_cross_entropy
+from tests.losses.definitions import drawn, prototype_cross_entropy
 
 #: What DINOv2's own losses (Apache-2.0) answered for these inputs.
 RECORDED = json.loads((Path(__file__).parent / "data" / "dinov2_losses.json").read_text())
@@ -64,17 +64,6 @@ def test_koleo_equals_dinov2() -> None:
     features = torch.tensor(RECORDED["features"])
     loss = koleo(features, features, torch.arange(len(features))).mean().item()
     assert loss == pytest.approx(RECORDED["koleo"], rel=1e-5)
-
-
-def drawn(samples: int = 7, views: int = 3, width: int = 8, prototypes: int = 40) -> tuple[Tensor, Tensor, Targets]:
-    generator = torch.Generator().manual_seed(0)
-
-    def unit(*shape: int) -> Tensor:
-        return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
-
-    student, own = unit(samples, views, width).requires_grad_(), unit(prototypes, width).requires_grad_()
-    bias = torch.randn(prototypes, generator=generator)
-    return student, own, Targets(unit(samples, 2, width), unit(prototypes, width), bias, 0.06)
 
 
 def test_sinkhorn_uses_all_prototypes_alike() -> None:

@@ -7,20 +7,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnssl_ext.losses import distillation
-from nnssl_ext.losses.distillation import Targets, koleo, sinkhorn_bias, update_center
+from nnssl_ext.losses.distillation import koleo, sinkhorn_bias, update_center
 from nnssl_ext.losses.fused import MAX_KOLEO_GRADIENT, attach_gradient, limit_koleo_gradient, prototype_cross_entropy
 from tests.losses import definitions
-
-
-def drawn(samples: int = 7, views: int = 3, width: int = 8, prototypes: int = 40) -> tuple[Tensor, Tensor, Targets]:
-    generator = torch.Generator().manual_seed(0)
-
-    def unit(*shape: int) -> Tensor:
-        return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
-
-    student, own = unit(samples, views, width).requires_grad_(), unit(prototypes, width).requires_grad_()
-    bias = torch.randn(prototypes, generator=generator)
-    return student, own, Targets(unit(samples, 2, width), unit(prototypes, width), bias, 0.06)
+from tests.losses.definitions import drawn
 
 
 @pytest.mark.parametrize("elements", [1, 500, 1 << 24])

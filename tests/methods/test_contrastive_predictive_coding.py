@@ -16,17 +16,12 @@ from nnssl_ext.methods.contrastive_predictive_coding import (
 )
 from nnssl_ext.methods.patches import PatchIntensitySettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
-from tests.methods.helpers import CPU, batch_of, build, noise_boxes, views_of, write_cases
+from tests.methods.helpers import CPU, batch_of, build, noise_boxes, views_of
 from tests.support.looks import without_views
 
 NO_VIEWS = without_views(PatchIntensitySettings)
 OURS = ContrastivePredictiveCodingSettings()
 BARE = replace(OURS, intensity=NO_VIEWS, standardize=False)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_cases(tmp_path)
 
 
 def test_rows_come_in_the_direction_that_is_drawn_and_the_skipped_one_is_not_read(folder: Path) -> None:

@@ -20,7 +20,7 @@ from nnssl_ext.settings import split_sections
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from nnssl_ext.views.spatial import crop_box
 from tests.conftest import Environment
-from tests.methods.helpers import CPU, batch_of, build, readable_after, views_of, write_anatomy, write_cases
+from tests.methods.helpers import CPU, batch_of, build, readable_after, views_of, write_anatomy
 from tests.support.runs import pretrain, trainer_for
 
 Data = Callable[[str], Environment]
@@ -31,11 +31,6 @@ PUZZLES = {
     "jigsaw": {"permutations": 8},
     "relative_patch_location": {},
 }
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_cases(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["plain", "residual", "anisotropic"])

@@ -9,16 +9,11 @@ import torch
 from nnssl_ext.losses.triplet import plain_triplet, semi_hard_triplet
 from nnssl_ext.methods.exemplar import Exemplar, ExemplarIntensitySettings, ExemplarSettings
 from nnssl_ext.views.random import VIEWS, BatchRandom
-from tests.methods.helpers import CASE, CPU, batch_of, build, readable_after, views_of, write_cases
+from tests.methods.helpers import CASE, CPU, batch_of, build, readable_after, views_of
 
 OURS = replace(ExemplarSettings(), warmup=0.0)
 #: As published: three heads, a clean positive, the negative that is given.
 PUBLISHED = replace(OURS, shared_head=False, clean_positive=True, mining="given", normalize=False)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_cases(tmp_path)
 
 
 def write_individuals(folder: Path, cases: int = 24) -> Path:

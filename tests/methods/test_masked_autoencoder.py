@@ -16,16 +16,11 @@ from nnssl_ext.networks.heads import sine_positions
 from nnssl_ext.networks.visible_norms import VisibleNorms
 from nnssl_ext.views.masking import block_moments, expand_blocks
 from nnssl_ext.views.random import VIEWS, BatchRandom
-from tests.methods.helpers import CPU, OFF, SIZE, batch_of, build, views_of, write_cases
+from tests.methods.helpers import CPU, OFF, SIZE, batch_of, build, views_of
 from tests.support.networks import network
 
 #: No augmentation.
 BARE = replace(MaskedAutoencoderSettings(), flip=0, rot90=0, affine=0, intensity=OFF, block_size=[4, 4, 4])
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_cases(tmp_path)
 
 
 def test_hidden_blocks_are_zero_and_are_the_targets(folder: Path) -> None:

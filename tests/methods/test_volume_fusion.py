@@ -17,15 +17,10 @@ from nnssl_ext.views.cpu import chunks as slabs
 from nnssl_ext.views.fusion import GridLayout
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from nnssl_ext.views.spatial import is_resampled
-from tests.methods.helpers import CPU, OFF, SIZE, batch_of, build, noise_boxes, views_of, write_cases
+from tests.methods.helpers import CPU, OFF, SIZE, batch_of, build, noise_boxes, views_of
 
 #: No augmentation at all, every voxel a target.
 BARE = replace(VolumeFusionSettings(), flip=0, rot90=0, affine=0, intensity=OFF, ignore_below=0, match_noise=False)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_cases(tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["boxes", "grid"])

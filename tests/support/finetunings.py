@@ -1,52 +1,32 @@
 """Fine-tuning runs, their faults, and their comparison."""
 
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from nnunetv2.run.run_training import run_training
 
 from nnssl_ext import checkpoint
 from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
 from nnssl_ext.training.run.folder import HOLDER, LATEST, LOCK, PREVIOUS
 from tests.conftest import Environment
-from tests.datasets import dataset_name
+from tests.support import runs
 
 NAME = "nnsslTrainer_Finetune"
 RUN = {"steps": 8, "steps_per_epoch": 3, "validation_iterations": 1, "save_every": 1, "snapshots": [4, 8]}
 #: The same with other snapshots.
 BROKEN = {**RUN, "snapshots": [2, 4]}
 
+kill_at = partial(runs.kill_at, error=KeyboardInterrupt, trainer=nnsslTrainer_Finetune)
+signal_at = partial(runs.signal_at, trainer=nnsslTrainer_Finetune)
+
 
 def tune(environment: Environment, kind: str, plans: str, pretrained: Path | None = None, c: bool = False) -> Path:
-    run_training(
-        dataset_name(kind),
-        "3d_fullres",
-        0,
-        NAME,
-        plans,
-        str(pretrained) if pretrained else None,
-        continue_training=c,
-        device=torch.device("cpu"),
-    )
-    return environment.fold(kind, plans, NAME)
+    return runs.pretrain(environment, kind, plans, trainer=NAME, weights=pretrained, c=c)
 
 
 def final(fold: Path) -> dict:
     return checkpoint.load(fold / "checkpoint_final.pth")
-
-
-def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = nnsslTrainer_Finetune.train_step
-
-    def train_step(self: nnsslTrainer_Finetune, batch: dict) -> dict:
-        if self.step == step:
-            raise KeyboardInterrupt
-        return original(self, batch)
-
-    monkeypatch.setattr(nnsslTrainer_Finetune, "train_step", train_step)
 
 
 WORDS = ["nnUNetv2_train", "817", "3d_fullres", "0", "-tr", NAME, "-p", "broken", "-device", "cpu"]
@@ -74,18 +54,6 @@ def same_run(first: Path, second: Path) -> None:
             digests.append(checkpoint.content_digest({**kept, "logging": log, "nnssl_ext": own}))
         assert digests[0] == digests[1], name
     assert not [path for path in second.iterdir() if path.name in (LATEST, PREVIOUS, LOCK, HOLDER)]
-
-
-def signal_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """The signal comes while this step is computed."""
-    original = nnsslTrainer_Finetune.train_step
-
-    def train_step(self: nnsslTrainer_Finetune, batch: dict) -> dict:
-        if self.step == step:
-            os.kill(os.getpid(), number)
-        return original(self, batch)
-
-    monkeypatch.setattr(nnsslTrainer_Finetune, "train_step", train_step)
 
 
 def asked_to_end(environment: Environment, c: bool = False) -> None:

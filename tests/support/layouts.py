@@ -1,8 +1,16 @@
 """Names and shapes in published weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
 
 Shape = tuple[int, ...]
+
+
+def random_weights(layout: Mapping[str, Shape]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in layout.items()}
 
 
 def encoder_layout(inputs: int, width: int, depth: int, chunks: int) -> dict[str, Shape]:

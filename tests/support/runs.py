@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import blosc2
 import numpy as np
@@ -34,6 +35,7 @@ def pretrain(
     fold: str = "0",
     configuration: str = "3d_fullres",
     trainer: str = TRAINER,
+    weights: Path | None = None,
     **options: bool,
 ) -> Path:
     """What the stock command does after parsing its arguments; returns the fold's folder."""
@@ -43,6 +45,7 @@ def pretrain(
         fold,
         trainer,
         plans,
+        str(weights) if weights else None,
         device=CPU,
         continue_training=options.get("c", False),
         only_run_validation=options.get("val", False),
@@ -60,16 +63,41 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing of ours catches it."""
 
 
-def kill_at(step: int, monkeypatch: pytest.MonkeyPatch, error: BaseException | type[BaseException] = Killed) -> None:
-    """The step with this number raises ``error`` instead."""
-    original = PretrainingTrainer.train_step
+def at_step(
+    step: int,
+    monkeypatch: pytest.MonkeyPatch,
+    action: Callable[[], object],
+    trainer: type = PretrainingTrainer,
+    method: str = "train_step",
+) -> None:
+    """The action comes before the trainer's method in the step with this number."""
+    original = getattr(trainer, method)
 
-    def train_step(self: PretrainingTrainer, batch: object) -> dict:
+    def acting(self: Any, batch: object) -> dict:
         if self.step == step:
-            raise error
-        return original(self, batch)  # type: ignore[arg-type]
+            action()
+        return original(self, batch)
 
-    monkeypatch.setattr(PretrainingTrainer, "train_step", train_step)
+    monkeypatch.setattr(trainer, method, acting)
+
+
+def kill_at(
+    step: int,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException | type[BaseException] = Killed,
+    **where: Any,
+) -> None:
+    """The step with this number raises ``error`` instead."""
+
+    def kill() -> None:
+        raise error
+
+    at_step(step, monkeypatch, kill, **where)
+
+
+def signal_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int, **where: Any) -> None:
+    """The signal comes while this step is computed."""
+    at_step(step, monkeypatch, lambda: os.kill(os.getpid(), number), **where)
 
 
 def same_run(first: Path, second: Path) -> None:
@@ -84,18 +112,6 @@ def same_run(first: Path, second: Path) -> None:
         content["nnssl_ext"] = {"state": content["nnssl_ext"]["state"]}
         digests.append(checkpoint.content_digest({k: content[k] for k in ("nnssl_ext", "optimizer_state")}))
     assert digests[0] == digests[1]
-
-
-def signal_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """The signal comes while this step is computed."""
-    original = PretrainingTrainer.train_step
-
-    def train_step(self: PretrainingTrainer, batch: object) -> dict:
-        if self.step == step:
-            os.kill(os.getpid(), number)
-        return original(self, batch)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(PretrainingTrainer, "train_step", train_step)
 
 
 def truncate(file: Path) -> None:

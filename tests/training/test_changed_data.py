@@ -16,7 +16,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
 from tests.conftest import Environment
-from tests.support.runs import TRAINER, cases, fault, pretrain, replace_case, same_run
+from tests.support.runs import TRAINER, at_step, cases, fault, pretrain, replace_case, same_run
 
 Data = Callable[[str], Environment]
 RUN = {"epochs": 2, "iterations_per_epoch": 4, "save_every": 1}
@@ -24,18 +24,6 @@ RUN = {"epochs": 2, "iterations_per_epoch": 4, "save_every": 1}
 
 def log_of(fold: Path) -> str:
     return "".join(path.read_text() for path in sorted(fold.glob("training_log_*")))
-
-
-def after(step: int, monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
-    """The change happens while the run is at this step."""
-    original = PretrainingTrainer.train_step
-
-    def train_step(self: PretrainingTrainer, batch: object) -> dict:
-        if self.step == step:
-            change()
-        return original(self, batch)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(PretrainingTrainer, "train_step", train_step)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +70,7 @@ def test_a_case_that_goes_bad_amid_the_run(with_data: Data, monkeypatch: pytest.
             blosc2.asarray(np.ones((1, 9, 9, 9), np.float32), urlpath=str(path), mode="w")
 
     with monkeypatch.context() as patch:
-        after(1, patch, break_it)
+        at_step(1, patch, break_it)
         fold = pretrain(environment, "plain", "run", "all")
         assert "cannot be read and is skipped (1 so far): case 'case_03'" in log_of(fold)
         shutil.copy2(kept, path)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,7 +34,7 @@ from tests.support.finetunings import (
     signal_at,
     tune,
 )
-from tests.support.runs import cases
+from tests.support.runs import at_step, cases
 
 Data = Callable[[str], Environment]
 pytestmark = pytest.mark.usefixtures("training_only")
@@ -41,7 +42,10 @@ pytestmark = pytest.mark.usefixtures("training_only")
 
 @pytest.mark.parametrize(
     "settings",
-    [{"weight_average_decay": 0.9}, {"optimizer": "adamw", "freeze_encoder_steps": 5, "warmup": 2, "save_every": 2}],
+    [
+        {"weight_average_decay": 0.9},
+        {"optimizer": "adamw", "head_only_steps": 2, "freeze_encoder_steps": 5, "warmup": 2, "save_every": 2},
+    ],
 )
 def test_a_signal_amid_an_epoch_loses_nothing(
     with_data: Data, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], settings: dict
@@ -53,6 +57,8 @@ def test_a_signal_amid_an_epoch_loses_nothing(
     at = ((1, signal.SIGTERM), (5, signal.SIGUSR1), (6, signal.SIGINT), (7, signal.SIGHUP))
     for step, number in at:
         monkeypatch.setenv("nnUNet_n_proc_DA", str(step % 2))
+        torch.manual_seed(step)  # a new process starts with another state
+        np.random.seed(step)
         with monkeypatch.context() as patch:
             signal_at(step, patch, number)
             asked_to_end(environment, c=step > 1)
@@ -72,16 +78,9 @@ def test_a_signal_amid_the_last_validation_is_answered_before_the_long_one(
     environment, validated = with_data("labelled"), list[str]()
     plans(environment, "whole", "broken")
     whole = tune(environment, "labelled", "whole")
-    original = nnsslTrainer_Finetune.validation_step
-
-    def validation_step(self: nnsslTrainer_Finetune, batch: dict) -> dict:
-        if self.step == 8:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batch)
-
     monkeypatch.setattr(nnsslTrainer_Finetune, "perform_actual_validation", lambda self, _: validated.append(self.fold))
     with monkeypatch.context() as patch:
-        patch.setattr(nnsslTrainer_Finetune, "validation_step", validation_step)
+        signal_at(8, patch, signal.SIGTERM, method="validation_step")
         asked_to_end(environment)
     assert "Stopped by SIGTERM after step 8 of 8; nothing is lost" in capsys.readouterr().out
     assert validated == []
@@ -148,20 +147,17 @@ def test_a_lost_worker_is_replaced_and_no_batch_is_lost(
     plans(environment, "whole", "broken")
     whole = tune(environment, "labelled", "whole")
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
-    original = nnsslTrainer_Finetune.train_step
 
-    def train_step(self: nnsslTrainer_Finetune, batch: dict) -> dict:
-        if self.step == 1:
-            time.sleep(0.5)  # its next batches wait to be fetched
-            # the newest: another test's loader may not be collected yet, and that of the validation starts later
-            training = max(multiprocessing.active_children(), key=lambda child: child._identity)
-            os.kill(training.pid or 0, number)
-        return original(self, batch)
+    def lose_a_worker() -> None:
+        time.sleep(0.5)  # its next batches wait to be fetched
+        # the newest: another test's loader may not be collected yet, and that of the validation starts later
+        training = max(multiprocessing.active_children(), key=lambda child: child._identity)
+        os.kill(training.pid or 0, number)
 
     with monkeypatch.context() as patch:
         patch.setattr(loader, "POLL_SECONDS", 2)
         patch.setattr(loader, "HANG_SECONDS", 4)
-        patch.setattr(nnsslTrainer_Finetune, "train_step", train_step)
+        at_step(1, patch, lose_a_worker, nnsslTrainer_Finetune)
         broken = tune(environment, "labelled", "broken")
     log = next(broken.glob("training_log_*.txt")).read_text()
     lost = (
@@ -228,15 +224,8 @@ def test_no_worker_is_forked_while_a_checkpoint_is_written(with_data: Data, monk
 def test_data_that_fails_in_a_validation_loses_no_step(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = with_data("labelled")
     plans(environment, "whole", "broken", save_every=50)
-    original = nnsslTrainer_Finetune.validation_step
-
-    def validation_step(self: nnsslTrainer_Finetune, batch: dict) -> dict:
-        if self.step == 6:
-            raise UserError("a case is damaged")
-        return original(self, batch)
-
     with monkeypatch.context() as patch:
-        patch.setattr(nnsslTrainer_Finetune, "validation_step", validation_step)
+        kill_at(6, patch, error=UserError("a case is damaged"), method="validation_step")
         with pytest.raises(UserError, match="a case is damaged"):
             tune(environment, "labelled", "broken")
     assert checkpoint.load(fold(environment) / LATEST)["nnssl_ext"]["step"] == 6

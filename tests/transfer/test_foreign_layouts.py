@@ -26,7 +26,7 @@ from nnssl_ext.transfer.source import PretrainedWeights, SourceGeometry
 from nnssl_ext.transfer.transfer import AUTO, INDEX, PHYSICAL, TargetNetwork, transfer
 from tests.conftest import Environment
 from tests.datasets import make_plans
-from tests.support.layouts import SMALL, encoder_layout, published_layout
+from tests.support.layouts import SMALL, encoder_layout, published_layout, random_weights
 from tests.transfer.files import as_numpy_1, nnssl_file, resnet18, spark_file, stock_file
 from tests.transfer.helpers import MILLIMETRE, built, noise, planned, primus, source, target
 
@@ -163,11 +163,6 @@ def test_a_state_dict_of_every_family_is_found_wherever_it_is(
     assert torch.equal(given.weights[name], weights[expected])
 
 
-def _random(layout: dict[str, Any]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(tuple(shape), generator=generator) for name, shape in layout.items()}
-
-
 def _network(kind: str) -> dict[str, Tensor]:
     return dict(noise(primus() if kind == "primus" else built(planned(kind))).state_dict())
 
@@ -179,11 +174,11 @@ FAMILIES: dict[str, Callable[[], tuple[dict[str, Tensor], str, str]]] = {
     "residual": lambda: (_network("residual"), _BLOCK, _BLOCK),
     "primus": lambda: (_network("primus"), _PRIMUS, _PRIMUS),
     "pct_net": lambda: (
-        _random(published_layout(1, 2, SMALL, (2, 2, 4), 2)),
+        random_weights(published_layout(1, 2, SMALL, (2, 2, 4), 2)),
         "pyramid_ct.out_conv2.conv.seg_layers.weight",
         "pyramid_ct.out_conv2.conv.2.weight",
     ),
-    "vit": lambda: (_random(encoder_layout(1, 16, 4, 2)), f"backbone.{_QKV}", "blocks.0.1.attn.qkv.weight"),
+    "vit": lambda: (random_weights(encoder_layout(1, 16, 4, 2)), f"backbone.{_QKV}", "blocks.0.1.attn.qkv.weight"),
     "resnet": lambda: (resnet18(2), "encoder.stages.2.blocks.0.skip.0.conv.weight", "layer2.0.downsample.0.weight"),
 }
 
@@ -244,7 +239,7 @@ def pct_net(mode: int, **options: Any) -> TargetNetwork:
 @pytest.mark.parametrize("mode", [0, 1])
 def test_resolution_modes_that_were_not_trained_are_left(tmp_path: Path, mode: int) -> None:
     """The file holds three modes, of which training touched the second: its norms have counted batches."""
-    published = _random(published_layout(1, 2, SMALL, (2, 2, 4), 2))
+    published = random_weights(published_layout(1, 2, SMALL, (2, 2, 4), 2))
     for name in published:
         if name.endswith("num_batches_tracked"):
             trained = name.startswith(("embeddings.1.", "pred_heads.1.", "pyramid_ct."))
@@ -263,7 +258,7 @@ def test_resolution_modes_that_were_not_trained_are_left(tmp_path: Path, mode: i
 
 @pytest.mark.parametrize("hidden", [True, False])
 def test_hidden_padding_is_remarked_for_published_weights(tmp_path: Path, hidden: bool) -> None:
-    published = _random(published_layout(1, 2, SMALL, (2, 2, 4), 2))
+    published = random_weights(published_layout(1, 2, SMALL, (2, 2, 4), 2))
     given = read_source(save(tmp_path / "p.pt", {"model_state_dict": published}))
     report = transfer(given, pct_net(1, mask_padding=hidden))
     assert ("mask_padding" in str(report)) == hidden
@@ -274,7 +269,7 @@ def test_positions_of_another_grid_name_the_setting_that_keeps_them(tmp_path: Pa
     from nnssl_ext.networks.architectures.vit import ViTUNETR
 
     layout = {**encoder_layout(1, 16, 4, 2), "pos_embed": (1, 217, 16)}
-    encoder = _random(layout)
+    encoder = random_weights(layout)
     file = save(tmp_path / "t.pth", {"teacher": {f"backbone.{name}": tensor for name, tensor in encoder.items()}})
     options: dict[str, Any] = {"embed_dim": 16, "depth": 4, "num_heads": 2, "decoder_features": 4}
     away, own = (

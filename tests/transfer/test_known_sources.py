@@ -15,23 +15,18 @@ from nnssl_ext.transfer.known_sources import KNOWN_SOURCES
 from nnssl_ext.transfer.read import read_source
 from tests.conftest import REPOSITORY
 from tests.datasets import make_plans
-from tests.networks.architectures.test_pct_net import SMALL, published_layout
-from tests.networks.architectures.test_vit import encoder_layout
+from tests.support.layouts import SMALL, encoder_layout, published_layout, random_weights
 from tests.transfer.files import hub_folder, nnssl_file, plan, resnet18, spark_file, stock_file
 from tests.transfer.helpers import noise, primus
 
 
-def _random(layout: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: torch.randn(tuple(shape)) for name, shape in layout.items()}
-
-
 def _mis_fm(folder: Path) -> None:
-    weights = _random(published_layout(1, 2, SMALL, (2, 2, 4), 2))
+    weights = random_weights(published_layout(1, 2, SMALL, (2, 2, 4), 2))
     torch.save({"model_state_dict": weights, "iteration": 3, "valid_pred": 0.5}, folder / "pct.pt")
 
 
 def _vit(folder: Path) -> None:
-    encoder = {f"backbone.{name}": tensor for name, tensor in _random(encoder_layout(1, 16, 4, 2)).items()}
+    encoder = {f"backbone.{name}": tensor for name, tensor in random_weights(encoder_layout(1, 16, 4, 2)).items()}
     torch.save({"teacher": encoder}, folder / "3dino_vit_weights.pth")
 
 
@@ -48,7 +43,7 @@ def _stu_net(folder: Path) -> None:
     }
     content = {
         "epoch": 4000,
-        "state_dict": _random(layout),
+        "state_dict": random_weights(layout),
         "optimizer_state_dict": None,
         "plot_stuff": ([0.1], [], []),
     }

@@ -14,20 +14,15 @@ from nnssl_ext.transfer.adaptations import input_channels
 from nnssl_ext.transfer.read import read_source
 from nnssl_ext.transfer.report import ADAPTED, COPIED, LEFT
 from nnssl_ext.transfer.transfer import TargetNetwork, transfer
-from tests.support.layouts import SMALL, encoder_layout, published_layout
+from tests.support.layouts import SMALL, encoder_layout, published_layout, random_weights
 
 MILLIMETRE = (1.0, 1.0, 1.0)
-
-
-def noise(layout: dict[str, Any]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(tuple(shape), generator=generator) for name, shape in layout.items()}
 
 
 @pytest.fixture
 def vit_file(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
     """A narrow transformer of 4 blocks in 2 groups, with an objective's head beside it."""
-    published = {f"backbone.{name}": value for name, value in noise(encoder_layout(1, 16, 4, 2)).items()}
+    published = {f"backbone.{name}": value for name, value in random_weights(encoder_layout(1, 16, 4, 2)).items()}
     torch.save({"teacher": {**published, "dino_head.last_layer.weight": torch.zeros(3, 4)}}, tmp_path / "vit.pth")
     return tmp_path / "vit.pth", published
 
@@ -72,7 +67,7 @@ def test_3dinos_transformer_with_other_channels_tokens_and_grid(vit_file: tuple[
 
 @pytest.mark.parametrize("mode", [0, 2])
 def test_mis_fms_pct_net(tmp_path: Path, mode: int) -> None:
-    published = noise(published_layout(1, 2, SMALL, (2, 2, 4), 2))
+    published = random_weights(published_layout(1, 2, SMALL, (2, 2, 4), 2))
     whole = ("num_batches_tracked", "relative_position_index")
     integers = {name: value.long() * 0 for name, value in published.items() if name.endswith(whole)}
     torch.save({"model_state_dict": {**published, **integers}, "epoch": 3}, tmp_path / "pct.pt")

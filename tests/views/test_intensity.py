@@ -1,11 +1,9 @@
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from nnssl_ext.views.augmentations import _two_sided
 from nnssl_ext.views.intensity import (
     add_noise,
     adjust_gamma,
@@ -116,10 +114,3 @@ def test_the_percentiles_see_all_columns() -> None:
     batch[..., 1::2] += 50
     changed = remap_percentiles(batch)
     assert 0.1 < changed[..., 1::2].median() < 0.999
-
-
-@pytest.mark.parametrize(("limits", "below"), [((1.2, 2.0), 0.0), ((0.7, 1.5), 0.5)])
-def test_draws_stay_in_their_range(limits: tuple[float, float], below: float) -> None:
-    drawn = _two_sided(limits, np.linspace(0, 0.999, 1000))
-    assert limits[0] <= drawn.min() < drawn.max() <= limits[1]
-    assert np.mean(drawn < 1) == below

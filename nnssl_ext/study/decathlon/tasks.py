@@ -100,6 +100,11 @@ def find_task(word: str) -> Task:
     raise UserError(f"the Decathlon has no task '{word}'. It has {', '.join(task.folder for task in TASKS)}")
 
 
+def dataset_of(task: str) -> str:
+    """Return nnU-Net's data set of ``TaskXX_NAME``."""
+    return f"Dataset{int(task[4:6]):03d}_{task[7:]}"
+
+
 def fetch_task(task: Task, root: Path, url: str | None = None, md5: str | None = None) -> Path:
     """Download, check and unpack a task. Return its folder.
 
@@ -159,7 +164,7 @@ def convert_task(source: Path, raw: Path, scratch: Path, *, test_images: bool = 
     for part in PARTS:
         if not (source / part).exists():
             raise UserError(f"{source} has no {part}. A Decathlon task has imagesTr, labelsTr and dataset.json")
-    dataset = f"Dataset{int(source.name[4:6]):03d}_{source.name[7:]}"
+    dataset = dataset_of(source.name)
     # nnU-Net's converter insists on imagesTs, which not every copy has: a folder of links has one
     linked = scratch / "linked" / source.name
     linked.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ their place alone. A few labeled cases do not saturate it. D H W voxels, in Simp
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from tqdm import tqdm
 
 from nnssl_ext.errors import UserError
+from nnssl_ext.recipe import write_json
 
 #: Labels of the organs, in the order of dataset.json.
 ORGANS = ("liver", "twin_left", "twin_right", "vessel", "lesion")
@@ -103,8 +103,7 @@ def _write_cases(folder: Path, options: PhantomOptions) -> None:
         _write(label, folder / "labelsTr" / f"{name}.nii.gz", options.spacing)
 
     labels = {"background": 0, **{organ: value for value, organ in enumerate(ORGANS, 1)}, "ignore": IGNORE_LABEL}
-    _write_json(
-        folder / "dataset.json",
+    write_json(
         {
             "channel_names": {str(channel): f"MR{channel}" for channel in range(options.channels)},
             "labels": labels,
@@ -112,13 +111,14 @@ def _write_cases(folder: Path, options: PhantomOptions) -> None:
             "file_ending": ".nii.gz",
             "description": f"nnssl_ext phantom, seed {options.seed}",
         },
+        folder / "dataset.json",
     )
-    _write_json(
-        folder / "splits_final.json",
+    write_json(
         [
             {"train": names["labeled"], "val": names["test"]},
             {"train": names["labeled"] + names["unlabeled"], "val": names["test"]},
         ],
+        folder / "splits_final.json",
     )
 
 
@@ -221,7 +221,3 @@ def _write(volume: np.ndarray, path: Path, spacing: tuple[float, float, float]) 
     image = SimpleITK.GetImageFromArray(volume)
     image.SetSpacing([float(edge) for edge in reversed(spacing)])
     SimpleITK.WriteImage(image, str(path))
-
-
-def _write_json(path: Path, content: dict | list) -> None:
-    path.write_text(json.dumps(content, indent=4), encoding="utf-8")

@@ -11,7 +11,7 @@ import numpy as np
 
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import write_json
-from nnssl_ext.study.decathlon.tasks import convert_task, task_of_path, unpack
+from nnssl_ext.study.decathlon.tasks import convert_task, dataset_of, task_of_path, unpack
 from nnssl_ext.study.demo.phantom import PhantomOptions, write_phantom
 
 #: Test cases taken from a Decathlon task: a fifth of its labeled cases, and no more than this.
@@ -56,7 +56,7 @@ class DecathlonSource:
 
     @property
     def dataset(self) -> str:
-        return f"Dataset{int(self.task[4:6]):03d}_{self.task[7:]}"
+        return dataset_of(self.task)
 
     def write_raw(self, root: Path, scratch: Path) -> None:
         """Write the data set into nnUNet_raw. ``scratch`` holds intermediate files."""

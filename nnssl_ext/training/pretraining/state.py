@@ -21,7 +21,6 @@ from nnssl_ext.networks.base import LearnedPositions
 from nnssl_ext.networks.positions import resize_positions
 from nnssl_ext.networks.weight_length import length_factors, scale_to_lengths
 from nnssl_ext.provenance import hardware, revision, versions
-from nnssl_ext.renamed import without_dropped
 from nnssl_ext.training.checks import Checked
 from nnssl_ext.training.distributed.ranks import rank, world
 from nnssl_ext.transfer.locate import locate
@@ -215,11 +214,7 @@ def identity(
 
 def refuse_other_run(stored: dict[str, Any], mine: dict[str, Any], source: str) -> None:
     """Refuse to continue another run's checkpoint. The UserError names the first difference of the identities."""
-    settings = {
-        name: without_dropped(name, value) if isinstance(value, dict) else value
-        for name, value in stored["settings"].items()
-    }
-    difference = _first_difference({**stored, "settings": settings}, mine, "")
+    difference = _first_difference(stored, mine, "")
     if difference:
         name, theirs, ours = difference
         wanted = "the cases" if name.startswith("geometry.case_size") else "the plans"  # it is that of readable cases
@@ -229,13 +224,11 @@ def refuse_other_run(stored: dict[str, Any], mine: dict[str, Any], source: str) 
         )
 
 
-def refuse_other_data(stored: dict[str, str] | None, mine: dict[str, str], source: str) -> None:
+def refuse_other_data(stored: dict[str, str], mine: dict[str, str], source: str) -> None:
     """Refuse to continue where cases came, went or changed.
 
     Cases that were or are left out as unreadable may differ: the log names them.
     """
-    if stored is None:  # from before digests were kept
-        return
     found = {
         "gone": [case for case in stored if case not in mine],
         "new": [case for case in mine if case not in stored],

@@ -376,21 +376,21 @@ class PretrainingTrainer(ManagedTrainer):
     def restore_content(self, content: dict[str, Any], source: str) -> None:
         if not self.was_initialized:
             self.initialize()
-        own = content.get("nnssl_ext", {})
+        own = content["nnssl_ext"]
         state.refuse_other_run(own["identity"], self._identity(), source)
-        state.refuse_other_data(own.get("data"), self.checked.samples.fingerprint(), source)
+        state.refuse_other_data(own["data"], self.checked.samples.fingerprint(), source)
         try:
             self.method.load_state_dict(own["state"])
         except RuntimeError as error:  # torch lists every tensor
             raise UserError(
                 f"{source} holds other tensors than this version makes of its plans. Continue it with the version that "
-                f"began it ({own.get('versions', {}).get('nnssl_ext', 'unknown')}), or start anew without --c"
+                f"began it ({own['versions']['nnssl_ext']}), or start anew without --c"
             ) from error
         self.restore_stock(content)
         self.step = own["counters"]["step"]
         if self.step:  # a validation may come before the next step: schedules are where the last one left them
             self.method.before_step((self.step - 1) / self.total_steps)
-        self.guard.skipped = own["counters"].get("nonfinite", 0)
-        self.outputs = state.restored(own.get("outputs", {}), self.device)
-        self.initial_lengths = own.get("initial_lengths", self.initial_lengths)
-        self.filled = list(own.get("trained", []))
+        self.guard.skipped = own["counters"]["nonfinite"]
+        self.outputs = state.restored(own["outputs"], self.device)
+        self.initial_lengths = own["initial_lengths"]
+        self.filled = list(own["trained"])

@@ -47,19 +47,6 @@ def files_of(rows: dict[str, Any], status: str) -> dict[str, str]:
     return {Path(row["files"][0]).name: row["reason"] for row in rows["volumes"] if row["status"] == status}
 
 
-@pytest.fixture
-def target(with_data: WithData) -> Environment:
-    return with_data("plain")
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    """Four volumes in four formats, in folders."""
-    for number, name in enumerate(("a/one.nii.gz", "a/two.nii", "b/three.nrrd", "b/four.mha")):
-        write_image(tmp_path / "images" / name, volume(number), (1.0, 1.0, 2.0))
-    return tmp_path / "images"
-
-
 def test_a_corpus_is_an_ordinary_preprocessed_data_set(target: Environment, images: Path) -> None:
     made = make(images)
     assert made["counts"] == {"kept": 4, "duplicate": 0, "unusable": 0, "no image": 0}

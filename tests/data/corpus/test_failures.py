@@ -6,7 +6,6 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +21,6 @@ from nnssl_ext.errors import UserError
 from tests.conftest import Environment
 from tests.data.corpus.test_corpus import data, files_of, folder, make, manifest, spoil
 from tests.volumes import SHAPE, volume, write_bad_files, write_image, write_series
-
-
-@pytest.fixture
-def target(with_data: Callable[[str], Environment]) -> Environment:
-    return with_data("plain")
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    for number, name in enumerate(("a/one.nii.gz", "a/two.nii", "b/three.nrrd", "b/four.mha")):
-        write_image(tmp_path / "images" / name, volume(number))
-    return tmp_path / "images"
 
 
 def test_bad_files_are_named_and_left_out(

@@ -1,7 +1,6 @@
 """Calls that are stopped within a folder of DICOM series, and what is not the files' fault."""
 
 import errno
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,11 +22,6 @@ from tests.data.corpus.test_corpus import data, make, manifest
 from tests.data.corpus.test_failures import _disk_is_full
 from tests.support.runs import Killed
 from tests.volumes import volume, write_image, write_series
-
-
-@pytest.fixture
-def target(with_data: Callable[[str], Environment]) -> Environment:
-    return with_data("plain")
 
 
 def write_scans(folder: Path, *numbers: int) -> None:

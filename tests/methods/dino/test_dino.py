@@ -17,7 +17,7 @@ from nnssl_ext.views.appearance import IntensityDraw
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom
 from tests.conftest import Environment
 from tests.datasets import OWN_NETWORKS
-from tests.methods.helpers import CPU, batch_of, build, views_of, write_cases
+from tests.methods.helpers import CPU, batch_of, build, views_of
 
 Data = Callable[[str], Environment]
 KINDS = ["plain", "residual", "anisotropic", *OWN_NETWORKS]
@@ -42,11 +42,6 @@ LEARNING = replace(
 )
 #: Nothing that keeps the targets apart: they are never centred and hardly sharpened.
 BROKEN = replace(LEARNING, center_momentum=1.0, teacher_temperature=[1.0, 1.0])
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_cases(tmp_path)
 
 
 def trained(folder: Path, method: Any, steps: int, rate: float = 2e-3) -> list[float]:

@@ -23,46 +23,11 @@ from nnssl_ext.training.finetuning.evaluation import Evaluation
 from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
 from tests.conftest import Environment
 from tests.datasets import dataset_name
-from tests.support.finetunings import NAME, RUN, final, kill_at, tune
+from tests.support.finetunings import NAME, RUN, final, tune
 from tests.support.runs import trainer_for
 
 Data = Callable[[str], Environment]
 without_validation = pytest.mark.usefixtures("training_only")
-
-
-@without_validation
-@pytest.mark.parametrize(
-    ("settings", "step"),
-    [
-        ({"weight_average_decay": 0.9}, 7),
-        ({"optimizer": "adamw", "head_only_steps": 2, "freeze_encoder_steps": 5, "warmup": 2}, 4),
-    ],
-)
-def test_continued_equals_never_killed_in_every_phase(
-    with_data: Data, monkeypatch: pytest.MonkeyPatch, settings: dict, step: int
-) -> None:
-    environment = with_data("labelled")
-    for plans in ("whole", "broken"):
-        environment.write_plans("labelled", plans, {"finetune": {**RUN, **settings}})
-    whole = final(tune(environment, "labelled", "whole"))
-    with monkeypatch.context() as patch:
-        kill_at(step, patch)
-        with pytest.raises(KeyboardInterrupt):
-            tune(environment, "labelled", "broken")
-    torch.manual_seed(1)
-    np.random.seed(1)
-    monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # another number of workers too
-    fold = tune(environment, "labelled", "broken", c=True)
-    broken = final(fold)
-
-    assert broken["nnssl_ext"]["weights_sha256"] == whole["nnssl_ext"]["weights_sha256"]
-    assert broken["logging"]["train_losses"] == whole["logging"]["train_losses"]
-    assert broken["logging"]["mean_fg_dice"] == whole["logging"]["mean_fg_dice"]
-    for step in RUN["snapshots"]:  # type: ignore[attr-defined]
-        name = f"checkpoint_step_{step:06d}.pth"
-        ours = checkpoint.load(fold / name)["nnssl_ext"]["weights_sha256"]
-        theirs = checkpoint.load(environment.fold("labelled", "whole", NAME) / name)["nnssl_ext"]["weights_sha256"]
-        assert ours == theirs
 
 
 def test_what_it_writes_predicts_with_stock_alone(with_data: Data) -> None:

@@ -210,17 +210,6 @@ def test_checkpointing_can_be_disabled(with_data: Data) -> None:
     assert sorted(path.name for path in fold.glob("*.pth")) == ["checkpoint_latest.pth", "checkpoint_previous.pth"]
 
 
-def test_workers_change_nothing(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = with_data("plain")
-    digests = []
-    for workers in ("0", "2"):
-        monkeypatch.setenv("nnUNet_n_proc_DA", workers)
-        environment.write_plans("plain", f"w{workers}", {})
-        fold = pretrain(environment, "plain", f"w{workers}")
-        digests.append(checkpoint.digest(checkpoint.load(fold / "checkpoint_final.pth")["network_weights"]))
-    assert digests[0] == digests[1]
-
-
 def test_a_non_finite_objective_stops_the_run(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = with_data("plain")
     environment.write_plans("plain", "quick", {})
@@ -231,16 +220,6 @@ def test_a_non_finite_objective_stops_the_run(with_data: Data, monkeypatch: pyte
     with pytest.raises(SystemExit, match="the objective became nan in epoch 0"):
         trainer.run_training()
     assert not list(environment.fold("plain", "quick", TRAINER).glob("*.pth"))
-
-
-def test_a_case_that_breaks_while_training_is_named(with_data: Data) -> None:
-    environment = with_data("plain")
-    environment.write_plans("plain", "quick", {})
-    trainer = trainer_for("plain", "quick")
-    for path in (environment.dataset("plain") / "nnUNetPlans_3d_fullres").glob("case_0[0-9].b2nd"):
-        path.write_bytes(b"gone")
-    with pytest.raises(SystemExit, match=r"case 'case_0\d' in .*go on with --c"):
-        trainer.run_training()
 
 
 def test_pretraining_can_start_from_weights(with_data: Data) -> None:
