@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from nnssl_ext.environment import default_device
+    from nnssl_ext.environment import check_device, default_device
     from nnssl_ext.study.demo.demo import Demo
     from nnssl_ext.study.demo.page import write_page
     from nnssl_ext.study.demo.phantom import PhantomOptions
@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.msd:
         source = DecathlonSource(Path(arguments.msd), arguments.labeled)
     device = arguments.device or default_device()
+    check_device(device)
     if not arguments.minutes >= 2:
         raise UserError(f"--minutes: expected at least 2, got {arguments.minutes:g}.")
     folder = Path(arguments.output).resolve()

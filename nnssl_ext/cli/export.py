@@ -30,6 +30,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     if not arguments.o and not arguments.zip:
         raise UserError("nothing to do. Give -o FOLDER, --zip or both")
+    if not arguments.o and (arguments.name or arguments.license or arguments.safetensors):
+        raise UserError("--name, --license and --safetensors belong to a folder. Give -o FOLDER, or leave them out")
     file, content = finished_run(Path(arguments.run_folder).expanduser())
     if arguments.o:
         folder = Path(arguments.o).expanduser().resolve()

@@ -67,6 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_device(device)
     if arguments.mask and arguments.pool != "mask":
         raise UserError(f"Expected --pool mask with --mask, got --pool {arguments.pool}. Add --pool mask")
+    if arguments.group_by and not arguments.classify:
+        raise UserError("Expected --classify with --group-by, got none. Add --classify LABELS.csv")
     if min(1 if arguments.batch is None else arguments.batch, 1 + (arguments.maps or 0)) < 1:
         raise UserError("Expected --batch of at least 1 and --maps of at least 0. Give other numbers")
     labels = read_labels(Path(arguments.classify), arguments.group_by) if arguments.classify else None

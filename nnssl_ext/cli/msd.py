@@ -18,6 +18,7 @@ from pathlib import Path
 from nnssl_ext.commands import same_number
 from nnssl_ext.environment import named_folder
 from nnssl_ext.errors import UserError
+from nnssl_ext.files import check_writable
 
 #: More predictions than nnU-Net exports at a time.
 MOST_AT_A_TIME = 16
@@ -72,7 +73,9 @@ def _fetch(arguments: argparse.Namespace) -> None:
     if len(tasks) > 1 and (arguments.url or arguments.md5):
         raise UserError("--url and --md5 are about one task's file. Fetch the tasks one by one")
     root = Path(arguments.o)
-    root.mkdir(parents=True, exist_ok=True)
+    if not root.is_dir():
+        check_writable(root, "-o")
+        root.mkdir(parents=True, exist_ok=True)
     for task in tasks:
         print(fetch_task(task, root, arguments.url, arguments.md5))
 
@@ -83,6 +86,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     from nnssl_ext.study.decathlon.tasks import convert_task, dataset_of, task_of_path, unpack
 
     raw = named_folder("nnUNet_raw")
+    check_writable(raw, "nnUNet_raw")
     raw.mkdir(parents=True, exist_ok=True)
     for path in arguments.tasks:
         task = task_of_path(path)
@@ -129,6 +133,7 @@ def _check_predictor(folder: Path, model: Path, arguments: argparse.Namespace) -
     known = read_json(note) if note.is_file() else own
     if known != own or (not note.is_file() and any(folder.glob("*.nii.gz"))):
         raise UserError(f"{folder} holds predictions of another model, or of other folds. Name another -o or empty it")
+    check_writable(folder, "-o")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(own, note)
 

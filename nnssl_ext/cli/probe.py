@@ -9,6 +9,7 @@ best after fine-tuning. nnssl_ext study answers that, on another fold than the o
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from nnssl_ext.errors import UserError
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("labels", "runs", "steps", "jobs"):
         if (number := getattr(arguments, name)) < 1:
             raise UserError(f"--{name}: expected at least 1, got {number}")
-    if arguments.rate <= 0:
+    if not 0 < arguments.rate < math.inf:
         raise UserError(f"--rate: expected a positive number, got {arguments.rate:g}")
     source = dataset_folder(arguments.d)
     dataset = source.name
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         tolerance=tolerance_of(dataset, read_json(source / "dataset.json")),
         seed=arguments.seed,
     )
-    study = Study(folder, protocol, arms_of([], arguments.files, 0), device, finetuner="nnsslTrainer_Probe")
+    study = Study(folder, protocol, arms_of([], arguments.files, 0, option=""), device, finetuner="nnsslTrainer_Probe")
     with locked(folder):
         grid = study.prepare()
         run_grid(grid, slots(device, arguments.jobs))

@@ -11,6 +11,7 @@ task of the Decathlon and prints the estimated cost first.
 from __future__ import annotations
 
 import argparse
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -236,9 +237,11 @@ def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:
     if not rates:
         optimizer = optimizer_of(dataset_folder(dataset), arguments.p, arguments.c, arguments.overlays)
         rates = [3e-4, 1e-3, 3e-3] if optimizer == "adamw" else [1e-3, 3e-3, 1e-2]
-    if min(rates) <= 0:
+    if not all(0 < rate < math.inf for rate in rates):
         raise UserError(f"--rates: expected positive numbers, got {rates}.")
     tolerance = arguments.tolerance
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UserError(f"--tolerance: expected millimeters of at least 0, got {tolerance}.")
     if tolerance is None:
         labels_of = None if arguments.msd else read_json(dataset_folder(dataset) / "dataset.json")
         tolerance = tolerance_of(dataset, labels_of)
@@ -253,7 +256,7 @@ def protocol_of(arguments: argparse.Namespace, dataset: str) -> Protocol:
         snapshots=snapshots,
         primary_labels=primary_labels,
         primary_step=primary_step,
-        rates=list(rates),
+        rates=list(dict.fromkeys(rates)),
         total_baseline=total,
         tolerance=tolerance,
         pretrain_on=dataset_folder(arguments.pretrain_on).name if arguments.pretrain_on else "",

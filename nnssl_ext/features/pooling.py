@@ -26,7 +26,8 @@ def masks(
     Args:
         pool: One of ``POOLS``.
         shape: Edges of the volume.
-        labels: (D, H, W) label map, for ``mask``. The image and each label from 1 on are regions.
+        labels: (D, H, W) label map, for ``mask``. The image and each label from 1 on are regions, nnU-Net's ignore
+            label is none.
         names: Names of labels. Others are called by their number.
     """
     # an axis of odd length shares its middle, so that none of the octants of a slice is empty
@@ -37,7 +38,8 @@ def masks(
         yield IMAGE, mask
     if pool == "mask" and labels is not None:
         for value in torch.unique(labels[labels > 0]).tolist():
-            yield names.get(value, str(value)), labels == value
+            if (name := names.get(value, str(value))) != "ignore":
+                yield name, labels == value
 
 
 def pooled(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from nnssl_ext.data.cases import shorten
 from nnssl_ext.errors import UserError
 from nnssl_ext.features.classify import cross_validate
 from nnssl_ext.features.extract import ALL, Extraction, Vectors
@@ -138,7 +139,7 @@ def _draw(folder: Path, rows: Sequence[tuple], labels: pd.DataFrame | None) -> N
     draw_vectors(vectors, [", ".join(filter(None, pair)) for pair in words], folder / "features.png")
 
 
-def _classify(folder: Path, rows: Iterable[tuple], labels: pd.DataFrame) -> None:
+def _classify(folder: Path, rows: Sequence[tuple], labels: pd.DataFrame) -> None:
     """Print and write the scores of each region and stage."""
     known = labels.T.to_dict()
     parts: dict[tuple[str, int], list[tuple]] = {}
@@ -147,6 +148,10 @@ def _classify(folder: Path, rows: Iterable[tuple], labels: pd.DataFrame) -> None
             parts.setdefault((region, stage), []).append((values, known[case]["label"], known[case]["group"]))
     if not parts:
         raise UserError(f"Expected labels of the extracted cases, got {next(iter(known))}, ... Correct the column case")
+    cases = {case for case, *_ in rows}
+    for names, what in ((cases - set(known), "without a label"), (set(known) - cases, "labeled, but not extracted")):
+        if names:
+            print(f"{len(names)} cases are {what}: {shorten(sorted(names))}")
     scores: list[dict] = []
     refused: list[UserError] = []
     for (region, stage), members in sorted(parts.items()):
@@ -163,9 +168,9 @@ def _classify(folder: Path, rows: Iterable[tuple], labels: pd.DataFrame) -> None
     table = pd.DataFrame(scores)
     with replaced_on_success(folder / "classification.csv") as temporary:
         table.to_csv(temporary, index=False, float_format="%.4f")
-    print(f"balanced accuracy [95 %], cross-validated; chance {scores[0]['chance']:.3f}")
+    print("balanced accuracy [95 %], cross-validated")
     for row in scores:
-        interval = f"{row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        interval = f"{row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}], chance {row['chance']:.3f}"
         sizes = f"{row['cases']} cases, {row['groups']} groups, {row['folds']} folds"
         print(f"  {row['region']:20} stage {row['stage']}  {row['classifier']:20} {interval}  {sizes}")
     if len(scores) > 1:

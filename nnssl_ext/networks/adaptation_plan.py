@@ -20,10 +20,12 @@ def adaptation_plan(
     patch_size: Sequence[int],
     spacing: Sequence[float],
     channels: int,
+    intensities: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Build the content of ``nnssl_adaptation_plan``.
 
     The network was built from the configuration. Its training crops have ``patch_size`` voxels of ``spacing`` mm.
+    ``intensities`` are the plans' properties that CTNormalization reads.
     """
     architecture = _architecture(network, configuration["architecture"])
     return {
@@ -33,6 +35,7 @@ def adaptation_plan(
             "configurations": {
                 configuration_name: {**configuration, "patch_size": list(patch_size), "spacing": list(spacing)}
             },
+            "foreground_intensity_properties_per_channel": intensities,
         },
         "pretrain_num_input_channels": channels,
         # nnU-Net's DynamicPretrainedTrainer takes 3x3x3 kernels for granted where this is not said

@@ -268,8 +268,8 @@ class Analysis:
 
 
 def rounded_p(p: float) -> str:
-    """Format a p value: '0.031' or '< 0.001'."""
-    return "< 0.001" if p < 0.0005 else f"{p:.3f}"
+    """Format a p value: '0.031' or '< 0.001'. Near the limit '0.0498' or '0.0503', so that one sees the side."""
+    return "< 0.001" if p < 0.0005 else f"{p:.4f}" if 0.0495 <= p < 0.0505 and p != 0.05 else f"{p:.3f}"
 
 
 def significance(p: float) -> str:

@@ -49,7 +49,11 @@ class Arm:
 
 
 def arms_of(
-    methods: Sequence[str], inits: Sequence[str], total_baseline: int, finetune: Sequence[str] = ()
+    methods: Sequence[str],
+    inits: Sequence[str],
+    total_baseline: int,
+    finetune: Sequence[str] = (),
+    option: str = "--init: ",
 ) -> list[Arm]:
     """Build the arms of the command line, scratch first.
 
@@ -58,6 +62,7 @@ def arms_of(
         inits: ``NAME=FILE`` words.
         total_baseline: Paired runs of scratch with equal total steps.
         finetune: ``NAME=RECIPE[,SETTING=VALUE...]`` words. The name ``scratch`` sets the recipe of the baselines.
+        option: Start of messages about ``inits``.
 
     Raises:
         UserError: For an unknown method or recipe, or a file that does not exist.
@@ -76,10 +81,10 @@ def arms_of(
     for word in inits:
         name, _, file = word.partition("=")
         if not file or not Path(file).is_file():
-            raise UserError(f"--init: expected NAME=FILE with a file that exists, got '{word}'.")
+            raise UserError(f"{option}expected NAME=FILE with a file that exists, got '{word}'.")
         if not _is_name(name) or name in known or name.casefold() in (SCRATCH, TOTAL):
             raise UserError(
-                f"--init: expected a name of letters, digits, - and _ that is neither {SCRATCH} nor a method, got "
+                f"{option}expected a name of letters, digits, - and _ that is neither {SCRATCH} nor a method, got "
                 f"'{word}'."
             )
         arms.append(Arm(name, init=str(Path(file).resolve())))
@@ -91,7 +96,7 @@ def arms_of(
         ]
     arms.insert(0, Arm(SCRATCH, finetune=baseline))
     if len({arm.name.casefold() for arm in arms}) != len(arms):
-        raise UserError("Two arms have the same name. Give each of --methods and --init once.")
+        raise UserError("Two arms have the same name. Give each name once.")
     if total_baseline and any(arm.method for arm in arms):
         arms.append(Arm(TOTAL, finetune=baseline))
     return arms

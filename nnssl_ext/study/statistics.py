@@ -97,14 +97,7 @@ def sign_flip_p(differences: Sequence[float] | np.ndarray) -> float:
 
 def sign_flip_ps(studies: np.ndarray) -> np.ndarray:
     """Compute ``sign_flip_p`` of many studies: (S, R) -> (S,)."""
-    pairs = studies.shape[1]
-    # the first sign stays: flipping all signs changes no absolute sum
-    signs = np.ones((2 ** (pairs - 1), pairs)) if pairs <= MAX_EXACT else np.ones((DRAWN, pairs))
-    if pairs <= MAX_EXACT:
-        signs[:, 1:] = 1 - 2.0 * _bits(np.arange(2 ** (pairs - 1)), pairs - 1)
-    else:
-        signs[:, 1:] = np.random.default_rng(0).choice([-1.0, 1.0], (DRAWN, pairs - 1))
-        signs[0] = 1  # the observed signs count among the possible ones
+    signs = 1.0 - 2.0 * _flipped(studies.shape[1])
     result = np.empty(len(studies))
     for row, differences in enumerate(studies):
         sums = np.abs(signs @ differences)
@@ -112,9 +105,17 @@ def sign_flip_ps(studies: np.ndarray) -> np.ndarray:
     return result
 
 
-def _bits(numbers: np.ndarray, width: int) -> np.ndarray:
-    """Return binary digits, last first: (N,) -> (N, width)."""
-    return (numbers[:, None] >> np.arange(width)) & 1
+def _flipped(pairs: int) -> np.ndarray:
+    """Choose the pairs whose sign is flipped: (N, pairs) bool.
+
+    The first is never, since flipping all signs changes no absolute sum. The first choice flips none.
+    """
+    if pairs <= MAX_EXACT:
+        rows = (np.arange(2 ** (pairs - 1))[:, None] >> np.arange(pairs - 1)) & 1 == 1
+    else:
+        rows = np.random.default_rng(0).integers(0, 2, (DRAWN, pairs - 1)) == 1
+        rows[0] = False  # the observed signs count among the possible ones
+    return np.pad(rows, ((0, 0), (1, 0)))
 
 
 def sign_flip_interval(differences: Sequence[float] | np.ndarray) -> tuple[float, float]:
@@ -137,11 +138,9 @@ def sign_flip_interval(differences: Sequence[float] | np.ndarray) -> tuple[float
 
 
 def _subset_means(values: np.ndarray) -> np.ndarray:
-    if len(values) <= MAX_EXACT:
-        chosen = _bits(np.arange(1, 2 ** len(values)), len(values))
-    else:
-        chosen = np.random.default_rng(0).integers(0, 2, (DRAWN, len(values)))
-        chosen = chosen[chosen.any(1)]
+    """Return the mean of the flipped and of the other pairs, for each choice of the test."""
+    flipped = _flipped(len(values))
+    chosen = np.concatenate([flipped[flipped.any(1)], ~flipped])
     return (chosen * values).sum(1) / chosen.sum(1)
 
 

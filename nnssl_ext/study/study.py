@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -161,7 +163,7 @@ class Study:
             if arm.init:
                 os.environ["nnUNet_extTrainer"] = trainer_folders()
                 trainer = find_trainer(self.finetuner)
-                check_stock_weights(Path(arm.init), trainer, derived, p.configuration, dataset_json)
+                _check_init(Path(arm.init), trainer, p, plans, derived, dataset_json)
         own = {"steps": p.steps, "snapshots": p.snapshots}
         section = derived.get(PLANS_KEY, {})
         for arm in self.arms:
@@ -184,9 +186,9 @@ class Study:
         dataset_json = read_json(self.source / "dataset.json")
         _, regions = output_names(dataset_json)
         labels = dataset_json["labels"][name]
-        key: int | tuple[int, ...] = labels
-        if isinstance(labels, list):  # of one label is a region only beside others
-            key = tuple(labels) if regions else labels[0]
+        values = tuple(map(int, labels)) if isinstance(labels, list) else (int(labels),)
+        # a list of one label is a region only beside others
+        key: int | tuple[int, ...] = values if regions and isinstance(labels, list) else values[0]
         if not any(key in shown for shown in classes_of(self._data, held_out).values()):
             raise UserError(
                 f"--primary-class {name}: expected it in a held-out case of {self.source.name}, found it in none. "
@@ -202,3 +204,16 @@ def locked(folder: Path) -> FileLock:
         UserError: If another process holds the lock.
     """
     return lock_file(folder / ".lock", f"the study in {os.fspath(folder)}")
+
+
+def _check_init(file: Path, trainer: Any, p: Protocol, plans: dict, derived: dict, dataset_json: dict) -> None:
+    """Refuse weights that do not fit. The advice is about plans that the user has, or how to make them."""
+    architectures = [configuration_of(own, p.configuration)["architecture"] for own in (plans, derived)]
+    if architectures[0] == architectures[1]:
+        check_stock_weights(file, trainer, {**derived, "plans_name": p.plans}, p.configuration, dataset_json)
+        return
+    try:
+        check_stock_weights(file, trainer, derived, p.configuration, dataset_json)
+    except UserError as error:
+        words = ["nnssl_ext", "plan", "-d", p.dataset, "-p", p.plans, "-o", derived["plans_name"], *p.overlays]
+        raise UserError(f"{error.line}. Before that, write its plans: {shlex.join(words)}") from error

@@ -9,23 +9,38 @@ from typing import Any
 from nnssl_ext.configurations import configuration_of
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import legal_patch
-from nnssl_ext.transfer.source import SourceGeometry
+from nnssl_ext.transfer.source import INTENSITIES, PROPERTIES, SourceGeometry
 
 #: Spacings that differ by less than this factor are called equal.
 EQUAL_SPACING = 1.1
+#: nnU-Net's scheme of fixed numbers.
+CT = "CTNormalization"
+#: Normalization within the image's mask, and without one.
+MASKED = {True: "within the image's mask", False: "over the whole image"}
 
 
 def differences(source: SourceGeometry, target: SourceGeometry) -> list[str]:
     """Describe differences in normalization, spacing and modality. What one side does not record is not compared."""
     found = []
-    if source.normalization and target.normalization and set(source.normalization) ^ set(target.normalization):
+    if source.normalization and target.normalization and not _alike(source.normalization, target.normalization):
         there, here = _listed(source.normalization), _listed(target.normalization)
+        found.append(f"Normalization differs: {there} in the source, {here} here.")
+    elif CT in source.normalization and CT in target.normalization:
+        there, here = (_listed([_numbers(row) for row in side.intensities]) for side in (source, target))
+        if here and not there:
+            found.append(f"{CT} has fixed numbers. The source does not record them: compare them with {here}.")
+        elif there != here:
+            found.append(f"The numbers of {CT} differ: {there} in the source, {here} here.")
+    if source.masked and target.masked and not _alike(source.masked, target.masked):
+        there, here = (_listed([MASKED[channel] for channel in side.masked]) for side in (source, target))
         found.append(f"Normalization differs: {there} in the source, {here} here.")
     if source.spacing and target.spacing and len(source.spacing) == len(target.spacing):
         factors = tuple(here / there for here, there in zip(target.spacing, source.spacing, strict=True))
         if max(*factors, *(1 / factor for factor in factors)) >= EQUAL_SPACING:
             there, here, times = map(_product, (source.spacing, target.spacing, factors))
             found.append(f"Spacing differs: {there} mm in the source, {here} mm here, factors {times}.")
+    if found:
+        found.append("Plans like the source's: nnssl_ext plan -d DATASET -c CONFIGURATION -o NAME --like-source FILE.")
     if source.modalities and target.modalities:
         theirs, ours = ([name.upper() for name in names] for names in (source.modalities, target.modalities))
         if not set(theirs) & set(ours):
@@ -34,9 +49,16 @@ def differences(source: SourceGeometry, target: SourceGeometry) -> list[str]:
         elif theirs != ours and set(theirs) == set(ours):
             there, here = _listed(source.modalities), _listed(target.modalities)
             found.append(f"Channels are in another order: {there} in the source, {here} here. They are not reordered.")
-    if found:
-        found.append("Plans like the source's: nnssl_ext plan --like-source FILE.")
     return found
+
+
+def _alike(one: Sequence[object], other: Sequence[object]) -> bool:
+    return one == other if len(one) == len(other) else set(one) == set(other)
+
+
+def _numbers(row: Mapping[str, float]) -> str:
+    mean, deviation, low, high = (row[name] for name in INTENSITIES)
+    return f"mean {mean:.4g}, deviation {deviation:.4g}, clipped to {low:.4g} to {high:.4g}"
 
 
 def _listed(values: Sequence[str]) -> str:
@@ -85,6 +107,13 @@ def plans_like(
                     f"--like-source and set normalization_schemes by hand"
                 )
             target["normalization_schemes"] = list((geometry.normalization * channels)[:channels])
+            if geometry.masked:
+                target["use_mask_for_norm"] = list((geometry.masked * channels)[:channels])
+            if CT in geometry.normalization and geometry.intensities:
+                rows = (geometry.intensities * channels)[:channels]
+                result[PROPERTIES] = {str(channel): dict(row) for channel, row in enumerate(rows)}
+            elif CT in geometry.normalization:
+                lines.append(f"{CT} keeps this data set's numbers: the source does not record its own")
         target["data_identifier"] = f"{name}_{configuration}"
         lines.append(
             f"{configuration}: spacing {_product(target['spacing'])} mm, {_listed(target['normalization_schemes'])}, "

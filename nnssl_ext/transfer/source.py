@@ -16,6 +16,9 @@ from nnssl_ext.transfer.names import UNet, unet_of
 PUBLISHED_PCT_NET = "MIS-FM's PCT-Net"
 #: Published architectures that an adaptation plan may name without their strides: two at every stage but the first.
 HALVING = ("ResEncL", "NoSkipResEncL")
+#: nnU-Net's record of a data set's intensities, and those that CTNormalization reads.
+PROPERTIES = "foreground_intensity_properties_per_channel"
+INTENSITIES = ("mean", "std", "percentile_00_5", "percentile_99_5")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class SourceGeometry:
         patch_size: Edges in voxels; None if not known.
         normalization: nnU-Net's scheme for each channel; empty if not known.
         modalities: nnU-Net's name of each channel; empty if not known.
+        masked: Whether each channel was normalized within the image's mask; empty if not known.
+        intensities: nnU-Net's intensity properties of each channel, which CTNormalization reads; empty if not known.
     """
 
     spacing: tuple[float, ...] | None = None
@@ -35,6 +40,8 @@ class SourceGeometry:
     patch_size: tuple[int, ...] | None = None
     normalization: tuple[str, ...] = ()
     modalities: tuple[str, ...] = ()
+    masked: tuple[bool, ...] = ()
+    intensities: tuple[Mapping[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,7 @@ def planned_geometry(plan: Mapping[str, Any], weights: Mapping[str, Tensor]) -> 
         planned,
         weights,
         halving=architecture.get("arch_class_name") in HALVING,
+        intensities=_inside(plan, "pretrain_plan").get(PROPERTIES),
     )
 
 
@@ -92,6 +100,7 @@ def geometry(
     *,
     halving: bool = False,
     channel_names: Any = None,
+    intensities: Any = None,
 ) -> SourceGeometry:
     """Build a geometry from values of any kind.
 
@@ -103,7 +112,9 @@ def geometry(
         weights: The network's, by canonical names.
         halving: Whether, failing all else, every stage but the first has stride two.
         channel_names: Of the data set, as dataset.json has them.
+        intensities: ``foreground_intensity_properties_per_channel`` of the plans.
     """
+    masked = configuration.get("use_mask_for_norm")
     network, schemes = unet_of(weights), configuration.get("normalization_schemes")
     sizes = _numbers(configuration.get("spacing"))
     named = isinstance(schemes, Sequence) and all(isinstance(scheme, str) for scheme in schemes)
@@ -113,7 +124,16 @@ def geometry(
         tuple(int(edge) for edge in _numbers(configuration.get("patch_size")) or ()) or None,
         tuple(schemes) if schemes and named and not isinstance(schemes, str) else (),
         tuple(map(str, channel_names.values())) if isinstance(channel_names, Mapping) else (),
+        tuple(map(bool, masked)) if isinstance(masked, list) else (),
+        properties_of(intensities),
     )
+
+
+def properties_of(given: Any) -> tuple[Mapping[str, float], ...]:
+    """Return the intensity properties of each channel, () where something is missing."""
+    rows = tuple(given.values()) if isinstance(given, Mapping) else ()
+    whole = all(isinstance(row, Mapping) and set(INTENSITIES) <= set(row) for row in rows)
+    return rows if whole else ()
 
 
 def _strides(

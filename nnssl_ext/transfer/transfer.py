@@ -51,6 +51,8 @@ class TargetNetwork:
         modalities: nnU-Net's name of each channel; empty if not known.
         outputs: Label or region of each output channel; empty where heads must stay as they are.
         regions: Whether the outputs are regions.
+        masked: Whether each channel is normalized within the image's mask; empty if not known.
+        intensities: nnU-Net's intensity properties of each channel; empty if not known.
     """
 
     network: nn.Module
@@ -60,6 +62,8 @@ class TargetNetwork:
     modalities: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     regions: bool = False
+    masked: tuple[bool, ...] = ()
+    intensities: tuple[Mapping[str, float], ...] = ()
     tensors: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,7 +75,8 @@ class TargetNetwork:
     @property
     def geometry(self) -> SourceGeometry:
         """Describe the target's data as a source's."""
-        return SourceGeometry(self.spacing, None, self.patch_size, self.normalization, self.modalities)
+        normalized = (self.normalization, self.modalities, self.masked, self.intensities)
+        return SourceGeometry(self.spacing, None, self.patch_size, *normalized)
 
     @property
     def first_layers(self) -> list[str]:
@@ -132,7 +137,7 @@ def transfer(
         if share != report.filled:
             report.remarks.append(
                 f"Stages were matched by their {_WORDS[aligned]}; by their {_WORDS[other]}, {share:,} parameters would "
-                f"come from the source instead of {report.filled:,}: --align {other}."
+                f"come from the source instead of {report.filled:,}: nnssl_ext transfer --align {other}."
             )
     _refuse_unfilled(source, target, report, allow_partial)
     lengths = convolution_lengths(target.network)
@@ -178,7 +183,8 @@ def _refuse_unfilled(source: PretrainedWeights, target: TargetNetwork, report: R
     if report.encoder_share < LEAST_ENCODER and not allow_partial:
         raise UserError(
             f"only {report.encoder_share:.1%} of the encoder would come from {source.path.name} ({source.kind})."
-            f"{advice} {' '.join(report.remarks)} Nothing was written. --allow-partial does it nevertheless"
+            f"{advice} {' '.join(report.remarks)} Nothing was written. "
+            f"nnssl_ext transfer --allow-partial does it nevertheless"
         )
 
 

@@ -186,7 +186,7 @@ def test_classification(labelled: Environment, weights: Path, capsys: pytest.Cap
     assert scores["classifier"].tolist() == ["logistic regression", "nearest neighbors"]
     assert scores["cases"].tolist() == scores["groups"].tolist() == [CASES, CASES]
     assert ((scores["low"] <= scores["accuracy"]) & (scores["accuracy"] <= scores["high"])).all()
-    assert "chance 0.500" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("chance 0.500") == 2
     assert pd.read_csv(labelled.root / "out" / "features.csv").shape == (CASES, 3 + 8 * 12)
 
 
@@ -273,8 +273,14 @@ def test_one_region_that_cannot_be_classified_stops_no_other(
     _classify(labelled.root, table, known)
     assert "rare, stage 0, is not classified: " in capsys.readouterr().out
     assert set(pd.read_csv(labelled.root / "classification.csv")["region"]) == {"image"}
+    _classify(labelled.root, [*table[:-1], ("other", "image", 0, np.zeros(3))], known)
+    printed = capsys.readouterr().out
+    assert "1 cases are without a label: other" in printed
+    assert f"1 cases are labeled, but not extracted: case_{CASES - 1:02d}" in printed
     with pytest.raises(UserError):
         _classify(labelled.root, table[:1], known)
+    with pytest.raises(UserError, match="Expected --classify with --group-by, got none"):
+        features(weights, "-d", "817", "-o", labelled.root / "out", "--group-by", "x")
 
 
 def test_preprocessed_cases_need_no_raw_data(

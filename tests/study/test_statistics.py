@@ -58,6 +58,13 @@ def test_the_interval_is_the_tests_inversion(pairs: int) -> None:
         assert brute_force((values - limit + 1e3 * inwards).tolist()) <= 0.05 + 1e-9
 
 
+def test_drawn_signs_give_p_and_interval_that_agree() -> None:
+    values = np.random.default_rng(2).normal(0.3, 1, 18)
+    low, high = sign_flip_interval(values)
+    for limit, inwards in ((low, 1e-6), (high, -1e-6)):
+        assert sign_flip_p(values - limit - inwards) > 0.05 > sign_flip_p(values - limit + inwards) - 1e-4
+
+
 def test_few_pairs_have_no_interval_and_cannot_be_significant() -> None:
     for pairs in range(1, 6):
         found = effect([0.1 + 0.001 * n for n in range(pairs)])

@@ -6,6 +6,7 @@
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from nnssl_ext.cli import main
 from nnssl_ext.errors import UserError
@@ -128,6 +130,8 @@ def test_a_failed_run_is_reported_and_stops_nobody(
         (["--pretraining-seeds", "3"], "expected a divisor of --subsets 2"),
         (["--primary-class", "liver"], "--primary-class: expected one of"),
         (["--primary-class", "background"], "--primary-class: expected one of (?!background)"),
+        (["--rates", "nan"], r"--rates: expected positive numbers, got \[nan\]"),
+        (["--tolerance", "-1"], "--tolerance: expected millimeters of at least 0, got -1.0"),
         (["--finetune", "total=finetune_stock"], "expected a name other than total"),
         (["--transductive", "--pretrain-on", "817"], "a corpus has no held-out cases"),
         (["--slurm", "partition=gpu"], "--slurm needs --launcher slurm, got --launcher here"),
@@ -201,8 +205,49 @@ def test_the_class_of_the_endpoint_is_held_out(with_data: Data, monkeypatch: pyt
     with pytest.raises(UserError, match="--primary-class never: expected it in a held-out case of .* found it in none"):
         main([*WORDS[:place], "--primary-class", "never", "-o", "st", *WORDS[place:]])
     name = next(name for name in content["labels"] if name != "background")
-    write_json({**content, "labels": {**content["labels"], name: [content["labels"][name]]}}, file)
-    main([*WORDS[:place], *RATE, "--primary-class", name, "-o", "st", "--report-only", *WORDS[place:]])
+    for folder, value in (("st", [content["labels"][name]]), ("text", str(content["labels"][name]))):
+        write_json({**content, "labels": {**content["labels"], name: value}}, file)
+        main([*WORDS[:place], *RATE, "--primary-class", name, "-o", folder, "--report-only", *WORDS[place:]])
+
+
+def test_weights_that_do_not_fit_are_named_with_plans_that_the_user_has(
+    with_data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = with_data("labelled")
+    monkeypatch.chdir(environment.root)
+    torch.save({"network_weights": {}}, "w.pth")
+    words = [word for word in WORDS if word != "VolumeFusion"]
+    place = words.index("epochs=1")
+    study = [*words[:place], *RATE, "--init", "x=w.pth", "-o", "st", *words[place:]]
+    with pytest.raises(UserError) as error:
+        main(study)
+    advice = shlex.split(str(error.value).partition("Fit it with ")[2])
+    file = str(environment.root / "w.pth")
+    words = [
+        "nnssl_ext",
+        "transfer",
+        file,
+        "-d",
+        "817",
+        "-c",
+        "3d_fullres",
+        "-tr",
+        "nnsslTrainer_Finetune",
+        "-o",
+        "FILE",
+    ]
+    assert advice == words
+    narrow = "architecture.arch_kwargs.features_per_stage=[2,4,8]"
+    with pytest.raises(UserError, match=r"-p nnUNetPlans_study .* its plans: nnssl_ext plan -d .*features_per_stage"):
+        main([*study, narrow])
+
+
+def test_a_rate_that_is_given_twice_counts_once(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("labelled")
+    monkeypatch.chdir(environment.root)
+    place = WORDS.index("epochs=1")
+    main([*WORDS[:place], "--rates", "0.01", "0.003", "1e-2", "-o", "st", "--report-only", *WORDS[place:]])
+    assert read_json(environment.root / "st" / "study.json")["rates"] == [0.01, 0.003]
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ class nnUNetTrainerBrief(nnUNetTrainer):
 
 class SmallPrimusTrainer(nnUNetTrainer):
     @staticmethod
-    def build_network_architecture(plans, configuration, channels, outputs, deep_supervision=True):
+    def build_network_architecture(plans_manager, configuration, channels, outputs, deep_supervision=True):
         return Primus(channels, 72, (4, 4, 4), outputs, 2, 6, configuration.patch_size, scale_attn_inner=True)
 """
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,44 @@ MR = SourceGeometry((1.5, 1.0, 1.0), None, (16, 16, 16), ("ZScoreNormalization",
 
 
 def test_each_difference_is_named_with_its_size() -> None:
-    assert differences(CT, MR)[:-1] == [
+    assert differences(CT, MR) == [
         "Normalization differs: CTNormalization in the source, ZScoreNormalization here.",
         "Spacing differs: 3 x 1 x 1 mm in the source, 1.5 x 1 x 1 mm here, factors 0.5 x 1 x 1.",
+        "Plans like the source's: nnssl_ext plan -d DATASET -c CONFIGURATION -o NAME --like-source FILE.",
         "Modality differs: CT in the source, T1 here.",
     ]
-    assert "--like-source" in differences(CT, MR)[-1]
+
+
+def test_schemes_are_compared_channel_by_channel() -> None:
+    both = ("CTNormalization", "ZScoreNormalization")
+    one, other = (SourceGeometry(normalization=schemes) for schemes in (both, both[::-1]))
+    assert differences(one, other)[0].startswith("Normalization differs: CTNormalization, ZScoreNormalization in the")
+    masked, whole = (SourceGeometry(masked=(value,)) for value in (True, False))
+    assert differences(masked, whole)[0] == (
+        "Normalization differs: within the image's mask in the source, over the whole image here."
+    )
+
+
+def test_the_fixed_numbers_of_ct_are_compared_and_taken() -> None:
+    lung, liver = (
+        replace(CT, intensities=({"mean": mean, "std": 300, "percentile_00_5": -1000, "percentile_99_5": 400},))
+        for mean in (-600, 100)
+    )
+    assert differences(lung, lung) == []
+    assert differences(lung, liver)[0] == (
+        "The numbers of CTNormalization differ: mean -600, deviation 300, clipped to -1000 to 400 in the source, mean "
+        "100, deviation 300, clipped to -1000 to 400 here."
+    )
+    assert "The source does not record them: compare them with mean 100" in differences(CT, liver)[0]
+    plans = make_plans("plain")
+    changed, _ = plans_like(plans, replace(lung, masked=(True,)), "like", ["3d_fullres"])
+    assert changed["foreground_intensity_properties_per_channel"] == {"0": dict(lung.intensities[0])}
+    assert changed["configurations"]["3d_fullres"]["use_mask_for_norm"] == [True]
+    changed, lines = plans_like(plans, CT, "like", ["3d_fullres"])
+    assert (
+        changed["foreground_intensity_properties_per_channel"] == plans["foreground_intensity_properties_per_channel"]
+    )
+    assert lines[0] == "CTNormalization keeps this data set's numbers: the source does not record its own"
 
 
 def test_what_is_equal_or_not_recorded_is_no_difference() -> None:
@@ -46,7 +79,7 @@ def test_plans_get_spacing_normalization_and_a_legal_patch() -> None:
     assert [
         size * edge for size, edge in zip(after["median_image_size_in_voxels"], after["spacing"], strict=True)
     ] == pytest.approx(extent)
-    assert lines == ["3d_fullres: spacing 3 x 1 x 1 mm, CTNormalization, patch 16 x 32 x 32"]
+    assert lines[1:] == ["3d_fullres: spacing 3 x 1 x 1 mm, CTNormalization, patch 16 x 32 x 32"]
     odd = SourceGeometry(None, None, (17, 30, 33))
     assert plans_like(plans, odd, "like", ["3d_fullres"])[0]["configurations"]["3d_fullres"]["patch_size"] == [
         16,
@@ -81,6 +114,6 @@ def test_the_commands_warn_and_plan(with_data: Data, tmp_path: Path, capsys: pyt
 
 def test_channels_in_another_order_are_told() -> None:
     source, target = (SourceGeometry(modalities=names) for names in (("FLAIR", "T1w"), ("T1w", "FLAIR")))
-    (line, _) = differences(source, target)
+    (line,) = differences(source, target)
     assert line == "Channels are in another order: FLAIR, T1w in the source, T1w, FLAIR here. They are not reordered."
     assert differences(source, source) == []

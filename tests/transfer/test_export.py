@@ -107,6 +107,8 @@ def test_stocks_own_zip(with_data: Data, tmp_path: Path, capsys: pytest.CaptureF
     words = ["-d", "812", "-c", "3d_fullres", "-f", "0", "-tr", "nnsslTrainer_VolumeFusion", "-p", "quick"]
     environment.run("nnUNetv2_export_model_to_zip", *words, "-o", str(tmp_path / "before.zip"), status=1)
     capsys.readouterr()
+    with pytest.raises(UserError, match="--safetensors belong to a folder. Give -o FOLDER"):
+        main(["export", str(run), "--zip", "--safetensors"])
     assert main(["export", str(run), "--zip"]) == 0
     command = capsys.readouterr().out.splitlines()[-1].split()
     assert command[:-1] == ["nnUNetv2_export_model_to_zip", *words, "-chk", "checkpoint_final.pth", "-o"]

@@ -357,6 +357,7 @@ class PretrainingTrainer(ManagedTrainer):
                 patch_size=checked.geometry.crop_size,
                 spacing=checked.geometry.spacing,
                 channels=checked.geometry.channels,
+                intensities=self.plans_manager.plans.get("foreground_intensity_properties_per_channel"),
             ),
             "citations": [{"type": "pretraining method", "name": method.title, "apa_citations": [method.citation]}],
             "nnssl_ext": {
