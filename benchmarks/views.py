@@ -43,6 +43,7 @@ def each(edge: int, device: torch.device) -> dict[str, Callable[[], object]]:
     size = (edge,) * 3
     image = torch.from_numpy(volume(np.random.default_rng(0), (edge + 32,) * 3))[None]
     box = SourceBox(image, np.diag([-1.0, 1, -1]), (np.asarray(image.shape[1:]) - 1) / 2)
+    box = box.pin_memory() if device.type == "cuda" else box  # as the loader does
     bent = replace(box, matrix=rotation_matrix((10, -5, 8), ISOTROPIC) / 1.1)
     crop, other = (crop_batch([b], size, device)[0] for b in (box, bent))
     random = BatchRandom(0, VIEWS, [0], device)
@@ -101,7 +102,8 @@ def views_of(method: Method, batch: CropBatch, device: torch.device) -> dict[str
 def batches(method: Method, index: CaseIndex, number: int) -> list[CropBatch]:
     """Read batches as the loader hands them to the views."""
     dataset = dataset_of(method, index)
-    return [collate([dataset[BATCH * n + b] for b in range(BATCH)]) for n in range(number)]
+    read = [collate([dataset[BATCH * n + b] for b in range(BATCH)]) for n in range(number)]
+    return [batch.pin_memory() for batch in read] if torch.cuda.is_available() else read  # as the loader does
 
 
 def lists(edge: int, index: CaseIndex, device: torch.device, number: int) -> dict[str, Callable[[], object]]:

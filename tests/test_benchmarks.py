@@ -238,6 +238,26 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path) -> No
     assert gpu.failures({"parts": results}) == ["ceilings", "ceilings: first"]
 
 
+@pytest.mark.integration
+def test_a_part_whose_device_is_lost_goes_on_in_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.gpu.context.device_is_lost", lambda _: True)
+
+    def loses(context: Context) -> None:
+        for name in (name for name in ("first", "second", "third") if not context.has(name)):
+            with context.row(name) as row:
+                row["process"] = os.getpid()
+                if name != "third":
+                    raise RuntimeError("an illegal memory access was encountered")
+
+    context = Context("speed", tmp_path, tmp_path, "cuda", True, time.monotonic() + 20)
+    rows = gpu.supervise("speed", loses, context)
+    assert len({rows[name]["process"] for name in ("first", "second", "third")}) == 3
+    assert "failed" not in rows
+    assert gpu.failures({"parts": {"speed": rows}}) == ["speed: first", "speed: second"]
+
+
 def test_a_command_that_does_not_end_in_time_is_unfinished(tmp_path: Path) -> None:
     bench = Bench.__new__(Bench)
     bench.context = Context("line", tmp_path, tmp_path, "cpu", True, time.monotonic() + 5)

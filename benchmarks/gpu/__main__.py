@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.context import UNFINISHED, Context, NoTimeLeftError, end_group
+from benchmarks.gpu.context import UNFINISHED, Context, DeviceLostError, NoTimeLeftError, end_group
 
 #: Seconds of each part in a run of eight minutes. Time that a part does not use goes to ``pay``.
 LIMITS = {
@@ -42,6 +42,8 @@ LIMITS = {
     "memory": 35,
     "pay": 480,
 }
+#: Status of a process that has lost its device, and the parts that skip their finished rows in the next process.
+LOST, SKIPPING = 75, ("correct", "compile", "speed")
 
 
 def functions() -> dict[str, Callable[[Context], None]]:
@@ -78,6 +80,8 @@ def run_part(part: str, function: Callable[[Context], None], context: Context) -
         function(context)
     except NoTimeLeftError as row:
         context.put("ended early", f"no time left for {row}")
+    except DeviceLostError:
+        os._exit(LOST)  # the end of a spoilt process may hang
     except BaseException:
         context.put("failed", traceback.format_exc())
         raise
@@ -87,10 +91,24 @@ def supervise(part: str, function: Callable[[Context], None], context: Context) 
     """Run one part in a forked process with a time limit. Return its rows."""
     begin = time.monotonic()
     (context.output / f"{part}.json").unlink(missing_ok=True)  # rows of an earlier call
+    stopped, status = _in_a_process(part, function, context)
+    while part in SKIPPING and status == LOST and context.left > 1:  # the rows that are left
+        stopped, status = _in_a_process(part, function, context)
+    rows = context.read()
+    rows["seconds"] = round(time.monotonic() - begin, 1)
+    if stopped:
+        rows["stopped"] = f"after {rows['seconds']} s, the part's limit"
+    elif status and "failed" not in rows:
+        rows["failed"] = f"The process ended with status {status}."
+    return rows
+
+
+def _in_a_process(part: str, function: Callable[[Context], None], context: Context) -> tuple[bool, int | None]:
+    """Return whether the part had to be stopped, and its status."""
     process = multiprocessing.get_context("fork").Process(target=run_part, args=(part, function, context))
     process.start()
     try:
-        process.join(max(1.0, context.deadline - begin))
+        process.join(max(1.0, context.left))
         stopped = process.is_alive()
     finally:
         if process.is_alive() and process.pid is not None:
@@ -99,13 +117,7 @@ def supervise(part: str, function: Callable[[Context], None], context: Context) 
             ending.start()
             process.join()
             ending.join()
-    rows = context.read()
-    rows["seconds"] = round(time.monotonic() - begin, 1)
-    if stopped:
-        rows["stopped"] = f"after {rows['seconds']} s, the part's limit"
-    elif process.exitcode and "failed" not in rows:
-        rows["failed"] = f"The process ended with status {process.exitcode}."
-    return rows
+    return stopped, process.exitcode
 
 
 def unfinished(results: dict[str, Any]) -> list[str]:

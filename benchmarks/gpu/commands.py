@@ -115,6 +115,8 @@ class Bench:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if not file.is_file():
+            raise RuntimeError(f"Expected {file.name} before the end, got none. Status {process.returncode}.")
         return round(time.monotonic() - begin, 1)
 
 

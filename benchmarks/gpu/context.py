@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import statistics
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -26,6 +27,20 @@ GRACE = 5
 
 class NoTimeLeftError(Exception):
     """End a part early, since a row needs more time than is left."""
+
+
+class DeviceLostError(Exception):
+    """End this process, since no later call on the device can succeed."""
+
+
+def device_is_lost(kind: str) -> bool:
+    """Return whether an error has spoilt the device for this process, as an illegal access does."""
+    try:
+        if kind == "cuda":
+            torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,10 @@ class Context:
         file = self._file
         return json.loads(file.read_text()) if file.is_file() else {}
 
+    def has(self, name: str) -> bool:
+        """Return whether a row is there, from a process whose device was lost."""
+        return name in self.read()
+
     def put(self, name: str, value: Any) -> None:
         """Write one row."""
         rows = {**self.read(), name: value}
@@ -82,6 +101,7 @@ class Context:
 
         Raises:
             NoTimeLeftError: If less time is left. The row says so, and the part ends.
+            DeviceLostError: If the row has spoilt the device. The part goes on in another process.
         """
         row: dict[str, Any] = {}
         begin = time.monotonic()
@@ -99,12 +119,13 @@ class Context:
             print(row["failed"], flush=True)
         row["took"] = round(time.monotonic() - begin, 2)
         self.put(name, row)
+        if "failed" in row and device_is_lost(self.kind):
+            raise DeviceLostError(name)
 
     def folder(self, name: str) -> Path:
         """Make a folder for one nnU-Net environment."""
-        folder = self.scratch / self.part / name
-        folder.mkdir(parents=True)
-        return folder
+        (self.scratch / self.part).mkdir(exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=self.scratch / self.part, prefix=f"{name} "))
 
     @property
     def _file(self) -> Path:

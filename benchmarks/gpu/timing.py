@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu.context import Context, cpu_seconds, milliseconds
+from benchmarks.gpu.context import UNFINISHED, Context, cpu_seconds, milliseconds
 from benchmarks.gpu.correct import SMALL_DINO
 from benchmarks.measure import once
 from benchmarks.step import Run
 from benchmarks.views import views_of
 from benchmarks.workload import CONFIGURATION, start_trainer, write_dataset
+from nnssl_ext.data.loader import PREFETCHED
 
 GIB = 2**30
 #: Methods whose compiled step is checked, on a plan that compiles in seconds.
@@ -84,7 +85,7 @@ def installed(name: str) -> str:
 def compiling(context: Context) -> None:
     """Compile the step of three methods: seconds, recompilations, values and speed against eager."""
     os.environ["nnUNet_compile"] = "t"
-    for name in ("rotation",) if context.tiny else COMPILED:
+    for name in (name for name in (("rotation",) if context.tiny else COMPILED) if not context.has(name)):
         with context.row(name, 3 if context.tiny else 15) as row:
             compile_step(context, name, row)
 
@@ -105,7 +106,7 @@ def compile_step(context: Context, name: str, row: dict[str, Any]) -> None:
         trainer.train_step(next(batches))
 
     row["first step, s"] = milliseconds(context, step, 1, warm_up=0) / 1000
-    context.put(name, row)  # compiling may take all the time that is left
+    context.put(name, {**row, UNFINISHED: True})  # compiling may take all the time that is left
     milliseconds(context, step, 2, warm_up=0)
     graphs = counters["stats"]["unique_graphs"]
     row["compiled, ms"] = milliseconds(context, step, repeats, warm_up=0)
@@ -145,7 +146,7 @@ def dataset(folder: Path, plan: str, **settings: Any) -> Path:
 def speed(context: Context) -> None:
     """Time a step of each method, with its shares, arithmetic and memory."""
     os.environ["nnUNet_compile"] = "f"
-    rows = timed(context)
+    rows = [row for row in timed(context) if not context.has(row[0])]
     folders = {title: dataset(context.folder(title), on, **settings) for title, _, on, settings in rows}
     for title, name, _, _ in rows:
         with context.row(title, 1 if context.tiny else 6) as row:
@@ -212,7 +213,10 @@ def time_step(context: Context, name: str, folder: Path, row: dict[str, Any]) ->
     before, begin = sum(map(cpu_seconds, children)), time.perf_counter()
     row["step, ms"] = milliseconds(context, run.full, repeats, warm_up=0)
     row["worker cores"] = (sum(map(cpu_seconds, children)) - before) / (time.perf_counter() - begin)
-    row["samples/s"] = run.trainer.batch_size / mean_seconds(run.full, 2 * repeats, context.device)
+    in_a_row = mean_seconds(run.full, 2 * repeats, context.device)
+    loading = seconds_per_batch(run.next, 2 if context.tiny else 2 * PREFETCHED)
+    row["loader, ms a batch"] = 1000 * loading
+    row["samples/s"] = run.trainer.batch_size / max(in_a_row, loading)
     if context.kind == "cuda":
         row["allocated, GiB"] = torch.cuda.max_memory_allocated() / GIB
         row["reserved, GiB"] = torch.cuda.max_memory_reserved() / GIB
@@ -233,7 +237,7 @@ def time_step(context: Context, name: str, folder: Path, row: dict[str, Any]) ->
 def mean_seconds(step: Callable[[], None], repeats: int, device: torch.device) -> float:
     """Return the mean time of a step in a row of them, as in a training.
 
-    The device is not waited for in between. A slow loader shows, since the batches it had ready are used up before.
+    The device is not waited for in between. Batches come from those that the loader has ready.
     """
 
     def several() -> None:
@@ -241,6 +245,16 @@ def mean_seconds(step: Callable[[], None], repeats: int, device: torch.device) -
             step()
 
     return once(several, device).wall / repeats
+
+
+def seconds_per_batch(load: Callable[[], Any], ready: int) -> float:
+    """Return the mean time in which the loader makes a batch, once those it has ``ready`` are taken."""
+    for _ in range(ready):
+        load()
+    begin = time.perf_counter()
+    for _ in range(ready):
+        load()
+    return (time.perf_counter() - begin) / ready
 
 
 def release(context: Context) -> None:
@@ -264,16 +278,19 @@ def largest_vit(context: Context) -> None:
     if not context.tiny:  # a small batch would take smaller crops
         settings |= {"crop_size": [96, 96, 96], "batch_size": 2}
     trainer: Any = None
+    if context.has("dino on a ViT, start"):  # it has spoilt the device
+        return
     with context.row("dino on a ViT, start", 1 if context.tiny else 15):
         release(context)
         folder = dataset(context.folder("vit"), "tiny_vit" if context.tiny else "vit_large", **settings)
         trainer = start_trainer(folder, "dino", context.device)
     if trainer is None:
         return
-    one = next(iter(trainer.dataloader_train))
+    batches = iter(trainer.dataloader_train)
+    read = [next(batches) for _ in range(1 if context.tiny else 8)]  # the same box twice would be sent once
     for number in [1, 2] if context.tiny else [1, 2, 4, 8, 16, 32]:
         with context.row(f"dino on a ViT, {number * trainer.batch_size} samples", 1 if context.tiny else 8) as row:
-            batch = merged([one] * number)
+            batch = merged([read[n % len(read)] for n in range(number)])
             release(context)
             try:
                 step = partial(trainer.train_step, batch)
@@ -281,7 +298,7 @@ def largest_vit(context: Context) -> None:
             except torch.OutOfMemoryError as error:
                 row["does not fit"] = str(error).partition("\n")[0]
                 break
-            row["samples/s"] = 1000 * len(batch.indices) / row["step, ms"]
+            row["samples/s, without loading"] = 1000 * len(batch.indices) / row["step, ms"]
             if context.kind == "cuda":
                 row["allocated, GiB"] = torch.cuda.max_memory_allocated() / GIB
     trainer.dataloader_train = trainer.dataloader_val = None

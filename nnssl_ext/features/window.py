@@ -46,14 +46,15 @@ class Encoder:
         self.strides = [(*lead, *stride) for stride in backbone.strides]
 
     @torch.inference_mode()
-    def features(self, tiles: Tensor, stages: int) -> list[Tensor]:
-        """Compute the maps of the first stages, on the CPU.
+    def features(self, tiles: Tensor, stages: Sequence[int]) -> list[Tensor]:
+        """Compute the maps of stages, on the CPU.
 
         (B, C, D, H, W) -> [(B, channels, d, h, w)].
         """
         tiles = tiles.to(self.device)
-        maps = self.backbone.features(tiles.squeeze(2) if self.flat else tiles, stages)
-        return [(found.unsqueeze(2) if self.flat else found).float().cpu() for found in maps]
+        maps = self.backbone.features(tiles.squeeze(2) if self.flat else tiles, max(stages) + 1)
+        chosen = [maps[stage] for stage in stages]
+        return [(found.unsqueeze(2) if self.flat else found).float().cpu() for found in chosen]
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,8 @@ def feature_maps(
     for first in tqdm(batches, desc=name, leave=False, disable=len(batches) < 3):
         chosen = corners[first : first + batch]
         tiles = torch.stack([padded[(slice(None), *_box(corner, encoder.patch, (1, 1, 1)))] for corner in chosen])
-        maps = encoder.features(tiles, max(stages) + 1)
-        for stage in stages:
-            for corner, found in zip(chosen, maps[stage], strict=True):
+        for stage, maps in zip(stages, encoder.features(tiles, stages), strict=True):
+            for corner, found in zip(chosen, maps, strict=True):
                 box = _box(corner, encoder.patch, encoder.strides[stage])
                 sums[stage][(slice(None), *box)] += found * gaussians[stage]
                 weights[stage][box] += gaussians[stage]

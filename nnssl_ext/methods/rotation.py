@@ -246,8 +246,10 @@ def roughness(image: Tensor) -> Tensor:
     The values are logarithms with zero mean over the axes. An axis with thick slices is rough. A blurred axis is
     smooth, and so is an axis of one voxel.
     """
-    none = image.new_zeros(len(image))
-    steps = [image.diff(dim=a).abs().mean((1, 2, 3, 4)) if image.shape[a] > 1 else none for a in (2, 3, 4)]
+    steps = [
+        image.diff(dim=axis).abs().mean((1, 2, 3, 4)) if image.shape[axis] > 1 else image.new_zeros(len(image))
+        for axis in (2, 3, 4)
+    ]
     logarithms = torch.stack(steps, 1).clamp_min(1e-6).log()
     return logarithms - logarithms.mean(1, keepdim=True)
 

@@ -37,15 +37,22 @@ def build_optimizer(
         optimizer: torch.optim.Optimizer = torch.optim.SGD(
             described, learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=fused
         )
-        # a fused first step that an overflow skips would leave it uninitialised; from zero it is what it always is
         for group in groups:
-            for parameter in group.parameters:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            fill_momentum(optimizer, group.parameters)
     else:
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.name]
         optimizer = kind(described, learning_rate, betas=recipe.betas, fused=fused)
     set_rates(optimizer, recipe, learning_rate, 0, 1)
     return optimizer
+
+
+def fill_momentum(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Start the momentum of SGD at zero.
+
+    A fused first step that an overflow skips would leave it uninitialized. From zero it is what it always is.
+    """
+    for parameter in parameters:
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, recipe: OptimizerRecipe, peak: float, step: int, steps: int) -> None:

@@ -70,6 +70,13 @@ def crop_views(
     Each has its own intensities, and one at most of each ``exclusive`` group. A view that would show a single value
     (air) is drawn again, up to ``CONSTANT_TRIES`` times. ``boxes`` hold regions with the edges ``region`` in voxels.
     """
+    return look_at(draw_views(boxes, region, kind, random), kind, intensity, random, exclusive)
+
+
+def draw_views(
+    boxes: Sequence[SourceBox], region: Sequence[int], kind: ViewKind, random: BatchRandom
+) -> list[SourceBox]:
+    """Place one kind of views: (B V) boxes, those of a sample in a row."""
     views = []
     for b, box in enumerate(boxes):
         generator = random.generator(b)
@@ -79,7 +86,7 @@ def crop_views(
                 if not is_constant(drawn, kind.size):
                     break
             views.append(drawn)
-    return look_at(views, kind, intensity, random, exclusive)
+    return views
 
 
 def look_at(

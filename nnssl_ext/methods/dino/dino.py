@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ from nnssl_ext.methods.dino.settings import (
 from nnssl_ext.methods.panels import Panel, axial, principal_colors
 from nnssl_ext.networks.base import Backbone, Triple
 from nnssl_ext.views.masking import expand_blocks
-from nnssl_ext.views.multicrop import crop_views, draw_patch_masks, look_at
+from nnssl_ext.views.multicrop import draw_patch_masks, draw_views, look_at
 from nnssl_ext.views.random import BatchRandom, pack_to_device
 from nnssl_ext.views.spatial import SpatialRange
 
@@ -75,6 +76,7 @@ class DINO(Method):
         super().__init__(backbone, settings, geometry)
         backbone.train_encoder_only()
         self.warming_up = False
+        self.averaged: tuple[list[Tensor], list[Tensor]] | None = None
         self.kinds, self.looks = view_kinds(settings, geometry), settings.intensity.of_views()
         self.student = DistilledNetwork(
             reader_of(backbone, patch_level(settings, geometry)),
@@ -164,9 +166,10 @@ class DINO(Method):
             (M,). For networks without a mask token also ``masked_image``, the global views with masked patches.
         """
         settings, device = self.settings, random.device
-        views = {"global": torch.cat([self._view(batch, random, n) for n in range(GLOBALS)], 1)}
+        sent: dict[int, Tensor] = {}
+        views = {"global": torch.cat([self._view(batch, random, n, sent) for n in range(GLOBALS)], 1)}
         if settings.local_crops:
-            views["local"] = self._view(batch, random, GLOBALS)
+            views["local"] = self._view(batch, random, GLOBALS, sent)
         number = math.prod(self.grid)
         masked = draw_patch_masks(random, GLOBALS, number, settings.mask_probability, settings.mask_ratio)
         index = masked.flatten().nonzero()[:, 0]
@@ -179,14 +182,19 @@ class DINO(Method):
             views["masked_image"] = self._mask(views["global"], views["masked"], random)
         return views
 
-    def _view(self, batch: CropBatch, random: BatchRandom, place: int) -> Tensor:
-        """Make views of one kind: (B, V, C, D, H, W)."""
+    def _view(self, batch: CropBatch, random: BatchRandom, place: int, sent: dict[int, Tensor]) -> Tensor:
+        """Make views of one kind: (B, V, C, D, H, W). ``sent`` keeps regions that kinds share on the device."""
         kind, (intensity, exclusive) = self.kinds[place], self.looks[place]
         if len(batch.boxes) == 1:
-            return crop_views(batch.boxes[0], self.geometry.crop_size, kind, intensity, random, exclusive)
-        first = sum(earlier.number for earlier in self.kinds[:place])
-        rows = batch.boxes[first : first + kind.number]
-        boxes = [box for sample in zip(*rows, strict=True) for box in sample]
+            boxes = draw_views(batch.boxes[0], self.geometry.crop_size, kind, random)
+        else:
+            first = sum(earlier.number for earlier in self.kinds[:place])
+            rows = batch.boxes[first : first + kind.number]
+            boxes = [box for sample in zip(*rows, strict=True) for box in sample]
+        for box in boxes:
+            if id(box.data) not in sent:
+                sent[id(box.data)] = box.data.to(random.device, non_blocking=random.device.type == "cuda")
+        boxes = [replace(box, data=sent[id(box.data)]) for box in boxes]
         return look_at(boxes, kind, intensity, random, exclusive)
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -267,8 +275,8 @@ class DINO(Method):
         """Move the teacher towards the student, running statistics included."""
         start = self.settings.teacher_momentum or 0.0
         momentum = 1 - (1 - start) * (1 + math.cos(math.pi * progress)) / 2
-        teacher, student = self._averaged()
-        torch._foreach_lerp_(teacher, student, 1 - momentum)
+        self.averaged = self.averaged or self._averaged()  # large networks take milliseconds to list
+        torch._foreach_lerp_(*self.averaged, 1 - momentum)
 
     @torch.no_grad()
     def after_start_from(self) -> None:

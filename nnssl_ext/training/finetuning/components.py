@@ -19,7 +19,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.methods import SCHEMAS, OptimizerRecipe
 from nnssl_ext.networks.backbone import HEADS, backbone_of
 from nnssl_ext.settings import PLANS_KEY, CommonSettings, FinetuneSettings, split_sections
-from nnssl_ext.training.optimization import learning_rate_at
+from nnssl_ext.training.optimization import fill_momentum, learning_rate_at
 from nnssl_ext.views import random
 
 #: Peak learning rates where the settings name none.
@@ -98,9 +98,16 @@ def build_optimizer(network: nn.Module, settings: FinetuneSettings, learning_rat
     described += [{"params": parameters, "part": part} for part, parameters in groups.items() if parameters]
     if s.plain_norms:
         described = [half for group in described for half in _without_decay(group)]
+    # one kernel for all parameters, and an overflow in float16 skips the step without the host waiting
+    fused = True if {p.device.type for p in network.parameters()} == {"cuda"} else None
     if s.optimizer == "adamw":
-        return torch.optim.AdamW(described, learning_rate, weight_decay=s.weight_decay)
-    return torch.optim.SGD(described, learning_rate, weight_decay=s.weight_decay, momentum=0.99, nesterov=True)
+        return torch.optim.AdamW(described, learning_rate, weight_decay=s.weight_decay, fused=fused)
+    optimizer = torch.optim.SGD(
+        described, learning_rate, weight_decay=s.weight_decay, momentum=0.99, nesterov=True, fused=fused
+    )
+    for group in optimizer.param_groups if fused else []:
+        fill_momentum(optimizer, group["params"])
+    return optimizer
 
 
 def _without_decay(group: dict[str, Any]) -> list[dict[str, Any]]:
@@ -146,11 +153,12 @@ def moving_average(network: nn.Module, decay: float) -> AveragedModel:
     The first update copies the weights. The decay of update t is at most (1 + t) / (10 + t). Buffers are copied.
     """
 
-    def lerp(averaged: PARAM_LIST, trained: PARAM_LIST, number: torch.Tensor | int) -> None:
-        updates = int(number)
+    def lerp(averaged: PARAM_LIST, trained: PARAM_LIST, _: torch.Tensor | int) -> None:
+        updates = int(model.n_averaged)  # on the host, while torch hands over a copy on the device
         torch._foreach_lerp_(averaged, trained, 1 - min(decay, (1 + updates) / (10 + updates)))
 
-    return AveragedModel(network, multi_avg_fn=lerp).requires_grad_(False)
+    model = AveragedModel(network, multi_avg_fn=lerp).requires_grad_(False)
+    return model
 
 
 def predict_alone(network: nn.Module) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from nnssl_ext.errors import UserError
@@ -14,6 +15,16 @@ from nnssl_ext.training.distributed.ranks import world
 
 #: What stock collects of an epoch's steps: {"loss": scalar} per step.
 Outputs = list[dict[str, np.ndarray]]
+
+
+def on_host(outputs: list[dict[str, Any]]) -> Outputs:
+    """Fetch the losses that are still on a GPU, in one go."""
+    waiting = [place for place, step in enumerate(outputs) if isinstance(step["loss"], torch.Tensor)]
+    if waiting:
+        losses = torch.stack([outputs[place]["loss"] for place in waiting]).cpu().numpy()
+        for place, loss in zip(waiting, losses, strict=True):
+            outputs[place] = {"loss": loss}
+    return outputs
 
 
 def of_all_processes(outputs: Outputs) -> Outputs:

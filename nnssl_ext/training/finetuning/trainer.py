@@ -49,13 +49,14 @@ from nnssl_ext.training.finetuning.components import (
 )
 from nnssl_ext.training.finetuning.evaluation import Evaluation
 from nnssl_ext.training.finetuning.loaders import TRAINING, VALIDATION, SeededBatches, never_by_time, run_seed
-from nnssl_ext.training.finetuning.state import Outputs, finite, is_spoilt, of_all_processes, refuse_other_run
+from nnssl_ext.training.finetuning.state import Outputs, finite, is_spoilt, of_all_processes, on_host, refuse_other_run
 from nnssl_ext.training.managed import ManagedTrainer
 from nnssl_ext.training.memory.out_of_memory import finetuning_advice
 from nnssl_ext.training.onednn import avoid_two_slice_bug
 from nnssl_ext.training.pretraining.log import PlainLog
 from nnssl_ext.training.run.commands import continuation
 from nnssl_ext.training.run.folder import LATEST
+from nnssl_ext.training.run.nonfinite import READ_EVERY
 from nnssl_ext.training.wrapping import set_memory_format
 from nnssl_ext.transfer.start import load_heads, pretrained_weights_argument
 from nnssl_ext.views.random import step_seed
@@ -219,10 +220,13 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         self.step += 1
         if self.averaged is not None:
             self.averaged.update_parameters(self.plain_network)
-        return {"loss": loss.detach().float().cpu().numpy()}
+        loss = loss.detach().float()
+        return {"loss": loss.numpy() if self.device.type == "cpu" else loss}  # of a GPU later, without waiting
 
     def after_step(self) -> None:
-        """Keep the weights if this step is a snapshot."""
+        """Keep the weights if this step is a snapshot, and read the losses once in a while."""
+        if self.step % READ_EVERY == 0:
+            on_host(self.outputs)
         if self.step in self.settings.snapshots:
             self.save_checkpoint(str(self.snapshot_file(self.step)))
 
@@ -242,14 +246,14 @@ class nnsslTrainer_Finetune(ManagedTrainer):
             self.network = trained
 
     def on_train_epoch_end(self, train_outputs: Outputs) -> None:
-        self._refuse_spoilt(train_outputs)
+        self._refuse_spoilt(on_host(train_outputs))
         super().on_train_epoch_end(finite(train_outputs))
 
     def is_sound(self) -> bool:
-        return not is_spoilt(self.outputs, self.grad_scaler is not None, self.common.max_nonfinite_batches)
+        return not is_spoilt(on_host(self.outputs), self.grad_scaler is not None, self.common.max_nonfinite_batches)
 
     def gather_outputs(self) -> Outputs:
-        outputs = of_all_processes(self.outputs)
+        outputs = of_all_processes(on_host(self.outputs))
         self._refuse_spoilt(outputs)  # the checkpoint that is there is better
         return outputs
 
