@@ -80,7 +80,7 @@ def with_workers(dataset: CropDataset, workers: int, batches: int, batch_size: i
     shard = Shard(0, batches, batch_size)
     pinned = torch.cuda.is_available()  # as in a training
     loader = SteadyLoader(dataset, shard, workers=workers, pin_memory=pinned, log=print, waiting=lambda: None)
-    before, begin, wall, first = spent(), 0.0, 0.0, workers + 1
+    before, begin, wall, first = spent(), time.perf_counter(), 0.0, min(workers + 1, batches // 2)
     for made, _ in enumerate(loader, 1):
         if made == first:  # the workers have started, and what they made while starting is taken
             begin = time.perf_counter()

@@ -36,7 +36,7 @@ class DeviceLostError(Exception):
 def device_is_lost(kind: str) -> bool:
     """Return whether an error has spoilt the device for this process, as an illegal access does."""
     try:
-        if kind == "cuda":
+        if kind == "cuda" and torch.cuda.is_initialized():
             torch.cuda.synchronize()
     except Exception:
         return True

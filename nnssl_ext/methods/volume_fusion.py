@@ -22,7 +22,7 @@ from nnssl_ext.methods.base import DataGeometry, Method, Readable
 from nnssl_ext.methods.common import SharedSettings
 from nnssl_ext.methods.panels import Panel
 from nnssl_ext.settings import setting
-from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings
+from nnssl_ext.views.appearance import IntensityDraw, IntensitySettings, keep_zero, outside_of
 from nnssl_ext.views.cpu.chunks import sample_chunks, scratch
 from nnssl_ext.views.fusion import BoxLayout, GridLayout, MissingNoise, fuse
 from nnssl_ext.views.intensity import remap_percentiles
@@ -152,9 +152,11 @@ class VolumeFusion(Method):
                 front, back = shuffle_voxels(foreground, own), shuffle_voxels(background, own)
                 pairs.insert(0, (front, views["shuffled"][samples].copy_(back), views["shuffled_level"][samples]))
             for front, fused, target in pairs:
+                outside = outside_of(front.abs() + fused.abs(), draws[0].masked)
                 self._fuse(front, fused, target, own)
                 if filters is not None:
                     filters.of(samples).apply(fused)
+                keep_zero(fused, draws[0].masked, outside)
                 for inside in valid:
                     fused.mul_(inside)
                     target.masked_fill_(~inside[:, 0], IGNORE)

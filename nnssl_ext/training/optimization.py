@@ -47,12 +47,24 @@ def build_optimizer(
 
 
 def fill_momentum(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Start the momentum of SGD at zero.
+    """Start the momentum of SGD at zero where there is none.
 
     A fused first step that an overflow skips would leave it uninitialized. From zero it is what it always is.
     """
     for parameter in parameters:
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        state = optimizer.state[parameter]
+        if parameter.requires_grad and state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state that another device may have written. Kernels stay those of this device."""
+    own = [group.get("fused") for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, fused in zip(optimizer.param_groups, own, strict=True):
+        group["fused"] = fused
+        if fused and isinstance(optimizer, torch.optim.SGD):
+            fill_momentum(optimizer, group["params"])
 
 
 def set_rates(optimizer: torch.optim.Optimizer, recipe: OptimizerRecipe, peak: float, step: int, steps: int) -> None:

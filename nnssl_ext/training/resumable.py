@@ -12,6 +12,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl_ext.commands import RunName
 from nnssl_ext.errors import UserError
+from nnssl_ext.training.optimization import restore_optimizer
 from nnssl_ext.training.wrapping import arithmetic, match_memory_format, note_other_arithmetic
 
 
@@ -107,14 +108,14 @@ class ResumableTrainer(nnUNetTrainer):
 
     def restore_stock(self, content: dict[str, Any]) -> None:
         """Restore ``stock_state`` and ``stock_identity``, once the weights are restored."""
-        note_other_arithmetic(content["arithmetic"], self.amp_dtype, self.print_to_log_file)
-        self.optimizer.load_state_dict(content["optimizer_state"])
+        note_other_arithmetic(content.get("arithmetic"), self.amp_dtype, self.print_to_log_file)
+        restore_optimizer(self.optimizer, content["optimizer_state"])
         match_memory_format(self.optimizer)
         if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(content["grad_scaler_state"])
         self.my_init_kwargs = content["init_args"]
         self.current_epoch = content["current_epoch"]
-        self.split_digest, self.seconds_before = content["split"], content["epoch_seconds"]
+        self.split_digest, self.seconds_before = content.get("split", ""), content.get("epoch_seconds", 0.0)
         self.logger.load_checkpoint(content["logging"])
         self._best_ema = content["_best_ema"]
         self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]

@@ -25,9 +25,9 @@ def differences(source: SourceGeometry, target: SourceGeometry) -> list[str]:
     if source.normalization and target.normalization and not _alike(source.normalization, target.normalization):
         there, here = _listed(source.normalization), _listed(target.normalization)
         found.append(f"Normalization differs: {there} in the source, {here} here.")
-    elif CT in source.normalization and CT in target.normalization:
-        there, here = (_listed([_numbers(row) for row in side.intensities]) for side in (source, target))
-        if here and not there:
+    elif CT in source.normalization and CT in target.normalization and target.intensities:
+        there, here = map(_fixed_numbers, (source, target))
+        if not there:
             found.append(f"{CT} has fixed numbers. The source does not record them: compare them with {here}.")
         elif there != here:
             found.append(f"The numbers of {CT} differ: {there} in the source, {here} here.")
@@ -56,9 +56,14 @@ def _alike(one: Sequence[object], other: Sequence[object]) -> bool:
     return one == other if len(one) == len(other) else set(one) == set(other)
 
 
-def _numbers(row: Mapping[str, float]) -> str:
-    mean, deviation, low, high = (row[name] for name in INTENSITIES)
-    return f"mean {mean:.4g}, deviation {deviation:.4g}, clipped to {low:.4g} to {high:.4g}"
+def _fixed_numbers(side: SourceGeometry) -> str:
+    """Describe the numbers of the channels that have fixed ones."""
+    found = []
+    for scheme, row in zip(side.normalization, side.intensities, strict=False):  # corpora may list more channels
+        if scheme == CT:
+            mean, deviation, low, high = (row[name] for name in INTENSITIES)
+            found.append(f"mean {mean:.4g}, deviation {deviation:.4g}, clipped to {low:.4g} to {high:.4g}")
+    return _listed(found)
 
 
 def _listed(values: Sequence[str]) -> str:
@@ -119,6 +124,9 @@ def plans_like(
             f"{configuration}: spacing {_product(target['spacing'])} mm, {_listed(target['normalization_schemes'])}, "
             f"patch {_product(target['patch_size'])}"
         )
+    if result.get(PROPERTIES) != plans.get(PROPERTIES):  # the data of other configurations have the old numbers
+        for other in set(result["configurations"]) - set(configurations):
+            result["configurations"][other]["data_identifier"] = f"{name}_{other}"
     return result, lines
 
 

@@ -21,7 +21,7 @@ from nnssl_ext.networks.architectures import pct_net, vit
 from nnssl_ext.transfer import names, resnet
 from nnssl_ext.transfer.heads import output_names
 from nnssl_ext.transfer.locate import NOTE, locate
-from nnssl_ext.transfer.source import PROPERTIES, PUBLISHED_PCT_NET, PretrainedWeights, geometry, planned_geometry
+from nnssl_ext.transfer.source import PUBLISHED_PCT_NET, PretrainedWeights, geometry, intensities_of, planned_geometry
 
 #: Recognizes a kind of file and reads it: content, file and plan -> weights, or None for another kind.
 Reader = Callable[[dict[str, Any], Path, dict[str, Any]], "PretrainedWeights | None"]
@@ -196,7 +196,7 @@ def _recorded(content: dict[str, Any], path: Path, read: Mapping[str, Any]) -> d
             configuration.network_arch_init_kwargs.get("strides"),
             read["weights"],
             channel_names=dataset.get("channel_names") or dataset.get("modality"),
-            intensities=plans.plans.get(PROPERTIES),
+            intensities=intensities_of(plans.plans),
         )
         if "labels" in dataset:
             result["outputs"], result["regions"] = output_names(dataset)

@@ -89,7 +89,7 @@ def planned_geometry(plan: Mapping[str, Any], weights: Mapping[str, Tensor]) -> 
         planned,
         weights,
         halving=architecture.get("arch_class_name") in HALVING,
-        intensities=_inside(plan, "pretrain_plan").get(PROPERTIES),
+        intensities=intensities_of(_inside(plan, "pretrain_plan")),
     )
 
 
@@ -132,8 +132,16 @@ def geometry(
 def properties_of(given: Any) -> tuple[Mapping[str, float], ...]:
     """Return the intensity properties of each channel, () where something is missing."""
     rows = tuple(given.values()) if isinstance(given, Mapping) else ()
-    whole = all(isinstance(row, Mapping) and set(INTENSITIES) <= set(row) for row in rows)
+    whole = all(
+        isinstance(row, Mapping) and all(isinstance(row.get(name), (int, float)) for name in INTENSITIES)
+        for row in rows
+    )
     return rows if whole else ()
+
+
+def intensities_of(plans: Mapping[str, Any]) -> Any:
+    """Return the intensity properties in plans. nnU-Net's first plans have another name for them."""
+    return plans.get(PROPERTIES, plans.get("foreground_intensity_properties_by_modality"))
 
 
 def _strides(

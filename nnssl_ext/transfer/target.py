@@ -21,7 +21,7 @@ from nnssl_ext.provenance import revision, versions
 from nnssl_ext.recipe import read_json
 from nnssl_ext.transfer.heads import output_names
 from nnssl_ext.transfer.report import LEFT, Report
-from nnssl_ext.transfer.source import PROPERTIES, PretrainedWeights, properties_of
+from nnssl_ext.transfer.source import PretrainedWeights, intensities_of, properties_of
 from nnssl_ext.transfer.transfer import TargetNetwork
 
 
@@ -88,7 +88,7 @@ def build_target(to: TargetPlans, seed: int) -> TargetNetwork:
         outputs,
         regions,
         tuple(to.configuration.use_mask_for_norm),
-        properties_of(to.plans.plans.get(PROPERTIES)),
+        properties_of(intensities_of(to.plans.plans)),
     )
 
 
@@ -123,7 +123,7 @@ def write(
             plans_name=to.plans.plans_name,
             configuration_name=to.configuration_name,
             configuration=to.configuration.configuration,
-            intensities=to.plans.plans.get(PROPERTIES),
+            intensities=intensities_of(to.plans.plans),
             patch_size=target.patch_size,
             spacing=target.spacing,
             channels=to.channels,

@@ -74,7 +74,7 @@ class IntensityDraw:
         steps: Each augmentation with the volumes that it changes, in order.
         volumes: V C, volumes of a sample.
         samples: B.
-        masked: Channels that stay zero where all channels of an image are, as in nnU-Net.
+        masked: Channels that stay zero where all of them are, as in nnU-Net.
     """
 
     steps: list[tuple[type[Augmentation], Chosen]]
@@ -150,7 +150,7 @@ class IntensityDraw:
     def apply(self, batch: Tensor) -> Tensor:
         """Apply all augmentations in place. (B, C, D, H, W) or (B, V, C, D, H, W)"""
         volumes = batch.view(-1, *batch.shape[-3:])
-        outside = (batch == 0).all(-4) if self.masked and self.steps else None
+        outside = outside_of(batch, self.masked) if self.steps else None
         if has_kernels(volumes.device, volumes.shape[1:]):
             for kind, chosen in self.steps:
                 for n, row in enumerate(chosen.rows.tolist()):
@@ -162,9 +162,7 @@ class IntensityDraw:
                 self.of(slice(b, b + 1)).apply_definition(volumes[first : first + self.volumes])
         else:
             self.apply_definition(volumes)
-        if outside is not None:
-            for channel in self.masked:
-                batch.select(-4, channel).masked_fill_(outside, 0.0)
+        keep_zero(batch, self.masked, outside)
         return batch
 
     def apply_definition(self, volumes: Tensor) -> None:
@@ -178,3 +176,16 @@ class IntensityDraw:
             changed = volumes.index_select(0, rows)
             kind.apply(changed, moved)
             volumes.index_copy_(0, rows, changed)
+
+
+def outside_of(images: Tensor, masked: Sequence[int]) -> Tensor | None:
+    """Find what lies outside of images (..., C, D, H, W): (..., D, H, W) bool, None without masked channels."""
+    zeros = [images.select(-4, channel) == 0 for channel in masked]
+    return torch.stack(zeros).all(0) if zeros else None
+
+
+def keep_zero(images: Tensor, masked: Sequence[int], outside: Tensor | None) -> None:
+    """Set masked channels to zero outside of the image, in place."""
+    if outside is not None:
+        for channel in masked:
+            images.select(-4, channel).masked_fill_(outside, 0.0)

@@ -53,6 +53,24 @@ def test_undecidable_voxels_and_padding_are_ignored(folder: Path, tmp_path: Path
     assert not padded["image"][:, :, :4].any()
 
 
+def test_what_nnunet_keeps_zero_is_zero_in_the_fused_image(folder: Path) -> None:
+    """Though noise that the fusion took away is added."""
+    settings = VolumeFusionSettings(intensity=IntensitySettings(noise_probability=1.0, blur_probability=1.0))
+    images = []
+    for masked in ((False, False), (True, True)):
+        method = build(VolumeFusion, settings, masked=masked)
+        batch = batch_of(folder, method, [0, 1])
+        for row in batch.boxes:
+            for box in row:
+                box.data, box.matrix = box.data.clone(), np.eye(3)
+                box.data[:, :6] = 0.0
+        images.append(method.views(batch, BatchRandom(0, VIEWS, batch.indices, CPU))["image"])
+    plain, kept = images
+    outside = (kept == 0).all(1)
+    assert 0.1 < outside.float().mean() < 0.9
+    assert (plain[outside[:, None].expand_as(plain)] != 0).any()
+
+
 @pytest.mark.parametrize("at_once", [1, slabs.SAMPLES])
 def test_a_sample_looks_the_same_in_any_batch(folder: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     monkeypatch.setattr(slabs, "SAMPLES", at_once)

@@ -11,6 +11,7 @@ from nnssl_ext.training.optimization import (
     build_optimizer,
     clip_gradients,
     learning_rate_at,
+    restore_optimizer,
     set_rates,
     weight_decay_at,
 )
@@ -99,3 +100,19 @@ def test_each_part_is_shortened_for_itself() -> None:
     long.weight.grad.fill_(1e3)
     clip_gradients([[long.weight, short.weight]], 2.0)  # together, the long one takes nearly all
     assert short.weight.grad.norm().item() < 0.01
+
+
+def test_a_state_of_another_device_keeps_this_ones_kernels() -> None:
+    """A state without momentum of frozen weights, from a run without fused kernels."""
+    trained, frozen = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    before = torch.optim.SGD([trained, frozen], 0.1, momentum=0.9)
+    trained.grad = torch.ones(3)
+    before.step()
+    after = torch.optim.SGD([trained, frozen], 0.1, momentum=0.9, fused=True)
+    restore_optimizer(after, before.state_dict())
+    assert after.param_groups[0]["fused"]
+    assert torch.equal(after.state[trained]["momentum_buffer"], torch.ones(3))
+    assert torch.equal(after.state[frozen]["momentum_buffer"], torch.zeros(3))
+    frozen.grad = torch.ones(3)
+    after.found_inf = torch.zeros(1)  # as the gradient scaler sets it
+    after.step()

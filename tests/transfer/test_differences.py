@@ -50,10 +50,18 @@ def test_the_fixed_numbers_of_ct_are_compared_and_taken() -> None:
         "100, deviation 300, clipped to -1000 to 400 here."
     )
     assert "The source does not record them: compare them with mean 100" in differences(CT, liver)[0]
+    assert differences(lung, CT) == []
+    pet = {**liver.intensities[0], "mean": 5}
+    two = [
+        replace(lung, normalization=(*CT.normalization, "ZScoreNormalization"), intensities=(*lung.intensities, row))
+        for row in (pet, {**pet, "mean": 6})
+    ]
+    assert differences(*two) == []  # the numbers of z-scores are the image's own
     plans = make_plans("plain")
     changed, _ = plans_like(plans, replace(lung, masked=(True,)), "like", ["3d_fullres"])
     assert changed["foreground_intensity_properties_per_channel"] == {"0": dict(lung.intensities[0])}
     assert changed["configurations"]["3d_fullres"]["use_mask_for_norm"] == [True]
+    assert changed["configurations"]["2d"]["data_identifier"] == "like_2d"  # its data have the old numbers
     changed, lines = plans_like(plans, CT, "like", ["3d_fullres"])
     assert (
         changed["foreground_intensity_properties_per_channel"] == plans["foreground_intensity_properties_per_channel"]

@@ -113,11 +113,11 @@ def fetch_task(task: Task, root: Path, url: str | None = None, md5: str | None =
         url: Another mirror than the official one.
         md5: Of that mirror's file, where it is another one.
     """
-    from monai.apps.datasets import DecathlonDataset  # takes seconds to import
-
     folder, archive = root / task.folder, root / f"{task.folder}.tar"
     if folder.exists():
         return folder
+    from monai.apps.datasets import DecathlonDataset  # takes seconds to import
+
     with lock_file(root / f".{task.folder}.lock", f"{task.folder} in {root}"):
         for unfinished in root.glob(f".{task.folder}.*.tmp"):  # of a killed call
             shutil.rmtree(unfinished, ignore_errors=True)

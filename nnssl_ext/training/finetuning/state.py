@@ -23,7 +23,7 @@ def on_host(outputs: list[dict[str, Any]]) -> Outputs:
     if waiting:
         losses = torch.stack([outputs[place]["loss"] for place in waiting]).cpu().numpy()
         for place, loss in zip(waiting, losses, strict=True):
-            outputs[place] = {"loss": loss}
+            outputs[place] = {"loss": np.array(loss)}  # stock takes a bare scalar for something else
     return outputs
 
 

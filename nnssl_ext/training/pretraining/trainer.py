@@ -42,6 +42,7 @@ from nnssl_ext.training.pretraining.unreadable import Unreadable
 from nnssl_ext.training.run.folder import FINAL, LATEST
 from nnssl_ext.training.run.nonfinite import FiniteGuard
 from nnssl_ext.training.wrapping import set_memory_format, wrap_for_training
+from nnssl_ext.transfer.source import intensities_of
 from nnssl_ext.transfer.start import pretrained_weights_argument
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom, step_seed
 
@@ -357,7 +358,7 @@ class PretrainingTrainer(ManagedTrainer):
                 patch_size=checked.geometry.crop_size,
                 spacing=checked.geometry.spacing,
                 channels=checked.geometry.channels,
-                intensities=self.plans_manager.plans.get("foreground_intensity_properties_per_channel"),
+                intensities=intensities_of(self.plans_manager.plans),
             ),
             "citations": [{"type": "pretraining method", "name": method.title, "apa_citations": [method.citation]}],
             "nnssl_ext": {

@@ -3,9 +3,11 @@
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.utilities.collate_outputs import collate_outputs
 from torch import nn
 
 from nnssl_ext.recipe import load_recipe
@@ -22,6 +24,7 @@ from nnssl_ext.training.finetuning.components import (
     to_device,
     weighted_for,
 )
+from nnssl_ext.training.finetuning.state import on_host
 from tests.support.networks import network
 
 
@@ -144,3 +147,11 @@ def test_only_copies_to_cuda_are_not_waited_for(kind: str) -> None:
     tensor, device = Mock(), torch.device(kind)
     to_device([tensor], device)
     tensor.to.assert_called_once_with(device, non_blocking=kind == "cuda")
+
+
+def test_losses_of_a_gpu_are_read_as_stock_collects_them() -> None:
+    outputs: list[dict[str, Any]] = [{"loss": np.array(1.5, np.float32)}, {"loss": torch.tensor(2.5)}]
+    assert on_host(outputs) is outputs
+    losses = collate_outputs(outputs)["loss"]
+    assert isinstance(losses, np.ndarray)
+    assert losses.ravel().tolist() == [1.5, 2.5]
