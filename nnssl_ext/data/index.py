@@ -7,6 +7,7 @@ its file has changed. The index lies beside the configuration's folder, because 
 from __future__ import annotations
 
 import math
+import shutil
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -126,7 +127,7 @@ class CaseIndex:
         cases = list(stats)
         keys = np.array(list(stats.values()), dtype=np.int64).reshape(-1, 2)
         del stats
-        path = folder.parent / f"nnssl_ext_index_{folder.name}.npz"
+        path = index_file(folder)
         table = _empty_table(len(cases))
         try:
             unknown = _take_over(path, cases, keys, table)
@@ -236,3 +237,16 @@ def sampled(image: np.ndarray) -> np.ndarray:
     while math.gcd(step, math.prod(image.shape[-2:])) > 1:  # else one column or row stands for all
         step += 1
     return image.ravel()[::step]
+
+
+def index_file(folder: Path) -> Path:
+    """Return the index of a folder of cases."""
+    return folder.parent / f"nnssl_ext_index_{folder.name}.npz"
+
+
+def copy_index(folder: Path, beside: Path) -> None:
+    """Copy a folder's index to the folder ``beside`` a link to it, so that its cases are not read again."""
+    source = index_file(folder)
+    if source.is_file() and not (beside / source.name).is_file():
+        with replaced_on_success(beside / source.name) as temporary:
+            shutil.copyfile(source, temporary)

@@ -14,6 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.data.corpus.corpus import PREPROCESSING
+from nnssl_ext.data.index import copy_index
 from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import link
@@ -96,6 +97,7 @@ def write_pretraining_data(corpus: PretrainingData, folder: Path, plans: dict) -
     """
     folder.mkdir(parents=True, exist_ok=True)
     link(folder / corpus.data.name, corpus.data)
+    copy_index(corpus.data, folder)
     for name in ("dataset.json", "dataset_fingerprint.json"):
         if (corpus.source / name).is_file():
             write_json(read_json(corpus.source / name), folder / name)

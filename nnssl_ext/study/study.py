@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from nnssl_ext.configurations import configuration_of, unusable
 from nnssl_ext.data.cases import stored_as
+from nnssl_ext.data.index import copy_index
 from nnssl_ext.environment import dataset_folder
 from nnssl_ext.errors import UserError
 from nnssl_ext.external_trainers import find_trainer, trainer_folders
@@ -113,6 +114,7 @@ class Study:
         grid.preprocessed.mkdir(parents=True, exist_ok=True)
         for name in (self._data.name, "gt_segmentations"):
             link(grid.preprocessed / name, self.source / name)
+        copy_index(self._data, grid.preprocessed)
         for name in ("dataset.json", "dataset_fingerprint.json"):
             write_json(read_json(self.source / name), grid.preprocessed / name)
         write_json(grid.folds, grid.preprocessed / "splits_final.json")

@@ -7,7 +7,7 @@ import pytest
 
 from nnssl_ext.data import index as index_module
 from nnssl_ext.data.cases import list_cases, open_case, shorten
-from nnssl_ext.data.index import CaseIndex, CaseRecord, body_map
+from nnssl_ext.data.index import CaseIndex, CaseRecord, body_map, copy_index
 from tests.datasets import blob
 
 
@@ -173,3 +173,13 @@ def test_cases_of_other_channels_than_expected_are_problems(folder: Path) -> Non
     assert index.problems() == {}
     assert index.problems(channels=1) == {"case_1": "has 2 channels, the plans expect 1"}
     assert index.problems(channels=2)["case_0"] == "has 1 channels, the plans expect 2"
+
+
+def test_a_link_takes_the_index_over(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = CaseIndex.build(folder)
+    link = tmp_path / "study" / folder.name
+    link.parent.mkdir()
+    link.symlink_to(folder)
+    copy_index(folder, link.parent)
+    monkeypatch.setattr(index_module, "examine", None)  # no case is read
+    assert CaseIndex.build(link).fingerprint() == known.fingerprint()

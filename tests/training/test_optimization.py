@@ -114,5 +114,5 @@ def test_a_state_of_another_device_keeps_this_ones_kernels() -> None:
     assert torch.equal(after.state[trained]["momentum_buffer"], torch.ones(3))
     assert torch.equal(after.state[frozen]["momentum_buffer"], torch.zeros(3))
     frozen.grad = torch.ones(3)
-    after.found_inf = torch.zeros(1)  # as the gradient scaler sets it
+    after.found_inf = torch.zeros(1)  # type: ignore[attr-defined] # as the gradient scaler sets it
     after.step()

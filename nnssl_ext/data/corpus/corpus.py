@@ -81,6 +81,8 @@ class Corpus:
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         if "corpus.json" not in names and not all(name.startswith(".") for name in names):
             raise UserError(f"{self.folder} exists and is no corpus. Give another -d and -n")
+        #: Files of the items that this call has read.
+        self._read_now: set[frozenset[str]] = set()
         self.channels = channel_names(self.target_json, self.like / "dataset.json")
         #: The plan's schemes, one per channel.
         self.normalization: list[str] = self._configuration["normalization_schemes"]
@@ -141,9 +143,16 @@ class Corpus:
         bar = tqdm(total=len(new), desc="Preprocessing", unit="file", disable=not new or not sys.stderr.isatty())
         try:
             with bar:
-                for item, results in self._results(new, target):
-                    self._replace(manifest, item, results, records)
-                    limit.count([result.entry for result in results])
+                for item, results, lost in self._results(new, target):
+                    before = manifest.entries.get(frozenset(item.files), [])
+                    # a file that is not there today is no reason to lose what was made of it
+                    absent = lost or all(result.entry.stamp[0] == 0 for result in results)
+                    if absent and any(entry.status == KEPT for entry in before):
+                        bar.write(f"{results[0].entry}. Its case stays as it is", sys.stderr)
+                        limit.count(before)
+                    else:
+                        self._replace(manifest, item, results, records)
+                        limit.count([result.entry for result in results])
                     bar.update()
                     limit.check()
                     if (begin := time.monotonic()) > keep_at:
@@ -171,13 +180,13 @@ class Corpus:
         write_json(contents, scratch / "contents.json")
         return CorpusTarget(scratch, self.plans, self.configuration)
 
-    def _results(self, items: Sequence[Item], target: CorpusTarget) -> Iterator[tuple[Item, list[Prepared]]]:
-        """Yield items with their results, in order. The first of duplicates is then kept."""
+    def _results(self, items: Sequence[Item], target: CorpusTarget) -> Iterator[tuple[Item, list[Prepared], bool]]:
+        """Yield items with their results, and whether a worker was lost, in order. The first of duplicates is kept."""
         pool = WorkerPool(partial(prepare, target=target), min(self.processes, len(items)), _time_limit)
         try:
             for item, result in zip(items, pool.run(items), strict=True):
                 lost = isinstance(result, Lost)
-                yield item, [Prepared(left_out(item, Unusable(result.reason)))] if lost else result
+                yield item, [Prepared(left_out(item, Unusable(result.reason)))] if lost else result, lost
         except NotWrittenError as error:
             raise UserError(f"{error}. Make room and call again, it goes on where it stopped") from error
 
@@ -188,6 +197,7 @@ class Corpus:
 
         Entries have no stamp until all are there, so that an unfinished item is read again.
         """
+        self._read_now.add(frozenset(item.files))
         orphans = manifest.forget(item)
         stamps = [result.entry.stamp for result in results]
         for result in results:
@@ -206,6 +216,9 @@ class Corpus:
         entry = result.entry
         twin = manifest.kept.get(entry.content) if entry.status == KEPT else None
         there = orphans.pop(entry.content, "") if entry.status == KEPT else ""
+        if twin and self._replaces(manifest.holder(entry.content), result):
+            manifest.resign(entry.content, entry.case)
+            there, twin = twin, None
         if twin:
             entry.status, entry.reason, entry.case = DUPLICATE, f"same content as case {twin}", ""
         elif result.folder is not None and result.record is not None:
@@ -221,6 +234,11 @@ class Corpus:
         if result.folder is not None:
             shutil.rmtree(result.folder)
         manifest.add(entry)
+
+    def _replaces(self, holder: Entry, result: Prepared) -> bool:
+        """Return whether a volume that was normalized anew replaces the case of an equal one of an earlier call."""
+        earlier = frozenset(holder.files) not in self._read_now
+        return result.folder is not None and earlier and holder.normalization != result.entry.normalization
 
     def _keep(self, manifest: Manifest, records: dict[str, CaseRecord]) -> None:
         manifest.write()

@@ -1,7 +1,7 @@
 """DICOM series: headers by pydicom, voxels by dcm2niix.
 
-dcm2niix orders slices and frames, applies slopes, separates echoes and straightens a tilted gantry. It keeps without
-failure what is no volume, or one of unknown or mixed spacing: headers are therefore checked before, sizes after it.
+dcm2niix keeps without failure what is no volume, or one of unknown or mixed spacing. So headers are checked before it,
+sizes after it.
 """
 
 from __future__ import annotations
@@ -118,15 +118,13 @@ def is_dicom(path: Path) -> bool:
 def read_folder(folder: str, canonical: bool = False) -> Iterator[Volume | Unusable]:
     """Read the image series of one DICOM folder or file.
 
-    Args:
-        folder: Without the folders below it.
-        canonical: Turn the axes to right, anterior, superior, as nnU-Net's reorienting readers do.
-
-    Yields:
-        Volumes, or why there are none, in the order of the series' UIDs.
+    Folders below it are left out. Volumes, or why there are none, come in the order of the series' UIDs. ``canonical``
+    turns the axes to right, anterior, superior, as nnU-Net's reorienting readers do.
     """
     series: dict[tuple[str, str], list[_Header]] = {}
-    for path in [Path(folder)] if os.path.isfile(folder) else sorted(Path(folder).iterdir()):
+    paths = [Path(folder)] if os.path.isfile(folder) else sorted(Path(folder).iterdir())
+    dangling = sum(not path.exists() and path.name.lower().endswith(SUFFIXES) for path in paths)
+    for path in paths:
         if path.name.startswith(".") or not path.is_file() or not is_dicom(path):
             continue
         try:
@@ -138,6 +136,8 @@ def read_folder(folder: str, canonical: bool = False) -> Iterator[Volume | Unusa
             yield verdict
         except Exception as error:  # values are parsed when they are used, and pydicom has many errors
             yield Unusable(f"{path.name} cannot be read: {last_line(error)}")
+    if dangling or not series:
+        yield Unusable(f"{dangling} of its files are links to nothing" if dangling else "has no DICOM file")
     for uid, modality in sorted(series):
         for found in _read_series(series[uid, modality], canonical):
             found.series, found.modality = uid, modality

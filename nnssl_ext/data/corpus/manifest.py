@@ -190,6 +190,17 @@ class Manifest:
                 self.kept[twin.content] = twin.case
         return orphans
 
+    def holder(self, content: str) -> Entry:
+        """Return the entry that has the case of a content."""
+        return next(entry for entry in self.all() if entry.status == KEPT and entry.content == content)
+
+    def resign(self, content: str, case: str) -> None:
+        """Make the entry that has the case of a content a duplicate of another case."""
+        entry = self.holder(content)
+        entry.status, entry.reason, entry.case = DUPLICATE, f"same content as case {case}", ""
+        self._twins.setdefault(content, []).append(entry)
+        del self.kept[content]
+
     def all(self) -> list[Entry]:
         """Return all entries in the order of their items."""
         return [entry for entries in self.entries.values() for entry in entries]

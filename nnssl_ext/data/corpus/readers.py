@@ -60,7 +60,9 @@ def data_files(path: Path) -> list[Path]:
         return []
     stem = path.name.rpartition(".")[0]
     names = [f"{stem}{spelled}" for suffix in DATA_SUFFIXES for spelled in (suffix, suffix.upper())]
-    return [path.with_name(name) for name in names if path.with_name(name).is_file()]
+    if not path.name.lower().endswith(".hdr") and path.is_file():
+        names += filter(None, [_data_name(_text_header(str(path)))])
+    return [path.with_name(name) for name in dict.fromkeys(names) if (path.parent / name).is_file()]
 
 
 def read_image(path: str, canonical: bool = False, single: bool = False) -> list[Volume]:
@@ -150,6 +152,8 @@ def _read_by_nibabel(path: str, single: bool) -> list[Volume]:
                 raise Unusable("cannot be read: its .img file is missing")
             check_regular(str(found[0]))
             streams["image"] = stack.enter_context(_stream(str(found[0])))
+        if kind is nibabel.MGHImage and start[28:30] == b"\0\0":  # nibabel takes 1 mm then
+            raise Unusable("has unknown voxel size: its header holds none")
         # unchecked: nibabel sets unknown voxel sizes to 1
         header = kind.header_class(start[: kind.header_class.template_dtype.itemsize], check=False)
         image: Any = kind.from_file_map({name: FileHolder(fileobj=stream) for name, stream in streams.items()})
@@ -197,8 +201,6 @@ def _nibabel_affine(header: Any) -> tuple[np.ndarray, list[str]]:
     Voxel sizes are pixdim's, as in both of nnU-Net's readers. Directions are the sform's, or else the qform's.
     """
     if isinstance(header, nibabel.freesurfer.mghformat.MGHHeader):
-        if int(header["goodRASFlag"]) != 1:
-            raise Unusable("has unknown voxel size: its header holds none")
         return checked_affine(header.get_affine()), []
     sizes = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
     if not np.isfinite(sizes).all() or sizes.min() <= 0:
@@ -222,6 +224,9 @@ def _nibabel_affine(header: Any) -> tuple[np.ndarray, list[str]]:
 
 def _stated_affines(header: Any) -> list[np.ndarray]:
     """Return the sform. If there is none or it is sheared, return the qform too."""
+    # as the standard and all readers take them
+    header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1
+    header["pixdim"][1:4] = np.abs(header["pixdim"][1:4])
     stated = [header.get_sform()] if header["sform_code"] > 0 else []
     if header["qform_code"] > 0 and not any(largest_cosine(one) <= MAX_COSINE for one in stated):
         # a registration may shear the sform; the qform cannot be sheared
@@ -240,7 +245,10 @@ def _read_by_itk(path: str, single: bool) -> list[Volume]:
     reader = SimpleITK.ImageFileReader()
     reader.SetImageIO(_ITK[suffix])
     with tempfile.TemporaryDirectory() as folder:
-        reader.SetFileName(_utf8_name(path, Path(folder) / f"image{suffix}"))
+        name, data = _utf8_name(path, Path(folder) / f"image{suffix}"), _data_name(header)
+        if name != path and data and Path(data).name == data:  # it is looked for beside the link
+            files.link(Path(folder) / data, Path(path).parent / data)
+        reader.SetFileName(name)
         reader.ReadImageInformation()
         if reader.GetNumberOfComponents() != 1:
             raise NotAnImage("color image", f"{reader.GetNumberOfComponents()} values per voxel")
@@ -283,12 +291,18 @@ def _check_text_header(path: str, header: dict[str, str]) -> None:
     sizes = [word for word in stated.split() if word.lower() not in ("none", "nan")]
     if len(sizes) < min(3, int(edges)):
         raise Unusable(f"has unknown voxel size: its header says '{stated}'")
-    name = header.get("elementdatafile") or header.get("data file") or header.get("datafile") or "LOCAL"
-    if name.split()[0] in ("LOCAL", "LIST") or "%" in name:
+    name = _data_name(header)
+    if not name:
         return
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise Unusable(f"cannot be read: its data lie outside its folder, in {name}")
     check_regular(str(Path(path).parent / name))
+
+
+def _data_name(header: dict[str, str]) -> str:
+    """Return the name of the one file that holds a text header's voxels, '' for several or the header's own."""
+    name = header.get("elementdatafile") or header.get("data file") or header.get("datafile") or "LOCAL"
+    return "" if name.split()[0] in ("LOCAL", "LIST") or "%" in name else name
 
 
 def _utf8_name(path: str, link: Path) -> str:

@@ -32,6 +32,8 @@ LABEL_FOLDERS = ("labelsTr", "labelsTs", "gt_segmentations")
 IMAGE_FOLDERS = ("imagesTr", "imagesTs")
 #: Kind of the images of a data set whose names lack the channel's number.
 NO_NUMBER = "images without a channel number as _0000"
+#: Kind of those whose channel dataset.json does not name.
+OTHER_NUMBER = "images of channels that dataset.json does not name"
 
 
 #: Files of unread kinds: names by kind. A kind is a suffix or a phrase.
@@ -192,7 +194,8 @@ def _found(source: str, path: Path, wishes: Wishes, not_read: NotRead) -> Iterat
         if "channel_names" in content:
             return _nnunet(source, path, names, content.get("file_ending"), wishes, not_read)
         images = [file.name for part in IMAGE_FOLDERS for file in _files(path / part) if image_suffix(file.name)]
-        if images and all(re.search(r"_\d{4}\.nii\.gz$", name) for name in images):  # nnU-Net version 1
+        numbers = [re.search(r"_(\d{4})\.nii\.gz$", name) for name in images]
+        if images and all(found and int(found[1]) < len(names) for found in numbers):  # nnU-Net version 1
             return _nnunet(source, path, names, ".nii.gz", wishes, not_read)
         return _decathlon(source, path, names, wishes)
     return _walk(source, path, wishes, not_read)
@@ -231,12 +234,11 @@ def _nnunet(
         cases: dict[str, dict[int, str]] = {}
         for file in _files(path / part):
             found = pattern.fullmatch(file.name)
-            if found:
+            if found and int(found[2]) < len(names):
                 cases.setdefault(found[1], {})[int(found[2])] = str(file)
             else:
-                not_read.setdefault(NO_NUMBER if file.name.endswith(ending) else _suffix(file.name), []).append(
-                    str(file)
-                )
+                kind = OTHER_NUMBER if found else NO_NUMBER if file.name.endswith(ending) else _suffix(file.name)
+                not_read.setdefault(kind, []).append(str(file))
         for case in sorted(cases):
             for group in groups:
                 # a channel that is absent is a file that cannot be read

@@ -125,7 +125,7 @@ class Volume:
     def digest(self) -> bytes:
         """Hash voxels, shape and spacing. The hash is equal for equal content in any format and axis order."""
         volume = self.canonical()
-        head = f"{volume.array.shape} {[round(edge, 4) for edge in volume.spacing]}".encode()
+        head = f"{volume.array.shape} {[round(round(edge, 6), 4) for edge in volume.spacing]}".encode()
         return hashlib.sha256(head + hashlib.sha256(volume.array.data).digest()).digest()
 
 

@@ -175,6 +175,26 @@ def test_a_changed_file_replaces_its_case(target: Environment, images: Path) -> 
     assert len(list(data().iterdir())) == 3 * 4
 
 
+@pytest.mark.parametrize("name", ["a/one.nii.gz", "series"])
+def test_a_file_that_is_not_there_today_keeps_its_case(
+    target: Environment, images: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A link whose target is not mounted."""
+    write_series(images / "series", volume(7))
+    stored = tmp_path / "archive"
+    for file in [images / name] if name.endswith("gz") else list((images / name).iterdir()):
+        stored.mkdir(exist_ok=True)
+        shutil.move(file, stored / file.name)
+        file.symlink_to(stored / file.name)
+    made, cases = make(images), sorted(path.name for path in data().iterdir())
+    stored.rename(tmp_path / "gone")
+    assert make(images) == made
+    assert sorted(path.name for path in data().iterdir()) == cases
+    assert "Its case stays as it is" in capsys.readouterr().err
+    (tmp_path / "gone").rename(stored)
+    assert make(images) == made
+
+
 def test_worker_processes_make_the_same(target: Environment, images: Path) -> None:
     alone = make(images)
     shutil.rmtree(folder())

@@ -200,10 +200,12 @@ def test_files_that_end_their_reader_are_named(target: Environment, images: Path
 
 
 def test_names_that_are_not_utf8(target: Environment, images: Path) -> None:
+    write_image(images / "b" / "five.mhd", volume(5))
     for file in (images / "a" / "one.nii.gz", images / "b" / "four.mha"):
         os.rename(file, os.fsencode(file.parent) + b"/\xfc " + os.fsencode(file.name))
+    os.rename(images / "b", os.fsencode(images) + b"/\xfc")
     made = make(images)
-    assert made["counts"]["kept"] == 4
+    assert made["counts"]["kept"] == 5
     assert make(images) == made
 
 

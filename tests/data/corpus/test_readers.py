@@ -98,6 +98,48 @@ def test_a_sheared_sform_gives_way_to_the_qform(tmp_path: Path) -> None:
         only(tmp_path / "b.nii")
 
 
+def test_a_qform_without_the_sign_of_its_third_axis(tmp_path: Path) -> None:
+    """0 is 1, as in the standard. Sizes may be negative."""
+    image = nibabel.Nifti1Image(IMAGE.T, np.diag([*SPACING, 1.0]))
+    image.set_qform(np.diag([*SPACING, 1.0]), 1)
+    image.set_sform(None, 0)
+    nibabel.save(image, tmp_path / "a.nii")
+    expected = only(tmp_path / "a.nii")
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[76:80] = np.float32(0).tobytes()
+    content[80:84] = np.float32(-SPACING[0]).tobytes()
+    (tmp_path / "b.nii").write_bytes(content)
+    assert only(tmp_path / "b.nii").digest() == expected.digest()
+
+
+def test_an_unknown_voxel_size_of_mgh(tmp_path: Path) -> None:
+    nibabel.save(nibabel.MGHImage(IMAGE.T, np.diag([*SPACING, 1.0])), tmp_path / "a.mgh")
+    only(tmp_path / "a.mgh")
+    content = bytearray((tmp_path / "a.mgh").read_bytes())
+    content[28:30] = b"\0\0"
+    (tmp_path / "a.mgh").write_bytes(content)
+    with pytest.raises(Unusable, match="has unknown voxel size: its header holds none"):
+        only(tmp_path / "a.mgh")
+
+
+def test_sizes_at_a_tie_of_the_digest_are_equal(tmp_path: Path) -> None:
+    angle = np.radians(20)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    digests = set()
+    for factor in (1.0, 1 + 1e-9, 1 - 1e-9):
+        affine = np.eye(4)
+        affine[:3, :3] = turn @ np.diag([0.78125, 0.46875, 1.0]) * factor
+        digests.add(Volume(IMAGE.astype(np.float32), affine, []).digest())
+    assert len(digests) == 1
+
+
+def test_a_file_with_the_voxels_of_another_name_belongs_to_its_header(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.mhd", IMAGE)
+    (tmp_path / "a.raw").rename(tmp_path / "voxels.raw")
+    path.write_text(path.read_text().replace("a.raw", "voxels.raw"))
+    assert data_files(path) == [tmp_path / "voxels.raw"]
+
+
 def test_two_voxel_sizes_in_one_header(tmp_path: Path) -> None:
     """The voxel size is pixdim's, as in both of nnU-Net's readers."""
     image = nibabel.Nifti1Image(IMAGE.T, np.eye(4))

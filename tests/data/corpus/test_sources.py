@@ -125,6 +125,30 @@ def test_normalization_by_source(with_data: WithData, tmp_path: Path, capsys: py
     capsys.readouterr()
 
 
+def test_duplicates_are_normalized_anew_when_asked(with_data: WithData, tmp_path: Path) -> None:
+    environment = with_data("plain")
+
+    def ct(plans: dict) -> None:
+        plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["CTNormalization"]
+
+    environment.write_plans("plain", "nnUNetPlans", {}, ct)
+    for name in ("scans/one", "scans/two", "more/three"):
+        write_image(tmp_path / f"{name}.nii.gz", volume(1))
+    make(tmp_path / "scans", tmp_path / "more")
+
+    def deviation() -> float:
+        (case,) = list_cases(data())
+        return float(np.asarray(open_case(data(), case)[:]).std())
+
+    assert deviation() < 0.9
+    words: list[str | Path] = [tmp_path / "scans", tmp_path / "more", "--normalization", "scans=ZScoreNormalization"]
+    made = make(*words)
+    assert deviation() == pytest.approx(1.0, abs=1e-4)
+    assert [row["normalization"] for row in made["volumes"] if row["status"] == "kept"] == ["ZScoreNormalization"]
+    assert made["counts"]["duplicate"] == 2
+    assert make(*words) == made
+
+
 def test_the_targets_own_images_are_pointed_out(
     with_data: WithData, raw: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +220,26 @@ def test_a_raw_data_set_of_nnunet_version_1(raw: Path) -> None:
         ["x_0000.nii.gz", "x_0001.nii.gz"],
         ["y_0000.nii.gz", "y_0001.nii.gz"],
     ]
+
+
+def test_numbered_cases_of_the_decathlon_are_no_channels(raw: Path) -> None:
+    """AMOS and WORD number their cases as nnU-Net its channels."""
+    (raw / "dataset.json").write_text(json.dumps({"modality": {"0": "CT"}, "training": []}))
+    for file in (raw / "imagesTr").iterdir():
+        file.unlink()
+    shutil.rmtree(raw / "imagesTs")
+    names = ["amos_0001.nii.gz", "amos_0004.nii.gz"]
+    for name in names:
+        (raw / "imagesTr" / name).touch()
+    items = items_of(str(raw.rename(raw.with_name("amos"))), Wishes(("CT",), {}, {}))
+    assert [Path(item.files[0]).name for item in items] == names
+
+
+def test_channels_that_dataset_json_does_not_name_are_counted(raw: Path) -> None:
+    not_read = NotRead()
+    (raw / "imagesTr" / "x_0007.nii.gz").touch()
+    items_of(str(raw), Wishes(("MR",), {}, {}), not_read)
+    assert not_read == {corpus_sources.OTHER_NUMBER: [str(raw / "imagesTr" / "x_0007.nii.gz")]}
 
 
 def test_a_missing_channel_number_is_named(raw: Path) -> None:
