@@ -127,9 +127,10 @@ class VolumeFusion(Method):
         s, size, spacing = self.settings, self.geometry.crop_size, self.geometry.spacing
         channels = len(batch.boxes[0][0].data)
         of_crops, of_fused = split_filters(s.intensity) if s.degrade_fused else (s.intensity, None)
-        masked = self.geometry.masked
-        draws = [IntensityDraw.draw(of_crops, random, channels, spacing, masked=masked) for _ in batch.boxes]
-        filters = IntensityDraw.draw(of_fused, random, channels, spacing, masked=masked) if of_fused else None
+        masked = [channel for channel, kept in enumerate(self.geometry.masked) if kept]
+        of, kept = (random, channels, spacing), self.geometry.masked
+        draws = [IntensityDraw.draw(of_crops, *of, masked=kept) for _ in batch.boxes]
+        filters = IntensityDraw.draw(of_fused, *of, masked=kept) if of_fused else None
         level = self._draw_levels(random)
         image = torch.empty((len(random), channels, *size), device=random.device)
         views = {"image": image, "level": level}
@@ -152,11 +153,11 @@ class VolumeFusion(Method):
                 front, back = shuffle_voxels(foreground, own), shuffle_voxels(background, own)
                 pairs.insert(0, (front, views["shuffled"][samples].copy_(back), views["shuffled_level"][samples]))
             for front, fused, target in pairs:
-                outside = outside_of(front.abs() + fused.abs(), draws[0].masked)
+                outside = outside_of((front, fused), masked)
                 self._fuse(front, fused, target, own)
                 if filters is not None:
                     filters.of(samples).apply(fused)
-                keep_zero(fused, draws[0].masked, outside)
+                keep_zero(fused, masked, outside)
                 for inside in valid:
                     fused.mul_(inside)
                     target.masked_fill_(~inside[:, 0], IGNORE)

@@ -59,11 +59,12 @@ def fill_momentum(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state that another device may have written. Kernels stay those of this device."""
-    own = [group.get("fused") for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, fused in zip(optimizer.param_groups, own, strict=True):
-        group["fused"] = fused
-        if fused and isinstance(optimizer, torch.optim.SGD):
+    # before loading, since torch moves the counted steps of Adam to where these kernels need them
+    pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    groups = [{**saved, "fused": own.get("fused")} for saved, own in pairs]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for group in optimizer.param_groups:
+        if group["fused"] and isinstance(optimizer, torch.optim.SGD):
             fill_momentum(optimizer, group["params"])
 
 

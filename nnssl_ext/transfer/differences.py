@@ -125,8 +125,9 @@ def plans_like(
             f"patch {_product(target['patch_size'])}"
         )
     if result.get(PROPERTIES) != plans.get(PROPERTIES):  # the data of other configurations have the old numbers
-        for other in set(result["configurations"]) - set(configurations):
-            result["configurations"][other]["data_identifier"] = f"{name}_{other}"
+        for other, content in result["configurations"].items():
+            if other not in configurations and "data_identifier" in content:  # else it inherits one
+                content["data_identifier"] = f"{name}_{other}"
     return result, lines
 
 

@@ -150,7 +150,7 @@ class IntensityDraw:
     def apply(self, batch: Tensor) -> Tensor:
         """Apply all augmentations in place. (B, C, D, H, W) or (B, V, C, D, H, W)"""
         volumes = batch.view(-1, *batch.shape[-3:])
-        outside = outside_of(batch, self.masked) if self.steps else None
+        outside = outside_of([batch], self.masked) if self.steps else None
         if has_kernels(volumes.device, volumes.shape[1:]):
             for kind, chosen in self.steps:
                 for n, row in enumerate(chosen.rows.tolist()):
@@ -178,9 +178,9 @@ class IntensityDraw:
             volumes.index_copy_(0, rows, changed)
 
 
-def outside_of(images: Tensor, masked: Sequence[int]) -> Tensor | None:
-    """Find what lies outside of images (..., C, D, H, W): (..., D, H, W) bool, None without masked channels."""
-    zeros = [images.select(-4, channel) == 0 for channel in masked]
+def outside_of(images: Sequence[Tensor], masked: Sequence[int]) -> Tensor | None:
+    """Find what lies outside of all images (..., C, D, H, W): (..., D, H, W) bool, None without masked channels."""
+    zeros = [image.select(-4, channel) == 0 for image in images for channel in masked]
     return torch.stack(zeros).all(0) if zeros else None
 
 

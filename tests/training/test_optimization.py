@@ -113,6 +113,12 @@ def test_a_state_of_another_device_keeps_this_ones_kernels() -> None:
     assert after.param_groups[0]["fused"]
     assert torch.equal(after.state[trained]["momentum_buffer"], torch.ones(3))
     assert torch.equal(after.state[frozen]["momentum_buffer"], torch.zeros(3))
+    adam = torch.optim.AdamW([trained], 0.1)
+    adam.step()
+    fused = torch.optim.AdamW([trained], 0.1, fused=True)
+    restore_optimizer(fused, adam.state_dict())
+    assert fused.param_groups[0]["fused"]
+    assert not adam.param_groups[0]["fused"]
     frozen.grad = torch.ones(3)
     after.found_inf = torch.zeros(1)  # type: ignore[attr-defined] # as the gradient scaler sets it
     after.step()

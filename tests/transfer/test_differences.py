@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nnssl_ext.cli import main
+from nnssl_ext.configurations import configuration_of
 from nnssl_ext.errors import UserError
 from nnssl_ext.transfer.differences import differences, plans_like
 from nnssl_ext.transfer.source import SourceGeometry
@@ -62,6 +63,7 @@ def test_the_fixed_numbers_of_ct_are_compared_and_taken() -> None:
     assert changed["foreground_intensity_properties_per_channel"] == {"0": dict(lung.intensities[0])}
     assert changed["configurations"]["3d_fullres"]["use_mask_for_norm"] == [True]
     assert changed["configurations"]["2d"]["data_identifier"] == "like_2d"  # its data have the old numbers
+    assert configuration_of(changed, "3d_cascade_fullres")["data_identifier"] == "like_3d_fullres"
     changed, lines = plans_like(plans, CT, "like", ["3d_fullres"])
     assert (
         changed["foreground_intensity_properties_per_channel"] == plans["foreground_intensity_properties_per_channel"]

@@ -145,9 +145,7 @@ class Corpus:
             with bar:
                 for item, results, lost in self._results(new, target):
                     before = manifest.entries.get(frozenset(item.files), [])
-                    # a file that is not there today is no reason to lose what was made of it
-                    absent = lost or all(result.entry.stamp[0] == 0 for result in results)
-                    if absent and any(entry.status == KEPT for entry in before):
+                    if (lost or _absent(results, before)) and any(entry.status == KEPT for entry in before):
                         bar.write(f"{results[0].entry}. Its case stays as it is", sys.stderr)
                         limit.count(before)
                     else:
@@ -216,7 +214,7 @@ class Corpus:
         entry = result.entry
         twin = manifest.kept.get(entry.content) if entry.status == KEPT else None
         there = orphans.pop(entry.content, "") if entry.status == KEPT else ""
-        if twin and self._replaces(manifest.holder(entry.content), result):
+        if twin and result.folder is not None and self._replaces(manifest.holder(entry.content), entry):
             manifest.resign(entry.content, entry.case)
             there, twin = twin, None
         if twin:
@@ -235,10 +233,9 @@ class Corpus:
             shutil.rmtree(result.folder)
         manifest.add(entry)
 
-    def _replaces(self, holder: Entry, result: Prepared) -> bool:
+    def _replaces(self, holder: Entry, entry: Entry) -> bool:
         """Return whether a volume that was normalized anew replaces the case of an equal one of an earlier call."""
-        earlier = frozenset(holder.files) not in self._read_now
-        return result.folder is not None and earlier and holder.normalization != result.entry.normalization
+        return frozenset(holder.files) not in self._read_now and holder.normalization != entry.normalization
 
     def _keep(self, manifest: Manifest, records: dict[str, CaseRecord]) -> None:
         manifest.write()
@@ -282,6 +279,13 @@ class Corpus:
 
 def _time_limit(item: Item) -> float:
     return ITEM_SECONDS + SECONDS_PER_MIB * item.stamp()[1] / 2**20
+
+
+def _absent(results: Sequence[Prepared], before: Sequence[Entry]) -> bool:
+    """Return whether files are not there today, which is no reason to lose what was made of them."""
+    found, earlier = results[0].entry.stamp[0], (before[0].stamp or [0])[0] if before else 0
+    unusable = any(result.entry.status == UNUSABLE for result in results)
+    return unusable and (found == 0 or found < earlier)
 
 
 class Limit:

@@ -1,7 +1,6 @@
 """DICOM series: headers by pydicom, voxels by dcm2niix.
 
-dcm2niix keeps without failure what is no volume, or one of unknown or mixed spacing. So headers are checked before it,
-sizes after it.
+dcm2niix keeps what is no volume, or one of unknown or mixed spacing: headers are checked before it, sizes after it.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ def read_folder(folder: str, canonical: bool = False) -> Iterator[Volume | Unusa
     Folders below it are left out. Volumes, or why there are none, come in the order of the series' UIDs. ``canonical``
     turns the axes to right, anterior, superior, as nnU-Net's reorienting readers do.
     """
-    series: dict[tuple[str, str], list[_Header]] = {}
+    series, refused = dict[tuple[str, str], list[_Header]](), list[Unusable]()
     paths = [Path(folder)] if os.path.isfile(folder) else sorted(Path(folder).iterdir())
     dangling = sum(not path.exists() and path.name.lower().endswith(SUFFIXES) for path in paths)
     for path in paths:
@@ -133,10 +132,11 @@ def read_folder(folder: str, canonical: bool = False) -> Iterator[Volume | Unusa
         except MemoryError:
             raise
         except Unusable as verdict:
-            yield verdict
+            refused.append(verdict)
         except Exception as error:  # values are parsed when they are used, and pydicom has many errors
-            yield Unusable(f"{path.name} cannot be read: {last_line(error)}")
-    if dangling or not series:
+            refused.append(Unusable(f"{path.name} cannot be read: {last_line(error)}"))
+    yield from refused
+    if dangling or not (series or refused):
         yield Unusable(f"{dangling} of its files are links to nothing" if dangling else "has no DICOM file")
     for uid, modality in sorted(series):
         for found in _read_series(series[uid, modality], canonical):

@@ -187,6 +187,7 @@ class Manifest:
             else:  # the same volume from elsewhere
                 twin = twins.pop(0)
                 twin.status, twin.reason, twin.case = KEPT, "", entry.case
+                twin.normalization = entry.normalization  # that of the case
                 self.kept[twin.content] = twin.case
         return orphans
 

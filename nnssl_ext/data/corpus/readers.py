@@ -61,8 +61,9 @@ def data_files(path: Path) -> list[Path]:
     stem = path.name.rpartition(".")[0]
     names = [f"{stem}{spelled}" for suffix in DATA_SUFFIXES for spelled in (suffix, suffix.upper())]
     if not path.name.lower().endswith(".hdr") and path.is_file():
-        names += filter(None, [_data_name(_text_header(str(path)))])
-    return [path.with_name(name) for name in dict.fromkeys(names) if (path.parent / name).is_file()]
+        name = _data_name(_text_header(str(path)))
+        names += [name] if name and not _is_elsewhere(name) else []
+    return [path.parent / name for name in dict.fromkeys(names) if (path.parent / name).is_file()]
 
 
 def read_image(path: str, canonical: bool = False, single: bool = False) -> list[Volume]:
@@ -294,7 +295,7 @@ def _check_text_header(path: str, header: dict[str, str]) -> None:
     name = _data_name(header)
     if not name:
         return
-    if os.path.isabs(name) or ".." in Path(name).parts:
+    if _is_elsewhere(name):
         raise Unusable(f"cannot be read: its data lie outside its folder, in {name}")
     check_regular(str(Path(path).parent / name))
 
@@ -302,7 +303,11 @@ def _check_text_header(path: str, header: dict[str, str]) -> None:
 def _data_name(header: dict[str, str]) -> str:
     """Return the name of the one file that holds a text header's voxels, '' for several or the header's own."""
     name = header.get("elementdatafile") or header.get("data file") or header.get("datafile") or "LOCAL"
-    return "" if name.split()[0] in ("LOCAL", "LIST") or "%" in name else name
+    return "" if name.partition(" ")[0] in ("LOCAL", "LIST") or "%" in name else name
+
+
+def _is_elsewhere(name: str) -> bool:
+    return os.path.isabs(name) or ".." in Path(name).parts or "\0" in name
 
 
 def _utf8_name(path: str, link: Path) -> str:

@@ -194,11 +194,25 @@ def _found(source: str, path: Path, wishes: Wishes, not_read: NotRead) -> Iterat
         if "channel_names" in content:
             return _nnunet(source, path, names, content.get("file_ending"), wishes, not_read)
         images = [file.name for part in IMAGE_FOLDERS for file in _files(path / part) if image_suffix(file.name)]
-        numbers = [re.search(r"_(\d{4})\.nii\.gz$", name) for name in images]
-        if images and all(found and int(found[1]) < len(names) for found in numbers):  # nnU-Net version 1
+        if _is_version_1(images, len(names)):
             return _nnunet(source, path, names, ".nii.gz", wishes, not_read)
         return _decathlon(source, path, names, wishes)
     return _walk(source, path, wishes, not_read)
+
+
+def _is_version_1(images: Sequence[str], channels: int) -> bool:
+    """Return whether names end in the numbers of channels, as in nnU-Net's first version.
+
+    Some Decathlon-like data sets number their cases alike: amos_0001, amos_0004.
+    """
+    found = [re.fullmatch(r"(.+)_(\d{4})\.nii\.gz", name) for name in images]
+    lowest: dict[str, int] = {}
+    for match in found:
+        if match is None:
+            return False
+        lowest[match[1]] = min(int(match[2]), lowest.get(match[1], channels))
+    surplus = any(match is not None and int(match[2]) >= channels for match in found)
+    return bool(lowest) and max(lowest.values()) < channels and (len(lowest) > 1 or not surplus)
 
 
 def _path(source: str) -> Path:

@@ -138,6 +138,15 @@ def test_a_file_with_the_voxels_of_another_name_belongs_to_its_header(tmp_path: 
     (tmp_path / "a.raw").rename(tmp_path / "voxels.raw")
     path.write_text(path.read_text().replace("a.raw", "voxels.raw"))
     assert data_files(path) == [tmp_path / "voxels.raw"]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "voxels.raw").rename(tmp_path / "sub" / "voxels.raw")
+    named = path.read_text()
+    path.write_text(named.replace("voxels.raw", "sub/voxels.raw"))
+    assert data_files(path) == [tmp_path / "sub" / "voxels.raw"]
+    only(path)
+    for elsewhere in ("../voxels.raw", str(tmp_path / "sub" / "voxels.raw"), "\xa0"):
+        path.write_text(named.replace("voxels.raw", elsewhere))
+        assert data_files(path) == []
 
 
 def test_two_voxel_sizes_in_one_header(tmp_path: Path) -> None:

@@ -147,6 +147,9 @@ def test_duplicates_are_normalized_anew_when_asked(with_data: WithData, tmp_path
     assert [row["normalization"] for row in made["volumes"] if row["status"] == "kept"] == ["ZScoreNormalization"]
     assert made["counts"]["duplicate"] == 2
     assert make(*words) == made
+    back = make(*words[:2])
+    assert deviation() < 0.9
+    assert [row["normalization"] for row in back["volumes"] if row["status"] == "kept"] == [""]
 
 
 def test_the_targets_own_images_are_pointed_out(
@@ -233,6 +236,15 @@ def test_numbered_cases_of_the_decathlon_are_no_channels(raw: Path) -> None:
         (raw / "imagesTr" / name).touch()
     items = items_of(str(raw.rename(raw.with_name("amos"))), Wishes(("CT",), {}, {}))
     assert [Path(item.files[0]).name for item in items] == names
+
+
+def test_version_1_may_have_more_channels_than_its_json(raw: Path) -> None:
+    (raw / "dataset.json").write_text(json.dumps({"modality": {"0": "T1", "1": "T2"}, "training": []}))
+    (raw / "imagesTr" / "x_0002.nii.gz").touch()
+    not_read = NotRead()
+    items = items_of(str(raw.rename(raw.with_name("Task020_Old"))), Wishes(("T1", "T2"), {}, {}), not_read)
+    assert len(items) == 2
+    assert [Path(name).name for name in not_read[corpus_sources.OTHER_NUMBER]] == ["x_0002.nii.gz"]
 
 
 def test_channels_that_dataset_json_does_not_name_are_counted(raw: Path) -> None:
