@@ -85,6 +85,20 @@ class RunName:
         program = TRAIN.split() if ours else ["nnUNetv2_train"]
         return [*program, *self.arguments()]
 
+    def trained(self) -> list[Path]:
+        """Return the folds of this run that hold a finished training. The fold may be a placeholder."""
+        folder = Path(os.environ.get("nnUNet_results", ""), self.dataset)
+        folder = folder / f"{self.trainer}__{self.plans}__{self.configuration}"
+        fold = self.fold if self.fold == "all" or self.fold.isdigit() else "*"
+        return sorted(file.parent for file in folder.glob(f"fold_{fold}/checkpoint_final.pth"))
+
+    def replaces(self) -> str:
+        """Warn of models that this run would replace, '' for none. Our trainers move them aside."""
+        found = [] if self.trainer.startswith("nnsslTrainer") else self.trained()
+        if not found:
+            return ""
+        return f"note: this replaces the model in {found[0]}. To keep it, put nnUNet_results=FOLDER in front"
+
     def command(self, weights: str | Path | None = None) -> str:
         """Return the command that trains this run, from pretrained weights if there are some."""
         return shlex.join([*self.words(), *(["-pretrained_weights", str(weights)] if weights is not None else [])])

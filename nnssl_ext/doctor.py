@@ -227,7 +227,7 @@ def _shared_memory() -> Iterator[Finding]:
         return
     free = shutil.disk_usage(SHARED_MEMORY).free / 2**30
     if free < LOW_SHARED_MEMORY_GIB:
-        advice = "start the container with --shm-size=8g or --ipc=host, or export nnUNet_n_proc_DA=0"
+        advice = "start the container with --shm-size=8g or --ipc=host, or pretrain with nnUNet_n_proc_DA=0"
         yield Finding(str(SHARED_MEMORY), "", f"has only {free:.2f} GiB for batches between processes", advice)
     else:
         yield Finding(str(SHARED_MEMORY), f"{free:.0f} GiB free")

@@ -182,7 +182,7 @@ def check_shared_memory(batch_bytes: int, workers: int) -> None:
         raise UserError(
             f"{SHARED_MEMORY} has {free / 2**20:.1f} MiB free, {workers} workers with batches of {batch} need "
             f"{needed_mib}. Start the container with --shm-size=8g or --ipc=host, or set a smaller nnUNet_n_proc_DA "
-            f"(0 needs none)"
+            f"(0 needs none, but nnU-Net's validation and prediction do)"
         )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nnssl_ext import environment
-from nnssl_ext.commands import TRAIN, same_number
+from nnssl_ext.commands import TRAIN, RunName, same_number
 from nnssl_ext.configurations import configuration_of
 from nnssl_ext.errors import UserError
 from nnssl_ext.external_trainers import find_trainer, trainer_folders
@@ -124,9 +124,20 @@ def _check(arguments: Sequence[str], hours: str | None) -> argparse.Namespace:
     _check_checkpoints(known, results / folder.name / f"{known.tr}__{known.p}__{known.configuration}")
     _check_batches(trainer, configuration, dataset_json)
     if weights is not None:
+        run = RunName(folder.name, known.configuration, known.fold, known.p, known.tr)
+        if run.replaces() and not known.val:
+            raise UserError(
+                f"{run.trained()[0]} holds a finished training, which this would replace. To keep it, set "
+                f"nnUNet_results to another folder; else remove it"
+            )
         from nnssl_ext.networks.target import check_stock_weights
 
-        check_stock_weights(weights, trainer, plans, known.configuration, dataset_json)
+        seen = check_stock_weights(weights, trainer, plans, known.configuration, dataset_json)
+        if seen.get("dataset") == folder.name and str(seen.get("fold")) != known.fold != "all":
+            print(
+                f"note: {weights} was pretrained on fold {seen['fold']}. It has seen validation images of fold "
+                f"{known.fold}, so their Dice will be too good"
+            )
     return known
 
 

@@ -237,6 +237,35 @@ def test_the_advice_for_weights_that_transfer_does_not_fit(with_data: Data, tmp_
         main(["train", "811", "3d_cascade_fullres", "0", *words])
 
 
+def test_a_finished_model_is_not_replaced_and_other_folds_are_told(
+    with_data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = with_data("plain")
+    dataset = environment.dataset("plain").name
+    identity = {"dataset": dataset, "fold": 1}
+    content = {"network_weights": planned_network(environment.plans("plain")).state_dict()}
+    torch.save({**content, "nnssl_ext": {"identity": identity}}, file := tmp_path / "w.pth")
+    words = ["811", "3d_fullres", "0", "-device", "cpu", "-pretrained_weights", str(file)]
+    _check(words, None)
+    assert "was pretrained on fold 1. It has seen validation images of fold 0" in capsys.readouterr().out
+    fold = environment.results / dataset / "nnUNetTrainer__nnUNetPlans__3d_fullres" / "fold_0"
+    fold.mkdir(parents=True)
+    (fold / "checkpoint_final.pth").touch()
+    with pytest.raises(UserError, match="fold_0 holds a finished training, which this would replace. To keep it, set"):
+        _check(words, None)
+    _check([*words[:-2], "--val"], None)
+    torch.save(content, file)
+    assert main(["transfer", str(file), "-d", "811", "-c", "3d_fullres", "-o", str(tmp_path / "init.pth")]) == 0
+    assert "note: this replaces the model in " in capsys.readouterr().out
+
+
+def test_other_plans_of_the_name_are_told(with_data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    with_data("plain")
+    for words, told in ((["epochs=3"], False), (["epochs=3"], False), (["epochs=4"], True)):
+        assert main(["plan", "-d", "811", "-o", "new", *words]) == 0
+        assert ("held other plans" in capsys.readouterr().out) == told
+
+
 def test_more_processes_than_samples(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     with_data("plain")
     for name, value in {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}.items():

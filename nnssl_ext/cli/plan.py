@@ -11,6 +11,7 @@ and printed. With --gpu-memory-target, the largest batch that fits is set.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -96,6 +97,9 @@ def run(arguments: argparse.Namespace) -> None:
         for method in METHODS.values():
             check_plans(method, derived, configuration, dataset_json)
     lines = _plan_memory(arguments, derived, configurations, dataset_json)
+    before = read_json(target) if target.is_file() else derived
+    if before != json.loads(json.dumps(derived)):
+        print(f"note: {target} held other plans. Runs of these can go on only with the plans.json of their results")
     write_json(derived, target)
     print(f"wrote {target}\n" + "\n".join(lines))
     if alike:

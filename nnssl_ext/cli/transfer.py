@@ -66,5 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         allow_partial=arguments.allow_partial,
     )
     write.write(path, target, to, source, report, arguments.seed)
-    command = RunName(folder.name, arguments.c, "FOLD", arguments.p, arguments.tr).command(arguments.o)
-    print(f"{source.path} ({source.kind})\n{report}\nwrote {path}; use it with\n  {command}")
+    run = RunName(folder.name, arguments.c, "FOLD", arguments.p, arguments.tr)
+    print(f"{source.path} ({source.kind})\n{report}\nwrote {path}; use it with\n  {run.command(arguments.o)}")
+    if note := run.replaces():
+        print(note)

@@ -97,10 +97,15 @@ def planned_network(
     return target_network(plans_manager, config, channels, outputs, trainer=trainer)
 
 
-def check_stock_weights(file: Path, trainer_class: Any, plans: dict, configuration: str, dataset_json: dict) -> None:
+def check_stock_weights(
+    file: Path, trainer_class: Any, plans: dict, configuration: str, dataset_json: dict
+) -> dict[str, Any]:
     """Refuse weights that stock cannot load into the network.
 
     Files that only an unsafe unpickler opens, and networks that cannot be built on the meta device, are left to stock.
+
+    Returns:
+        What the file says of the pretraining that made it: data set and fold among others. Empty for other files.
 
     Raises:
         UserError: For what is no checkpoint, and for missing or differing tensors.
@@ -109,7 +114,7 @@ def check_stock_weights(file: Path, trainer_class: Any, plans: dict, configurati
         content = load_tensors(file)
     except Exception as error:
         if "weights_only" in str(error).lower() and "unsupported global" in str(error).lower():
-            return
+            return {}
         raise UserError(
             f"{file} is no checkpoint that can be read ({type(error).__name__}). Give a .pth file"
         ) from error
@@ -132,11 +137,13 @@ def check_stock_weights(file: Path, trainer_class: Any, plans: dict, configurati
         with torch.device("meta"):
             network = _build(trainer_class, manager, config, channels, outputs, True)
     except (Exception, NetworkError):  # a user's own trainer may need a real device
-        return
+        return {}
     wrong = [line for name, tensor in network.state_dict().items() if (line := _misfit(name, tensor, weights))]
     if wrong:
         more = f" and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
         raise UserError(f"{file} does not fit the network of plans {manager.plans_name}: {wrong[0]}{more}. {advice}")
+    own = content.get("nnssl_ext")
+    return own.get("identity") or {} if isinstance(own, dict) else {}
 
 
 def _misfit(name: str, tensor: Tensor, weights: dict[str, Any]) -> str:

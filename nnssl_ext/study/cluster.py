@@ -6,6 +6,7 @@ study may go on locally what it began on a cluster.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -81,7 +82,8 @@ def run_job(grid: Grid, run: Run) -> bool:
     def execute(clock: Any) -> int | None:
         # as many threads as a study here gives to a run: stock takes all cores of the machine, allotted or not
         threads = {} if grid.device == "cuda" else {"OMP_NUM_THREADS": str(cores())}
-        process = start(grid, run, {"nnUNet_n_proc_DA": str(max(1, min(12, cores()))), **threads})
+        workers = os.environ.get("nnUNet_n_proc_DA") or str(max(1, min(12, cores())))
+        process = start(grid, run, {"nnUNet_n_proc_DA": workers, **threads})
 
         def end(number: int, _: Any) -> None:
             warned.append(number)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
@@ -106,16 +107,19 @@ def check_run(
     return Checked(common, settings, geometry, batch_size, index, cases, samples)
 
 
-def check_finetuning_data(manager: PlansManager, configuration: str, trainer: str) -> None:
-    """Check the cases, and a cascade stage's predictions of the stage before.
+def check_finetuning_data(manager: PlansManager, configuration: str, dataset_json: dict, trainer: str) -> None:
+    """Check the cases, the memory that batches pass through, and a cascade stage's predictions of the stage before.
 
     Raises:
-        UserError: If they are not there, or the cases are stored as nnU-Net cannot read them.
+        UserError: If they are not there, the cases are stored as nnU-Net cannot read them, or /dev/shm is too small.
     """
     config = manager.get_configuration(configuration)
     folder = Path(str(nnUNet_preprocessed)) / manager.dataset_name / config.data_identifier
     if folder.is_dir():
         stored_as(folder)
+    channels = determine_num_input_channels(manager, config, dataset_json)
+    voxels = math.prod(config.patch_size) * config.batch_size // world()
+    check_shared_memory(voxels * (channels * 4 + 2), get_allowed_n_proc_DA())  # float32, and int16 for the labels
     if before := config.previous_stage_name:
         run = RunName(manager.dataset_name, before, "FOLD", manager.plans_name, trainer)
         results = Path(str(nnUNet_results), run.dataset, f"{trainer}__{run.plans}__{before}")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from pathlib import Path
 from time import time
 from typing import Any
 from zlib import crc32
 
 import torch
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnssl_ext.commands import RunName
 from nnssl_ext.errors import UserError
+from nnssl_ext.recipe import write_json
 from nnssl_ext.training.optimization import restore_optimizer
 from nnssl_ext.training.wrapping import arithmetic, match_memory_format, note_other_arithmetic
 
@@ -51,6 +55,7 @@ class ResumableTrainer(nnUNetTrainer):
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """Return the training and the validation cases. Note if the run began with others."""
+        self._write_split()
         training, validation = super().do_split()
         # stock lists fold all as the file system does
         parts = [sorted(map(str, part)) for part in (training, validation)]
@@ -60,6 +65,15 @@ class ResumableTrainer(nnUNetTrainer):
             self.print_to_log_file(f"note: {self._other_cases}. Validation cases may have been trained on")
         self.cases_changed = digest != before
         return training, validation
+
+    def _write_split(self) -> None:
+        """Write stock's split as a whole, since several folds may start at once."""
+        file = Path(str(self.preprocessed_dataset_folder_base)) / "splits_final.json"
+        if self.fold == "all" or file.is_file():
+            return
+        kind = self.dataset_class or infer_dataset_class(self.preprocessed_dataset_folder)
+        cases = sorted(kind.get_identifiers(self.preprocessed_dataset_folder))
+        write_json(generate_crossval_split(cases, seed=12345, n_splits=5), file)
 
     def training_split(self) -> tuple[list[str], list[str]]:
         """Return ``do_split`` for training.

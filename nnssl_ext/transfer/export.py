@@ -71,6 +71,7 @@ def export_folder(content: Mapping[str, Any], folder: Path, name: str, license_n
         raise UserError(f"cannot write {folder}: {error.strerror}") from error
     try:
         own = {key: value for key, value in content["nnssl_ext"].items() if key in EXPORTED}
+        own["settings"] = _without_folders(own["settings"])
         kept = ("network_weights", "nnssl_adaptation_plan", "citations", "trainer_name")
         checkpoint.save({**{key: content[key] for key in kept}, "nnssl_ext": own}, temporary / WEIGHTS)
         plan = {**content["nnssl_adaptation_plan"], "citations": content["citations"]}
@@ -86,6 +87,13 @@ def export_folder(content: Mapping[str, Any], folder: Path, name: str, license_n
         if isinstance(error, OSError):
             raise UserError(f"cannot write {folder}: {error.strerror}") from error
         raise
+
+
+def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Cut the files that settings name to their last part: where they lay is nobody's business."""
+    common = settings["common"]
+    named = {key: Path(common[key]).name for key in ("start_from", "images") if common.get(key)}
+    return {**settings, "common": {**common, **named}}
 
 
 def model_card(content: Mapping[str, Any], name: str, license_name: str) -> str:
@@ -116,7 +124,7 @@ def model_card(content: Mapping[str, Any], name: str, license_name: str) -> str:
         revision=own["revision"],
         versions=", ".join(f"{package} {number}" for package, number in own["versions"].items()),
         command=training_command(content),
-        settings=json.dumps(own["settings"], indent=2),
+        settings=json.dumps(_without_folders(own["settings"]), indent=2),
     )
 
 

@@ -22,9 +22,12 @@ from tests.study.test_analysis import planted
 def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nnssl_ext.study.runner.cores", lambda: 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.delenv("nnUNet_n_proc_DA", raising=False)
     places = slots("cuda", 2)
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["3", "3", "5", "5"]
     assert {place["nnUNet_n_proc_DA"] for place in places} == {"2"}
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    assert {place["nnUNet_n_proc_DA"] for place in slots("cuda", 2)} == {"0"}
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots("cuda", 1)] == ["0", "1", "2"]

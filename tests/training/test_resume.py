@@ -1,11 +1,13 @@
 """Killed and continued with --c equals never killed, bit for bit."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
@@ -133,3 +135,15 @@ def test_an_epoch_that_goes_on_keeps_its_time(with_data: Data) -> None:
     trainer.seconds_before = 1000.0
     trainer.on_epoch_start()
     assert 1000 <= time.time() - trainer.logger.get_value("epoch_start_timestamps", -1) < 1100
+
+
+def test_the_split_is_written_as_stock_does_and_as_a_whole(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("plain")
+    file = environment.dataset("plain") / "splits_final.json"
+    file.unlink(missing_ok=True)
+    trainer = trainer_for("plain", "nnUNetPlans", "nnsslTrainer_Finetune")
+    trainer._write_split()
+    ours = file.read_text()
+    file.unlink()
+    nnUNetTrainer.do_split(trainer)
+    assert json.loads(file.read_text()) == json.loads(ours)

@@ -92,7 +92,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
     ) -> tuple[CommonSettings, str]:
         common, self.settings = finetune_settings(plans)
         check_device(device.type)
-        check_finetuning_data(PlansManager(plans), configuration, type(self).__name__)
+        check_finetuning_data(PlansManager(plans), configuration, dataset_json, type(self).__name__)
         return common, self.settings.precision
 
     steps_per_epoch = property(lambda self: self.settings.steps_per_epoch)

@@ -26,6 +26,7 @@ def summary_text(content: Mapping[str, Any], readable: Readable, learned_from: s
         f"  {readable.title}: {value['first']:.4f} -> {value['last']:.4f}\n"
         f"{_lengths_text(content)}"
         f"  fine-tune with:\n    {content['next_command'] or 'nothing: no checkpoint was written'}"
+        + (f"\n  {content['replaces']}" if content.get("replaces") else "")
         + (f"\n  or, as suits a transformer:{recipe}" if recipe else "")
     )
 
@@ -44,20 +45,15 @@ def _lengths_text(content: Mapping[str, Any]) -> str:
     )
 
 
-def next_command(run: RunName, target_trainer: str, dataset_json: Mapping[str, Any], file: Path) -> str:
-    """Return the stock command that fine-tunes a pretraining's checkpoint."""
-    return _tuned_run(run, target_trainer, dataset_json).command(file)
-
-
 def recipe_commands(run: RunName, recipe: str, dataset_json: Mapping[str, Any], file: Path) -> list[str]:
     """Return the commands that fine-tune a pretraining's checkpoint with a recipe of ours."""
-    run = _tuned_run(run, "nnsslTrainer_Finetune", dataset_json)
+    run = tuned_run(run, "nnsslTrainer_Finetune", dataset_json)
     plans = f"{run.plans}_{recipe}"
     words = ["nnssl_ext", "plan", "-d", run.dataset, "-c", run.configuration, "-p", run.plans, "-o", plans, recipe]
     return [shlex.join(words), replace(run, plans=plans).command(file)]
 
 
-def _tuned_run(run: RunName, trainer: str, dataset_json: Mapping[str, Any]) -> RunName:
+def tuned_run(run: RunName, trainer: str, dataset_json: Mapping[str, Any]) -> RunName:
     run = replace(run, trainer=trainer)
     # a corpus has no labels and names the data set that its weights are for
     return replace(run, dataset=dataset_json[TARGET_KEY], fold="0") if TARGET_KEY in dataset_json else run

@@ -37,7 +37,7 @@ from nnssl_ext.training.optimization import build_optimizer, clip_gradients, set
 from nnssl_ext.training.pretraining import state
 from nnssl_ext.training.pretraining.log import PretrainingLog, log_means
 from nnssl_ext.training.pretraining.picture import PretextPicture, Rows
-from nnssl_ext.training.pretraining.summary import next_command, recipe_commands, summary_text
+from nnssl_ext.training.pretraining.summary import recipe_commands, summary_text, tuned_run
 from nnssl_ext.training.pretraining.unreadable import Unreadable
 from nnssl_ext.training.run.folder import FINAL, LATEST
 from nnssl_ext.training.run.nonfinite import FiniteGuard
@@ -311,8 +311,8 @@ class PretrainingTrainer(ManagedTrainer):
         }
         file = self.folder.path / FINAL
         if file.is_file() and not self.disable_checkpointing:  # it may be an earlier run's
-            command = next_command(name, self.common.target_trainer, self.dataset_json, file)
-            content |= {"checkpoint": str(file), "next_command": command}
+            tuned = tuned_run(name, self.common.target_trainer, self.dataset_json)
+            content |= {"checkpoint": str(file), "next_command": tuned.command(file), "replaces": tuned.replaces()}
             if self.method.backbone.is_transformer:
                 recipe = "finetune_transformer"
                 content["recipe_commands"] = recipe_commands(name, recipe, self.dataset_json, file)
