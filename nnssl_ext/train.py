@@ -93,9 +93,6 @@ def _check(arguments: Sequence[str], hours: str | None) -> argparse.Namespace:
     """Return the parsed arguments if they can work."""
     known = stock_parser().parse_args(arguments)
     _check_together(known)
-    if hours is not None:
-        os.environ[environment.MAX_TIME] = hours
-        environment.time_limit(None)
     environment.check_processes()
     results = environment.named_folder("nnUNet_results")
     folder = environment.dataset_folder(known.dataset_name_or_id)
@@ -114,10 +111,13 @@ def _check(arguments: Sequence[str], hours: str | None) -> argparse.Namespace:
         raise UserError(f"-pretrained_weights {weights} does not exist")
     os.environ["nnUNet_extTrainer"] = trainer_folders()
     trainer = find_trainer(known.tr)
-    if hours is not None and not hasattr(trainer, "time_limited"):
-        raise UserError(
-            f"--max-time: {known.tr} does not stop by itself. Use -tr nnsslTrainer_Finetune, or leave it out"
-        )
+    if hours is not None:
+        if not hasattr(trainer, "time_limited"):
+            raise UserError(
+                f"--max-time: {known.tr} does not stop by itself. Use -tr nnsslTrainer_Finetune, or leave it out"
+            )
+        os.environ[environment.MAX_TIME] = hours
+        environment.time_limit(None)
     _check_devices(known, configuration.get("batch_size") if not hasattr(trainer, "method_class") else None)
     environment.check_split(folder, known.fold)
     check_writable(results, "nnUNet_results")

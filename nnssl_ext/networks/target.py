@@ -69,10 +69,15 @@ def target_network(
 
 
 def _build(
-    trainer: Any, plans: PlansManager, configuration: ConfigurationManager, channels: int, outputs: int, deep: bool
+    trainer_class: Any,
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    channels: int,
+    outputs: int,
+    deep: bool,
 ) -> nn.Module:
     """Call a trainer's ``build_network_architecture`` as stock does: by its new or its old signature."""
-    build = trainer.build_network_architecture
+    build = trainer_class.build_network_architecture
     if "plans_manager" in inspect.signature(build).parameters:
         return build(plans, configuration, channels, outputs, deep)
     c = configuration
