@@ -208,14 +208,14 @@ def locked(folder: Path) -> FileLock:
     return lock_file(folder / ".lock", f"the study in {os.fspath(folder)}")
 
 
-def _check_init(file: Path, trainer: Any, p: Protocol, plans: dict, derived: dict, dataset_json: dict) -> None:
+def _check_init(file: Path, trainer_class: Any, p: Protocol, plans: dict, derived: dict, dataset_json: dict) -> None:
     """Refuse weights that do not fit. The advice is about plans that the user has, or how to make them."""
     architectures = [configuration_of(own, p.configuration)["architecture"] for own in (plans, derived)]
     if architectures[0] == architectures[1]:
-        check_stock_weights(file, trainer, {**derived, "plans_name": p.plans}, p.configuration, dataset_json)
+        check_stock_weights(file, trainer_class, {**derived, "plans_name": p.plans}, p.configuration, dataset_json)
         return
     try:
-        check_stock_weights(file, trainer, derived, p.configuration, dataset_json)
+        check_stock_weights(file, trainer_class, derived, p.configuration, dataset_json)
     except UserError as error:
         words = ["nnssl_ext", "plan", "-d", p.dataset, "-p", p.plans, "-o", derived["plans_name"], *p.overlays]
         raise UserError(f"{error.line}. Before that, write its plans: {shlex.join(words)}") from error
