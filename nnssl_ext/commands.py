@@ -85,10 +85,14 @@ class RunName:
         program = TRAIN.split() if ours else ["nnUNetv2_train"]
         return [*program, *self.arguments()]
 
+    @property
+    def folder_name(self) -> str:
+        """Return the name of nnU-Net's folder of the run's folds."""
+        return f"{self.trainer}__{self.plans}__{self.configuration}"
+
     def trained(self) -> list[Path]:
         """Return the folds of this run that hold a finished training. The fold may be a placeholder."""
-        folder = Path(os.environ.get("nnUNet_results", ""), self.dataset)
-        folder = folder / f"{self.trainer}__{self.plans}__{self.configuration}"
+        folder = Path(os.environ.get("nnUNet_results", ""), self.dataset, self.folder_name)
         fold = self.fold if self.fold == "all" or self.fold.isdigit() else "*"
         return sorted(file.parent for file in folder.glob(f"fold_{fold}/checkpoint_final.pth"))
 

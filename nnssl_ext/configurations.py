@@ -9,6 +9,9 @@ import numpy as np
 
 from nnssl_ext.errors import UserError
 
+#: nnU-Net's record of a data set's intensities.
+PROPERTIES = "foreground_intensity_properties_per_channel"
+
 
 def configuration_of(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return a configuration, inherited values included.
@@ -65,3 +68,8 @@ def unusable(name: str, configuration: Mapping[str, Any], purpose: str, flat: bo
 def total_stride(configuration: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the stride per axis to the bottleneck."""
     return tuple(np.prod(configuration["architecture"]["arch_kwargs"]["strides"], axis=0).tolist())
+
+
+def intensities_of(plans: Mapping[str, Any]) -> Any:
+    """Return the intensity properties in plans. nnU-Net's first plans have another name for them."""
+    return plans.get(PROPERTIES, plans.get("foreground_intensity_properties_by_modality"))

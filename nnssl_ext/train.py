@@ -121,10 +121,10 @@ def _check(arguments: Sequence[str], hours: str | None) -> argparse.Namespace:
     _check_devices(known, configuration.get("batch_size") if not hasattr(trainer, "method_class") else None)
     environment.check_split(folder, known.fold)
     check_writable(results, "nnUNet_results")
-    _check_checkpoints(known, results / folder.name / f"{known.tr}__{known.p}__{known.configuration}")
+    run = RunName(folder.name, known.configuration, known.fold, known.p, known.tr)
+    _check_checkpoints(known, results / run.dataset / run.folder_name)
     _check_batches(trainer, configuration, dataset_json)
     if weights is not None:
-        run = RunName(folder.name, known.configuration, known.fold, known.p, known.tr)
         if run.replaces() and not known.val:
             raise UserError(
                 f"{run.trained()[0]} holds a finished training, which this would replace. To keep it, set "

@@ -6,7 +6,6 @@ study may go on locally what it began on a cluster.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -20,7 +19,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.signals import EndSignals
 from nnssl_ext.study.grid import Grid, Run
-from nnssl_ext.study.runner import leave_if_stopped, perform, start, wait
+from nnssl_ext.study.runner import leave_if_stopped, perform, start, wait, workers_of
 
 #: Jobs in flight unless --jobs says otherwise.
 JOBS = 16
@@ -82,8 +81,7 @@ def run_job(grid: Grid, run: Run) -> bool:
     def execute(clock: Any) -> int | None:
         # as many threads as a study here gives to a run: stock takes all cores of the machine, allotted or not
         threads = {} if grid.device == "cuda" else {"OMP_NUM_THREADS": str(cores())}
-        workers = os.environ.get("nnUNet_n_proc_DA") or str(max(1, min(12, cores())))
-        process = start(grid, run, {"nnUNet_n_proc_DA": workers, **threads})
+        process = start(grid, run, {"nnUNet_n_proc_DA": workers_of(cores()), **threads})
 
         def end(number: int, _: Any) -> None:
             warned.append(number)

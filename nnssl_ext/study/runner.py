@@ -48,11 +48,16 @@ def slots(device: str, jobs: int) -> list[Slot]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
         places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus for _ in range(jobs)]
-        workers = os.environ.get("nnUNet_n_proc_DA") or str(max(1, min(12, available // max(1, len(places)))))
+        workers = workers_of(available // max(1, len(places)))
         return [{"nnUNet_n_proc_DA": workers, **place} for place in places]
     threads = str(max(1, available // jobs))
     # augmentation in the run's own process: a worker would only compete for the same cores
     return [{"nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": threads} for _ in range(jobs)]
+
+
+def workers_of(available: int) -> str:
+    """Return a run's nnUNet_n_proc_DA: the user's, else one for each of its cores, up to nnU-Net's 12."""
+    return os.environ.get("nnUNet_n_proc_DA") or str(max(1, min(12, available)))
 
 
 def run_grid(grid: Grid, places: Sequence[Slot]) -> None:

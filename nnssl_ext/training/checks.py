@@ -108,7 +108,7 @@ def check_run(
 
 
 def check_finetuning_data(manager: PlansManager, configuration: str, dataset_json: dict, trainer: str) -> None:
-    """Check the cases, the memory that batches pass through, and a cascade stage's predictions of the stage before.
+    """Check cases, shared memory, and the predictions before a cascade stage.
 
     Raises:
         UserError: If they are not there, the cases are stored as nnU-Net cannot read them, or /dev/shm is too small.
@@ -122,7 +122,7 @@ def check_finetuning_data(manager: PlansManager, configuration: str, dataset_jso
     check_shared_memory(voxels * (channels * 4 + 2), get_allowed_n_proc_DA())  # float32, and int16 for the labels
     if before := config.previous_stage_name:
         run = RunName(manager.dataset_name, before, "FOLD", manager.plans_name, trainer)
-        results = Path(str(nnUNet_results), run.dataset, f"{trainer}__{run.plans}__{before}")
+        results = Path(str(nnUNet_results), run.dataset, run.folder_name)
         if not (predicted := results / "predicted_next_stage" / configuration).is_dir():
             raise UserError(
                 f"{predicted} does not exist, but '{configuration}' needs the predictions of {before}. Train it first, "

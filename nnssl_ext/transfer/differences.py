@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from nnssl_ext.configurations import configuration_of
+from nnssl_ext.configurations import PROPERTIES, configuration_of
 from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import legal_patch
-from nnssl_ext.transfer.source import INTENSITIES, PROPERTIES, SourceGeometry
+from nnssl_ext.transfer.source import INTENSITIES, SourceGeometry
 
 #: Spacings that differ by less than this factor are called equal.
 EQUAL_SPACING = 1.1

@@ -15,13 +15,14 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
 from nnssl_ext import checkpoint
+from nnssl_ext.configurations import intensities_of
 from nnssl_ext.errors import RefusedError, UserError
 from nnssl_ext.foreign import load_tensors
 from nnssl_ext.networks.architectures import pct_net, vit
 from nnssl_ext.transfer import names, resnet
 from nnssl_ext.transfer.heads import output_names
 from nnssl_ext.transfer.locate import NOTE, locate
-from nnssl_ext.transfer.source import PUBLISHED_PCT_NET, PretrainedWeights, geometry, intensities_of, planned_geometry
+from nnssl_ext.transfer.source import PUBLISHED_PCT_NET, PretrainedWeights, geometry, planned_geometry
 
 #: Recognizes a kind of file and reads it: content, file and plan -> weights, or None for another kind.
 Reader = Callable[[dict[str, Any], Path, dict[str, Any]], "PretrainedWeights | None"]

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
+from nnssl_ext.configurations import intensities_of
 from nnssl_ext.transfer.names import UNet, unet_of
 
 #: Kind of MIS-FM's files.
 PUBLISHED_PCT_NET = "MIS-FM's PCT-Net"
 #: Published architectures that an adaptation plan may name without their strides: two at every stage but the first.
 HALVING = ("ResEncL", "NoSkipResEncL")
-#: nnU-Net's record of a data set's intensities, and those that CTNormalization reads.
-PROPERTIES = "foreground_intensity_properties_per_channel"
+#: The intensity properties that CTNormalization reads.
 INTENSITIES = ("mean", "std", "percentile_00_5", "percentile_99_5")
 
 
@@ -137,11 +137,6 @@ def properties_of(given: Any) -> tuple[Mapping[str, float], ...]:
         for row in rows
     )
     return rows if whole else ()
-
-
-def intensities_of(plans: Mapping[str, Any]) -> Any:
-    """Return the intensity properties in plans. nnU-Net's first plans have another name for them."""
-    return plans.get(PROPERTIES, plans.get("foreground_intensity_properties_by_modality"))
 
 
 def _strides(

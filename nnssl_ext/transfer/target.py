@@ -12,7 +12,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnssl_ext import checkpoint
-from nnssl_ext.configurations import configuration_of, unusable
+from nnssl_ext.configurations import configuration_of, intensities_of, unusable
 from nnssl_ext.errors import UserError
 from nnssl_ext.files import file_digest
 from nnssl_ext.networks.adaptation_plan import adaptation_plan
@@ -21,7 +21,7 @@ from nnssl_ext.provenance import revision, versions
 from nnssl_ext.recipe import read_json
 from nnssl_ext.transfer.heads import output_names
 from nnssl_ext.transfer.report import LEFT, Report
-from nnssl_ext.transfer.source import PretrainedWeights, intensities_of, properties_of
+from nnssl_ext.transfer.source import PretrainedWeights, properties_of
 from nnssl_ext.transfer.transfer import TargetNetwork
 
 

@@ -179,7 +179,10 @@ class IntensityDraw:
 
 
 def outside_of(images: Sequence[Tensor], masked: Sequence[int]) -> Tensor | None:
-    """Find what lies outside of all images (..., C, D, H, W): (..., D, H, W) bool, None without masked channels."""
+    """Find what lies outside of all images.
+
+    (..., C, D, H, W) -> (..., D, H, W) bool, None without masked channels.
+    """
     zeros = [image.select(-4, channel) == 0 for image in images for channel in masked]
     return torch.stack(zeros).all(0) if zeros else None
 

@@ -57,26 +57,14 @@ def draw_view(box: SourceBox, region: Sequence[int], kind: ViewKind, generator: 
     return subview(box, region, view, place, view_size=kind.size)
 
 
-def crop_views(
-    boxes: Sequence[SourceBox],
-    region: Sequence[int],
-    kind: ViewKind,
-    intensity: IntensitySettings,
-    random: BatchRandom,
-    exclusive: Sequence[Exclusive] = (),
-) -> Tensor:
-    """Cut one kind of views: (B, V, C, D, H, W).
-
-    Each has its own intensities, and one at most of each ``exclusive`` group. A view that would show a single value
-    (air) is drawn again, up to ``CONSTANT_TRIES`` times. ``boxes`` hold regions with the edges ``region`` in voxels.
-    """
-    return look_at(draw_views(boxes, region, kind, random), kind, intensity, random, exclusive)
-
-
 def draw_views(
     boxes: Sequence[SourceBox], region: Sequence[int], kind: ViewKind, random: BatchRandom
 ) -> list[SourceBox]:
-    """Place one kind of views: (B V) boxes, those of a sample in a row."""
+    """Place one kind of views: (B V) boxes, those of a sample in a row.
+
+    A view that would show a single value (air) is drawn again, up to ``CONSTANT_TRIES`` times. ``boxes`` hold regions
+    with the edges ``region`` in voxels.
+    """
     views = []
     for b, box in enumerate(boxes):
         generator = random.generator(b)
@@ -96,7 +84,11 @@ def look_at(
     random: BatchRandom,
     exclusive: Sequence[Exclusive] = (),
 ) -> Tensor:
-    """Cut placed views and apply intensity views. (B V) boxes, those of a sample in a row -> (B, V, C, D, H, W)."""
+    """Cut placed views and apply intensity views.
+
+    (B V) boxes, those of a sample in a row -> (B, V, C, D, H, W). Each view has its own intensities, and one at most of
+    each ``exclusive`` group.
+    """
     crops, _ = crop_batch(views, kind.size, random.device)
     image = crops.unflatten(0, (len(random), -1))
     shape = {"channels": image.shape[2], "spacing": kind.turns.spacing, "views": image.shape[1]}

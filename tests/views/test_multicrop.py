@@ -4,7 +4,7 @@ import torch
 
 from nnssl_ext.views import multicrop
 from nnssl_ext.views.appearance import IntensitySettings
-from nnssl_ext.views.multicrop import ViewKind, crop_views, draw_patch_masks
+from nnssl_ext.views.multicrop import ViewKind, draw_patch_masks, draw_views, look_at
 from nnssl_ext.views.random import BatchRandom
 from nnssl_ext.views.spatial import SourceBox, SpatialRange
 from tests.support.looks import without_views
@@ -12,6 +12,10 @@ from tests.support.looks import without_views
 CPU = torch.device("cpu")
 REGION = (20, 30, 30)
 OFF = without_views(IntensitySettings)
+
+
+def crop_views(boxes: list, region: tuple, of: ViewKind, looks: IntensitySettings, random: BatchRandom) -> torch.Tensor:
+    return look_at(draw_views(boxes, region, of, random), of, looks, random)
 
 
 def places(scale: float = 1.0) -> SourceBox:

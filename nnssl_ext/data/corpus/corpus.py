@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nnssl_ext.configurations import configuration_of, unusable
+from nnssl_ext.configurations import PROPERTIES, configuration_of, intensities_of, unusable
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.data.corpus import TARGET_KEY
 from nnssl_ext.data.corpus.manifest import DUPLICATE, KEPT, NO_IMAGE, UNUSABLE, Entry, Manifest
@@ -48,7 +48,7 @@ PREPROCESSING = (
     "resampling_fn_data_kwargs",
 )
 #: The same of the plans.
-PLAN_WIDE = ("transpose_forward", "image_reader_writer", "foreground_intensity_properties_per_channel")
+PLAN_WIDE = ("transpose_forward", "image_reader_writer", PROPERTIES)
 
 
 @dataclass
@@ -70,8 +70,7 @@ class Corpus:
 
     def __post_init__(self) -> None:
         plans = read_json(self.like / f"{self.plans}.json")
-        new, old = (f"foreground_intensity_properties_{by}" for by in ("per_channel", "by_modality"))
-        self._plans = {new: plans.get(old), **plans}
+        self._plans = {PROPERTIES: intensities_of(plans), **plans}
         self._configuration = configuration_of(self._plans, self.configuration)
         if reason := unusable(self.configuration, self._configuration, "give"):
             raise UserError(reason)
@@ -179,7 +178,10 @@ class Corpus:
         return CorpusTarget(scratch, self.plans, self.configuration)
 
     def _results(self, items: Sequence[Item], target: CorpusTarget) -> Iterator[tuple[Item, list[Prepared], bool]]:
-        """Yield items with their results, and whether a worker was lost, in order. The first of duplicates is kept."""
+        """Yield items with their results, and whether a worker was lost.
+
+        They come in order, so that the first of duplicates is kept.
+        """
         pool = WorkerPool(partial(prepare, target=target), min(self.processes, len(items)), _time_limit)
         try:
             for item, result in zip(items, pool.run(items), strict=True):
@@ -270,10 +272,10 @@ class Corpus:
             "file_ending": self.target_json["file_ending"],
             TARGET_KEY: self.like.name,
         }
-        properties = self._plans["foreground_intensity_properties_per_channel"]
+        properties = self._plans[PROPERTIES]
         write_json(dataset_json, folder / "dataset.json")
         write_json({**self._plans, "dataset_name": self.folder.name}, folder / f"{self.plans}.json")
-        fingerprint = {"foreground_intensity_properties_per_channel": properties}
+        fingerprint = {PROPERTIES: properties}
         write_json(fingerprint, folder / "dataset_fingerprint.json")
 
 

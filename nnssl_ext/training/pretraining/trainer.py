@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnssl_ext.configurations import intensities_of
 from nnssl_ext.data.cases import stored_as
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.data.loader import Shard
@@ -42,7 +43,6 @@ from nnssl_ext.training.pretraining.unreadable import Unreadable
 from nnssl_ext.training.run.folder import FINAL, LATEST
 from nnssl_ext.training.run.nonfinite import FiniteGuard
 from nnssl_ext.training.wrapping import set_memory_format, wrap_for_training
-from nnssl_ext.transfer.source import intensities_of
 from nnssl_ext.transfer.start import pretrained_weights_argument
 from nnssl_ext.views.random import VALIDATION, VIEWS, BatchRandom, step_seed
 
