@@ -84,8 +84,9 @@ class MaskedAutoencoder(RestoringMethod):
 
     def __init__(self, backbone: Backbone, settings: MaskedAutoencoderSettings, geometry: DataGeometry) -> None:
         super().__init__(backbone, settings, geometry)
-        self.token = backbone.strides[-1] if backbone.is_transformer and settings.drop_masked_tokens else None
-        self.block_size = settings.block_size or default_block(geometry, self.token)
+        token = backbone.strides[-1] if backbone.is_transformer else None
+        self.block_size = settings.block_size or default_block(geometry, token)
+        self.token = token if settings.drop_masked_tokens else None
         if self.token:
             backbone.train_mask_token()
             grid = [edge // step for edge, step in zip(geometry.crop_size, self.token, strict=True)]
@@ -166,7 +167,7 @@ def default_block(geometry: DataGeometry, token: Sequence[int] | None = None) ->
     if token is None:
         return block
     return [
-        next(size for size in range(max(most // step, 1) * step, 0, -step) if edge % size == 0)
+        next((size for size in range(max(most // step, 1) * step, step, -step) if edge % size == 0), step)
         for most, step, edge in zip(block, token, geometry.crop_size, strict=True)
     ]
 

@@ -126,10 +126,12 @@ class VolumeFusion(Method):
         """
         s, size, spacing = self.settings, self.geometry.crop_size, self.geometry.spacing
         channels = len(batch.boxes[0][0].data)
-        of_crops, of_fused = split_filters(s.intensity) if s.degrade_fused else (s.intensity, None)
+        of_crops, of_fused = split_off(s.intensity, FILTERS) if s.degrade_fused else (s.intensity, None)
+        of_crops, of_both = split_off(of_crops, ("invert",))  # one inverted crop would reveal the level
         masked = [channel for channel, kept in enumerate(self.geometry.masked) if kept]
         of, kept = (random, channels, spacing), self.geometry.masked
         draws = [IntensityDraw.draw(of_crops, *of, masked=kept) for _ in batch.boxes]
+        inversion = IntensityDraw.draw(of_both, *of, masked=kept)
         filters = IntensityDraw.draw(of_fused, *of, masked=kept) if of_fused else None
         level = self._draw_levels(random)
         image = torch.empty((len(random), channels, *size), device=random.device)
@@ -145,6 +147,7 @@ class VolumeFusion(Method):
                 if s.remap == "percentile":
                     remap_percentiles(crop)
                 draw.of(samples).apply(crop)
+                inversion.of(samples).apply(crop)
                 if inside is not None:
                     crop.mul_(inside)
                     valid.append(inside)
@@ -224,11 +227,11 @@ class VolumeFusion(Method):
         return layout.paint(size, random.device)
 
 
-def split_filters(settings: IntensitySettings) -> tuple[IntensitySettings, IntensitySettings]:
-    """Split intensity views into crops' and fused image's."""
+def split_off(settings: IntensitySettings, names: Sequence[str]) -> tuple[IntensitySettings, IntensitySettings]:
+    """Split intensity views into all but those of these names, and those alone."""
     chances = {f.name for f in fields(settings) if f.name.endswith("_probability")}
     chances -= {name for name in chances if name.endswith("_channel_probability")}
-    of_fused = {f"{name}_probability" for name in FILTERS}
-    of_crops: dict[str, Any] = dict.fromkeys(of_fused, 0.0)
-    others: dict[str, Any] = dict.fromkeys(chances - of_fused, 0.0)
-    return replace(settings, **of_crops), replace(settings, **others)
+    named = {f"{name}_probability" for name in names}
+    without: dict[str, Any] = dict.fromkeys(named, 0.0)
+    alone: dict[str, Any] = dict.fromkeys(chances - named, 0.0)
+    return replace(settings, **without), replace(settings, **alone)

@@ -25,6 +25,8 @@ from nnssl_ext.views.random import BatchRandom, pack_to_device, to_device
 
 #: Voxels of a volume whose noise is measured, at most.
 MEASURED = 1 << 14
+#: What interpolation leaves in constant regions, as a share of the intensities.
+ROUNDING = 1e-5
 
 
 @dataclass
@@ -137,25 +139,38 @@ class MissingNoise:
     """White noise that hides the level of a mixture.
 
     The mixture a F + (1 - a) B has less noise than F or B, so local noise would reveal min(a, 1 - a). This fills the
-    variance up to that of the noisier crop.
+    variance up to that of the noisier crop. Where a crop is constant, such as clipped air, it has no noise.
 
     Attributes:
-        deviation: (B, C, K + 1), the deviation that each level lacks.
+        deviation: (B, C, 2, 2, K + 1), the deviation that each level lacks. The twos are voxels without and with noise
+            in F, then in B.
     """
 
     def __init__(self, foreground: Tensor, background: Tensor, levels: int, random: BatchRandom) -> None:
         """Measure the crops F and B, (B, C, D, H, W) each."""
-        front, back = noise_variance(torch.stack([some_rows(foreground), some_rows(background)]))[..., None]
-        weight = torch.arange(levels + 1, device=front.device) / levels
+        noise = noise_variance(torch.stack([some_rows(foreground), some_rows(background)]))  # (2, B, C)
+        noisy = torch.arange(2, device=noise.device)
+        front, back = noise[..., None, None, None]  # (B, C, 1, 1, 1)
+        front, back = front * noisy[:, None, None], back * noisy[:, None]
+        weight = torch.arange(levels + 1, device=noise.device) / levels
         mixed = weight.square() * front + (1 - weight).square() * back
         self.deviation = (torch.maximum(front, back) - mixed).clamp_min_(0).sqrt_()
+        self._ranges = [inner_range(foreground), inner_range(background)]
         on_cpu = foreground.device.type == "cpu"
         self._sources = [(random.bits if on_cpu else random.noise)(sample) for sample in range(len(foreground))]
 
-    def add(self, mixture: Tensor, level: Tensor, samples: slice) -> None:
-        """Add noise to voxels of some samples: (B, C, V), with levels (B, V)."""
-        table = self.deviation[samples]
-        deviation = table.gather(2, level.to(torch.int64)[:, None].expand(-1, table.shape[1], -1))
+    def entries(self, foreground: Tensor, background: Tensor, level: Tensor, samples: slice) -> Tensor:
+        """Return each voxel's place in the table: (B, C, V) crops of some samples and levels (B, V) -> (B, C, V)."""
+        crops = zip((foreground, background), self._ranges, strict=True)
+        front, back = (
+            ((crop > low[samples]) & (crop < high[samples])).view(torch.uint8) for crop, (low, high) in crops
+        )
+        levels = self.deviation.shape[-1]
+        return torch.add(level[:, None].long(), front, alpha=2 * levels).add_(back, alpha=levels)
+
+    def add(self, mixture: Tensor, entries: Tensor, samples: slice) -> None:
+        """Add noise to voxels of some samples, (B, C, V)."""
+        deviation = self.deviation[samples].flatten(2).gather(2, entries)
         for row, scale, source in zip(mixture, deviation, self._sources[samples], strict=True):
             if isinstance(source, np.random.SFC64):
                 row.addcmul_(scale, quantized_normal(source, row.numel()).view(row.shape))
@@ -184,9 +199,10 @@ def fuse(
         front, back, share = over[samples, :, voxels], under[samples, :, voxels], flat[samples, voxels]
         weight = share[:, None].to(back.dtype).div_(levels)
         alike = (front - back).abs_().amax(1) < ignore_below if ignore_below else None
+        entries = missing.entries(front, back, share, samples) if missing is not None else None
         back.lerp_(front, weight)
-        if missing is not None:
-            missing.add(back, share, samples)
+        if missing is not None and entries is not None:
+            missing.add(back, entries, samples)
         if alike is not None:  # last: ignored voxels get the noise of their level
             share.masked_fill_(alike, ignored)
     return background
@@ -198,16 +214,25 @@ def some_rows(image: Tensor) -> Tensor:
     return image[..., ::step, ::step, :]
 
 
+def inner_range(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the range between an image's extremes: (B, C, D, H, W) -> twice (B, C, 1).
+
+    What is clipped, and most empty air, lies at an extreme but for rounding errors.
+    """
+    low, high = image.flatten(2).aminmax(dim=-1, keepdim=True)
+    return low.lerp(high, ROUNDING), high.lerp(low, ROUNDING)
+
+
 def noise_variance(image: Tensor) -> Tensor:
     """Estimate white noise: (..., D, H, W) -> (...).
 
     The median absolute second difference along the last axis is robust to edges. Constant regions, such as air that
-    was set to zero, are left out. Interpolation leaves rounding errors in them.
+    was set to zero, are left out.
     """
     if image.shape[-1] < 3:
         return image.new_zeros(image.shape[:-3])
     second = (image[..., 2:] - 2 * image[..., 1:-1] + image[..., :-2]).abs().flatten(-3)
-    constant = 1e-5 * image.flatten(-3).abs().amax(-1, keepdim=True)
+    constant = ROUNDING * image.flatten(-3).abs().amax(-1, keepdim=True)
     median = torch.where(second > constant, second, torch.nan).nanmedian(-1).values.nan_to_num(0.0)
     # the median of |N(0, 1)| is 0.6745, and 1, -2, 1 multiply the variance by 6
     return (median / 0.6745) ** 2 / 6

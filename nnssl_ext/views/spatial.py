@@ -36,7 +36,7 @@ class SpatialRange:
         rot90: Probability of quarter turns in a plane whose two axes agree in spacing and crop edge.
         affine: Probability of a rotation and zoom.
         rotation: Largest angle about each axis, in degrees.
-        zoom: Smallest and largest magnification.
+        zoom: Smallest and largest magnification. A thick axis is not magnified: its slices would be averaged.
     """
 
     spacing: tuple[float, ...]
@@ -62,7 +62,9 @@ class SpatialRange:
         bend, zoom = generator.random(), generator.uniform(*self.zoom)
         angles = generator.uniform(-self.rotation, self.rotation, 3)
         if (bend < self.affine if resample is None else resample) and (self.rotation or self.zoom != (1.0, 1.0)):
-            matrix = rotation_matrix(np.where(self.turning_axes(), angles, 0.0), self.spacing) @ matrix / zoom
+            turning = self.turning_axes()
+            matrix = rotation_matrix(np.where(turning, angles, 0.0), self.spacing) @ matrix
+            matrix /= np.where(turning.all() | ~turning, zoom, 1.0)[:, None]
         return matrix
 
     def _square_planes(self, size: Sequence[int]) -> list[tuple[int, int]]:

@@ -234,6 +234,11 @@ def test_blocks_of_a_transformer_are_whole_tokens(folder: Path) -> None:
     with pytest.raises(UserError, match=r"block_size: expected multiples of the tokens .* got \[3, 4, 4\]"):
         build(MaskedAutoencoder, MaskedAutoencoderSettings(block_size=[3, 4, 4]), kind="vit")
     build(MaskedAutoencoder, MaskedAutoencoderSettings(block_size=[3, 4, 4], drop_masked_tokens=False), kind="vit")
+    for dropped in (True, False):  # a token that is half masked would show what is hidden
+        method = build(MaskedAutoencoder, MaskedAutoencoderSettings(drop_masked_tokens=dropped), kind="vit")
+        assert all(
+            edge % token == 0 for edge, token in zip(method.block_size, method.backbone.strides[-1], strict=True)
+        )
 
 
 @pytest.mark.parametrize(

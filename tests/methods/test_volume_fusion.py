@@ -9,12 +9,13 @@ from scipy.ndimage import gaussian_filter
 from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.losses.dense import IGNORE
 from nnssl_ext.methods import SCHEMAS
-from nnssl_ext.methods.volume_fusion import VolumeFusion, VolumeFusionSettings, split_filters
+from nnssl_ext.methods.volume_fusion import FILTERS, VolumeFusion, VolumeFusionSettings, split_off
 from nnssl_ext.recipe import load_recipe
 from nnssl_ext.settings import split_sections
 from nnssl_ext.views.appearance import IntensitySettings
 from nnssl_ext.views.cpu import chunks as slabs
 from nnssl_ext.views.fusion import GridLayout
+from nnssl_ext.views.intensity import invert
 from nnssl_ext.views.random import VIEWS, BatchRandom
 from nnssl_ext.views.spatial import is_resampled
 from tests.methods.helpers import CPU, OFF, SIZE, batch_of, build, noise_boxes, views_of
@@ -195,7 +196,7 @@ def test_both_crops_are_resampled_or_neither(folder: Path) -> None:
 
 
 def test_filters_come_after_the_fusion_and_labels_do_not_move(folder: Path) -> None:
-    of_crops, of_fused = split_filters(IntensitySettings(gamma_probability=0.7, noise_probability=0.6))
+    of_crops, of_fused = split_off(IntensitySettings(gamma_probability=0.7, noise_probability=0.6), FILTERS)
     assert (of_crops.gamma_probability, of_crops.noise_probability, of_crops.blur_probability) == (0.7, 0, 0)
     assert (of_fused.gamma_probability, of_fused.noise_probability, of_fused.blur_probability) == (0, 0.6, 0.2)
     looks = (replace(OFF, blur_probability=1.0, blur_channel_probability=1.0, blur=[edge, edge]) for edge in (0.0, 1.0))
@@ -204,6 +205,21 @@ def test_filters_come_after_the_fusion_and_labels_do_not_move(folder: Path) -> N
     expected = gaussian_filter(sharp["image"].numpy(), (0, 0, 1, 1, 1))
     inner = (..., slice(4, -4), slice(4, -4), slice(4, -4))
     np.testing.assert_allclose(soft["image"].numpy()[inner], expected[inner], atol=0.02)
+
+
+def test_both_crops_are_inverted_or_none(folder: Path) -> None:
+    method = build(VolumeFusion, replace(BARE, intensity=replace(OFF, invert_probability=0.5)))
+    batch = batch_of(folder, method, list(range(16)))
+    views = method.views(batch, BatchRandom(0, VIEWS, batch.indices, CPU))
+    plain = [torch.stack([box.data for box in row]) for row in batch.boxes]
+    inverted = [invert(crops.clone().flatten(0, 1)).view_as(crops) for crops in plain]
+    share, counts = views["level"][:, None].float() / 4, [0, 0]
+    for n, image in enumerate(views["image"]):
+        fused = [share[n] * front[n] + (1 - share[n]) * back[n] for back, front in (plain, inverted)]
+        same = [torch.allclose(image, expected, atol=1e-4) for expected in fused]
+        assert sum(same) == 1, n
+        counts[same.index(True)] += 1
+    assert min(counts) > 2
 
 
 def test_the_control_fuses_shuffled_voxels_with_the_same_levels(folder: Path) -> None:

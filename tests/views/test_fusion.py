@@ -128,13 +128,13 @@ def test_missing_noise_fills_up_to_the_noisier_crop(device_source: bool) -> None
     missing = MissingNoise(front, back, 4, source)
     share = torch.arange(5) / 4
     expected = (0.16 - (share**2 * 0.01 + (1 - share) ** 2 * 0.16)).sqrt()
-    torch.testing.assert_close(missing.deviation[0, 0], expected, rtol=0.1, atol=0.02)
+    torch.testing.assert_close(missing.deviation[0, 0, 1, 1], expected, rtol=0.1, atol=0.02)
     if device_source:  # what other devices than the CPU use
         missing._sources = [source.noise(0)]
     level = torch.full((1, 64, 64, 64), 2, dtype=torch.uint8)
     plain = fuse(front, back.clone(), level.clone(), 4)
     added = fuse(front, back.clone(), level.clone(), 4, missing=missing) - plain
-    assert added.std().item() == pytest.approx(missing.deviation[0, :, 2].mean().item(), rel=0.01)
+    assert added.std().item() == pytest.approx(missing.deviation[0, :, 1, 1, 2].mean().item(), rel=0.01)
     assert abs(added.mean().item()) < 0.005
     assert abs(torch.corrcoef(added.flatten(2)[0])[0, 1].item()) < 0.01  # channels have noise of their own
 
@@ -145,3 +145,19 @@ def test_ignored_voxels_get_the_noise_of_their_level() -> None:
     mixed = fuse(front, front.clone(), level, 4, 0.05, missing=MissingNoise(front, front, 4, random(1)))
     assert (level == 255).all()
     assert (mixed - front).std().item() == pytest.approx(0.3 / 2**0.5, rel=0.05)
+
+
+def test_noise_in_clipped_air_does_not_tell_the_level() -> None:
+    """Where a crop is constant it has no noise, and a fusion takes none away."""
+    front, back = noisy(0.3, 1), noisy(0.3, 2)
+    for crop, air in ((front, slice(0, 32)), (back, slice(16, 48))):  # of both from 16 to 32
+        crop[..., air, :] = crop.min() - 1
+    deviations = []
+    for level in range(5):
+        levels = torch.full((1, 64, 64, 64), level, dtype=torch.uint8)
+        mixed = fuse(front, back.clone(), levels, 4, missing=MissingNoise(front, back, 4, random(1)))
+        aside = mixed[:, :, :8]  # of the ball
+        deviations.append([aside[..., first : first + 16, :].std().item() for first in range(0, 64, 16)])
+    for level, found in enumerate(deviations):
+        assert found[1] < 1e-4, level
+        assert [found[0], *found[2:]] == pytest.approx([0.3] * 3, rel=0.1), level

@@ -113,6 +113,14 @@ def test_zoom_magnifies() -> None:
     np.testing.assert_allclose(matrix, np.eye(3) / 2)
 
 
+def test_zoom_mixes_no_thick_slices() -> None:
+    spatial = SpatialRange((10.0, 1.5, 1.5), affine=1.0, rotation=30, zoom=(2.0, 2.0))
+    matrix = spatial.draw(np.random.default_rng(0), (8, 64, 64))
+    np.testing.assert_allclose(matrix[0], [1, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(matrix[:, 0], [1, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(matrix[1:, 1:] @ matrix[1:, 1:].T, np.eye(2) / 4, atol=1e-12)
+
+
 def test_outside_is_zero_and_marked() -> None:
     data = torch.ones(1, 4, 4, 4)
     boxes = [
