@@ -2,10 +2,10 @@
 
     python -m benchmarks evidence_data ACDC EMIDEC [--patch 5 64 64]
 
-ACDC and EMIDEC are raw nnU-Net data sets of labeled short-axis hearts. In nnUNet_raw this writes data sets 813 (EMIDEC)
-and 814 (ACDC), both cut to 112 x 112 voxels around the labels, so absolute Dice is optimistic. It preprocesses them and
-derives plans ``nnUNetPlans_roi`` of a U-Net of 8 to 64 features. Fold 0 of ACDC holds out the last fifth of the
-patients. Data set 816 is the corpus of both.
+ACDC and EMIDEC are folders of raw nnU-Net data sets of labeled short-axis hearts. In nnUNet_raw this writes data sets
+813 (EMIDEC) and 814 (ACDC), both cut to 112 x 112 voxels around the labels, so absolute Dice is optimistic. It
+preprocesses them and derives plans ``nnUNetPlans_roi`` of a U-Net of 8 to 64 features. Fold 0 of ACDC holds out the
+last fifth of the patients. Data set 816 is the corpus of both.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from benchmarks.hand_over import run
+from nnssl_ext.errors import UserError
 from nnssl_ext.recipe import read_json, write_json
 from nnssl_ext.study.protocol import grouped
 
@@ -38,9 +39,11 @@ NETWORK = [
 
 def cut(source: Path, target: Path) -> None:
     """Copy a raw data set, each case cut to ``EDGE`` x ``EDGE`` voxels (x, y) around its labels."""
+    listed = get_filenames_of_train_images_and_targets(str(source), read_json(source / "dataset.json", dict))
+    if target.exists():
+        raise UserError(f"{target} exists already. Remove it to make it again")
     for folder in ("imagesTr", "labelsTr"):
         (target / folder).mkdir(parents=True)
-    listed = get_filenames_of_train_images_and_targets(str(source), read_json(source / "dataset.json", dict))
     for case in listed.values():
         labels = SimpleITK.ReadImage(case["label"])
         *plane, depth = labels.GetSize()
