@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -95,6 +96,24 @@ def file_digest(path: Path, name: str = "sha256") -> str:
     return result.hexdigest()
 
 
+def acquire(lock: FileLock) -> bool:
+    """Take a lock at once. Return False where the file system has no locks.
+
+    Raises:
+        Timeout: If another process holds it.
+        OSError: If the lock file cannot be written.
+    """
+    try:
+        lock.acquire(timeout=0)
+    except NotImplementedError:  # older versions of filelock
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        return False
+    return True
+
+
 def lock_file(path: Path, work: str) -> FileLock:
     """Take a lock that ends with this process.
 
@@ -108,7 +127,7 @@ def lock_file(path: Path, work: str) -> FileLock:
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        acquire(lock)
     except Timeout as error:
         raise UserError(f"another process works on {work}. Wait for it or stop it") from error
     except OSError as error:

@@ -131,8 +131,13 @@ def _check(arguments: Sequence[str], hours: str | None) -> argparse.Namespace:
                 f"nnUNet_results to another folder; else remove it"
             )
         from nnssl_ext.networks.target import check_stock_weights
+        from nnssl_ext.training.checks import check_plans
 
-        seen = check_stock_weights(weights, trainer, plans, known.configuration, dataset_json)
+        outputs = None
+        if hasattr(trainer, "method_class"):
+            _, settings, geometry, _ = check_plans(trainer.method_class, plans, known.configuration, dataset_json)
+            outputs = trainer.method_class.output_channels(settings, geometry)
+        seen = check_stock_weights(weights, trainer, plans, known.configuration, dataset_json, outputs)
         if seen.get("dataset") == folder.name and str(seen.get("fold")) != known.fold != "all":
             print(
                 f"note: {weights} was pretrained on fold {seen['fold']}. It has seen validation images of fold "

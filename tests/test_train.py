@@ -20,6 +20,7 @@ from nnssl_ext.errors import UserError
 from nnssl_ext.networks.target import check_stock_weights, target_network
 from nnssl_ext.train import _check
 from tests.conftest import REPOSITORY, Environment
+from tests.support.runs import STOCK
 
 Data = Callable[[str], Environment]
 
@@ -47,8 +48,8 @@ Data = Callable[[str], Environment]
         (["811", "3d_fullres", "0", "--max-time", "2"], "--max-time: nnUNetTrainer does not stop by itself"),
         (
             ["811", "3d_cascade_fullres", "0", "-device", "cpu", "-tr", "nnsslTrainer_Finetune"],
-            "3d_cascade_fullres does not exist, but '3d_cascade_fullres' needs the predictions of 3d_lowres. Train it "
-            "first, all folds: nnssl_ext train 811 3d_lowres FOLD -tr nnsslTrainer_Finetune",
+            "3d_cascade_fullres lacks [0-9]+ cases .*, but '3d_cascade_fullres' needs the predictions of 3d_lowres. "
+            "Train it first, all folds: nnssl_ext train 811 3d_lowres FOLD -tr nnsslTrainer_Finetune",
         ),
     ],
 )
@@ -235,6 +236,19 @@ def test_the_advice_for_weights_that_transfer_does_not_fit(with_data: Data, tmp_
         main(["train", "811", "3d_fullres", "0", "-tr", "nnsslTrainer_VolumeFusion", *words])
     with pytest.raises(UserError, match="A cascade stage takes weights of a cascade stage only"):
         main(["train", "811", "3d_cascade_fullres", "0", *words])
+
+
+@pytest.mark.usefixtures("two_blocks")
+def test_weights_of_other_outputs_than_the_methods_are_refused(with_data: Data, tmp_path: Path) -> None:
+    """Primus has no heads that stock leaves out."""
+    environment = with_data("plain")
+    environment.write_plans("plain", "primus", {"target_trainer": STOCK})
+    manager = PlansManager(environment.plans("plain"))
+    network = target_network(manager, manager.get_configuration("3d_fullres"), 1, 2, trainer=STOCK)
+    torch.save({"network_weights": network.state_dict()}, file := tmp_path / "w.pth")
+    words = ["-p", "primus", "-tr", "nnsslTrainer_VolumeFusion", "-device", "cpu", "-pretrained_weights", str(file)]
+    with pytest.raises(UserError, match="'up_projection.* Give it to nnssl_ext plan as start_from=.*w.pth"):
+        main(["train", "811", "3d_fullres", "0", *words])
 
 
 def test_a_finished_model_is_not_replaced_and_other_folds_are_told(

@@ -103,11 +103,12 @@ def planned_network(
 
 
 def check_stock_weights(
-    file: Path, trainer_class: Any, plans: dict, configuration: str, dataset_json: dict
+    file: Path, trainer_class: Any, plans: dict, configuration: str, dataset_json: dict, outputs: int | None = None
 ) -> dict[str, Any]:
     """Refuse weights that stock cannot load into the network.
 
     Files that only an unsafe unpickler opens, and networks that cannot be built on the meta device, are left to stock.
+    ``outputs`` are the network's; None for one of each label.
 
     Returns:
         What the file says of the pretraining that made it: data set and fold among others. Empty for other files.
@@ -138,7 +139,7 @@ def check_stock_weights(
         raise UserError(f"{file} has no 'network_weights', which nnU-Net expects. {advice}")
     try:
         channels = determine_num_input_channels(manager, config, dataset_json)
-        outputs = manager.get_label_manager(dataset_json).num_segmentation_heads
+        outputs = outputs or manager.get_label_manager(dataset_json).num_segmentation_heads
         with torch.device("meta"):
             network = _build(trainer_class, manager, config, channels, outputs, True)
     except (Exception, NetworkError):  # a user's own trainer may need a real device

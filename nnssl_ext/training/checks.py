@@ -16,7 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnssl_ext.commands import RunName
 from nnssl_ext.configurations import configuration_of, unusable
-from nnssl_ext.data.cases import shorten, stored_as
+from nnssl_ext.data.cases import list_cases, shorten, stored_as
 from nnssl_ext.data.images import SampleSource
 from nnssl_ext.data.index import CaseIndex
 from nnssl_ext.environment import check_device, check_processes, check_shared_memory, check_split, worker_count
@@ -123,10 +123,12 @@ def check_finetuning_data(manager: PlansManager, configuration: str, dataset_jso
     if before := config.previous_stage_name:
         run = RunName(manager.dataset_name, before, "FOLD", manager.plans_name, trainer)
         results = Path(str(nnUNet_results), run.dataset, run.folder_name)
-        if not (predicted := results / "predicted_next_stage" / configuration).is_dir():
+        predicted = results / "predicted_next_stage" / configuration
+        found = {path.stem for path in predicted.glob("*")}
+        if absent := [case for case in (list_cases(folder) if folder.is_dir() else [""]) if case not in found]:
             raise UserError(
-                f"{predicted} does not exist, but '{configuration}' needs the predictions of {before}. Train it first, "
-                f"all folds: {run.command()}"
+                f"{predicted} lacks {len(absent)} cases ({shorten(absent)}), but '{configuration}' needs the "
+                f"predictions of {before}. Train it first, all folds: {run.command()}"
             )
 
 

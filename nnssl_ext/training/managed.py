@@ -79,6 +79,7 @@ class ManagedTrainer(ResumableTrainer):
         # bfloat16 has the range of float32: only float16 needs its gradients scaled
         self.grad_scaler = torch.amp.GradScaler("cuda") if self.amp_dtype is torch.float16 else None
         self.step = 0
+        self.loaded = ""  # name of the checkpoint that was loaded last, before or after the training
         self.outputs: list[dict[str, Any]] = []
         log = self.print_to_log_file
         self.folder = RunFolder(Path(self.output_folder), log)
@@ -167,6 +168,7 @@ class ManagedTrainer(ResumableTrainer):
                     self.on_validation_epoch_end(outputs)
                 self.outputs = []
                 self.on_epoch_end()
+            self.loaded = ""
             self.on_train_end()
             self.after_training()
 
@@ -348,6 +350,7 @@ class ManagedTrainer(ResumableTrainer):
             )
         checkpoint_file.refuse_older(given, source)
         self.restore_content(given, source)
+        self.loaded = Path(source).name
 
     def autocast(self) -> AbstractContextManager:
         """Return a context of mixed precision."""

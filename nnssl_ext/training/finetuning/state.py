@@ -9,12 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from nnssl_ext.errors import UserError
+from nnssl_ext.settings import FinetuneSettings
 from nnssl_ext.training.distributed.ranks import world
 
 #: What stock collects of an epoch's steps: {"loss": scalar} per step.
 Outputs = list[dict[str, np.ndarray]]
+SPOILT = (
+    "the {} became nan in epoch {}. The checkpoints of earlier epochs are intact. Lower finetune.learning_rate "
+    "(now {}) and start anew"
+)
+#: Settings that a continued run may change: they change neither the data nor a step.
+FREE = ("validation_iterations", "save_every", "mirroring")
 
 
 def on_host(outputs: list[dict[str, Any]]) -> Outputs:
@@ -54,13 +62,24 @@ def is_spoilt(outputs: Outputs, scaled: bool, limit: int) -> bool:
     return bad > 0 and (not scaled or bad > limit or bad == len(outputs))
 
 
+def refuse_nonfinite(network: nn.Module, epoch: int, rate: float) -> None:
+    """Refuse to keep weights that are not finite. A gradient may overflow where the loss does not."""
+    if not all(bool(torch.isfinite(weights).all()) for weights in network.parameters()):
+        raise UserError(SPOILT.format("gradient", epoch, rate))
+
+
 def refuse_other_run(content: Mapping[str, Any], settings: Mapping[str, Any], fold: int | str, source: str) -> None:
     """Refuse to continue another run's checkpoint, or a snapshot."""
     own = content["nnssl_ext"]
-    if own.get("finetune") != settings or str(own.get("fold")) != str(fold):
+    # what a later version added has its default there
+    stored = {**vars(FinetuneSettings()), **own["finetune"]} if "finetune" in own else {}
+    differing = [name for name, value in settings.items() if name not in FREE and stored.get(name) != value]
+    reasons = [f"other finetune settings ({', '.join(differing)})"] if differing else []
+    reasons += ["another fold"] if str(own.get("fold")) != str(fold) else []
+    if reasons:
         raise UserError(
-            f"{source} belongs to a run with other finetune settings or another fold. Continue it with its own plans, "
-            f"or start anew without --c"
+            f"{source} belongs to a run with {' and '.join(reasons)}. Continue it with its own plans, or start anew "
+            f"without --c"
         )
     if "optimizer_state" not in content:
         raise UserError(f"{source} is a snapshot: it holds weights only, and no run goes on from it")

@@ -32,6 +32,7 @@ from nnssl_ext.settings import CommonSettings
 from nnssl_ext.training.checks import check_finetuning_data
 from nnssl_ext.training.distributed.ranks import rank, world
 from nnssl_ext.training.distributed.store import from_the_first
+from nnssl_ext.training.finetuning import state
 from nnssl_ext.training.finetuning.components import (
     PEAK,
     PHASES,
@@ -49,7 +50,7 @@ from nnssl_ext.training.finetuning.components import (
 )
 from nnssl_ext.training.finetuning.evaluation import Evaluation
 from nnssl_ext.training.finetuning.loaders import TRAINING, VALIDATION, SeededBatches, never_by_time, run_seed
-from nnssl_ext.training.finetuning.state import Outputs, finite, is_spoilt, of_all_processes, on_host, refuse_other_run
+from nnssl_ext.training.finetuning.state import Outputs, finite, of_all_processes, on_host
 from nnssl_ext.training.managed import ManagedTrainer
 from nnssl_ext.training.memory.out_of_memory import finetuning_advice
 from nnssl_ext.training.onednn import avoid_two_slice_bug
@@ -250,7 +251,9 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         super().on_train_epoch_end(finite(train_outputs))
 
     def is_sound(self) -> bool:
-        return not is_spoilt(on_host(self.outputs), self.grad_scaler is not None, self.common.max_nonfinite_batches)
+        return not state.is_spoilt(
+            on_host(self.outputs), self.grad_scaler is not None, self.common.max_nonfinite_batches
+        )
 
     def gather_outputs(self) -> Outputs:
         outputs = of_all_processes(on_host(self.outputs))
@@ -258,11 +261,8 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         return outputs
 
     def _refuse_spoilt(self, outputs: Outputs) -> None:
-        if is_spoilt(outputs, self.grad_scaler is not None, self.common.max_nonfinite_batches):
-            raise UserError(
-                f"the loss became nan in epoch {self.current_epoch}. The checkpoints of earlier epochs are intact. "
-                f"Lower finetune.learning_rate (now {self.initial_lr}) and start anew"
-            )
+        if state.is_spoilt(outputs, self.grad_scaler is not None, self.common.max_nonfinite_batches):
+            raise UserError(state.SPOILT.format("loss", self.current_epoch, self.initial_lr))
 
     def epoch_lines(self) -> list[tuple[Any, ...]]:
         dice = self.logger.get_value("dice_per_class_or_region", step=-1)
@@ -356,6 +356,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         return finetuning_advice(self.batch_size, self.configuration_manager, self.device)
 
     def checkpoint_content(self, paths: list[Path]) -> dict[str, Any]:
+        state.refuse_nonfinite(self.plain_network, self.current_epoch, self.initial_lr)
         content = {
             "network_weights": self.exported_weights(),
             "trainer_name": self.predicted_by,
@@ -378,7 +379,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
 
     def restore_content(self, content: dict[str, Any], source: str) -> None:
         own = content["nnssl_ext"]
-        refuse_other_run(content, vars(self.settings), self.fold, source)
+        state.refuse_other_run(content, vars(self.settings), self.fold, source)
         if not self.was_initialized:
             self.initialize()
         try:

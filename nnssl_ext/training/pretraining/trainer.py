@@ -40,7 +40,7 @@ from nnssl_ext.training.pretraining.log import PretrainingLog, log_means
 from nnssl_ext.training.pretraining.picture import PretextPicture, Rows
 from nnssl_ext.training.pretraining.summary import recipe_commands, summary_text, tuned_run
 from nnssl_ext.training.pretraining.unreadable import Unreadable
-from nnssl_ext.training.run.folder import FINAL, LATEST
+from nnssl_ext.training.run.folder import BEST, FINAL, LATEST
 from nnssl_ext.training.run.nonfinite import FiniteGuard
 from nnssl_ext.training.wrapping import set_memory_format, wrap_for_training
 from nnssl_ext.transfer.start import pretrained_weights_argument
@@ -200,7 +200,9 @@ class PretrainingTrainer(ManagedTrainer):
     def after_step(self) -> None:
         if self.step == self._last_step_of_epoch():
             self.guard.read()
-        if self.guard.problem:
+        if self.guard.problem:  # equal in every process: together they can write a checkpoint
+            if world() > 1 and from_the_first(f"sound {self.step}", self.is_sound):
+                self.keep_progress()
             raise UserError(self.guard.problem)
 
     def is_sound(self) -> bool:
@@ -309,7 +311,7 @@ class PretrainingTrainer(ManagedTrainer):
             "checkpoint": None,
             "next_command": None,
         }
-        file = self.folder.path / FINAL
+        file = self.folder.path / (BEST if self.loaded == BEST else FINAL)
         if file.is_file() and not self.disable_checkpointing:  # it may be an earlier run's
             tuned = tuned_run(name, self.common.target_trainer, self.dataset_json)
             content |= {"checkpoint": str(file), "next_command": tuned.command(file), "replaces": tuned.replaces()}

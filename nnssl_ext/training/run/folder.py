@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
+from nnssl_ext.files import acquire
 
 FINAL, BEST = "checkpoint_final.pth", "checkpoint_best.pth"
 LATEST, PREVIOUS = "checkpoint_latest.pth", "checkpoint_previous.pth"
@@ -46,13 +47,16 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         lock, holder = FileLock(self.path / LOCK), self.path / HOLDER
         try:
-            lock.acquire(timeout=0)
+            locked = acquire(lock)
         except Timeout as error:
             raise UserError(
-                f"{self.path} belongs to another run, {_described(holder)}. Wait for it or stop it"
+                f"{self.path} belongs to another run, {_described(holder)}. Wait for it or stop it. If it has ended "
+                f"with its machine, delete {LOCK} there"
             ) from error
         except OSError as error:
             raise UserError(f"cannot lock {self.path}: {error.strerror or error}") from error
+        if not locked:
+            self.log("WARNING: this file system has no locks: a second run in this folder would not be noticed")
         try:
             with suppress(OSError):  # the lock holds without its label
                 label = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -72,7 +76,7 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
     def set_aside(self, *sources: Path | str | None) -> None:
-        """Move an earlier run's checkpoints into a subfolder.
+        """Move an earlier run's checkpoints, summary and validations into a subfolder.
 
         Raises:
             UserError: If a source, which the run is going to read, would be moved.
@@ -91,8 +95,8 @@ class RunFolder:
                 )
         target = self.path / f"earlier_{time.strftime('%Y%m%d_%H%M%S')}"
         target.mkdir()
-        summary = self.path / "pretraining_summary.json"  # it describes these
-        for path in [*found, *([summary] if summary.is_file() else [])]:
+        reports = [self.path / "pretraining_summary.json", *self.path.glob("validation*")]  # they describe these
+        for path in [*found, *(path for path in reports if path.exists())]:
             os.replace(path, target / path.name)
         names = ", ".join(path.name for path in found)
         self.log(f"Starting anew (without --c); the checkpoints of an earlier run are kept in {target}: {names}")

@@ -16,10 +16,12 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl_ext import checkpoint
 from nnssl_ext.errors import UserError
+from nnssl_ext.settings import FinetuneSettings
 from nnssl_ext.study.metrics import fold_metrics
 from nnssl_ext.training.finetuning import trainer as finetune
 from nnssl_ext.training.finetuning.components import finetune_settings, moving_average, rate_at
 from nnssl_ext.training.finetuning.evaluation import Evaluation
+from nnssl_ext.training.finetuning.state import refuse_other_run
 from nnssl_ext.training.finetuning.trainer import nnsslTrainer_Finetune
 from tests.conftest import Environment
 from tests.datasets import dataset_name
@@ -231,9 +233,44 @@ def test_another_runs_checkpoint_is_refused(with_data: Data) -> None:
     fold = tune(environment, "labelled", "run")
     before = (fold / "checkpoint_final.pth").read_bytes()
     environment.write_plans("labelled", "run", {"finetune": {**RUN, "snapshots": [], "seed": 3}})
-    with pytest.raises(UserError, match="other finetune settings"):
+    with pytest.raises(UserError, match=r"other finetune settings \(seed\)"):
         tune(environment, "labelled", "run", c=True)
     assert (fold / "checkpoint_final.pth").read_bytes() == before
+    # neither changes a step
+    environment.write_plans(
+        "labelled", "run", {"finetune": {**RUN, "snapshots": [], "mirroring": False, "save_every": 2}}
+    )
+    tune(environment, "labelled", "run", c=True)
+
+
+def test_settings_that_a_later_version_adds_have_their_defaults() -> None:
+    settings = vars(FinetuneSettings())
+    older = {name: value for name, value in settings.items() if name != "plain_norms"}
+    content = {"nnssl_ext": {"finetune": older, "fold": 0}, "optimizer_state": {}}
+    refuse_other_run(content, settings, 0, "file")
+    with pytest.raises(UserError, match=r"other finetune settings \(plain_norms\) and another fold"):
+        refuse_other_run(content, {**settings, "plain_norms": True}, 1, "file")
+
+
+@without_validation
+def test_weights_that_a_last_gradient_spoilt_are_not_kept(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the loss was finite."""
+    environment = with_data("labelled")
+    environment.write_plans("labelled", "run", {"finetune": {**RUN, "snapshots": []}})
+
+    steps = iter(range(8))
+
+    def overflow(parameters: list[torch.nn.Parameter], _: float) -> None:
+        if next(steps) == 7:
+            parameters[0].grad = torch.full_like(parameters[0], torch.nan)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
+    with pytest.raises(UserError, match="the gradient became nan in epoch 2. The checkpoints of earlier epochs"):
+        tune(environment, "labelled", "run")
+    fold = environment.fold("labelled", "run", NAME)
+    assert not (fold / "checkpoint_final.pth").exists()
+    weights = checkpoint.load(fold / "checkpoint_latest.pth")["network_weights"]
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
 @without_validation

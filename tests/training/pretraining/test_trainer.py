@@ -265,6 +265,19 @@ def test_without_checkpoints_no_weights_of_an_earlier_run_are_recommended(with_d
     assert (summary["checkpoint"], summary["next_command"]) == (None, None)
 
 
+def test_the_summary_of_the_best_checkpoint_names_it(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "quick", {"epochs": 2})
+    best = iter((True, False))
+    monkeypatch.setattr(PretrainingTrainer, "is_best", lambda _: next(best))
+    fold = pretrain(environment, "plain", "quick")
+    for val_best, name, epochs in ((False, "checkpoint_final.pth", 2), (True, "checkpoint_best.pth", 1)):
+        pretrain(environment, "plain", "quick", val=True, val_best=val_best)
+        summary = json.loads((fold / "pretraining_summary.json").read_text())
+        assert (summary["checkpoint"], summary["epochs"]) == (str(fold / name), epochs)
+        assert summary["next_command"].endswith(name)
+
+
 def stop_amid_an_epoch(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
     environment.write_plans("plain", "quick", {"epochs": 2})
     with monkeypatch.context() as patch:

@@ -1,5 +1,6 @@
 """The folder of a run: torn checkpoints, two runs in it, a full disk, lost permission; nothing is overwritten."""
 
+import errno
 import gc
 import json
 import multiprocessing
@@ -10,14 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
-from nnssl_ext import checkpoint
+from nnssl_ext import checkpoint, files
 from nnssl_ext.errors import UserError
+from nnssl_ext.files import lock_file
 from nnssl_ext.training.run import folder as run_folder
 from nnssl_ext.training.run.folder import HOLDER, LOCK, RunFolder
 from nnssl_ext.training.run.picture import ProgressPicture
@@ -292,5 +295,26 @@ def test_weights_that_would_be_set_aside_are_no_start(tmp_path: Path) -> None:
     folder.set_aside(None, "owner/name", tmp_path / "elsewhere" / "checkpoint_final.pth")
     (earlier,) = tmp_path.glob("earlier_*")
     kept = earlier.rename(tmp_path / "earlier") / "checkpoint_final.pth"
+    for name in ("validation", "validation_step_000004"):  # of a finished run, which the next one would seem to have
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").touch()
     written(tmp_path, ("checkpoint_final.pth", 9)).set_aside(kept)  # what was set aside before stays where it is
     assert kept.is_file()
+    (second,) = tmp_path.glob("earlier_*")
+    assert (second / "validation" / "summary.json").is_file()
+    assert (second / "validation_step_000004" / "summary.json").is_file()
+    assert not list(tmp_path.glob("validation*"))
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    for error in (OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")):
+        monkeypatch.setattr(files.FileLock, "acquire", Mock(side_effect=error))
+        with RunFolder(tmp_path, said.append).locked():
+            assert (tmp_path / HOLDER).is_file()
+        lock_file(tmp_path / ".lock", "work").release()
+    assert len(said) == 2
+    assert all("a second run in this folder would not be noticed" in line for line in said)
+    monkeypatch.setattr(files.FileLock, "acquire", Mock(side_effect=OSError(errno.EACCES, "Permission denied")))
+    with pytest.raises(UserError, match="cannot lock .*: Permission denied"), RunFolder(tmp_path, print).locked():
+        pass
