@@ -9,8 +9,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -114,8 +115,8 @@ def acquire(lock: FileLock) -> bool:
     return True
 
 
-def lock_file(path: Path, work: str) -> FileLock:
-    """Take a lock that ends with this process.
+def lock_file(path: Path, work: str) -> AbstractContextManager[Any]:
+    """Take a lock that ends with this process. Where the file system has none, go on without.
 
     Args:
         path: Lock file. Its folder is made.
@@ -127,7 +128,7 @@ def lock_file(path: Path, work: str) -> FileLock:
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        acquire(lock)
+        locked = acquire(lock)
     except Timeout as error:
         raise UserError(f"another process works on {work}. Wait for it or stop it") from error
     except OSError as error:
@@ -135,7 +136,7 @@ def lock_file(path: Path, work: str) -> FileLock:
             f"expected a folder that can be written for {work}, got {path.parent}: {error.strerror}. Give another one, "
             f"or permission to write"
         ) from error
-    return lock
+    return lock if locked else nullcontext()
 
 
 def check_writable(folder: Path, name: str) -> None:

@@ -57,7 +57,8 @@ def test_files_of_other_threads_keep_their_mode(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_lock_makes_its_folder_or_says_in_one_line_why_not(tmp_path: Path) -> None:
-    lock_file(tmp_path / "a" / "b" / ".lock", "work").release()
+    with lock_file(tmp_path / "a" / "b" / ".lock", "work"):
+        pass
     (tmp_path / "file").touch()
     with pytest.raises(
         UserError, match="expected a folder that can be written for work, got .*file/c: Not a directory"

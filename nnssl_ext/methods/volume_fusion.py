@@ -169,7 +169,8 @@ class VolumeFusion(Method):
     def _fuse(self, foreground: Tensor, background: Tensor, level: Tensor, random: BatchRandom) -> Tensor:
         """Fuse within ``background``, with the noise of an unmixed crop."""
         s = self.settings
-        missing = MissingNoise(foreground, background, s.levels, random) if s.match_noise else None
+        sources = foreground, background
+        missing = MissingNoise(*sources, s.levels, random, self.geometry.masked) if s.match_noise else None
         return fuse(foreground, background, level, s.levels, s.ignore_below, missing=missing)
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from nnssl_ext.configurations import configuration_of, unusable
 from nnssl_ext.data.cases import stored_as
@@ -199,7 +198,7 @@ class Study:
         return key
 
 
-def locked(folder: Path) -> FileLock:
+def locked(folder: Path) -> AbstractContextManager[Any]:
     """Lock a study's folder until this process ends.
 
     Raises:

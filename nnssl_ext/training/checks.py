@@ -107,7 +107,9 @@ def check_run(
     return Checked(common, settings, geometry, batch_size, index, cases, samples)
 
 
-def check_finetuning_data(manager: PlansManager, configuration: str, dataset_json: dict, trainer: str) -> None:
+def check_finetuning_data(
+    manager: PlansManager, configuration: str, fold: int | str, dataset_json: dict, trainer: str
+) -> None:
     """Check cases, shared memory, and the predictions before a cascade stage.
 
     Raises:
@@ -125,11 +127,19 @@ def check_finetuning_data(manager: PlansManager, configuration: str, dataset_jso
         results = Path(str(nnUNet_results), run.dataset, run.folder_name)
         predicted = results / "predicted_next_stage" / configuration
         found = {path.stem for path in predicted.glob("*")}
-        if absent := [case for case in (list_cases(folder) if folder.is_dir() else [""]) if case not in found]:
+        if absent := [case for case in _cases_of_fold(folder, fold) if case not in found]:
             raise UserError(
                 f"{predicted} lacks {len(absent)} cases ({shorten(absent)}), but '{configuration}' needs the "
                 f"predictions of {before}. Train it first, all folds: {run.command()}"
             )
+
+
+def _cases_of_fold(folder: Path, fold: int | str) -> list[str]:
+    """Return the training and validation cases of a fold: all preprocessed ones where no split names them."""
+    splits = read_json(file, list) if (file := folder.parent / "splits_final.json").is_file() else []
+    if fold != "all" and int(fold) < len(splits):
+        return sorted({*splits[int(fold)]["train"], *splits[int(fold)]["val"]})
+    return sorted(list_cases(folder)) if folder.is_dir() else []
 
 
 def check_plans(

@@ -31,6 +31,7 @@ from nnssl_ext.networks.target import target_network
 from nnssl_ext.settings import CommonSettings
 from nnssl_ext.training.distributed.heartbeat import Heartbeat
 from nnssl_ext.training.distributed.ranks import rank, rank_device, same_everywhere, world
+from nnssl_ext.training.distributed.store import from_the_first
 from nnssl_ext.training.memory.out_of_memory import out_of_memory_line
 from nnssl_ext.training.resumable import ResumableTrainer
 from nnssl_ext.training.run.commands import continuation
@@ -319,6 +320,12 @@ class ManagedTrainer(ResumableTrainer):
         self.outputs = self.gather_outputs()
         self.save_checkpoint(str(self.folder.path / LATEST))
         return self.writer.wait() and not self.disable_checkpointing
+
+    def keep_progress_together(self) -> None:
+        """Write checkpoint_latest.pth where several processes stop at one step, before an error that all raise."""
+        if world() > 1 and from_the_first(f"sound {self.step}", self.is_sound):
+            self.keep_progress()
+            from_the_first(f"kept {self.step}", lambda: None)  # one that ended would end the first, which still writes
 
     def save_checkpoint(self, *filenames: str) -> None:
         """Write checkpoints from the first process, unless switched off.

@@ -146,8 +146,15 @@ class MissingNoise:
             in F, then in B.
     """
 
-    def __init__(self, foreground: Tensor, background: Tensor, levels: int, random: BatchRandom) -> None:
-        """Measure the crops F and B, (B, C, D, H, W) each."""
+    def __init__(
+        self,
+        foreground: Tensor,
+        background: Tensor,
+        levels: int,
+        random: BatchRandom,
+        masked: Sequence[bool] = (),
+    ) -> None:
+        """Measure the crops F and B, (B, C, D, H, W) each. Zeros of ``masked`` channels lie outside of the image."""
         noise = noise_variance(torch.stack([some_rows(foreground), some_rows(background)]))  # (2, B, C)
         noisy = torch.arange(2, device=noise.device)
         front, back = noise[..., None, None, None]  # (B, C, 1, 1, 1)
@@ -156,15 +163,19 @@ class MissingNoise:
         mixed = weight.square() * front + (1 - weight).square() * back
         self.deviation = (torch.maximum(front, back) - mixed).clamp_min_(0).sqrt_()
         self._ranges = [inner_range(foreground), inner_range(background)]
+        self._masked = [channel for channel, kept in enumerate(masked) if kept]
         on_cpu = foreground.device.type == "cpu"
         self._sources = [(random.bits if on_cpu else random.noise)(sample) for sample in range(len(foreground))]
 
     def entries(self, foreground: Tensor, background: Tensor, level: Tensor, samples: slice) -> Tensor:
         """Return each voxel's place in the table: (B, C, V) crops of some samples and levels (B, V) -> (B, C, V)."""
-        crops = zip((foreground, background), self._ranges, strict=True)
+        crops = list(zip((foreground, background), self._ranges, strict=True))
         front, back = (
             ((crop > low[samples]) & (crop < high[samples])).view(torch.uint8) for crop, (low, high) in crops
         )
+        for channel in self._masked:
+            for inner, (crop, _) in zip((front, back), crops, strict=True):
+                inner[:, channel].masked_fill_(crop[:, channel] == 0, 0)
         levels = self.deviation.shape[-1]
         return torch.add(level[:, None].long(), front, alpha=2 * levels).add_(back, alpha=levels)
 

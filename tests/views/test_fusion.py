@@ -147,15 +147,16 @@ def test_ignored_voxels_get_the_noise_of_their_level() -> None:
     assert (mixed - front).std().item() == pytest.approx(0.3 / 2**0.5, rel=0.05)
 
 
-def test_noise_in_clipped_air_does_not_tell_the_level() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_noise_in_constant_air_does_not_tell_the_level(masked: bool) -> None:
     """Where a crop is constant it has no noise, and a fusion takes none away."""
     front, back = noisy(0.3, 1), noisy(0.3, 2)
     for crop, air in ((front, slice(0, 32)), (back, slice(16, 48))):  # of both from 16 to 32
-        crop[..., air, :] = crop.min() - 1
+        crop[..., air, :] = 0 if masked else crop.min() - 1
     deviations = []
     for level in range(5):
         levels = torch.full((1, 64, 64, 64), level, dtype=torch.uint8)
-        mixed = fuse(front, back.clone(), levels, 4, missing=MissingNoise(front, back, 4, random(1)))
+        mixed = fuse(front, back.clone(), levels, 4, missing=MissingNoise(front, back, 4, random(1), [masked] * 2))
         aside = mixed[:, :, :8]  # of the ball
         deviations.append([aside[..., first : first + 16, :].std().item() for first in range(0, 64, 16)])
     for level, found in enumerate(deviations):

@@ -62,10 +62,10 @@ def is_spoilt(outputs: Outputs, scaled: bool, limit: int) -> bool:
     return bad > 0 and (not scaled or bad > limit or bad == len(outputs))
 
 
-def refuse_nonfinite(network: nn.Module, epoch: int, rate: float) -> None:
+def refuse_nonfinite(network: nn.Module, step: int, epoch: int, rate: float) -> None:
     """Refuse to keep weights that are not finite. A gradient may overflow where the loss does not."""
     if not all(bool(torch.isfinite(weights).all()) for weights in network.parameters()):
-        raise UserError(SPOILT.format("gradient", epoch, rate))
+        raise UserError(SPOILT.format("gradient", epoch, rate) if step else "the weights to start from are not finite")
 
 
 def refuse_other_run(content: Mapping[str, Any], settings: Mapping[str, Any], fold: int | str, source: str) -> None:

@@ -93,7 +93,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
     ) -> tuple[CommonSettings, str]:
         common, self.settings = finetune_settings(plans)
         check_device(device.type)
-        check_finetuning_data(PlansManager(plans), configuration, dataset_json, type(self).__name__)
+        check_finetuning_data(PlansManager(plans), configuration, fold, dataset_json, type(self).__name__)
         return common, self.settings.precision
 
     steps_per_epoch = property(lambda self: self.settings.steps_per_epoch)
@@ -356,7 +356,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         return finetuning_advice(self.batch_size, self.configuration_manager, self.device)
 
     def checkpoint_content(self, paths: list[Path]) -> dict[str, Any]:
-        state.refuse_nonfinite(self.plain_network, self.current_epoch, self.initial_lr)
+        state.refuse_nonfinite(self.plain_network, self.step, self.current_epoch, self.initial_lr)
         content = {
             "network_weights": self.exported_weights(),
             "trainer_name": self.predicted_by,

@@ -198,11 +198,10 @@ class PretrainingTrainer(ManagedTrainer):
         return {key: value.detach() for key, value in terms.items()}
 
     def after_step(self) -> None:
-        if self.step == self._last_step_of_epoch():
-            self.guard.read()
-        if self.guard.problem:  # equal in every process: together they can write a checkpoint
-            if world() > 1 and from_the_first(f"sound {self.step}", self.is_sound):
-                self.keep_progress()
+        if self.step == self._last_step_of_epoch() or self.guard.problem:
+            self.guard.read()  # all processes together
+        if self.guard.problem:
+            self.keep_progress_together()
             raise UserError(self.guard.problem)
 
     def is_sound(self) -> bool:

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from filelock import FileLock
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl_ext import checkpoint
+from nnssl_ext.data.crops import CropBatch
 from nnssl_ext.errors import UserError
 from nnssl_ext.methods import TRAINERS
 from nnssl_ext.train import _check_devices, stock_parser, train
@@ -221,6 +224,37 @@ def test_an_error_of_one_process_ends_all(
         assert ("[process 1 of 2, pid " in said[0]) == (victim == 1)
     if place == "check":
         assert not list(environment.results.iterdir())
+
+
+def nonfinite_from_the_third_step(rank: int, *arguments: object) -> None:
+    original = PretrainingTrainer._terms
+
+    def terms(self: PretrainingTrainer, batch: CropBatch, stream: int) -> dict:
+        found = original(self, batch, stream)
+        return {**found, "loss": found["loss"] * torch.nan} if self.step >= 2 and rank == 1 else found
+
+    PretrainingTrainer._terms = terms  # type: ignore[method-assign]
+    if rank == 0:  # the others wait for it
+        save = checkpoint.save
+
+        def slowly(*args: Any) -> None:
+            time.sleep(4)
+            save(*args)
+
+        checkpoint.save = slowly  # type: ignore[assignment]
+    launched(rank, *arguments)  # type: ignore[arg-type]
+
+
+def test_too_many_bad_batches_end_all_with_a_checkpoint(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = with_data("plain")
+    monkeypatch.setattr(heartbeat, "GRACE_SECONDS", 1.0)
+    environment.write_plans("plain", "quick", {"batch_size": 3, "epochs": 9, "max_nonfinite_batches": 1})
+    assert ranks(2, nonfinite_from_the_third_step, environment.root, words("quick"), {}) == [1, 1]
+    (line,) = lines(environment.root)
+    assert "not finite in 2 batches, more than nnssl_ext.max_nonfinite_batches=1 allows" in line
+    kept = checkpoint.load(environment.fold("plain", "quick", TRAINER) / "checkpoint_latest.pth")
+    assert kept["nnssl_ext"]["counters"] == {"step": 4, "samples": 12, "nonfinite": 2}
+    assert all(torch.isfinite(tensor).all() for tensor in kept["network_weights"].values())
 
 
 def test_a_folder_in_use_ends_all(with_data: Data) -> None:

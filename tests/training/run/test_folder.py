@@ -312,7 +312,8 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(files.FileLock, "acquire", Mock(side_effect=error))
         with RunFolder(tmp_path, said.append).locked():
             assert (tmp_path / HOLDER).is_file()
-        lock_file(tmp_path / ".lock", "work").release()
+        with lock_file(tmp_path / ".lock", "work"):
+            pass
     assert len(said) == 2
     assert all("a second run in this folder would not be noticed" in line for line in said)
     monkeypatch.setattr(files.FileLock, "acquire", Mock(side_effect=OSError(errno.EACCES, "Permission denied")))
