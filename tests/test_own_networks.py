@@ -44,9 +44,11 @@ def test_hand_over(with_data: Data, method: str, kind: str) -> None:
     stock = trainer_for(kind, "quick", "nnUNetTrainer")
     file = environment.fold(kind, "quick", trainer) / "checkpoint_final.pth"
     summary = json.loads((file.parent / "pretraining_summary.json").read_text())
-    plan, tune = summary.get("recipe_commands") or ("", "")
-    assert plan.endswith("-p quick -o quick_finetune_transformer finetune_transformer") == (kind == "vit")
-    assert ("-p quick_finetune_transformer -tr nnsslTrainer_Finetune" in tune) == (kind == "vit")
+    plan, *transfer, tune = summary["recipe_commands"]
+    recipe = "finetune_transformer" if kind == "vit" else "finetune_adamw"
+    assert f"-p quick -o quick_{recipe} {recipe}" in plan
+    assert f"-p quick_{recipe} -tr nnsslTrainer_Finetune" in tune
+    assert bool(transfer) == (kind != "vit" and not summary["weight_lengths"]["restored"])
     maybe_load_checkpoint(stock, False, False, str(file))
     loaded = stock.network.state_dict()
     assert set(loaded) == set(weights)

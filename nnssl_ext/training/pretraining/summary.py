@@ -17,6 +17,7 @@ def summary_text(content: Mapping[str, Any], readable: Readable, learned_from: s
     """Return the summary for the log."""
     value = content[readable.key]
     recipe = "".join(f"\n    {line}" for line in content.get("recipe_commands") or ())
+    occasion = "as suits a transformer" if "finetune_transformer" in recipe else "for a few thousand steps"
     return (
         f"Pretraining summary\n"
         f"  {content['method']} on {content['dataset']}, {content['configuration']}, fold {content['fold']} "
@@ -27,7 +28,7 @@ def summary_text(content: Mapping[str, Any], readable: Readable, learned_from: s
         f"{_lengths_text(content)}"
         f"  fine-tune with:\n    {content['next_command'] or 'nothing: no checkpoint was written'}"
         + (f"\n  {content['replaces']}" if content.get("replaces") else "")
-        + (f"\n  or, as suits a transformer:{recipe}" if recipe else "")
+        + (f"\n  or, {occasion}:{recipe}" if recipe else "")
     )
 
 
@@ -45,12 +46,26 @@ def _lengths_text(content: Mapping[str, Any]) -> str:
     )
 
 
-def recipe_commands(run: RunName, recipe: str, dataset_json: Mapping[str, Any], file: Path) -> list[str]:
-    """Return the commands that fine-tune a pretraining's checkpoint with a recipe of ours."""
-    run = tuned_run(run, "nnsslTrainer_Finetune", dataset_json)
-    plans = f"{run.plans}_{recipe}"
-    words = ["nnssl_ext", "plan", "-d", run.dataset, "-c", run.configuration, "-p", run.plans, "-o", plans, recipe]
-    return [shlex.join(words), replace(run, plans=plans).command(file)]
+def recipe_commands(run: RunName, recipe: str, file: Path, longer: bool) -> list[str]:
+    """Return the commands that fine-tune a pretraining's checkpoint with a recipe of ours.
+
+    Args:
+        run: Fine-tuning by a stock trainer.
+        recipe: A ``finetune_*`` recipe.
+        file: The checkpoint.
+        longer: Whether its weights are longer than initial ones, which holds AdamW back.
+    """
+    tuned = replace(run, trainer="nnsslTrainer_Finetune", plans=f"{run.plans}_{recipe}")
+    place = ["-d", run.dataset, "-c", run.configuration]
+    commands = [["nnssl_ext", "plan", *place, "-p", run.plans, "-o", tuned.plans, recipe]]
+    if recipe == "finetune_adamw":
+        commands[0].append("finetune.steps=6000")
+        if longer:
+            shortened = file.with_name("initial_lengths.pth")
+            words = ["nnssl_ext", "transfer", str(file), *place, *tuned.options(), "--lengths", "initial"]
+            commands.append([*words, "-o", str(shortened)])
+            file = shortened
+    return [*map(shlex.join, commands), tuned.command(file)]
 
 
 def tuned_run(run: RunName, trainer: str, dataset_json: Mapping[str, Any]) -> RunName:

@@ -314,9 +314,9 @@ class PretrainingTrainer(ManagedTrainer):
         if file.is_file() and not self.disable_checkpointing:  # it may be an earlier run's
             tuned = tuned_run(name, self.common.target_trainer, self.dataset_json)
             content |= {"checkpoint": str(file), "next_command": tuned.command(file), "replaces": tuned.replaces()}
-            if self.method.backbone.is_transformer:
-                recipe = "finetune_transformer"
-                content["recipe_commands"] = recipe_commands(name, recipe, self.dataset_json, file)
+            recipe = "finetune_transformer" if self.method.backbone.is_transformer else "finetune_adamw"
+            lengths = content.get("weight_lengths", {"restored": True})
+            content["recipe_commands"] = recipe_commands(tuned, recipe, file, longer=not lengths["restored"])
         write_json(content, self.folder.path / "pretraining_summary.json")
         learned_from = self.checked.samples.summary(self.checked.training_cases)
         self.print_to_log_file(summary_text(content, readable, learned_from), add_timestamp=False)

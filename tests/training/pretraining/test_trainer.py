@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnssl_ext import checkpoint
+from nnssl_ext.cli import main
 from nnssl_ext.methods import METHODS, TRAINERS
 from nnssl_ext.training.pretraining import classes
 from nnssl_ext.training.pretraining.trainer import PretrainingTrainer
@@ -263,6 +265,22 @@ def test_without_checkpoints_no_weights_of_an_earlier_run_are_recommended(with_d
     fold = pretrain(environment, "plain", "quick", disable_checkpointing=True)
     summary = json.loads((fold / "pretraining_summary.json").read_text())
     assert (summary["checkpoint"], summary["next_command"]) == (None, None)
+
+
+def test_the_summarys_commands_for_a_short_fine_tuning(with_data: Data) -> None:
+    environment = with_data("labelled")
+    environment.write_plans("labelled", "quick", {"epochs": 1, "learning_rate": 0.1})
+    fold = pretrain(environment, "labelled", "quick")
+    commands = json.loads((fold / "pretraining_summary.json").read_text())["recipe_commands"]
+    assert [line.split()[1] for line in commands[:-1]] == ["plan", "transfer"]
+    small = "finetune.steps=2 finetune.steps_per_epoch=2 finetune.validation_iterations=1"
+    for line in commands[:-1]:
+        main(shlex.split(line.replace("finetune.steps=6000", small))[1:])
+    environment.run(*shlex.split(commands[-1]), "-device", "cpu")
+    tuned = environment.fold("labelled", "quick_finetune_adamw", "nnsslTrainer_Finetune")
+    content = checkpoint.load(tuned / "checkpoint_final.pth")["nnssl_ext"]
+    assert (content["finetune"]["optimizer"], content["finetune"]["weight_average_decay"]) == ("adamw", 0.998)
+    assert (content["step"], (tuned / "validation" / "summary.json").is_file()) == (2, True)
 
 
 def test_the_summary_of_the_best_checkpoint_names_it(with_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
