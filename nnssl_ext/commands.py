@@ -6,11 +6,13 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 #: Our program that runs ``nnUNetv2_train``, as it names itself.
 TRAIN = "nnssl_ext train"
+#: Fine-tuning recipe and its occasion, of convolutional networks and of transformers.
+OCCASIONS = (("finetune_adamw", "for a few thousand steps"), ("finetune_transformer", "as suits a transformer"))
 _NAME = re.compile(r"Dataset(\d{3,})_")
 
 
@@ -106,3 +108,25 @@ class RunName:
     def command(self, weights: str | Path | None = None) -> str:
         """Return the command that trains this run, from pretrained weights if there are some."""
         return shlex.join([*self.words(), *(["-pretrained_weights", str(weights)] if weights is not None else [])])
+
+
+def recipe_commands(run: RunName, recipe: str, file: Path, longer: bool) -> list[str]:
+    """Return the commands that fine-tune a pretraining's checkpoint with a recipe of ours.
+
+    Args:
+        run: Fine-tuning by a stock trainer.
+        recipe: A ``finetune_*`` recipe.
+        file: The checkpoint.
+        longer: Whether its weights are longer than initial ones, which holds AdamW back.
+    """
+    tuned = replace(run, trainer="nnsslTrainer_Finetune", plans=f"{run.plans}_{recipe}")
+    place = ["-d", run.dataset, "-c", run.configuration]
+    commands = [["nnssl_ext", "plan", *place, "-p", run.plans, "-o", tuned.plans, recipe]]
+    if recipe == "finetune_adamw":
+        commands[0].append("finetune.steps=6000")
+        if longer:
+            shortened = file.with_name("initial_lengths.pth")
+            words = ["nnssl_ext", "transfer", str(file), *place, *tuned.options(), "--lengths", "initial"]
+            commands.append([*words, "-o", str(shortened)])
+            file = shortened
+    return [*map(shlex.join, commands), tuned.command(file)]

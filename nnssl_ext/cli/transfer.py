@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnssl_ext.commands import RunName
+from nnssl_ext.commands import OCCASIONS, RunName, recipe_commands
 from nnssl_ext.environment import dataset_folder
 
 
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from nnssl_ext.networks.backbone import backbone_of
     from nnssl_ext.transfer import target as write
     from nnssl_ext.transfer.read import read_source
     from nnssl_ext.transfer.transfer import transfer
@@ -70,3 +71,9 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{source.path} ({source.kind})\n{report}\nwrote {path}; use it with\n  {run.command(arguments.o)}")
     if note := run.replaces():
         print(note)
+    if arguments.tr == "nnUNetTrainer":
+        is_transformer = backbone_of(target.network).is_transformer
+        recipe, occasion = OCCASIONS[is_transformer]
+        print(f"or, {occasion}:")
+        for command in recipe_commands(run, recipe, path, longer=arguments.lengths == "keep"):
+            print(f"  {command}")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,26 @@ def deeper(plans: dict) -> None:
     kernels = [[1, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3]]
     configuration["architecture"] = planned("plain", stages=4, strides=strides, kernel_sizes=kernels)
     configuration.update(patch_size=[8, 16, 16], spacing=[4.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("lengths", ["keep", "initial"])
+def test_the_command_names_a_recipe_with_its_commands(
+    with_data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str], lengths: str
+) -> None:
+    environment = with_data("plain")
+    environment.write_plans("plain", "quick", {})
+    fold = pretrain(environment, "plain", "quick")
+    capsys.readouterr()
+    place, file = ["-d", "811", "-c", "3d_fullres"], tmp_path / "init.pth"
+    assert main(["transfer", str(fold), *place, "--lengths", lengths, "-o", str(file)]) == 0
+    printed = capsys.readouterr().out.partition("or, for a few thousand steps:\n")[2]
+    plan, *again, tune = map(shlex.split, printed.splitlines())
+    assert plan[-2:] == ["finetune_adamw", "finetune.steps=6000"]
+    assert [words[1] for words in again] == (["transfer"] if lengths == "keep" else [])
+    for words in (plan, *again):
+        assert main(words[1:]) == 0
+    assert tune[-1] == str(tmp_path / "initial_lengths.pth" if again else file)
+    assert Path(tune[-1]).is_file()
 
 
 @pytest.mark.usefixtures("trainers")

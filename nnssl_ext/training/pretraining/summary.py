@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from nnssl_ext.commands import RunName
+from nnssl_ext.commands import OCCASIONS, RunName
 from nnssl_ext.data.corpus import TARGET_KEY
 from nnssl_ext.methods import Readable
 
@@ -17,7 +15,7 @@ def summary_text(content: Mapping[str, Any], readable: Readable, learned_from: s
     """Return the summary for the log."""
     value = content[readable.key]
     recipe = "".join(f"\n    {line}" for line in content.get("recipe_commands") or ())
-    occasion = "as suits a transformer" if "finetune_transformer" in recipe else "for a few thousand steps"
+    occasion = next((text for name, text in OCCASIONS if name in recipe), "")
     return (
         f"Pretraining summary\n"
         f"  {content['method']} on {content['dataset']}, {content['configuration']}, fold {content['fold']} "
@@ -44,28 +42,6 @@ def _lengths_text(content: Mapping[str, Any]) -> str:
         f"of fine-tuning is {median**2:.2f} times smaller by SGD and {median:.2f} times by Adam than on fresh weights\n"
         "  to fine-tune by Adam or AdamW, first run nnssl_ext transfer with --lengths initial\n"
     )
-
-
-def recipe_commands(run: RunName, recipe: str, file: Path, longer: bool) -> list[str]:
-    """Return the commands that fine-tune a pretraining's checkpoint with a recipe of ours.
-
-    Args:
-        run: Fine-tuning by a stock trainer.
-        recipe: A ``finetune_*`` recipe.
-        file: The checkpoint.
-        longer: Whether its weights are longer than initial ones, which holds AdamW back.
-    """
-    tuned = replace(run, trainer="nnsslTrainer_Finetune", plans=f"{run.plans}_{recipe}")
-    place = ["-d", run.dataset, "-c", run.configuration]
-    commands = [["nnssl_ext", "plan", *place, "-p", run.plans, "-o", tuned.plans, recipe]]
-    if recipe == "finetune_adamw":
-        commands[0].append("finetune.steps=6000")
-        if longer:
-            shortened = file.with_name("initial_lengths.pth")
-            words = ["nnssl_ext", "transfer", str(file), *place, *tuned.options(), "--lengths", "initial"]
-            commands.append([*words, "-o", str(shortened)])
-            file = shortened
-    return [*map(shlex.join, commands), tuned.command(file)]
 
 
 def tuned_run(run: RunName, trainer: str, dataset_json: Mapping[str, Any]) -> RunName:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnssl_ext.commands import OCCASIONS, recipe_commands
 from nnssl_ext.configurations import intensities_of
 from nnssl_ext.data.cases import stored_as
 from nnssl_ext.data.crops import CropBatch
@@ -38,7 +39,7 @@ from nnssl_ext.training.optimization import build_optimizer, clip_gradients, set
 from nnssl_ext.training.pretraining import state
 from nnssl_ext.training.pretraining.log import PretrainingLog, log_means
 from nnssl_ext.training.pretraining.picture import PretextPicture, Rows
-from nnssl_ext.training.pretraining.summary import recipe_commands, summary_text, tuned_run
+from nnssl_ext.training.pretraining.summary import summary_text, tuned_run
 from nnssl_ext.training.pretraining.unreadable import Unreadable
 from nnssl_ext.training.run.folder import BEST, FINAL, LATEST
 from nnssl_ext.training.run.nonfinite import FiniteGuard
@@ -314,7 +315,7 @@ class PretrainingTrainer(ManagedTrainer):
         if file.is_file() and not self.disable_checkpointing:  # it may be an earlier run's
             tuned = tuned_run(name, self.common.target_trainer, self.dataset_json)
             content |= {"checkpoint": str(file), "next_command": tuned.command(file), "replaces": tuned.replaces()}
-            recipe = "finetune_transformer" if self.method.backbone.is_transformer else "finetune_adamw"
+            recipe, _ = OCCASIONS[self.method.backbone.is_transformer]
             lengths = content.get("weight_lengths", {"restored": True})
             content["recipe_commands"] = recipe_commands(tuned, recipe, file, longer=not lengths["restored"])
         write_json(content, self.folder.path / "pretraining_summary.json")
