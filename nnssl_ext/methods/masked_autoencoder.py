@@ -155,9 +155,10 @@ class MaskedAutoencoder(RestoringMethod):
 
 
 def default_block(geometry: DataGeometry, token: Sequence[int] | None = None) -> list[int]:
-    """Compute block edges of equal length in mm: 16 voxels of the finest axis, at most a quarter of the crop.
+    """Compute block edges of equal length in mm.
 
-    With tokens the edges are the nearest whole tokens below, at least one, that divide the crop.
+    They are 16 voxels of the finest axis, at most a quarter of the crop. With tokens the edges are the nearest whole
+    tokens below, at least one, that divide the crop.
     """
     length = EDGE * min(geometry.spacing)
     block = [

@@ -135,8 +135,11 @@ def check_finetuning_data(
 
 
 def _cases_of_fold(folder: Path, fold: int | str) -> list[str]:
-    """Return the training and validation cases of a fold: all preprocessed ones where no split names them."""
-    splits = read_json(file, list) if (file := folder.parent / "splits_final.json").is_file() else []
+    """Return a fold's training and validation cases.
+
+    Where no split names them these are all preprocessed ones.
+    """
+    splits = _read_splits(file) if (file := folder.parent / "splits_final.json").is_file() else []
     if fold != "all" and int(fold) < len(splits):
         return sorted({*splits[int(fold)]["train"], *splits[int(fold)]["val"]})
     return sorted(list_cases(folder)) if folder.is_dir() else []

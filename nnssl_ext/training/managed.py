@@ -99,7 +99,10 @@ class ManagedTrainer(ResumableTrainer):
         """Check all input before writing. Return the common settings and the precision."""
 
     def set_up(self) -> None:
-        """Set a trainer's own attributes, at the end of ``__init__``. nnU-Net reads the signature of that one."""
+        """Set a trainer's own attributes.
+
+        It ends ``__init__``, whose signature nnU-Net reads.
+        """
 
     @property
     @abstractmethod

@@ -29,7 +29,10 @@ def default(name: str, value: Any, source: str = "") -> Any:
 
 @dataclass(frozen=True)
 class CustomIntensitySettings(IntensitySettings):
-    """Base of lists that differ from nnU-Net's. One gamma that changes statistics, no blur, no low resolution."""
+    """Base of lists that differ from nnU-Net's.
+
+    They have one gamma that changes statistics, no blur and no low resolution.
+    """
 
     noise: list[float] = default("noise", [0.0, 0.3])
     blur_probability: float = default("blur_probability", 0.0, source="0.2 in nnU-Net")

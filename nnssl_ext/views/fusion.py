@@ -154,7 +154,10 @@ class MissingNoise:
         random: BatchRandom,
         masked: Sequence[bool] = (),
     ) -> None:
-        """Measure the crops F and B, (B, C, D, H, W) each. Zeros of ``masked`` channels lie outside of the image."""
+        """Measure the crops F and B, (B, C, D, H, W) each.
+
+        Zeros of ``masked`` channels lie outside of the image.
+        """
         noise = noise_variance(torch.stack([some_rows(foreground), some_rows(background)]))  # (2, B, C)
         noisy = torch.arange(2, device=noise.device)
         front, back = noise[..., None, None, None]  # (B, C, 1, 1, 1)
@@ -168,7 +171,10 @@ class MissingNoise:
         self._sources = [(random.bits if on_cpu else random.noise)(sample) for sample in range(len(foreground))]
 
     def entries(self, foreground: Tensor, background: Tensor, level: Tensor, samples: slice) -> Tensor:
-        """Return each voxel's place in the table: (B, C, V) crops of some samples and levels (B, V) -> (B, C, V)."""
+        """Return each voxel's place in the table.
+
+        (B, C, V) crops of some samples and levels (B, V) -> (B, C, V).
+        """
         crops = list(zip((foreground, background), self._ranges, strict=True))
         front, back = (
             ((crop > low[samples]) & (crop < high[samples])).view(torch.uint8) for crop, (low, high) in crops
@@ -210,10 +216,11 @@ def fuse(
         front, back, share = over[samples, :, voxels], under[samples, :, voxels], flat[samples, voxels]
         weight = share[:, None].to(back.dtype).div_(levels)
         alike = (front - back).abs_().amax(1) < ignore_below if ignore_below else None
-        entries = missing.entries(front, back, share, samples) if missing is not None else None
-        back.lerp_(front, weight)
-        if missing is not None and entries is not None:
-            missing.add(back, entries, samples)
+        if missing is None:
+            back.lerp_(front, weight)
+        else:
+            entries = missing.entries(front, back, share, samples)  # of the crops as they are
+            missing.add(back.lerp_(front, weight), entries, samples)
         if alike is not None:  # last: ignored voxels get the noise of their level
             share.masked_fill_(alike, ignored)
     return background

@@ -228,7 +228,10 @@ def crop_batch(
 
 
 def _crop_on_cpu(boxes: Sequence[SourceBox], crops: Sequence[Tensor]) -> list[Tensor | None]:
-    """Fill one box's crops and return each ``inside``. The fastest way that their matrices allow is taken."""
+    """Fill one box's crops and return each ``inside``.
+
+    It takes the fastest way that their matrices allow.
+    """
     data, size = boxes[0].data.to(torch.float32), crops[0].shape[1:]
     insides: list[Tensor | None] = [None] * len(boxes)
     left = []

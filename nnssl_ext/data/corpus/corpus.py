@@ -236,7 +236,7 @@ class Corpus:
         manifest.add(entry)
 
     def _replaces(self, holder: Entry, entry: Entry) -> bool:
-        """Return whether a volume that was normalized anew replaces the case of an equal one of an earlier call."""
+        """Return whether a volume that was normalized anew replaces an equal one of an earlier call."""
         return frozenset(holder.files) not in self._read_now and holder.normalization != entry.normalization
 
     def _keep(self, manifest: Manifest, records: dict[str, CaseRecord]) -> None:

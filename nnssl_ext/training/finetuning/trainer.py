@@ -50,7 +50,6 @@ from nnssl_ext.training.finetuning.components import (
 )
 from nnssl_ext.training.finetuning.evaluation import Evaluation
 from nnssl_ext.training.finetuning.loaders import TRAINING, VALIDATION, SeededBatches, never_by_time, run_seed
-from nnssl_ext.training.finetuning.state import Outputs, finite, of_all_processes, on_host
 from nnssl_ext.training.managed import ManagedTrainer
 from nnssl_ext.training.memory.out_of_memory import finetuning_advice
 from nnssl_ext.training.onednn import avoid_two_slice_bug
@@ -72,7 +71,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         UserError: Before anything is written, for settings that cannot work.
     """
 
-    outputs: Outputs
+    outputs: state.Outputs
     #: ``nnssl_ext transfer`` fills the heads of equal labels for this trainer.
     takes_heads = True
 
@@ -227,7 +226,7 @@ class nnsslTrainer_Finetune(ManagedTrainer):
     def after_step(self) -> None:
         """Keep the weights if this step is a snapshot, and read the losses once in a while."""
         if self.step % READ_EVERY == 0:
-            on_host(self.outputs)
+            state.on_host(self.outputs)
         if self.step in self.settings.snapshots:
             self.save_checkpoint(str(self.snapshot_file(self.step)))
 
@@ -246,22 +245,23 @@ class nnsslTrainer_Finetune(ManagedTrainer):
         finally:
             self.network = trained
 
-    def on_train_epoch_end(self, train_outputs: Outputs) -> None:
-        self._refuse_spoilt(on_host(train_outputs))
-        super().on_train_epoch_end(finite(train_outputs))
+    def on_train_epoch_end(self, train_outputs: state.Outputs) -> None:
+        self._refuse_spoilt(state.on_host(train_outputs))
+        super().on_train_epoch_end(state.finite(train_outputs))
 
     def is_sound(self) -> bool:
-        return not state.is_spoilt(
-            on_host(self.outputs), self.grad_scaler is not None, self.common.max_nonfinite_batches
-        )
+        return not self._is_spoilt(state.on_host(self.outputs))
 
-    def gather_outputs(self) -> Outputs:
-        outputs = of_all_processes(on_host(self.outputs))
+    def gather_outputs(self) -> state.Outputs:
+        outputs = state.of_all_processes(state.on_host(self.outputs))
         self._refuse_spoilt(outputs)  # the checkpoint that is there is better
         return outputs
 
-    def _refuse_spoilt(self, outputs: Outputs) -> None:
-        if state.is_spoilt(outputs, self.grad_scaler is not None, self.common.max_nonfinite_batches):
+    def _is_spoilt(self, outputs: state.Outputs) -> bool:
+        return state.is_spoilt(outputs, self.grad_scaler is not None, self.common.max_nonfinite_batches)
+
+    def _refuse_spoilt(self, outputs: state.Outputs) -> None:
+        if self._is_spoilt(outputs):
             raise UserError(state.SPOILT.format("loss", self.current_epoch, self.initial_lr))
 
     def epoch_lines(self) -> list[tuple[Any, ...]]:
